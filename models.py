@@ -1,0 +1,416 @@
+"""Small networks, and the blocks that they are made of.
+
+Every piece can be pasted elsewhere: it needs the three torch imports below and what the "Needs" line of its docstring
+names. Layers take and return float tensors; networks return logits.
+
+Letters in shapes: B batch, C channels, H W rows and columns, T tokens.
+
+    >>> net = EyeNet((32, 64), block="baseline", channels=32, blocks=4)
+    >>> net(torch.zeros(2, 3, 32, 64)).shape
+    torch.Size([2])
+    >>> count_parameters(net)
+    11457
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def count_parameters(model, *, trainable_only=False):
+    """Number of scalar parameters. Tied weights count once, buffers (running statistics) do not count.
+
+    Check: count_parameters(nn.Linear(3, 2)) == 8
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def init_kaiming_xavier(module):
+    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform with bias 0.
+
+    The rest keeps torch's own start: norms at 1 and 0, convolution biases uniform, attention's q, k, v Xavier-uniform.
+
+    Source: He et al. 2015, arXiv:1502.01852; Glorot and Bengio 2010
+    Check:  the weights of nn.Conv2d(3, 64, 3) have a standard deviation of sqrt(2 / (64 * 9)) = 0.059
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def conv_bn(inputs, outputs, kernel, *, stride=1, groups=1, act=nn.Identity):
+    """Convolution (odd kernel, padded, no bias since the norm has one), batch norm, activation.
+
+    Shape: (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
+    Check: conv_bn(3, 32, 3) has 928 parameters
+    """
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), act())
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the channels of each pixel: (B, C, H, W) -> the same shape, in channels_last layout.
+
+    Check: ChannelLayerNorm(32) has 64 parameters
+    """
+
+    def __init__(self, channels, *, eps=1e-6):
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class StochasticDepth(nn.Module):
+    """Drops a whole residual branch, for each sample on its own: `x + drop(branch(x))`.
+
+        training: y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample        evaluation: y = x
+
+    Dividing by 1 - rate keeps the mean. Never put it on a path without a shortcut: that sample's signal would be zero.
+
+    Shape:  (B, ...) -> the same
+    Errors: ValueError unless 0 <= rate < 1
+    Source: Huang et al. 2016, arXiv:1603.09382 (there evaluation multiplies by 1 - rate instead)
+    Check:  with rate 0.25 a sample comes out as 0 or 4/3 of itself
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"stochastic depth rate must be in [0, 1), got {rate}: 0 switches it off")
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        ones = x.new_ones([x.shape[0]] + [1] * (x.ndim - 1))
+        return x * F.dropout(ones, self.rate)
+
+    def extra_repr(self):
+        return f"rate={self.rate:g}"
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate in (0, 1) that is computed from the means of all channels.
+
+        y = x * sigmoid(W2 relu(W1 mean_hw(x) + b1) + b2)        W1 maps to max(1, C // reduction)
+
+    Shape:  (B, C, H, W) -> the same
+    Source: Hu et al. 2018, arXiv:1709.01507
+    Check:  SqueezeExcite(128) has 4,240 parameters
+    """
+
+    def __init__(self, channels, *, reduction=8):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.gate = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.gate(x.mean((2, 3), keepdim=True))
+
+
+# ---------------------------------------------------------------------------------- EyeNet: one logit for a tiny image
+
+
+class DepthwiseBlock(nn.Module):
+    """Depthwise separable convolution: 3x3 in each channel, then 1x1 across channels.
+
+        y = relu(x + branch(x))        branch: depthwise 3x3 (stride), BN, ReLU, 1x1, BN
+
+    The shortcut (and with it stochastic depth) exists only where input and output have the same shape.
+
+    Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
+    Source: Howard et al. 2017 (MobileNet), arXiv:1704.04861; the shortcut is an addition
+    Check:  DepthwiseBlock(32, 32) has 1,440 parameters
+    Needs:  conv_bn, StochasticDepth
+    """
+
+    def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
+        super().__init__()
+        self.branch = nn.Sequential(
+            conv_bn(inputs, inputs, 3, stride=stride, groups=inputs, act=nn.ReLU),
+            conv_bn(inputs, outputs, 1))
+        self.shortcut = stride == 1 and inputs == outputs
+        self.drop = StochasticDepth(drop_rate)
+
+    def forward(self, x):
+        y = self.branch(x)
+        return F.relu(x + self.drop(y) if self.shortcut else y)
+
+
+class InvertedSEBlock(nn.Module):
+    """Inverted residual with squeeze-and-excite: widen by 4, depthwise 3x3, gate the channels, narrow again.
+
+        y = silu(x + branch(x))
+        branch: 1x1 to 4C, BN, SiLU, depthwise 3x3 (stride), BN, SiLU, squeeze-excite, 1x1, BN
+
+    The shortcut (and with it stochastic depth) exists only where input and output have the same shape.
+
+    Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
+    Source: Sandler et al. 2018 (MobileNetV2), arXiv:1801.04381, which has ReLU6 inside and nothing after the sum
+    Check:  InvertedSEBlock(32, 32) has 14,160 parameters
+    Needs:  conv_bn, StochasticDepth, SqueezeExcite
+    """
+
+    def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
+        super().__init__()
+        hidden = 4 * inputs
+        self.branch = nn.Sequential(
+            conv_bn(inputs, hidden, 1, act=nn.SiLU),
+            conv_bn(hidden, hidden, 3, stride=stride, groups=hidden, act=nn.SiLU),
+            SqueezeExcite(hidden),
+            conv_bn(hidden, outputs, 1))
+        self.shortcut = stride == 1 and inputs == outputs
+        self.drop = StochasticDepth(drop_rate)
+
+    def forward(self, x):
+        y = self.branch(x)
+        return F.silu(x + self.drop(y) if self.shortcut else y)
+
+
+class ConvNeXtBlock(nn.Module):
+    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled by almost nothing at first.
+
+        x = downsample(x)        only if the shape changes: channel LayerNorm, convolution with kernel = stride
+        y = x + scale * mlp(layernorm(depthwise7x7(x)))        mlp: C to 4C, GELU, back to C
+
+    The scale starts at 1e-6, so the block starts as the identity and its MLP sees gradients that small: an optimizer
+    that normalises them (Adam) is part of the design. An odd side loses its last row or column when it is halved.
+
+    Shape:  (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)
+    Source: Liu et al. 2022, arXiv:2201.03545
+    Check:  ConvNeXtBlock(32, 32) has 10,048 parameters, ConvNeXtBlock(32, 64, stride=2) has 44,800
+    Needs:  ChannelLayerNorm, StochasticDepth
+    """
+
+    def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
+        super().__init__()
+        self.downsample = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                ChannelLayerNorm(inputs), nn.Conv2d(inputs, outputs, kernel_size=stride, stride=stride))
+        self.depthwise = nn.Conv2d(outputs, outputs, 7, padding=3, groups=outputs)
+        self.norm = nn.LayerNorm(outputs, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(outputs, 4 * outputs), nn.GELU(), nn.Linear(4 * outputs, outputs))
+        self.scale = nn.Parameter(torch.full((outputs,), 1e-6))
+        self.drop = StochasticDepth(drop_rate)
+
+    def forward(self, x):
+        x = self.downsample(x)
+        y_bhwc = self.depthwise(x).permute(0, 2, 3, 1)
+        y_bhwc = self.scale * self.mlp(self.norm(y_bhwc))
+        return x + self.drop(y_bhwc.permute(0, 3, 1, 2))
+
+
+class MixerLayer(nn.Module):
+    """MLP-Mixer layer: one MLP across the tokens of each channel, one across the channels of each token.
+
+        x = x + mlp_T(layernorm(x)^T)^T        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n, GELU, back to n
+
+    Dropout follows both linear layers of an MLP. The number of tokens is fixed: it is a width of the first MLP.
+
+    Shape:  (B, T, C) -> the same
+    Source: Tolstikhin et al. 2021, arXiv:2105.01601
+    Check:  MixerLayer(6, 64) has 16,994 parameters
+    """
+
+    def __init__(self, tokens, channels, *, dropout=0.0):
+        super().__init__()
+
+        def mlp(width):
+            return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(2 * width, width), nn.Dropout(dropout))
+
+        self.token_norm, self.token_mlp = nn.LayerNorm(channels), mlp(tokens)
+        self.channel_norm, self.channel_mlp = nn.LayerNorm(channels), mlp(channels)
+
+    def forward(self, x_btc):
+        x_btc = x_btc + self.token_mlp(self.token_norm(x_btc).transpose(1, 2)).transpose(1, 2)
+        return x_btc + self.channel_mlp(self.channel_norm(x_btc))
+
+
+class TransformerLayer(nn.Module):
+    """Transformer layer, norm first: the tokens attend to each other, then an MLP works on each of them.
+
+        x = x + attention(layernorm(x))        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+
+    Dropout falls on the attention weights and after each linear layer except q, k, v. The key bias has no effect, and
+    no gradient: it adds the same to all scores of a query. nn.TransformerEncoderLayer(norm_first=True) computes the
+    same; this one also compiles in evaluation, where that one (torch 2.13) fails.
+
+    Shape:  (B, T, C) -> the same
+    Errors: ValueError if heads does not divide channels
+    Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745
+    Check:  TransformerLayer(64, heads=8, hidden=128) has 33,472 parameters
+    """
+
+    def __init__(self, channels, *, heads, hidden, dropout=0.0):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+        self.heads, self.dropout = heads, dropout
+        self.attention_norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(hidden, channels), nn.Dropout(dropout))
+
+    def forward(self, x_btc):
+        b, t, c = x_btc.shape
+        qkv = self.qkv(self.attention_norm(x_btc)).reshape(b, t, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x_btc = x_btc + self.out(y.transpose(1, 2).reshape(b, t, c))
+        return x_btc + self.mlp(self.mlp_norm(x_btc))
+
+
+class TokenHead(nn.Module):
+    """Pools a feature map to a grid of tokens, lets the tokens exchange information, and makes one logit of their mean.
+
+        pool to grid, layers x (transformer | mlp_mixer), mean over tokens, LayerNorm, dropout, linear
+
+    Any map goes in: a cell averages the pixels that it touches, so cells overlap where the grid does not divide the map
+    and repeat where the map is smaller. There is no position embedding: the transformer cannot tell where a token lies,
+    the mixer can. The transformer is max(128, 2C) wide inside and has as many heads as the largest divisor of C up to 8.
+
+    Shape:  (B, C, H, W) -> (B, 1)
+    Errors: ValueError for an unknown mixer
+    Check:  with 64 channels, grid (2, 3) and 2 layers: transformer 67,137 parameters, mlp_mixer 34,181
+    Needs:  TransformerLayer, MixerLayer
+    """
+
+    def __init__(self, channels, *, mixer, grid=(2, 3), layers=2, dropout=0.0):
+        super().__init__()
+        if mixer == "transformer":
+            heads = max(n for n in range(1, 9) if channels % n == 0)
+            stack = [TransformerLayer(channels, heads=heads, hidden=max(128, 2 * channels), dropout=dropout)
+                     for _ in range(layers)]
+        elif mixer == "mlp_mixer":
+            stack = [MixerLayer(grid[0] * grid[1], channels, dropout=dropout) for _ in range(layers)]
+        else:
+            raise ValueError(f"mixer must be transformer or mlp_mixer, got {mixer!r}")
+        self.grid = grid
+        self.layers = nn.Sequential(*stack)
+        self.logit = nn.Sequential(nn.LayerNorm(channels), nn.Dropout(dropout), nn.Linear(channels, 1))
+
+    def forward(self, x):
+        tokens_btc = F.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)
+        return self.logit(self.layers(tokens_btc).mean(1))
+
+
+class AvgMaxPool(nn.Module):
+    """Mean and maximum over the pixels, side by side: (B, C, H, W) -> (B, 2C)."""
+
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+
+
+def eye_map_size(size, block, blocks):
+    """Rows and columns of EyeNet's feature map, and the one place that decides whether a network fits an image.
+
+    The stem has stride 2 (convnext 4); blocks 2, 4, 6, ... have stride 2. A stride of s needs s rows and s columns to
+    work on. Odd sides round up, but down in convnext.
+
+    Errors: ValueError for an unknown block, blocks < 1, or a stride that meets too small a map (says what fits)
+    Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with 6 blocks (1, 2)
+    """
+    stem_stride = {"baseline": 2, "inverted_se": 2, "convnext": 4}
+    if block not in stem_stride:
+        raise ValueError(f"block must be one of {', '.join(stem_stride)}, got {block!r}")
+    if blocks < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}")
+    rows, cols = size
+    for i in range(0, blocks, 2):  # 0 stands for the stem
+        stride = 2 if i else stem_stride[block]
+        if min(rows, cols) < stride:
+            remedy = f"1 to {i} blocks fit" if i else f"the smallest is {stride}x{stride}"
+            raise ValueError(f"{blocks} {block} blocks do not fit a size of {size[0]}x{size[1]}: "
+                             f"a stride of {stride} meets a map of {rows}x{cols}; {remedy}")
+        up = 0 if block == "convnext" else stride - 1
+        rows, cols = (rows + up) // stride, (cols + up) // stride
+    return rows, cols
+
+
+class EyeNet(nn.Module):
+    """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit of the feature map.
+
+        block         stem                                          blocks            head="auto"
+        baseline      3x3 stride 2, BN, ReLU                        DepthwiseBlock    avg
+        inverted_se   3x3, BN, SiLU, 3x3 stride 2, BN, SiLU         InvertedSEBlock   avgmax_mlp
+        convnext      4x4 stride 4, channel LayerNorm               ConvNeXtBlock     transformer
+
+    Blocks 2, 4, 6, ... halve the map and double the channels. Block i drops its branch with probability
+    stochastic_depth * i / (blocks - 1).
+
+        avg           mean over pixels, BN, dropout, linear
+        avgmax_mlp    mean and maximum, BN, dropout, linear to max(16, C), ReLU, dropout, linear
+        transformer, mlp_mixer        TokenHead over token_grid (rows, columns) with token_layers layers
+
+    The grid shrinks to the map where the map is smaller; `net.token_grid` is the one in use (None without tokens) and
+    `net.head_kind` what "auto" became. Only `size` is checked to fit; other sizes that fit may be fed as well.
+    BN needs more than one row per batch in training: with a pooling head torch refuses a batch of one.
+
+    Shape:  (B, 3, H, W) normalised RGB -> (B,) logits, P(open) = sigmoid(logit)
+    Errors: ValueError when built, never at the first forward: unknown names, numbers out of range, too many blocks for
+            the size, a token head that is left with fewer than 2 tokens
+    Source: PINTO0309/OCEC (MIT). There the grid is fixed and has to divide the map, and most sizes crash at the first
+            forward.
+    Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order of the table
+    Needs:  all of this section, and conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite, init_kaiming_xavier
+    """
+
+    def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto", token_grid=(2, 3),
+                 token_layers=2, dropout=0.3, stochastic_depth=0.0):
+        super().__init__()
+        self.map_size = eye_map_size(size, block, blocks)
+        if head == "auto":
+            head = {"baseline": "avg", "inverted_se": "avgmax_mlp", "convnext": "transformer"}[block]
+        if head not in ("avg", "avgmax_mlp", "transformer", "mlp_mixer"):
+            raise ValueError(f"head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, got {head!r}")
+        if min(channels, token_layers) < 1:
+            raise ValueError(f"channels and token_layers must be at least 1, got {channels} and {token_layers}")
+        self.head_kind, self.token_grid = head, None
+        if head in ("transformer", "mlp_mixer"):
+            self.token_grid = rows, cols = tuple(min(g, side) for g, side in zip(token_grid, self.map_size))
+            if min(rows, cols) < 1 or rows * cols < 2:
+                raise ValueError(f"head {head!r} needs a grid of at least 2 tokens, got {rows}x{cols} from token_grid "
+                                 f"{token_grid[0]}x{token_grid[1]} on a map of {self.map_size[0]}x{self.map_size[1]}: "
+                                 "use a larger grid or size, fewer blocks, or the head 'avg' or 'avgmax_mlp'")
+
+        if block == "baseline":
+            Block, self.stem = DepthwiseBlock, conv_bn(3, channels, 3, stride=2, act=nn.ReLU)
+        elif block == "inverted_se":
+            Block, self.stem = InvertedSEBlock, nn.Sequential(
+                conv_bn(3, channels, 3, act=nn.SiLU), conv_bn(channels, channels, 3, stride=2, act=nn.SiLU))
+        else:
+            Block, self.stem = ConvNeXtBlock, nn.Sequential(
+                nn.Conv2d(3, channels, kernel_size=4, stride=4), ChannelLayerNorm(channels))
+
+        widths = [channels] + [channels * 2 ** (i // 2) for i in range(blocks)]
+        self.blocks = nn.Sequential(*[
+            Block(widths[i], widths[i + 1], stride=widths[i + 1] // widths[i],  # halve the map, double the channels
+                  drop_rate=stochastic_depth * i / max(1, blocks - 1))
+            for i in range(blocks)])
+
+        c = widths[-1]
+        if head == "avg":
+            self.head = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c), nn.Dropout(dropout), nn.Linear(c, 1))
+        elif head == "avgmax_mlp":
+            hidden = max(16, c)
+            self.head = nn.Sequential(
+                AvgMaxPool(), nn.BatchNorm1d(2 * c), nn.Dropout(dropout), nn.Linear(2 * c, hidden), nn.ReLU(),
+                nn.Dropout(dropout), nn.Linear(hidden, 1))
+        else:
+            self.head = TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers, dropout=dropout)
+        self.apply(init_kaiming_xavier)
+
+    def forward(self, images_bchw):
+        return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)

@@ -1,0 +1,900 @@
+"""Train, score and apply five deep-learning recipes; no score is printed without its floor and its ceiling.
+
+    $ python train.py --task ocec --lr 2e-4                          # no data needed: drawn eyes, about two minutes on 2 cores
+    $ python train.py --task ocec --lr 2e-4 --data eyes/ --out runs/eyes
+    $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
+    $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
+    $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
+    $ python train.py --task ocec --eval runs/eyes/best.pt --split test
+    $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
+
+One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
+One epoch starts from (seed, epoch) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
+A task is one entry in TASKS: flags, variants and seven functions. The loop knows no task.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import shlex
+import signal
+import sys
+import time
+import types
+import warnings
+import zlib
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import ema
+import losses
+import models
+import schedulers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags: a default, a help text and its bounds. Every task spells out its own defaults; nothing else holds one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    default: object
+    help: str
+    low: float = -math.inf  # value >= low
+    above: float = -math.inf  # value > above
+    high: float = math.inf  # value <= high
+    choices: tuple = ()
+
+    def check(self, name, value):
+        """ValueError with value, bound and remedy for a number outside the bounds."""
+        bad = [part for part in (value if isinstance(value, tuple) else (value,)) if not isinstance(part, str) and not (
+            math.isfinite(part) and self.low <= part <= self.high and part > self.above)]
+        if bad:
+            bounds = [f"at least {self.low:g}"] * (self.low > -math.inf) + [f"above {self.above:g}"] * (
+                self.above > -math.inf) + [f"at most {self.high:g}"] * (self.high < math.inf)
+            raise ValueError(f"--{name.replace('_', '-')} {show(value)} must be finite and {' and '.join(bounds)}: "
+                             f"the default is {show(self.default)}")
+
+
+def engine_flags(**defaults):
+    """The flags that the loop itself reads, with this task's defaults; every one of them must be given."""
+    texts = {
+        "epochs": dict(help="passes over the training set", low=1),
+        "batch_size": dict(help="rows per step", low=1),
+        "base_batch": dict(help="scale --lr by batch_size * accumulate / base_batch (0 = off)", low=0),
+        "accumulate": dict(help="batches per optimizer step", low=1),
+        "sampler": dict(help="shuffled: each row once an epoch; stratified: as many rows of each class in every batch",
+                        choices=("shuffled", "stratified")),
+        "lr": dict(help="peak learning rate", above=0),
+        "weight_decay": dict(help="AdamW's decoupled weight decay", low=0),
+        "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
+                         choices=("cosine", "restarts", "cyclic", "plateau", "none")),
+        "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0),
+        "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0),
+        "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0),
+        "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999),
+        "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0),
+        "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0),
+        "restart_mult": dict(help="restarts: each cycle is this many times longer", low=1),
+        "cyclic_base_lr": dict(help="cyclic: lower rate; --lr is the upper one", low=0),
+        "cyclic_steps_up": dict(help="cyclic: optimizer steps from the lower to the upper rate", low=1),
+        "clip": dict(help="largest gradient norm (0 = no clipping)", low=0),
+        "ema_decay": dict(help="average of the weights, horizon 1 / (1 - decay) steps, warmed up (0 = off)", low=0, high=0.99999),
+        "patience": dict(help="stop after this many epochs without a new best (0 = never)", low=0),
+        "amp": dict(help="autocast precision of forward and loss", choices=("off", "bf16", "fp16")),
+        "compile": dict(help="torch.compile the network"),
+        "channels_last": dict(help="memory format of images; faster for wide networks, slower for tiny ones"),
+        "seed": dict(help="fixes the split, the initial weights, the order and the augmentation", low=0),
+    }
+    return {name: Flag(defaults.pop(name), **text) for name, text in texts.items()} | defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything the loop knows of a task. `args` is the run's settings: its flags, and in args.facts what `load` measured."""
+
+    defaults: dict  # flag name -> Flag
+    variants: dict  # variant name -> {flag name: value}
+    load: Callable  # (path or "", args) -> Data
+    network: Callable  # (args) -> nn.Module
+    loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}
+    probability: Callable  # (network output) -> what is reported and written
+    evaluate: Callable  # (model, split, args) -> {score: float} over the whole split; "loss" is one of them
+    floor: Callable  # (split, args) -> {name: {score: float}}: what learns nothing, and the ceiling
+    predict: Callable  # (model, path, out, args) -> number of rows written to out
+
+
+@dataclasses.dataclass
+class Data:
+    train: object  # splits have len(), .labels, .batch(rows, generator); validation and test may be None
+    validation: object
+    test: object
+    whole: object  # all rows, for --eval on data that the run did not see
+    facts: dict  # plain numbers measured on training rows (class weights, label scale); kept in every checkpoint
+    notes: list  # lines to print: what was read, how it was split, what cannot be excluded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Task ocec: is the eye open?
+
+
+def eyes_load(path, args):
+    if path:
+        images, labels, groups, names = data.read_eyes(path, size=args.size, cache=args.cache)
+    else:
+        images, labels, groups, names = data.synthetic_eyes(size=args.size)
+    notes = [f"data: {path or 'SYNTHETIC eyes, drawn by the script: a score on them is no result'}, {len(labels):,} images, "
+             f"{np.mean(labels):.1%} open"]
+    ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
+    rows = data.split_by_group(np.arange(len(labels)) if groups is None else groups, ratios, seed=args.seed)
+    names_of_splits = ("training", "validation", "test")
+    if groups is None:
+        notes.append("split: by row, since no groups are known: leakage between the splits cannot be excluded")
+    else:
+        count = [len(np.unique(groups[part])) for part in rows]
+        notes.append("split: by group, " + ", ".join(f"{n} {name}" for n, name in zip(count, names_of_splits)) + ", none on two sides")
+    for name, part in zip(names_of_splits, rows):
+        if len(part) and len(np.unique(labels[part])) < 2:
+            raise ValueError(f"the {name} split of {len(part)} rows holds one class only (label {labels[part][0]}): F1, AUROC and "
+                             "pos_weight need open and closed eyes; add the missing class, or change the ratios or --seed")
+    augment = {name: getattr(args, name) for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")}
+    train, validation, test = (data.EyeSplit(images, labels, names, part, device=args.device, augment=augment) if len(part) else None
+                               for part in rows)
+    facts = {"pos_weight": args.pos_weight or losses.auto_pos_weight(train.labels),
+             "checksum": zlib.crc32(labels.tobytes() + "\n".join(names).encode())}
+    return Data(train, validation, test, data.EyeSplit(images, labels, names, np.arange(len(labels)), device=args.device), facts, notes)
+
+
+def eyes_network(args):
+    return models.EyeNet(args.size, block=args.block, channels=args.channels, blocks=args.blocks, head=args.head,
+                         token_grid=args.token_grid, token_layers=args.token_layers, dropout=args.dropout,
+                         stochastic_depth=args.stochastic_depth)
+
+
+def eyes_criterion(logits, targets, args):
+    if args.loss == "focal":
+        return losses.focal_label_smooth_ce(logits, targets, gamma=args.gamma, smoothing=args.smoothing)
+    pos_weight = torch.tensor(args.facts["pos_weight"], device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
+
+
+def eyes_loss(model, batch, step, args):
+    loss = eyes_criterion(model(batch["inputs"]), batch["targets"], args)
+    return loss, {args.loss: loss.detach()}
+
+
+def eyes_probability(logits):
+    return torch.sigmoid(logits)
+
+
+def eyes_logits(model, split, args, chunk=512):
+    rows = np.arange(len(split))
+    parts = [model(split.batch(rows[start : start + chunk])["inputs"]) for start in range(0, len(rows), chunk)]
+    return torch.cat(parts).float().cpu()
+
+
+def eyes_evaluate(model, split, args):
+    logits = eyes_logits(model, split, args)
+    report = losses.binary_report(logits.numpy(), split.labels)
+    loss = eyes_criterion(logits, torch.from_numpy(split.labels).float(), args)
+    return {"loss": float(loss)} | {name: report[name] for name in ("f1", "accuracy", "precision", "recall", "auroc", "auprc")}
+
+
+def eyes_floor(split, args):
+    """Constant answers on these rows, the best constant's loss by search, and what no classifier can exceed."""
+    targets = torch.from_numpy(split.labels).float()
+    scored = lambda logit: losses.binary_report(np.full(len(targets), logit), split.labels)
+    best = min(float(eyes_criterion(torch.full_like(targets, logit), targets, args)) for logit in np.linspace(-6, 6, 241))
+    keep = ("f1", "accuracy", "auroc", "auprc")
+    constant = {name: {key: report[key] for key in keep} for name, report in (("always open", scored(1.0)), ("always closed", scored(-1.0)))}
+    constant["always open"]["loss"] = constant["always closed"]["loss"] = best
+    return constant | {"ceiling": dict.fromkeys(keep, 1.0) | {"loss": 0.0}}
+
+
+def eyes_predict(model, path, out, args):
+    images, _, _, names = data.read_eyes(path, size=args.size, cache=args.cache, need_labels=False)
+    split = data.EyeSplit(images, None, names, np.arange(len(names)), device=args.device)
+    logits = eyes_logits(model, split, args)
+    with atomic_write(out) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "logit", "prob_open"])
+        writer.writerows([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in zip(
+            names, logits.tolist(), eyes_probability(logits).tolist()))
+    return len(names)
+
+
+# The note's recipe as it was run; `default` below is the one that scored best on real eyes within minutes on 2 cores.
+EYES_CURRENT = dict(
+    channels=64, blocks=8, epochs=1000, batch_size=4096, lr=1e-4, weight_decay=1e-4, schedule="plateau", plateau_factor=0.5,
+    plateau_patience=2, min_lr=0.0, ema_decay=0.999, loss="bce", dropout=0.3, flip=0.5, photometric=0.5, clahe=0.01, crop=0,
+    clip=0.0, warmup_epochs=0.0, patience=0, seed=42, train_ratio=0.8, val_ratio=0.2, test_ratio=0.0)
+EYES_CONSERVATIVE = EYES_CURRENT | dict(lr=2e-4, weight_decay=5e-4, plateau_factor=0.7, plateau_patience=5, dropout=0.25)
+EYES_BALANCED = EYES_CONSERVATIVE | dict(loss="focal", smoothing=0.05, gamma=2.0)
+EYES_AGGRESSIVE = EYES_BALANCED | dict(lr=3e-4, weight_decay=1e-3, warmup_epochs=5.0, plateau_patience=10, batch_size=2048, dropout=0.2)
+
+OCEC = Task(
+    defaults=engine_flags(
+        epochs=60, batch_size=64, base_batch=0, accumulate=1, sampler="shuffled", lr=2e-4, weight_decay=1e-2, schedule="cosine",
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=10.0,
+        restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=2000, clip=1.0, ema_decay=0.998,
+        patience=0, amp="off", compile=False, channels_last=True, seed=0,
+        monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights", choices=("f1", "auroc", "loss")),
+        size=Flag((32, 64), "height x width the eyes are resized to", low=8),
+        block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
+        channels=Flag(64, "channels of the stem; blocks 2, 4, 6 double them", low=1),
+        blocks=Flag(8, "number of blocks", low=1),
+        head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
+                  choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
+        token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1),
+        token_layers=Flag(2, "layers of those heads", low=1),
+        dropout=Flag(0.3, "in the head", low=0, high=0.95),
+        stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first", low=0, high=0.95),
+        loss=Flag("bce", "bce with pos_weight, or focal loss with label smoothing", choices=("bce", "focal")),
+        pos_weight=Flag(0.0, "weight of open eyes in bce (0 = closed / open of the training rows)", low=0),
+        smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99),
+        gamma=Flag(2.0, "exponent of the focal loss", low=0),
+        flip=Flag(0.5, "probability of a horizontal flip", low=0, high=1),
+        photometric=Flag(0.5, "probability of each of the six photometric operations", low=0, high=1),
+        clahe=Flag(0.01, "probability of CLAHE", low=0, high=1),
+        crop=Flag(4, "random crop after padding by this many pixels (0 = off)", low=0),
+        mixup=Flag(0.0, "alpha of mixup (0 = off)", low=0),
+        cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
+        train_ratio=Flag(0.7, "share of the training split", above=0, high=1),
+        val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training loss does)", low=0, high=1),
+        test_ratio=Flag(0.2, "share of the test split, scored once at the end (0 = none)", low=0, high=1),
+        cache=Flag("", "folder that keeps the decoded images, memory-mapped instead of in memory"),
+    ),
+    variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
+    load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
+    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict,
+)
+
+TASKS = {"ocec": OCEC}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: two passes, so that --task and --variant pick the defaults that --help shows
+
+RUN_FLAGS = {
+    "data": ("", "folder or file to read; synthetic data without it"),
+    "out": ("", "folder of the run (default: runs/TASK); with --predict the file to write"),
+    "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
+    "eval": ("", "score a checkpoint on --split instead of training"),
+    "split": ("", "with --eval: train, validation, test or all (default: test, or validation where there is none)"),
+    "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
+    "resume": (False, "go on from the last finished epoch in --out"),
+    "overwrite": (False, "replace the run in --out"),
+    "find_lr": (False, "learning-rate range test instead of training"),
+}
+ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",)}
+
+
+def show(value):
+    """A flag's value as it is typed."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_pair(text):
+    """'32x64' -> (32, 64)."""
+    try:
+        rows, columns = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ROWSxCOLUMNS, such as 32x64") from None
+    return rows, columns
+
+
+def add_flag(parser, name, default, text, choices=(), shown=None):
+    """One flag, typed with - or _; it appears in the result only if it was typed."""
+    text = (text + (f" (default: {show(shown)})" if shown not in (None, "") else "")).replace("%", "%%")
+    if isinstance(default, bool):
+        kind = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, tuple):
+        kind = {"type": parse_pair, "metavar": "HxW"}
+    else:
+        kind = {"type": type(default), "choices": choices or None, "metavar": None if choices else name.upper()}
+    parser.add_argument("--" + name.replace("_", "-"), *ALIASES.get(name, ()), dest=name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def parse_args(argv):
+    """Command line -> settings: the task's defaults, then the variant's, then what was typed (kept in args.typed)."""
+    argv = [word.split("=")[0].replace("_", "-") + word[len(word.split("=")[0]):] if word.startswith("--") else word for word in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    first.add_argument("--variant", default="default")
+    chosen = first.parse_known_args(argv)[0]
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--task", choices=sorted(TASKS), required=True, help="which recipe")
+    recipe = {}
+    if chosen.task in TASKS:
+        task = TASKS[chosen.task]
+        parser.add_argument("--variant", choices=["default", *task.variants], default="default", help="named overrides of the defaults")
+        recipe = {name: flag.default for name, flag in task.defaults.items()} | task.variants.get(chosen.variant, {})
+        group = parser.add_argument_group(f"recipe of {chosen.task}, variant {chosen.variant}")
+        for name, flag in task.defaults.items():
+            add_flag(group, name, flag.default, flag.help, flag.choices, shown=recipe[name])
+    group = parser.add_argument_group("the run")
+    for name, (default, text) in RUN_FLAGS.items():
+        add_flag(group, name, default, text)
+    typed = vars(parser.parse_args(argv))
+    settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | typed
+    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task", "variant"}, facts={})
+    for name in recipe:
+        task.defaults[name].check(name, settings[name])
+    check_mode(args)
+    return args
+
+
+def check_mode(args):
+    """Refuse flags that this kind of call would not read, and what contradicts itself."""
+    modes = {"eval": {"eval", "data", "split", "device"}, "predict": {"predict", "data", "out", "device"}}
+    for mode, reads in modes.items():
+        unread = sorted(args.typed - reads)
+        if getattr(args, mode) and unread:
+            raise ValueError(f"--{mode} takes the recipe from the checkpoint and does not read --{unread[0].replace('_', '-')}: leave it out")
+    if args.predict and not (args.data and args.out):
+        raise ValueError("--predict needs --data (what to apply it to) and --out (the file to write)")
+    if args.split and not args.eval:
+        raise ValueError("--split is read with --eval only")
+    if args.split not in ("", "train", "validation", "test", "all"):
+        raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, this version trains in one process: use --nproc-per-node 1")
+
+
+def resolve_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from error
+    return name
+
+
+def command_line(args, names):
+    """The command that this run resolves to, as it can be typed again."""
+    words = ["train.py", "--task", args.task]
+    for name in names:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value != "":
+            words += [flag, show(value)]
+    return "python " + shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain dictionaries of tensors, numbers and strings, loadable with weights_only=True
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Write to a temporary name beside path and move it there: a reader sees the old file or the new one, never a half."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, content, args):
+    """content plus what is needed to use it without the command line: task, recipe, facts and data."""
+    recipe = {name: getattr(args, name) for name in TASKS[args.task].defaults}
+    header = {"format": 1, "task": args.task, "variant": args.variant, "recipe": recipe, "facts": args.facts, "data": args.data}
+    with atomic_write(path, "wb") as file:
+        torch.save(header | content, file)
+
+
+def load_checkpoint(path, task, needs=("model",)):
+    """A checkpoint of this task, on the CPU; ValueError that says what is wrong with the file otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({str(error).splitlines()[0][:100]})") from error
+    missing = [key for key in ("format", "task", "recipe", "facts", *needs) if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py for this use: it holds no {missing[0]!r}")
+    if content["task"] != task:
+        raise ValueError(f"{path} is a checkpoint of task {content['task']}, not of {task}: give --task {content['task']}")
+    strange = set(content["recipe"]) ^ set(TASKS[task].defaults)
+    if strange:
+        raise ValueError(f"{path} was written by another version of this script: it differs in the flags {', '.join(sorted(strange))}")
+    return content
+
+
+def adopt_recipe(args, content):
+    """Take the settings of a checkpoint; a typed flag that contradicts them is an error."""
+    stored = content["recipe"] | {"data": content["data"]}
+    for name in sorted(args.typed & set(stored) - ({"data"} if args.eval or args.predict else set())):
+        if getattr(args, name) != stored[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {show(getattr(args, name))} contradicts the run that is resumed "
+                             f"({show(stored[name]) or 'not given'} there): leave it out, or start a new run in another --out")
+    for name, value in stored.items():
+        if name != "data" or "data" not in args.typed:
+            setattr(args, name, value)
+    args.variant, args.facts = content["variant"], content["facts"]
+
+
+def open_run_folder(args):
+    """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
+    folder = Path(args.out)
+    present = folder
+    while not present.exists():
+        present = present.parent
+    if not present.is_dir():
+        raise ValueError(f"--out {folder}: {present} is a file, not a folder; choose another --out")
+    if not os.access(present, os.W_OK):
+        raise ValueError(f"--out {folder}: no permission to write in {present}; choose another --out")
+    exists = (folder / "last.pt").is_file()
+    if args.resume and not exists:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
+            print(f"--resume: no run in {folder} yet, starting afresh under torchrun")
+            return folder, False
+        raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
+    if exists and not (args.resume or args.overwrite):
+        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
+    return folder, args.resume
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class NonFinite(Exception):
+    """The loss or the gradient is no longer a number; the message says where and what to do."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; what is unfinished is replayed by --resume."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM are noted and looked at between steps; a second one ends the process the hard way."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def check(self):
+        if self.number:
+            raise Interrupted(signal.Signals(self.number).name)
+
+
+def tune_allocator():
+    """Keep freed activations in the process instead of returning them to the kernel at every step (glibc only, else no-op).
+
+    The two thresholds below make a CPU step of the default network about twice as fast, with identical weights.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: serve blocks up to 1 GiB from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB of free heap
+
+
+def seed_of(*numbers):
+    """One 63-bit seed from several numbers, so that (seed, epoch) = (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def plan_batches(split, epoch, args):
+    if args.sampler == "stratified":
+        return data.stratified_batches(split.labels, args.batch_size, seed=args.seed, epoch=epoch)
+    return data.shuffled_batches(len(split), args.batch_size, seed=args.seed, epoch=epoch)
+
+
+def make_schedule(optimizer, args, steps_per_epoch):
+    """The schedule of --schedule; epochs become optimizer steps here and nowhere else."""
+    if args.warmup_epochs >= args.epochs:
+        raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below --epochs {args.epochs}: train longer or warm up less")
+    steps = lambda epochs: round(epochs * steps_per_epoch)
+    warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=args.warmup_start_lr)
+    if args.schedule == "cosine":
+        return schedulers.WarmupCosine(optimizer, steps(args.epochs), min_lr=args.min_lr, **warmup)
+    if args.schedule == "restarts":
+        return schedulers.WarmRestarts(optimizer, max(1, steps(args.restart_epochs)), cycle_mult=args.restart_mult,
+                                       min_lr=args.min_lr, **warmup)
+    if args.schedule == "cyclic":
+        return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=optimizer.param_groups[0]["lr"],
+                                 steps_up=args.cyclic_steps_up)
+    return schedulers.Plateau(optimizer, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr, **warmup)
+
+
+def build(args, steps_per_epoch):
+    """Everything a run changes, from the settings and the seed alone."""
+    run = types.SimpleNamespace(step=0, history=[])
+    torch.manual_seed(seed_of(args.seed))
+    run.raw_model = TASKS[args.task].network(args).to(args.device)
+    if args.channels_last:
+        run.raw_model.to(memory_format=torch.channels_last)
+    run.model = torch.compile(run.raw_model) if args.compile else run.raw_model
+    rows = args.batch_size * args.accumulate
+    lr = args.lr * rows / args.base_batch if args.base_batch else args.lr
+    run.optimizer = torch.optim.AdamW(run.raw_model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
+    run.schedule = make_schedule(run.optimizer, args, steps_per_epoch)
+    run.scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    run.ema = ema.EMA(run.raw_model, args.ema_decay) if args.ema_decay else None
+    return run
+
+
+STATEFUL = ("optimizer", "schedule", "scaler", "ema")
+
+
+def save_run(path, run, args):
+    states = {name: getattr(run, name).state_dict() for name in STATEFUL if getattr(run, name) is not None}
+    save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history} | states, args)
+
+
+def load_run(run, content):
+    run.raw_model.load_state_dict(content["model"])
+    for name in STATEFUL:
+        if getattr(run, name) is not None:
+            getattr(run, name).load_state_dict(content[name])
+    run.step, run.history = content["step"], content["history"]
+
+
+def autocast(args):
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(args.device).type, dtype=dtype, enabled=args.amp != "off")
+
+
+def train_epoch(run, split, epoch, args, stop):
+    """One pass over the training split; returns the row of the log so far. Raises NonFinite or Interrupted."""
+    task, parameters = TASKS[args.task], [p for p in run.raw_model.parameters() if p.requires_grad]
+    torch.manual_seed(seed_of(args.seed, epoch))
+    generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1))
+    batches = plan_batches(split, epoch, args)
+    windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
+    sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
+    row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
+    run.model.train()
+    for i, window in enumerate(windows):
+        stop.check()
+        lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
+        for rows in window:
+            batch = split.batch(rows, generator)
+            with autocast(args):
+                loss, parts = task.loss(run.model, batch, run.step, args)
+            if not torch.isfinite(loss):
+                raise NonFinite(f"the loss became {loss.item()} in epoch {epoch}, step {run.step}, at lr {lr:.3g} (gradient norm of "
+                                f"the step before: {norms[-1] if norms else math.nan:.3g})")
+            run.scaler.scale(loss * (len(rows) / rows_in_window)).backward()  # a short window divides by its own size
+            for name, value in ({"train_loss": loss.detach()} | parts).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
+            seen += len(rows)
+        run.scaler.unscale_(run.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
+        if math.isfinite(norm):
+            run.scaler.step(run.optimizer)
+            run.schedule.step()
+            run.step += 1
+            if run.ema is not None:
+                run.ema.update(run.raw_model)
+            norms.append(norm)
+        elif args.amp == "fp16" and run.scaler.get_scale() > 1:  # overflow of scaled gradients: skip the step, lower the scale
+            skipped += 1
+        else:
+            raise NonFinite(f"the gradient norm became {norm} in epoch {epoch}, step {run.step}, at lr {lr:.3g} "
+                            f"(loss {loss.item():.4g})")
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        if sys.stdout.isatty():
+            print(f"\repoch {epoch} | step {i + 1}/{len(windows)} | loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
+    seconds = time.perf_counter() - start
+    row |= {"step": run.step, "lr_end": lr} | {name: value / seen for name, value in sums.items()}
+    return row | {"grad_norm": float(np.mean(norms)) if norms else math.nan, "skipped_steps": skipped,
+                  "seconds": round(seconds, 3), "images_per_s": round(seen / seconds, 1)}
+
+
+def evaluate(model, split, args):
+    """The task's scores over a whole split, in eval mode, float32 and without gradients."""
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        scores = TASKS[args.task].evaluate(model, split, args)
+    model.train(training)
+    return scores
+
+
+def score_epoch(run, row, split, args):
+    """Add the validation scores of raw and EMA weights to the row, and which of the two counts under --monitor."""
+    if split is None:
+        return row | {"score": row.get("train_loss"), "weights": "raw"}
+    row["raw"] = evaluate(run.raw_model, split, args)
+    row |= {"score": row["raw"][args.monitor], "weights": "raw"}
+    if run.ema is not None:
+        row["ema"] = evaluate(run.ema.module, split, args)
+        if not better(row["score"], row["ema"][args.monitor], args):  # a tie goes to the average
+            row |= {"score": row["ema"][args.monitor], "weights": "ema"}
+    return row
+
+
+def better(score, best, args):
+    """Whether a monitored score beats another: lower for a loss, higher for the rest. NaN beats nothing."""
+    return score < best if args.monitor == "loss" else score > best
+
+
+def best_row(history, args):
+    """The first row with the best score, the untrained network of epoch 0 left out; None before the first epoch."""
+    best = None
+    for row in history[1:]:
+        if not math.isnan(row["score"]) and (best is None or better(row["score"], best["score"], args)):
+            best = row
+    return best
+
+
+def fit(run, sets, args, folder, floor, stop):
+    """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, last.pt, log."""
+    if not run.history:
+        run.history.append(score_epoch(run, {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}, sets.validation, args))
+        finish_epoch(run, args, folder, floor)
+    while run.history[-1]["epoch"] < args.epochs:
+        best = best_row(run.history, args)
+        if args.patience and best and run.history[-1]["epoch"] - best["epoch"] >= args.patience:
+            print(f"stopped early: no new best {args.monitor} for {args.patience} epochs")
+            break
+        row = score_epoch(run, train_epoch(run, sets.train, run.history[-1]["epoch"] + 1, args, stop), sets.validation, args)
+        if args.schedule == "plateau":
+            run.schedule.step(row["raw"]["loss"] if sets.validation else row["train_loss"])
+            row["lr_next"] = run.schedule.get_last_lr()[0]
+        run.history.append(row)
+        if best_row(run.history, args) is row:
+            weights = run.ema.module if row["weights"] == "ema" else run.raw_model
+            content = {"model": weights.state_dict(), "epoch": row["epoch"], "weights": row["weights"], "score": row["score"]}
+            save_checkpoint(folder / "best.pt", content, args)
+        finish_epoch(run, args, folder, floor)
+
+
+def finish_epoch(run, args, folder, floor):
+    """Write last.pt and the log, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
+    save_run(folder / "last.pt", run, args)
+    with atomic_write(folder / "log.jsonl") as file:
+        file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
+    print(("\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
+    row = run.history[-1]
+    if row.get("lr_next", row.get("lr_end")) != row.get("lr_end"):
+        print(f"plateau: lr {row['lr_end']:.3g} -> {row['lr_next']:.3g} after epoch {row['epoch']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def epoch_line(history, args, floor):
+    """One line per epoch; `*` marks a new best of --monitor, `floor` is the best constant answer on the same rows."""
+    row, name = history[-1], TASKS[args.task].defaults["monitor"].choices[0]
+    parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
+    if row["epoch"]:
+        parts += [f"lr {row['lr_end']:.2e}", f"train {row['train_loss']:.4f}"]
+    if "raw" in row:
+        parts += [f"val {row['raw']['loss']:.4f}", f"{name} {row['raw'][name]:.4f}"]
+        parts += [f"ema {row['ema'][name]:.4f}"] if "ema" in row else []
+        parts += [f"floor {floor[name]:.4f}"]
+    if row["epoch"]:
+        parts += [f"grad {row['grad_norm']:6.2f}", f"{row['images_per_s']:5.0f} img/s"]
+        parts += [f"skipped {row['skipped_steps']}"] if row["skipped_steps"] else []
+    return " | ".join(parts) + (" *" if best_row(history, args) is row else "" if row["epoch"] else " | untrained")
+
+
+def best_constant(rows):
+    """The best that the rows of a task's floor reach, score by score (the lowest loss); the ceiling is not among them."""
+    best = {}
+    for name, scores in rows.items():
+        for key, value in scores.items() if name != "ceiling" else ():
+            best[key] = (min if key == "loss" else max)(value, best.get(key, value))
+    return best
+
+
+def without_nan(value):
+    """NaN -> None, all the way down: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def score_table(rows):
+    """{name: {score: value}} as aligned text; a score that a row does not have is left blank."""
+    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{key:>11}" for key in columns)]
+    for name, scores in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{scores[key]:11.4f}" if key in scores else " " * 11 for key in columns))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def print_scores(title, split, scores, args):
+    """A split's scores between what learns nothing and what cannot be exceeded, on the same rows."""
+    floor = TASKS[args.task].floor(split, args)
+    print(f"\n{title}, {len(split):,} rows")
+    print(score_table({"model": scores} | floor))
+    return {"rows": len(split), "model": scores} | floor
+
+
+def print_lr_curve(rates, smoothed, suggestion, width=50):
+    """The range test as text: one line per rate, the bar is the smoothed loss."""
+    low, high = min(smoothed), max(smoothed)
+    nearest = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / suggestion)))
+    for i in sorted({*range(0, len(rates), max(1, len(rates) // 30)), nearest, len(rates) - 1}):
+        bar = "#" * round(width * (smoothed[i] - low) / max(high - low, 1e-12))
+        print(f"lr {rates[i]:.2e} | loss {smoothed[i]:.4f} | {bar}{'  <- suggested' if i == nearest else ''}")
+    print(f"suggested: --lr {suggestion:.2g} (steepest descent of the smoothed loss; everything is restored)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kinds of call: train (or --find-lr), --eval, --predict
+
+
+def load_sets(args, stored=None):
+    """Read and split the data, print what was found; `stored` are the facts of the checkpoint that is used, if any."""
+    sets = TASKS[args.task].load(args.data, args)
+    args.facts = stored or sets.facts
+    print("\n".join(sets.notes))
+    return sets
+
+
+def check_batches(run, sets, args):
+    """Refuse, before training, a batch of one row where batch norm needs two."""
+    sizes = {len(rows) for rows in plan_batches(sets.train, 1, args)}
+    if 1 in sizes and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in run.raw_model.modules()):
+        raise ValueError(f"--batch-size {args.batch_size} over {len(sets.train)} training rows leaves a batch of 1 row, which batch "
+                         f"norm cannot use: try --batch-size {max(2, args.batch_size + 1)}")
+
+
+def prepare(args):
+    """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
+    folder, content = None, None
+    if not args.find_lr:
+        args.out = args.out or f"runs/{args.task}"
+        folder, resuming = open_run_folder(args)
+        if resuming:
+            content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
+            adopt_recipe(args, content)
+    args.device = resolve_device(args.device)
+    print(command_line(args, [*TASKS[args.task].defaults, "data", "out", "device"]), flush=True)
+    sets = load_sets(args)
+    if sets.validation is None:
+        args.monitor = "loss"
+        print("no validation split: the training loss picks the epoch" + (" and drives the plateau" if args.schedule == "plateau" else ""))
+    if content and content["facts"] != sets.facts:
+        raise ValueError(f"the data are not those of the run in {folder}: they give {sets.facts}, the run has {content['facts']}; "
+                         "restore them, or start a new run in another --out")
+    steps_per_epoch = -(-len(plan_batches(sets.train, 1, args)) // args.accumulate)
+    run = build(args, steps_per_epoch)
+    check_batches(run, sets, args)
+    if content:
+        load_run(run, content)
+    print(f"{args.task} | " + ", ".join(f"{len(split):,} {name}" for name, split in (
+        ("train", sets.train), ("validation", sets.validation), ("test", sets.test)) if split) +
+        f" | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | {args.device}, amp {args.amp}")
+    return run, sets, folder
+
+
+def report(sets, args, folder, seconds):
+    """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
+    best = load_checkpoint(folder / "best.pt", args.task)
+    model = TASKS[args.task].network(args).to(args.device)
+    model.load_state_dict(best["model"])
+    print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
+    scores = {"epoch": best["epoch"], "weights": best["weights"]}
+    for title, name, split in (("validation, which picked the epoch", "validation", sets.validation),
+                               ("test, scored once", "test", sets.test)):
+        if split is not None:
+            scores[name] = print_scores(title, split, evaluate(model, split, args), args)
+    with atomic_write(folder / "scores.json") as file:
+        json.dump(without_nan(scores), file, indent=1)
+    print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, scores.json")
+
+
+def train(run, sets, folder, args):
+    """Train to the end and report; returns the exit code."""
+    floor, start = {}, time.perf_counter()
+    again = f"python train.py --task {args.task} --out {shlex.quote(str(folder))} --resume"
+    if sets.validation is not None:
+        rows = TASKS[args.task].floor(sets.validation, args)
+        floor = best_constant(rows)
+        print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(rows)}", flush=True)
+    try:
+        with StopSignal() as stop:
+            fit(run, sets, args, folder, floor, stop)
+    except Interrupted as signal_name:
+        print(f"\n{signal_name}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
+        return 128 + signal.Signals[str(signal_name)]
+    except NonFinite as error:
+        print(f"train.py: stopped: {error}; epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}: start again with a "
+              "lower --lr, a longer --warmup-epochs or a smaller --clip", file=sys.stderr)
+        return 1
+    report(sets, args, folder, time.perf_counter() - start)
+    return 0
+
+
+def find_lr(run, sets, args):
+    """Learning-rate range test on the training split; writes nothing."""
+    generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 1))
+    batches = (sets.train.batch(rows, generator) for epoch in itertools.count() for rows in plan_batches(sets.train, epoch, args))
+    loss = lambda model, batch: TASKS[args.task].loss(model, batch, 0, args)[0]
+    run.raw_model.train()
+    print_lr_curve(*schedulers.find_lr(run.raw_model, run.optimizer, loss, batches))
+
+
+def apply_checkpoint(args):
+    """--eval and --predict: rebuild the network from the recipe in the checkpoint, then score a split or write predictions."""
+    path, task = args.eval or args.predict, TASKS[args.task]
+    content = load_checkpoint(path, args.task)
+    adopt_recipe(args, content)
+    args.device = resolve_device(args.device)
+    print(command_line(args, ["eval", "predict", "data", "split", "out", "device"]), flush=True)
+    model = task.network(args).to(args.device)
+    model.load_state_dict(content["model"])
+    if args.predict:
+        model.eval()
+        with torch.inference_mode():
+            count = task.predict(model, args.data, args.out, args)
+        print(f"{count:,} predictions in {args.out}")
+        return
+    sets = load_sets(args, stored=content["facts"])
+    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test, "all": sets.whole}
+    foreign = args.data != content["data"]
+    name = args.split or ("all" if foreign else "test" if sets.test else "validation" if sets.validation else "train")
+    if splits[name] is None:
+        raise ValueError(f"--split {name}: the recipe in {path} has no such split; it has "
+                         f"{', '.join(key for key, split in splits.items() if split)}")
+    print_scores(f"{name}" + (" of data the run did not see" if foreign else ""), splits[name], evaluate(model, splits[name], args), args)
+
+
+def main(argv=None):
+    """Exit code 0: done; 1: training broke off; 2: the call is refused, before any training; 128 + n: ended by signal n."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.simplefilter("once", UserWarning)
+    tune_allocator()
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        if args.eval or args.predict:
+            apply_checkpoint(args)
+            return 0
+        run, sets, folder = prepare(args)
+        if args.find_lr:
+            find_lr(run, sets, args)
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt", "log.jsonl", "scores.json") if not args.resume else ():
+            (folder / name).unlink(missing_ok=True)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    return train(run, sets, folder, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
