@@ -181,6 +181,7 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
     returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None, names: list of n str
     Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape, NaN, or not 0 / 1;
             ImportError with the install command when image files need Pillow and it is missing.
+    Needs:  list_eye_files, read_eyes_npz, read_image, resize_uint8, decode_once
     """
     path = Path(path)
     if not path.exists():
@@ -219,7 +220,7 @@ def decode_once(load, n, size, *, key, cache="", chunk=256):
 
 
 def read_eyes_npz(path, *, need_labels=True):
-    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes."""
+    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes. Needs: check_eye_labels"""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("images", "labels", "groups") if name in archive}
@@ -244,7 +245,10 @@ def read_eyes_npz(path, *, need_labels=True):
 
 
 def list_eye_files(folder, *, need_labels=True):
-    """names (relative paths, sorted or in file order), labels, groups of a folder of images; see read_eyes."""
+    """names (relative paths), labels, groups of a folder of images; see read_eyes.
+
+    Needs: IMAGE_SUFFIXES, EYE_FOLDERS, read_pairs, check_eye_labels
+    """
     annotation = folder / "annotation.csv"
     if annotation.is_file():
         rows = read_pairs(annotation)
@@ -325,6 +329,7 @@ def synthetic_eyes(n=1600, *, size=(32, 64), seed=0, chunk=256):
     An open eye is a pale almond between two lids with an iris in it, often nearly shut; a closed one is a dark arc with
     lashes. Brightness, blur, noise, pose, brows and bars of hair vary alike in both, so no mean or histogram tells them apart.
     Returns like read_eyes: images uint8 (n, 3, h, w), labels (n,), groups (n,), names.
+    Needs:  draw_eyes
     Check:  a constant scores F1 0.69 (always open: 2 * 0.53 / 1.53)
     """
     rng = np.random.default_rng(seed)
@@ -380,7 +385,7 @@ class EyeSplit:
 
     images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; names list; rows (m,) of this split
     augment  {} or shares and strengths: flip, photometric, clahe, crop, mixup, cutmix; 0 is off
-    Needs:   horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix (those that are switched on)
+    Needs:   horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix
     """
 
     def __init__(self, images, labels, names, rows, *, device="cpu", augment=None):
@@ -420,60 +425,62 @@ class EyeSplit:
 
 
 def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
-    """Mirror each image left to right with probability p; its mask is mirrored with it and left/right labels change places.
+    """Mirror each image left to right with probability p; its mask is mirrored too and left/right labels change places.
 
-    A mirrored left eye is a right eye: without the swap every paired class of a flipped image is labelled wrong.
+    A mirrored left eye is a right eye: without the swap, every paired class of a flipped image is labelled wrong.
 
     images  (B, ..., W) any dtype
-    masks   (B, H, W) integer labels or None; every value that is in no pair, such as the ignore value 255, is kept
-    pairs   ((l, r), ...) labels in [0, 255] that change places in a flipped mask
+    masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as the ignore value 255, is kept
+    pairs   ((left, right), ...) labels that change places in a flipped mask
     returns images, or (images, masks) if masks were given
-    Errors: ValueError for p outside [0, 1], a label outside [0, 255] or in two pairs.
+    Errors: ValueError for p outside [0, 1], a paired label outside [0, 255] or in two pairs.
     Check:  p=1 twice is the identity, for images and masks
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p {p} must be in [0, 1]: it is the probability that an image is flipped")
     labels = [label for pair in pairs for label in pair]
     if len(set(labels)) < len(labels) or not all(0 <= label <= 255 for label in labels):
-        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], each of them once")
+        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], none of them twice")
     rows = (torch.rand(len(images), generator=generator) < p).nonzero()[:, 0].to(images.device)
     flipped = images.clone().index_copy_(0, rows, images.index_select(0, rows).flip(-1))
     if masks is None:
         return flipped
-    # Entry v holds what label v becomes. The second half is read by negative labels (-1 is the last entry), kept as well.
-    table = torch.cat([torch.arange(256), torch.arange(-256, 0)])
-    for left, right in pairs:
-        table[left], table[right] = right, left
-    mirrored = table.to(masks)[masks.index_select(0, rows).flip(-1).long()]
+    mirrored = masks.index_select(0, rows).flip(-1)
+    if pairs:
+        becomes = torch.arange(256)
+        for left, right in pairs:
+            becomes[left], becomes[right] = right, left
+        mirrored = becomes.to(masks).index_select(0, mirrored.flatten().long()).view_as(mirrored)
     return flipped, masks.clone().index_copy_(0, rows, mirrored)
 
 
 def photometric_distort(images, *, p=0.5, generator):
-    """Change brightness, contrast, saturation, hue and channel order of each image, each with its own draw of p.
+    """Change brightness, contrast, saturation, hue and channel order of each image, each of the five by its own draw.
 
-    One draw for all five would leave a share 1 - p of the images untouched; five leave (1 - p)^5, 3 % at p = 0.5.
+    One draw for all five would leave a share 1 - p of the images untouched; five leave (1 - p)^5, which is 3 % at 0.5.
 
     images  (B, 3, H, W) uint8 RGB
-    returns the same shape, uint8; p=0 returns equal values
+    returns the same shape, uint8
     Needs:  photometric_draw, photometric_apply, turn_hue
     Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first, normalise afterwards.
     Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's v2.RandomPhotometricDistort
+    Check:  p=0 returns equal values
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"photometric_distort needs uint8 RGB (B, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
-                         "distort before you normalise, its limits are 0 and 255")
+        raise ValueError(f"photometric_distort needs uint8 RGB (B, 3, H, W), got {images.dtype} "
+                         f"{tuple(images.shape)}: distort before you normalise, the limits are 0 and 255")
     settings = photometric_draw(len(images), p=p, generator=generator)
-    # 64 images stay in a CPU's cache from the first operation to the last.
-    step = 64 if images.device.type == "cpu" else max(len(images), 1)
-    return torch.cat([photometric_apply(images[i : i + step], **{name: value[i : i + step] for name, value in settings.items()})
-                      for i in range(0, max(len(images), 1), step)])
+    step = 64 if images.device.type == "cpu" else max(len(images), 1)  # 64 small images stay in a CPU's cache
+    chunks = [slice(i, i + step) for i in range(0, max(len(images), 1), step)]
+    return torch.cat([photometric_apply(images[chunk], **{name: value[chunk] for name, value in settings.items()})
+                      for chunk in chunks])
 
 
 def photometric_draw(n, *, p, generator):
-    """The settings of n images as CPU tensors, keyed as photometric_apply takes them; what is not drawn is neutral.
+    """Settings of n images, CPU tensors under the names photometric_apply gives them; what is not drawn is neutral.
 
-    brightness U(0.875, 1.125), contrast U(0.5, 1.5), saturation U(0.5, 1.5), hue U(-0.05, 0.05) of a full turn, a random
-    order of the channels: each with probability p. A fair coin puts contrast before saturation or after hue.
+    Each with probability p: brightness U(0.875, 1.125), contrast, saturation U(0.5, 1.5), hue U(-0.05, 0.05) of a full
+    turn, a random order of the channels. A fair coin per image puts contrast before saturation or after hue.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five changes")
@@ -482,7 +489,8 @@ def photometric_draw(n, *, p, generator):
         value = torch.empty(n).uniform_(low, high, generator=generator)
         return torch.where(torch.rand(n, generator=generator) < p, value, neutral)
 
-    brightness, contrast, saturation, hue = draw(0.875, 1.125, 1.0), draw(0.5, 1.5, 1.0), draw(0.5, 1.5, 1.0), draw(-0.05, 0.05, 0.0)
+    brightness, contrast = draw(0.875, 1.125, 1.0), draw(0.5, 1.5, 1.0)
+    saturation, hue = draw(0.5, 1.5, 1.0), draw(-0.05, 0.05, 0.0)
     before = torch.rand(n, generator=generator) < 0.5
     order = torch.rand(n, 3, generator=generator).argsort(1)
     order = torch.where(torch.rand(n, 1, generator=generator) < p, order, torch.arange(3))
@@ -491,94 +499,90 @@ def photometric_draw(n, *, p, generator):
 
 
 def photometric_apply(images, *, brightness, contrast_before, saturation, hue, contrast_after, order):
-    """Distort uint8 RGB images by given settings, in this order: float32 between the steps, rounded once at the end.
+    """Distort uint8 RGB images by given settings: float32, every step clamped to [0, 255], rounded once at the end.
 
-        brightness  x f                                         grey = 0.2989 R + 0.587 G + 0.114 B
-        contrast    x f + (1 - f) mean(grey)                    every step is clamped to [0, 255]
-        saturation  x f + (1 - f) grey
-        hue         turned by this part of a full turn, see turn_hue
-        order       channel c of the result is channel order[c]
+        brightness  f x                                 grey = 0.2989 R + 0.587 G + 0.114 B
+        contrast    f x + (1 - f) mean(grey)            before saturation, or after hue
+        saturation  f x + (1 - f) grey
+        hue         turned by this part of a full turn
+        order       channel c becomes what was channel order[c]
 
-    torchvision truncates after every step on uint8, which darkens by half a grey level each time.
-
-    Every image takes every step, the neutral ones (1, 1, 1, 0, 1, 012) too: picking out the images that drew a step
-    costs as much as it saves.
+    (torchvision truncates uint8 after every step, which darkens by half a grey level each time.)
+    Every image takes every step, neutral ones too (f = 1): to pick out those that drew it costs as much as it saves.
 
     images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, on any device
     Needs:  turn_hue
     """
     device = images.device
     brightness, contrast_before, saturation, hue, contrast_after = (
-        factor.to(device)[:, None, None, None] for factor in (brightness, contrast_before, saturation, hue, contrast_after))
+        setting.to(device)[:, None, None, None]
+        for setting in (brightness, contrast_before, saturation, hue, contrast_after))
     weights = torch.tensor([0.2989, 0.587, 0.114], device=device)[:, None, None]
 
-    def grey(x):
-        return (x * weights).sum(1, keepdim=True)
-
-    def contrast(x, factor):  # the mean of the grey image is the grey of the channel means
-        return torch.lerp(grey(x.mean((2, 3), keepdim=True)), x, factor).clamp_(0, 255)
+    def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number per image
+        grey = (other * weights).sum(1, keepdim=True)
+        return x.mul_(factor).add_((1 - factor) * grey).clamp_(0, 255)
 
     x = images.float().mul_(brightness).clamp_(max=255)
-    x = contrast(x, contrast_before)
-    x = torch.lerp(grey(x), x, saturation).clamp_(0, 255)
+    x = blend(x, contrast_before, x.mean((2, 3), keepdim=True))  # the grey of the means is the mean of the grey
+    x = blend(x, saturation, x)
     x = turn_hue(x, hue)
-    x = contrast(x, contrast_after)
+    x = blend(x, contrast_after, x.mean((2, 3), keepdim=True))
     x = x.round_().to(torch.int32).to(torch.uint8)  # float to uint8 in one go is three times slower on CPU
     planes = order.to(device) + 3 * torch.arange(len(x), device=device)[:, None]
     return x.flatten(0, 1).index_select(0, planes.flatten()).view_as(x)
 
 
 def turn_hue(images, turn):
-    """Turn the hue by this part of a full circle, keeping the value (max) and the chroma (max - min) of every pixel.
+    """Turn the hue by a part of the full circle and keep value (max) and chroma (max - min): RGB to HSV and back.
 
-    In sixths of a circle, with red 0, green 2, blue -2, without a branch:
+    In sixths of the circle, with red at 0, green at 2, blue at -2, and without a branch:
 
-        hue = copysign(1 + (G + B - R - min) / chroma, G - B)   in [-3, 3]
-        channel = min + chroma * clamp(abs(abs(hue + 6 turn - centre) - 3) - 1, 0, 1)     centre = 0, 2, -2 for R, G, B
+        hue = copysign(1 + (G + B - R - min) / chroma, G - B)
+        channel = min + chroma * clamp(abs(abs(hue + 6 turn - centre) - 3) - 1, 0, 1)    centre 0, 2, -2 for R, G, B
 
-    The second line is the trapezoid that each channel follows round the circle: 1 up to a sixth from its centre, 0 from
-    two sixths on. It equals RGB -> HSV -> RGB; a grey pixel stays as it is.
+    The last line is the trapezoid that a channel follows: 1 up to one sixth from its centre, 0 from two sixths on.
 
-    images  (B, 3, ...) float RGB of any scale;  turn: broadcasts to (B, 1, ...), |turn| <= 1/3
-    Check:  red turned by 1/3 is green
+    images  (B, 3, ...) float RGB of any scale
+    turn    broadcasts to (B, 1, ...), |turn| <= 1/3
+    Check:  red turned by 1/3 is green; grey stays grey
     """
     red, green, blue = images.split(1, dim=1)
     low = images.amin(1, keepdim=True)
     chroma = images.amax(1, keepdim=True).sub_(low)
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-6)).add_(1)
     hue = torch.copysign(hue, green - blue).add_(6 * turn)
-    out = torch.cat([hue, hue - 2, hue + 2], dim=1)
-    return out.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
+    distance = torch.cat([hue, hue - 2, hue + 2], dim=1).abs_()
+    return distance.sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
-    """Contrast-limited adaptive histogram equalisation: each tile of a grid equalised, blended bilinearly between tiles.
+    """Contrast-limited adaptive histogram equalisation: each tile by itself, bilinear between.
 
-    A tile's histogram is cut at clip_limit times its mean count, which limits how far contrast is raised; the excess is
-    spread over all bins. Grey images come out bit-equal to OpenCV's createCLAHE(clip_limit, (columns, rows)).apply.
-    Colour images are equalised in the L of 8-bit Lab as in OpenCV: L is bit-equal for all 2^24 colours, the way back differs
-    by at most 1 grey level in all but one in 100,000 values, see lab_to_rgb.
+    A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in contrast; the rest is
+    spread over all bins. Grey images are bit-equal to OpenCV's createCLAHE(clip_limit, (columns, rows)).apply(image).
+    Colour images are equalised in the L of 8-bit Lab: bit-equal up to there, and after the way back to RGB 1 grey level
+    off OpenCV in 3 % of the values, 2 or 3 in 0.001 % (see lab_to_rgb).
 
     images      uint8, grey (H, W) or (B, H, W), or RGB (B, 3, H, W)
-    clip_limit  0 = no limit (plain adaptive equalisation)
-    grid        tiles as (rows, columns); OpenCV's tileGridSize is (columns, rows)
+    clip_limit  0 = no limit
+    grid        tiles as (rows, columns), where OpenCV's tileGridSize is (columns, rows)
     returns the same shape, uint8
-    Needs:  clahe_tables, rgb_to_lab, lab_to_rgb
-    Errors: ValueError for anything but uint8 of these shapes, a negative or non-finite clip_limit, a grid side below 1.
-    Source: Zuiderveld 1994 (Graphics Gems IV); OpenCV modules/imgproc/src/clahe.cpp
+    Needs:  clahe_axis, clahe_tables, rgb_to_lab, lab_to_rgb
+    Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite, an empty grid.
+    Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
     """
     if images.dtype != torch.uint8 or images.ndim not in (2, 3, 4) or images.ndim == 4 and images.shape[1] != 3:
-        raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
-                         "equalise before you normalise")
+        raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} "
+                         f"{tuple(images.shape)}: equalise before you normalise")
     if not 0 <= clip_limit < float("inf") or min(grid) < 1:
-        raise ValueError(f"clip_limit {clip_limit} must be at least 0 and finite (0 = no limit), grid {grid} at least (1, 1)")
+        raise ValueError(f"clip_limit {clip_limit} must be at least 0 (none) and finite, grid {grid} at least (1, 1)")
     if images.ndim == 4:
         lab = rgb_to_lab(images)
         lab[:, 0] = clahe(lab[:, 0], clip_limit=clip_limit, grid=grid)
         return lab_to_rgb(lab)
     (rows, columns), (height, width), device = grid, images.shape[-2:], images.device
     levels = images.reshape(-1, height, width).long()
-    # OpenCV pads both sides as soon as one does not divide; the other then grows by one pixel per tile.
     uneven = height % rows > 0 or width % columns > 0
     y, top, bottom, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
     x, left, right, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
@@ -586,7 +590,7 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
     image = torch.arange(len(levels), device=device)[:, None, None]
 
-    def look_up(row, column):  # every pixel's new level according to the tile at (row, column)
+    def look_up(row, column):  # the new level of every pixel in the table of tile (row, column)
         return tables[((image * rows + row[:, None]) * columns + column) * 256 + levels]
 
     upper = look_up(top, left) * (1 - across) + look_up(top, right) * across
@@ -596,30 +600,32 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
 
 
 def clahe_axis(size, tiles, uneven):
-    """One side of an image for clahe: the pixel behind each padded one, and each pixel's two nearest tiles with a weight.
+    """One side of an image for clahe: where its padded pixels come from, and between which two tiles each pixel lies.
+
+    If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one pixel per tile.
 
     returns source (padded size,), first and second tile (size,), weight of the second (size,) float32
-    Check:  the source of a side of 4 padded to 6 is 0 1 2 3 2 1 (the edge is not repeated: reflect-101)
+    Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge (reflect-101)
     """
     padded = size + (tiles - size % tiles if uneven else 0)
     period = 2 * (size - 1)
     source = torch.arange(padded) % max(period, 1)
     position = torch.arange(size, dtype=torch.float32) * (1 / (padded // tiles)) - 0.5
     first = position.floor()
-    return torch.minimum(source, period - source), first.long().clamp(min=0), (first.long() + 1).clamp(max=tiles - 1), position - first
+    weight, first = position - first, first.long()
+    return torch.minimum(source, period - source), first.clamp(min=0), (first + 1).clamp(max=tiles - 1), weight
 
 
 def clahe_tables(tiles, clip_limit):
-    """The new level (n, 256) float32 of each grey level in each of n tiles (n, pixels) of integers, as OpenCV counts it."""
+    """The new level (n, 256) float32 of each old one: clipped cumulative histograms of n tiles (n, pixels) int64."""
     n, area = tiles.shape
     bins = torch.arange(256, device=tiles.device)
-    offset = 256 * torch.arange(n, device=tiles.device)[:, None]
-    histogram = torch.bincount((offset + tiles).flatten(), minlength=256 * n).view(n, 256)
+    tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
+    histogram = torch.bincount(tiles.flatten(), minlength=256 * n).view(n, 256)
     if clip_limit > 0:
         limit = max(int(clip_limit * area / 256), 1)
         excess = (histogram - limit).clamp(min=0).sum(1, keepdim=True)
-        # What the even share leaves over goes one by one to every step-th bin.
-        rest = excess % 256
+        rest = excess % 256  # what an even share leaves over: one each to every step-th bin
         step = (256 // rest.clamp(min=1)).clamp(min=1)
         histogram = histogram.clamp(max=limit) + excess // 256 + ((bins % step == 0) & (bins // step < rest))
     return (histogram.cumsum(1).float() * (255 / area)).round()
@@ -628,131 +634,135 @@ def clahe_tables(tiles, clip_limit):
 def rgb_to_lab(images):
     """sRGB to 8-bit CIE Lab (D65), both uint8 (B, 3, H, W), in the fixed-point arithmetic of OpenCV's COLOR_RGB2LAB.
 
-        L = 116 f(Y) - 16 scaled by 2.55,  a = 500 (f(X) - f(Y)) + 128,  b = 200 (f(Y) - f(Z)) + 128
+        L = 2.55 (116 f(Y) - 16)    a = 500 (f(X) - f(Y)) + 128    b = 200 (f(Y) - f(Z)) + 128    f: cube root
 
-    Linear light has 11 bits, the matrix 12, f (the cube root, a line near black) 15. Over all 2^24 colours L equals OpenCV's;
-    a and b differ from it by 1 in 1,675 colours. A level of L matters: clahe multiplies it.
+    Linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24 colours come out as OpenCV's. The
+    formulas in float miss L by 1 here and there, of which an equalised histogram makes tens of grey levels.
 
     Check:  (255, 0, 0) becomes (136, 208, 195)
     """
     level = torch.arange(256, dtype=torch.float64) / 255
-    linear = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
-    ratio = torch.arange(3072, dtype=torch.float64) / 2040
-    root = torch.where(ratio < 0.008856, 7.787 * ratio + 16 / 116, ratio ** (1 / 3))
-    linear = (linear * 2040).round().long().to(images.device)
-    root = (root * 2**15).round().long().to(images.device)
-    red, green, blue = linear[images.long()].unbind(1)
-    x = root[(1777 * red + 1541 * green + 778 * blue + 2**11) >> 12]  # the rows of sRGB to XYZ / white, times 2^12
+    light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    light = (light * 2040).round().long().to(images.device)
+    share = torch.arange(3072, dtype=torch.float64) / 2040
+    root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
+    root = (root.float() * 2**15).round().long().to(images.device)
+    red, green, blue = light[images.long()].unbind(1)
+    x = root[(1777 * red + 1541 * green + 778 * blue + 2**11) >> 12]  # sRGB to XYZ, white at 2^12
     y = root[(871 * red + 2929 * green + 296 * blue + 2**11) >> 12]
     z = root[(73 * red + 448 * green + 3575 * blue + 2**11) >> 12]
-    lab = torch.stack([296 * y - 1336935, 500 * (x - y) + 2**22, 200 * (y - z) + 2**22], dim=1)  # 1336935 = 16 * 2.55 * 2^15
-    return ((lab + 2**14) >> 15).to(torch.uint8)
+    lab = torch.stack([296 * y - 1336935, 500 * (x - y) + 2**22, 200 * (y - z) + 2**22], dim=1)
+    return ((lab + 2**14) >> 15).to(torch.uint8)  # 296 = 1.16 * 255, 1336935 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
 
 
 def lab_to_rgb(lab):
-    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): the formulas in float32, light outside [0, 1] clipped, rounded.
+    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): formulas in float32, clipped to the sRGB gamut, rounded.
 
-    Over all 2^24 Lab values 97.2 % of the results equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1, 1 in 100,000 by 2 or 3.
+    Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1, 0.001 % by 2 or 3.
 
-    Check:  (136, 208, 195) becomes (254, 0, 0): 8 bits of Lab do not hold every colour
+    Check:  (136, 208, 195) becomes (255, 2, 1)
     """
     lightness, a, b = lab.float().unbind(1)
     y = (lightness / 2.55 + 16) / 116
     f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200], dim=-1)
     xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
-    to_xyz = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169],
+                           [0.019334, 0.119193, 0.950227]])
     to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True)).to(lab.device)
-    linear = (xyz @ to_rgb.T).clamp(0, 1)
-    srgb = torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return (255 * srgb).round().to(torch.uint8).movedim(-1, 1).contiguous()
+    light = (xyz @ to_rgb.T).clamp(0, 1)
+    rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return (255 * rgb).round().to(torch.uint8).movedim(-1, 1).contiguous()
 
 
 def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
-    """Shift each image by up to `padding` pixels in both directions, each shift alike likely: pad, then crop to the old size.
+    """Move each image by up to `padding` pixels down or up and right or left: pad, then crop to the old size.
 
-    What comes in at the edge is the mirrored image (reflect-101, the edge not repeated), not the black of the CIFAR recipe:
-    a black bar is an edge that no photograph has. A mask gets `fill_mask` there, so that mirrored pixels are never graded.
+    What comes in at the edge is the image mirrored (reflect-101), not the zeros of the CIFAR recipe: a black bar is an
+    edge that no photograph has. A mask gets `fill_mask` there: mirrored pixels are not graded.
 
     images  (B, C, H, W) any dtype
-    masks   (B, H, W) or None, moved by whole pixels with its image: labels stay labels
-    returns images, or (images, masks) if masks were given; padding=0 returns equal values
-    Errors: ValueError for a padding below 0 or not below the shorter side (there is nothing to mirror).
+    masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
+    returns images, or (images, masks) if masks were given
+    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to mirror.
+    Check:  padding=0 is the identity
     """
     n, channels, height, width = images.shape
     if not 0 <= padding < min(height, width):
-        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side {min(height, width)}")
-    down, right = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
-    y, x = torch.arange(height) + down, torch.arange(width) + right
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    y, x = height - 1 - (height - 1 - y.abs()).abs(), width - 1 - (width - 1 - x.abs()).abs()
-    source = (y[:, :, None] * width + x[:, None, :]).flatten(1).to(images.device)
+        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side, {min(height, width)}")
+    down, right = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator).to(images.device)
+    y = torch.arange(height, device=images.device) - down
+    x = torch.arange(width, device=images.device) - right
+    mirror = lambda index, size: size - 1 - (size - 1 - index.abs()).abs()
+    source = (mirror(y, height)[:, :, None] * width + mirror(x, width)[:, None, :]).flatten(1)
     cropped = images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
     if masks is None:
         return cropped
-    moved = masks.flatten(1).gather(1, source).view_as(masks)
-    return cropped, moved.masked_fill(~inside.to(masks.device), fill_mask)
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    return cropped, masks.flatten(1).gather(1, source).view_as(masks).masked_fill(~inside, fill_mask)
 
 
 def mixup(inputs, targets, *, alpha, generator):
-    """Blend each sample with another one, and its target with the same weight, which is one Beta(alpha, alpha) per batch.
+    """Blend each sample with another one and its target with the same weight; one weight per batch, Beta(alpha, alpha).
 
-        x = lam x_i + (1 - lam) x_j        t = lam t_i + (1 - lam) t_j        j = a permutation of the batch
+        x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j        j: a permutation of the batch
 
-    The target is mixed for every lam: keeping the first label would call a picture that is 90 % of class j an i.
+    The target is mixed for every lam: to keep the first label would call an i what is nine tenths j.
 
     inputs  (B, ...) float
-    targets (B,), (B, C) or (B, C, H, W) float: probabilities or values, not class indices
-    returns mixed inputs and mixed targets; the arguments themselves for alpha = 0 (off)
+    targets (B,), (B, C) or (B, C, H, W) float: probabilities or values, no class indices
+    returns mixed inputs, mixed targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, integer inputs or targets.
     Source: Zhang et al. 2018, arXiv:1710.09412
     """
     if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha {alpha} must be at least 0 and finite, 0 = off")
+        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
     if not (inputs.is_floating_point() and targets.is_floating_point()):
-        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and {targets.dtype}: "
+        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and {targets.dtype}: pass "
                          "inputs.float(), and for class indices F.one_hot(targets).float()")
     if alpha == 0:
         return inputs, targets
-    seed = int(torch.randint(2**62, (), generator=generator))  # torch's Beta takes no generator
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
     lam = np.random.default_rng(seed).beta(alpha, alpha)
     other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     return lam * inputs + (1 - lam) * inputs[other], lam * targets + (1 - lam) * targets[other]
 
 
 def cutmix(inputs, targets, *, alpha, generator):
-    """Paste a box of another sample into each one; the target is mixed by the share of pixels that each one really has.
+    """Paste a box of another sample into each one and mix the targets by the share of pixels that each really has.
 
-    The box has the shape of the image and 1 - Beta(alpha, alpha) of its area, its centre is uniform, and what hangs over
-    the edge is cut off; one box per batch. lam is counted after that cut, in whole pixels:
+    One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, its centre anywhere, cut off where it
+    hangs over the edge. lam is counted after that, in whole pixels:
 
-        lam = 1 - box_height box_width / (H W)        t = lam t_i + (1 - lam) t_j        j = a permutation of the batch
+        lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j        j: a permutation of the batch
 
     inputs  (B, C, H, W) any dtype
-    targets (B,) or (B, C) float, mixed by lam; or (B, H, W) or (B, C, H, W) of any dtype: masks, which get the box itself
-    returns inputs and targets; the arguments themselves for alpha = 0 (off)
+    targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the box is pasted as well
+    returns inputs, targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
     Source: Yun et al. 2019, arXiv:1905.04899
     """
     if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha {alpha} must be at least 0 and finite, 0 = off")
+        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
     height, width = inputs.shape[-2:]
     is_mask = targets.ndim > 2
-    if is_mask and targets.shape[-2:] != inputs.shape[-2:] or not is_mask and not targets.is_floating_point():
-        raise ValueError(f"cutmix needs float targets (B,) or (B, C), or masks of {height}x{width}, got {targets.dtype} "
-                         f"{tuple(targets.shape)}: for class indices F.one_hot(targets).float()")
+    if targets.shape[-2:] != (height, width) if is_mask else not targets.is_floating_point():
+        raise ValueError(f"cutmix needs float targets (B,) or (B, C), or masks of {height}x{width}, got "
+                         f"{targets.dtype} {tuple(targets.shape)}: for class indices pass F.one_hot(targets).float()")
     if alpha == 0:
         return inputs, targets
-    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))  # torch's Beta takes no generator
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
+    rng = np.random.default_rng(seed)
     side = (1 - rng.beta(alpha, alpha)) ** 0.5
     box_height, box_width = round(side * height), round(side * width)
-    top, left = rng.integers(height) - box_height // 2, rng.integers(width) - box_width // 2
-    box = (..., slice(max(top, 0), max(top + box_height, 0)), slice(max(left, 0), max(left + box_width, 0)))
+    y, x = int(rng.integers(height)) - box_height // 2, int(rng.integers(width)) - box_width // 2
+    top, bottom, left, right = max(y, 0), min(y + box_height, height), max(x, 0), min(x + box_width, width)
+    box = (..., slice(top, bottom), slice(left, right))
     other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     mixed = inputs.clone()
-    mixed[box] = inputs[other][box]
+    mixed[box] = inputs[box][other]
     if is_mask:
-        mixed_targets = targets.clone()
-        mixed_targets[box] = targets[other][box]
-        return mixed, mixed_targets
-    lam = 1 - mixed[0, 0][box].numel() / (height * width)
+        targets = targets.clone()
+        targets[box] = targets[box][other]
+        return mixed, targets
+    lam = 1 - (bottom - top) * (right - left) / (height * width)
     return mixed, lam * targets + (1 - lam) * targets[other]

@@ -105,7 +105,8 @@ def _unwrap(model):
 
 def _named_tensors(model):
     """Parameters and buffers by name, tied ones once, without the prefixes that wrappers add."""
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
     while tensors and all(name.startswith("module.") for name in tensors):  # a wrapper's prefix is on every name
         tensors = {name[len("module."):]: tensor for name, tensor in tensors.items()}
     return tensors

@@ -33,7 +33,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     The usual single factor (1 - p_target)^gamma takes the loss to 0 as p_target goes to 1 and so cancels the smoothing;
     here an overconfident prediction is still pulled back.
 
-    "mean" divides by the summed weights of the targets, sum_c t_c w_c; for class probabilities by their number, as torch does.
+    "mean" divides by the weights of the targets, sum_c t_c w_c of each; as in torch, class probabilities by their number.
     Class indices and binary labels equal to ignore_index are left out; if none remains the mean is 0, connected to the
     graph, where torch has NaN. Half-precision logits are computed, and the loss returned, in float32.
 
@@ -86,7 +86,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     if targets.shape == logits.shape:
         q = (1 - smoothing) * targets + smoothing / classes
         loss = (weights_c * q * focal(log_p)).sum(1)
-        share = targets @ weights if binary else torch.ones_like(loss)
+        share = (weights_c * targets).sum(1) if binary else torch.ones_like(loss)
     else:
         share = weights[targets]
         loss = (1 - smoothing) * share * focal(log_p.gather(1, targets.unsqueeze(1))).squeeze(1)
@@ -123,8 +123,8 @@ def auto_pos_weight(labels):
 
         pos_weight = negatives / positives
 
-    Count training labels only. With one class only there is nothing to balance: 1.0, with a warning. It moves the optimum:
-    the logits then stand for log-odds plus ln(pos_weight), so P = sigmoid(logit) is no longer the frequency.
+    Count the training labels only. With one class there is nothing to balance: 1.0, with a warning. The weight moves the
+    optimum: the logits then stand for log-odds + ln(pos_weight), and sigmoid(logit) is no longer the frequency.
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  float
     Errors: ValueError for other labels or shapes
@@ -193,7 +193,7 @@ def binary_report(scores, labels, *, threshold=0.0):
         precision = TP / (TP + FP)   recall = TP / (TP + FN)   F1 = 2 TP / (2 TP + FP + FN)   accuracy = (TP + TN) / n
 
     A score equal to the threshold is a positive: 0.0 on logits is P >= 0.5, and probabilities take threshold=0.5.
-    Undefined is NaN: precision without predicted positives, recall and F1 without positives, AUROC with one class only.
+    Undefined is NaN: precision without predicted positives; recall, F1, AUPRC without positives; AUROC with one class.
 
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list
             ->  {"accuracy", "precision", "recall", "f1", "auroc", "auprc"} floats, {"tp", "fp", "fn", "tn"} ints

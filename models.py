@@ -31,7 +31,7 @@ def count_parameters(model, *, trainable_only=False):
 def init_kaiming_xavier(module):
     """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform with bias 0.
 
-    The rest keeps torch's own start: norms at 1 and 0, convolution biases uniform, attention's q, k, v Xavier-uniform.
+    Norms and convolution biases keep torch's own start.
 
     Source: He et al. 2015, arXiv:1502.01852; Glorot and Bengio 2010
     Check:  the weights of nn.Conv2d(3, 64, 3) have a standard deviation of sqrt(2 / (64 * 9)) = 0.059
@@ -90,9 +90,6 @@ class StochasticDepth(nn.Module):
             return x
         ones = x.new_ones([x.shape[0]] + [1] * (x.ndim - 1))
         return x * F.dropout(ones, self.rate)
-
-    def extra_repr(self):
-        return f"rate={self.rate:g}"
 
 
 class SqueezeExcite(nn.Module):
@@ -278,7 +275,8 @@ class TokenHead(nn.Module):
 
     Any map goes in: a cell averages the pixels that it touches, so cells overlap where the grid does not divide the map
     and repeat where the map is smaller. There is no position embedding: the transformer cannot tell where a token lies,
-    the mixer can. The transformer is max(128, 2C) wide inside and has as many heads as the largest divisor of C up to 8.
+    the mixer can. The transformer's MLP is max(128, 2C) wide, and its heads are the largest divisor of C up to 8.
+    On CUDA the backward of the pooling may add in any order (torch.use_deterministic_algorithms refuses it).
 
     Shape:  (B, C, H, W) -> (B, 1)
     Errors: ValueError for an unknown mixer
@@ -330,7 +328,7 @@ def eye_map_size(size, block, blocks):
     for i in range(0, blocks, 2):  # 0 stands for the stem
         stride = 2 if i else stem_stride[block]
         if min(rows, cols) < stride:
-            remedy = f"1 to {i} blocks fit" if i else f"the smallest is {stride}x{stride}"
+            remedy = f"1 to {i} blocks fit" if i else f"the smallest size is {stride}x{stride}"
             raise ValueError(f"{blocks} {block} blocks do not fit a size of {size[0]}x{size[1]}: "
                              f"a stride of {stride} meets a map of {rows}x{cols}; {remedy}")
         up = 0 if block == "convnext" else stride - 1
@@ -360,10 +358,10 @@ class EyeNet(nn.Module):
     Shape:  (B, 3, H, W) normalised RGB -> (B,) logits, P(open) = sigmoid(logit)
     Errors: ValueError when built, never at the first forward: unknown names, numbers out of range, too many blocks for
             the size, a token head that is left with fewer than 2 tokens
-    Source: PINTO0309/OCEC (MIT). There the grid is fixed and has to divide the map, and most sizes crash at the first
-            forward.
+    Source: PINTO0309/OCEC (MIT), whose fixed grid has to divide the map: most sizes crash at its first forward
     Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order of the table
-    Needs:  all of this section, and conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite, init_kaiming_xavier
+    Needs:  init_kaiming_xavier, conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite, DepthwiseBlock,
+            InvertedSEBlock, ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead, AvgMaxPool, eye_map_size
     """
 
     def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto", token_grid=(2, 3),

@@ -28,8 +28,8 @@ import torch
 class _Schedule:
     """What the four schedules share: a counter, the base lrs, and writing lr_at(steps_done) into the optimizer.
 
-    The state is the position only; the settings come from the constructor, so a run can be resumed with a longer one.
-    The base lrs are part of it, because the lr that a loaded optimizer holds is that of the moment it was saved.
+    The state is where the run stands; the settings come from the constructor, so total_steps may grow on resuming. The
+    base lrs belong to the state, because a loaded optimizer holds the lr of the moment it was saved.
     """
 
     def __init__(self, optimizer, *, warmup_steps=0, warmup_start_lr=0.0, min_lr=0.0):
@@ -54,7 +54,7 @@ class _Schedule:
 
     def _set_lr(self):
         top = max(self.base_lrs, default=1.0)
-        for group, base_lr in zip(self._groups(), self.base_lrs, strict=True):  # strict: no group added later
+        for group, base_lr in zip(self._groups(), self.base_lrs, strict=True):  # a group added later raises
             group["lr"] = self.lr_at(self.steps_done, top) * (base_lr / top)
 
     def step(self):
@@ -284,8 +284,9 @@ def find_lr(model, optimizer, loss_fn, batches, *, start_lr=1e-7, end_lr=1.0, nu
     modes, optimizer, torch's random state. Call it before building a schedule, which changes the optimizer's lr.
 
     Returns (rates, smooth, suggestion): two lists of one length, and the rate at the start of the ten updates over
-    which smooth falls most before its minimum, NaN if it never falls. An order of magnitude, no more. (Over one update
-    instead of ten, the noise of the first batches can win, and the suggestion is start_lr.)
+    which smooth falls most before its minimum; NaN if it never falls. An order of magnitude, no more. Each fall is
+    weighted by 1 - b**(i + 1), the share of its average that is filled: without, the noise of the first batches often
+    wins where there is little to learn, and the suggestion is start_lr.
 
     Needs:  _restored
     Errors: ValueError if the first loss is not finite, or not 0 < start_lr < end_lr
@@ -328,6 +329,8 @@ def find_lr(model, optimizer, loss_fn, batches, *, start_lr=1e-7, end_lr=1.0, nu
 
     if not smooth:
         raise ValueError(f"the first loss is {value}, before any update: look at the data and the loss function")
-    lowest = smooth.index(min(smooth))
-    drops = [smooth[i] - smooth[min(i + 10, lowest)] for i in range(lowest)]
-    return rates, smooth, rates[drops.index(max(drops))] if drops else math.nan
+    # The first averages are of few batches: the minimum is sought after them, and their falls count for less.
+    lowest = smooth.index(min(smooth[10:], default=min(smooth)))
+    drops = [(smooth[i] - smooth[min(i + 10, lowest)]) * (1 - b ** (i + 1)) for i in range(lowest)]
+    steepest = max(drops, default=0.0)
+    return rates, smooth, rates[drops.index(steepest)] if steepest > 0 else math.nan

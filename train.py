@@ -182,7 +182,10 @@ def eyes_probability(logits):
 def eyes_logits(model, split, args, chunk=512):
     rows = np.arange(len(split))
     parts = [model(split.batch(rows[start : start + chunk])["inputs"]) for start in range(0, len(rows), chunk)]
-    return torch.cat(parts).float().cpu()
+    logits = torch.cat(parts).float().cpu()
+    if not torch.isfinite(logits).all():
+        raise NonFinite(f"{int((~torch.isfinite(logits)).sum())} of {len(logits)} logits are not finite")
+    return logits
 
 
 def eyes_evaluate(model, split, args):
@@ -193,14 +196,11 @@ def eyes_evaluate(model, split, args):
 
 
 def eyes_floor(split, args):
-    """Constant answers on these rows, the best constant's loss by search, and what no classifier can exceed."""
+    """The best constant answers on these rows (always open for F1, the majority for accuracy), and what cannot be exceeded."""
     targets = torch.from_numpy(split.labels).float()
-    scored = lambda logit: losses.binary_report(np.full(len(targets), logit), split.labels)
-    best = min(float(eyes_criterion(torch.full_like(targets, logit), targets, args)) for logit in np.linspace(-6, 6, 241))
-    keep = ("f1", "accuracy", "auroc", "auprc")
-    constant = {name: {key: report[key] for key in keep} for name, report in (("always open", scored(1.0)), ("always closed", scored(-1.0)))}
-    constant["always open"]["loss"] = constant["always closed"]["loss"] = best
-    return constant | {"ceiling": dict.fromkeys(keep, 1.0) | {"loss": 0.0}}
+    loss_of = lambda logit: float(eyes_criterion(torch.full_like(targets, logit), targets, args))
+    constant = losses.binary_floor(split.labels) | {"loss": min(map(loss_of, np.linspace(-6, 6, 241)))}
+    return {"constant": constant, "ceiling": {name: float(name != "loss") for name in constant}}
 
 
 def eyes_predict(model, path, out, args):
@@ -463,7 +463,7 @@ def open_run_folder(args):
 # The loop
 
 
-class NonFinite(Exception):
+class NonFinite(ArithmeticError):
     """The loss or the gradient is no longer a number; the message says where and what to do."""
 
 
@@ -890,7 +890,7 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("last.pt", "best.pt", "log.jsonl", "scores.json") if not args.resume else ():
             (folder / name).unlink(missing_ok=True)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NonFinite) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     return train(run, sets, folder, args)

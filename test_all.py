@@ -1,0 +1,2494 @@
+"""Every claim of the project, checked: `python test_all.py` (no test library needed), or `pytest test_all.py`.
+
+    $ python test_all.py                     # all of it, about two minutes on 2 cores
+    $ python test_all.py plateau resume      # only the tests whose name holds one of these words
+
+A test is a plain function test_<module>_<claim>: its name is the claim. Oracles are torch's own functions or a slow version in
+a few lines; numbers made by other libraries are stored with the name of the script in benchmarks/ that made them.
+Tests that need Pillow or the real data in ../shared/data say so when they skip.
+"""
+
+import ast
+import contextlib
+import copy
+import csv
+import doctest
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import unittest
+import warnings
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors are faster on one thread, here and in the runs below
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import ema
+import losses
+import models
+import schedulers
+import train
+
+HERE = Path(__file__).resolve().parent
+REAL = HERE.parent / "shared" / "data"
+
+
+def raises(kind, text, call):
+    """call() must raise `kind` with `text` in its message."""
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), f"{text!r} not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def need_pillow():
+    try:
+        from PIL import Image
+    except ImportError:
+        raise unittest.SkipTest("needs Pillow: pip install pillow") from None
+    return Image
+
+
+def need_real(name):
+    if not (REAL / name).exists():
+        raise unittest.SkipTest(f"needs the real data {REAL / name}")
+    return REAL / name
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedulers
+
+
+# ---- schedulers ------------------------------------------------------------------------------------------------------
+
+def sgd(*lrs, **options):
+    """An optimizer with one parameter group per rate."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in lrs]
+    return torch.optim.SGD(groups, lr=0.5, **options)
+
+
+def trajectory(schedule, steps):
+    """Rates of the first group in force during the next updates."""
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.step()
+    return rates
+
+
+def torch_trajectory(schedule, optimizer, steps):
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+CLOSED = [
+    lambda o: schedulers.WarmupCosine(o, 25, warmup_steps=6, warmup_start_lr=1e-4, min_lr=1e-3),
+    lambda o: schedulers.WarmRestarts(o, 4, cycle_mult=2, peak_decay=0.7, warmup_steps=5, min_lr=1e-3),
+    lambda o: schedulers.Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=3, steps_down=5, mode="triangular2"),
+    lambda o: schedulers.Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=4, mode="exp_range", gamma=0.9),
+]
+METRICS = [3, 2, 2, 2, 2, 2, 2, 1.5, 1.5, 1.5, 1.5, 1.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 1, 1, 1, 1]
+
+
+def plateau(o, **options):
+    return schedulers.Plateau(o, **{**dict(factor=0.5, patience=1, cooldown=2, warmup_steps=9, min_lr=0.01), **options})
+
+
+def drive(schedule, start, stop):
+    """One update per step and, for Plateau, one evaluation; the rates of all groups after each."""
+    rates = []
+    for k in range(start, stop):
+        schedule.step()
+        if isinstance(schedule, schedulers.Plateau):
+            schedule.step(METRICS[k])
+        rates.append([group["lr"] for group in schedule.optimizer.param_groups])
+        assert rates[-1] == schedule.get_last_lr()
+    return rates
+
+
+def test_schedulers_warmup_cosine_is_the_formula_at_every_step():
+    W, T, start, low, base = 5, 20, 0.01, 0.002, 0.3
+    rates = trajectory(schedulers.WarmupCosine(sgd(base), T, warmup_steps=W, warmup_start_lr=start, min_lr=low), 30)
+    for t, rate in enumerate(rates):
+        cosine = low + (base - low) * (1 + math.cos(math.pi * (t - W) / (T - W))) / 2
+        want = start + (base - start) * t / W if t < W else cosine if t < T else low
+        assert math.isclose(rate, want, rel_tol=1e-12), t
+
+
+def test_schedulers_warmup_cosine_equals_torch():
+    optimizer = sgd(0.3)
+    ours = trajectory(schedulers.WarmupCosine(sgd(0.3), 20, min_lr=0.01), 21)
+    theirs = torch_trajectory(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.01), optimizer, 21)
+    assert np.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_schedulers_warmup_cosine_peaks_once_and_never_rises_after():
+    for W in 0, 1, 7, 19:
+        rates = np.array(trajectory(schedulers.WarmupCosine(sgd(0.3), 20, warmup_steps=W, min_lr=0.01), 60))
+        assert rates[W] == 0.3 and (np.delete(rates, W) < 0.3).all()
+        assert (np.diff(rates[:W + 1]) > 0).all() and (np.diff(rates[W:20]) < 0).all()
+        assert (rates[20:] == 0.01).all()
+
+
+def test_schedulers_construction_puts_the_first_rate_into_the_optimizer():
+    for build in CLOSED:
+        optimizer = sgd(0.1)
+        schedule = build(optimizer)
+        first = schedule.base_lrs[0]
+        assert optimizer.param_groups[0]["lr"] == schedule.lr_at(0, first) == schedule.get_last_lr()[0]
+    optimizer = sgd(0.1)
+    schedulers.Plateau(optimizer, warmup_steps=4, warmup_start_lr=0.02)
+    assert math.isclose(optimizer.param_groups[0]["lr"], 0.02)
+
+
+def test_schedulers_closed_forms_are_plotted_without_an_optimizer():
+    plot = schedulers.WarmupCosine(None, total_steps=1000, warmup_steps=100)
+    assert [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 550, 1000)] == [0.0, 0.0005, 0.001, 0.0005, 0.0]
+    plot = schedulers.Cyclic(None, base_lr=0.1, max_lr=0.5, steps_up=4, mode="triangular2")
+    assert np.allclose([plot.lr_at(t, 0.1) for t in (0, 4, 8, 12, 16)], [0.1, 0.5, 0.1, 0.3, 0.1])
+    plot = schedulers.WarmRestarts(None, 10, cycle_mult=2)
+    assert [t for t in range(151) if plot.lr_at(t, 1.0) == 1.0] == [0, 10, 30, 70, 150]
+
+
+def test_schedulers_closed_forms_are_functions_of_the_step_alone():
+    for build in CLOSED:
+        schedule = build(sgd(0.1))
+        base = schedule.base_lrs[0]
+        ahead = [schedule.lr_at(t, base) for t in range(40)]
+        assert trajectory(schedule, 40) == ahead == [build(None).lr_at(t, base) for t in range(40)]
+
+
+def test_schedulers_restarts_hit_the_peak_on_every_boundary():
+    for length, mult, decay in (1, 3, 1.0), (10, 1, 0.9), (7, 2, 0.8), (1, 10, 1.0), (3, 10, 0.5), (100, 1, 1.0):
+        schedule = schedulers.WarmRestarts(None, length, cycle_mult=mult, peak_decay=decay, warmup_steps=4)
+        boundary, size = 4, length
+        for cycle in range(40):
+            assert math.isclose(schedule.lr_at(boundary, 0.3), 0.3 * decay**cycle), (length, mult, cycle)
+            if size > 1:  # one step before a boundary is the lowest rate of the cycle
+                low = 0.3 * decay**cycle * (1 + math.cos(math.pi * (size - 1) / size)) / 2
+                assert math.isclose(schedule.lr_at(boundary + size - 1, 0.3), low, rel_tol=1e-6, abs_tol=1e-18)
+            boundary, size = boundary + size, size * mult
+    assert schedulers.WarmRestarts(None, 1, cycle_mult=3).lr_at(121, 1.0) == 1.0
+    assert schedulers.WarmRestarts(None, 10).lr_at(10**12, 1.0) == 1.0  # in one division, not in 1e11 rounds
+
+
+def test_schedulers_restarts_equal_torch():
+    for mult in 1, 2, 3:
+        optimizer = sgd(0.3)
+        ours = trajectory(schedulers.WarmRestarts(sgd(0.3), 5, cycle_mult=mult, min_lr=0.01), 120)
+        theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, mult, 0.01)
+        assert np.allclose(ours, torch_trajectory(theirs, optimizer, 120), rtol=1e-9)
+
+
+def test_schedulers_restarts_warm_up_once_and_stay_above_min_lr():
+    rates = trajectory(schedulers.WarmRestarts(sgd(0.3), 6, peak_decay=0.1, warmup_steps=3, warmup_start_lr=0.03,
+                                               min_lr=0.02), 40)
+    assert np.allclose(rates[:4], [0.03, 0.12, 0.21, 0.3])
+    assert math.isclose(rates[9], 0.03) and np.allclose(rates[15:], 0.02) and min(rates) >= 0.02 - 1e-15
+
+
+def test_schedulers_cyclic_equals_torch():
+    for mode, gamma in ("triangular", 1.0), ("triangular2", 1.0), ("exp_range", 0.97):
+        for up, down in (4, None), (3, 7), (6, 1), (1, 1):
+            optimizer, mine = sgd(0.3), sgd(0.3)
+            options = dict(base_lr=0.01, max_lr=0.2, mode=mode, gamma=gamma)
+            theirs = torch.optim.lr_scheduler.CyclicLR(optimizer, step_size_up=up, step_size_down=down,
+                                                       cycle_momentum=False, **options)
+            ours = schedulers.Cyclic(mine, steps_up=up, steps_down=down, **options)
+            assert np.allclose(trajectory(ours, 60), torch_trajectory(theirs, optimizer, 60), rtol=1e-9), (mode, up)
+
+
+def test_schedulers_plateau_equals_torch():
+    rng = np.random.default_rng(0)
+    for trial in range(150):
+        mode, threshold_mode = ("min", "max")[trial % 2], ("rel", "abs")[trial // 2 % 2]
+        options = dict(mode=mode, threshold_mode=threshold_mode, threshold=[0, 0.01, 0.1][trial % 3],
+                       factor=[0.1, 0.5, 0.9][trial % 3], patience=trial % 4, cooldown=trial % 5, min_lr=0.003)
+        ours, optimizer = schedulers.Plateau(sgd(0.3), **options), sgd(0.3)
+        theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, eps=0, **options)
+        for metric in rng.integers(8, 20, 40) / 8 + 1e-3 * rng.random(40):
+            ours.step(metric)
+            theirs.step(metric)
+            assert math.isclose(ours.get_last_lr()[0], optimizer.param_groups[0]["lr"], rel_tol=1e-12), options
+
+
+def test_schedulers_plateau_tolerates_patience_bad_evaluations():
+    for threshold in 1e-4, 0:  # as good as the best is bad, also with threshold 0
+        schedule, rates = schedulers.Plateau(sgd(1.0), patience=2, factor=0.5, threshold=threshold), []
+        for metric in 3, 3, 3, 3, 3, 3, 3:
+            schedule.step(metric)
+            rates += schedule.get_last_lr()
+        assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_schedulers_plateau_threshold_is_right_for_a_negative_best():
+    for mode, sign in ("min", 1), ("max", -1):
+        for threshold_mode in "rel", "abs":  # the margin is 0.1 * 10 = 1, or 1
+            schedule = schedulers.Plateau(sgd(1.0), mode=mode, threshold=0.1 if threshold_mode == "rel" else 1.0,
+                                          threshold_mode=threshold_mode, patience=0)
+            for metric, best in (-10, -10), (-9.5, -10), (-10.5, -10), (-11.5, -11.5):
+                schedule.step(sign * metric)
+                assert schedule.best == sign * best
+            assert schedule.get_last_lr() == [0.25]  # -9.5 and -10.5 were bad
+    for threshold, best in (0.1, 2.0), (0.0, 2.0 - 1e-9):  # and for a positive one
+        schedule = schedulers.Plateau(sgd(1.0), threshold=threshold)
+        schedule.step(2.0)
+        schedule.step(2.0 - 1e-9)
+        assert schedule.best == best
+
+
+def test_schedulers_plateau_refuses_a_metric_that_is_not_finite_and_keeps_its_state():
+    for bad in math.nan, math.inf, -math.inf, torch.tensor(math.nan):
+        schedule = schedulers.Plateau(sgd(1.0), patience=0)
+        schedule.step(2.0)
+        before = schedule.state_dict()
+        raises(ValueError, "metric=", lambda: schedule.step(bad))
+        assert schedule.state_dict() == before
+
+
+def test_schedulers_plateau_and_its_warm_up_advance_apart():
+    schedule = schedulers.Plateau(sgd(1.0), patience=0, factor=0.5, warmup_steps=4, warmup_start_lr=0.2)
+    plain = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    schedule.step(1.0)
+    assert np.allclose(trajectory(schedule, 2), plain[:2])
+    schedule.step(1.0)  # a reduction during the warm-up halves what is left of it
+    schedule.step(0.5)
+    assert np.allclose(trajectory(schedule, 4), np.array(plain[2:]) / 2) and schedule.best == 0.5
+
+
+def test_schedulers_plateau_never_goes_below_min_lr_nor_rises():
+    schedule = schedulers.Plateau(sgd(1.0, 0.1), patience=0, factor=0.3, min_lr=0.05)
+    rates = []
+    for _ in range(9):
+        schedule.step(1.0)
+        rates.append(schedule.get_last_lr()[0])
+    assert np.allclose(rates, [1, 0.3, 0.09] + 6 * [0.05]) and np.allclose(schedule.get_last_lr()[1], 0.005)
+
+
+def test_schedulers_groups_keep_their_ratio():
+    for build in (*CLOSED, plateau, lambda o: plateau(o, warmup_start_lr=0.03)):
+        three = drive(build(sgd(0.02, 0.1, 0.05)), 0, 25)
+        alone = drive(build(sgd(0.1)), 0, 25)
+        assert np.allclose(three, np.array(alone) * [0.2, 1.0, 0.5], rtol=1e-12, atol=0)
+
+
+def test_schedulers_resume_is_exact_at_every_step_in_either_order():
+    for build in (*CLOSED, plateau, lambda o: plateau(o, warmup_start_lr=0.03)):
+        straight = drive(build(sgd(0.1, 0.02)), 0, 25)
+        for k in range(25):
+            optimizer = sgd(0.1, 0.02)
+            schedule = build(optimizer)
+            drive(schedule, 0, k)
+            saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+            for order in "optimizer first", "schedule first", "schedule only":
+                optimizer = sgd(0.5, 0.5)  # what is loaded must win over what it was built with
+                schedule = build(optimizer)
+                if order == "optimizer first":
+                    optimizer.load_state_dict(saved[0])
+                schedule.load_state_dict(json.loads(json.dumps(saved[1])))
+                if order == "schedule first":
+                    optimizer.load_state_dict(saved[0])
+                now = [group["lr"] for group in optimizer.param_groups]
+                assert now == schedule.get_last_lr() == (straight[k - 1] if k else now)
+                assert drive(schedule, k, 25) == straight[k:], (k, order)
+
+
+def test_schedulers_resume_when_the_schedule_is_built_on_a_loaded_optimizer():
+    optimizer = sgd(0.1)
+    schedule = schedulers.WarmupCosine(optimizer, 20, warmup_steps=5)
+    trajectory(schedule, 7)
+    straight = trajectory(copy.deepcopy(schedule), 20)
+    other = sgd(0.3)
+    other.load_state_dict(optimizer.state_dict())
+    resumed = schedulers.WarmupCosine(other, 20, warmup_steps=5)
+    resumed.load_state_dict(schedule.state_dict())
+    assert trajectory(resumed, 20) == straight and max(straight) < 0.1
+
+
+def test_schedulers_state_is_plain_numbers_and_not_aliased():
+    for build in (*CLOSED, plateau):
+        schedule = build(sgd(0.1, 0.02))
+        schedule.step()
+        state = schedule.state_dict()
+        flat = [x for value in state.values() for x in (value if isinstance(value, list) else [value])]
+        assert all(type(x) in (int, float) for x in flat)
+        before = schedule.get_last_lr()
+        schedule.load_state_dict(state)
+        state["base_lrs"][0] = schedule.state_dict()["base_lrs"][0] = 77.0
+        schedule.load_state_dict(schedule.state_dict())
+        assert schedule.get_last_lr() == before
+
+
+def test_schedulers_refuse_a_foreign_state():
+    schedule = schedulers.WarmupCosine(sgd(0.1), 20)
+    state = schedule.state_dict()
+    raises(ValueError, "expected ['base_lrs', 'steps_done']", lambda: schedule.load_state_dict({"steps_done": 3}))
+    raises(ValueError, "extra", lambda: schedule.load_state_dict({**state, "extra": 1}))
+    raises(ValueError, "WarmupCosine", lambda: schedule.load_state_dict(schedulers.Plateau(sgd(0.1)).state_dict()))
+    raises(ValueError, "2 param groups, the optimizer has 1",
+           lambda: schedule.load_state_dict(schedulers.WarmupCosine(sgd(0.1, 0.2), 20).state_dict()))
+    assert schedule.state_dict() == state
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1})
+    raises(ValueError, "zip", schedule.step)  # a group added later has no base lr: never left behind in silence
+
+
+def test_schedulers_refuse_bad_settings_by_name():
+    cosine = lambda total=10, lr=0.1, **o: lambda: schedulers.WarmupCosine(sgd(lr), total, **o)
+    restarts = lambda length=10, **o: lambda: schedulers.WarmRestarts(sgd(0.1), length, **o)
+    cyclic = lambda **o: lambda: schedulers.Cyclic(sgd(0.1), **{**dict(base_lr=0.1, max_lr=0.2, steps_up=3), **o})
+    stuck = lambda **o: lambda: schedulers.Plateau(sgd(0.1), **o)
+    nan, inf = math.nan, math.inf
+    for build, name, values in [
+        (lambda v: cosine(v), "total_steps", [0, -1, 2.5, nan, inf, True]),
+        (lambda v: cosine(warmup_steps=v), "warmup_steps", [-1, 10, 11, 0.5, nan, True]),
+        (lambda v: cosine(min_lr=v), "min_lr", [-1e-9, 0.11, nan, inf, False]),
+        (lambda v: cosine(warmup_start_lr=v), "warmup_start_lr", [-1e-9, 0.11, nan]),
+        (lambda v: cosine(lr=v), "optimizer lr", [0.0, inf]),
+        (lambda v: restarts(v), "cycle_steps", [0, 1.5, nan, True]),
+        (lambda v: restarts(cycle_mult=v), "cycle_mult", [0, 1.5, -2, nan, True]),
+        (lambda v: restarts(peak_decay=v), "peak_decay", [0, -1, 1.01, nan, True]),
+        (lambda v: restarts(warmup_steps=v), "warmup_steps", [-1, inf]),
+        (lambda v: cyclic(base_lr=v), "base_lr", [0, -1, 0.21, nan, True]),
+        (lambda v: cyclic(max_lr=v), "max_lr", [0, -1, nan, inf, True]),
+        (lambda v: cyclic(steps_up=v), "steps_up", [0, -1, 1.5, nan, True]),
+        (lambda v: cyclic(steps_down=v), "steps_down", [0, -1, 1.5, nan, True]),
+        (lambda v: cyclic(mode=v), "mode", ["saw", None]),
+        (lambda v: cyclic(gamma=v), "gamma", [0, -1, 1.1, nan]),
+        (lambda v: stuck(factor=v), "factor", [0, 1, 1.5, -0.1, nan, True]),
+        (lambda v: stuck(patience=v), "patience", [-1, 0.5, nan, True]),
+        (lambda v: stuck(cooldown=v), "cooldown", [-1, 0.5, nan, True]),
+        (lambda v: stuck(threshold=v), "threshold", [-1e-9, nan, inf, True]),
+        (lambda v: stuck(mode=v), "mode", ["Min", None]),
+        (lambda v: stuck(threshold_mode=v), "threshold_mode", ["relative"]),
+        (lambda v: stuck(min_lr=v), "min_lr", [-1, 0.2, nan]),
+    ]:
+        for value in values:
+            raises(ValueError, f"{name}=", build(value))
+
+
+def test_schedulers_refuse_to_be_stacked_on_a_zeroed_optimizer():
+    optimizer = sgd(0.1)
+    schedulers.WarmupCosine(optimizer, 10, warmup_steps=5)  # has set the lr to 0
+    raises(ValueError, "optimizer lr=[0.0]", lambda: schedulers.WarmupCosine(optimizer, 10, warmup_steps=5))
+
+
+class Noisy(torch.nn.Module):
+    """Everything find_lr has to put back: batch norm, dropout, a replaced and an unsaved buffer, a frozen part."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.drop = torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2)
+        self.last = torch.nn.Linear(8, 1)
+        self.register_buffer("centre", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        x = self.last(self.drop(self.norm(self.first(x)).relu()))
+        self.centre = 0.9 * self.centre + 0.1 * x.detach().mean()
+        return x
+
+
+def snapshot(model, optimizer):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return copy.deepcopy(([(n, t.detach(), t.grad) for n, t in tensors.items()], [m.training for m in model.modules()],
+                          optimizer.state_dict(), torch.get_rng_state(),
+                          torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def range_test_setup(device="cpu"):
+    torch.manual_seed(0)
+    model = Noisy().to(device)
+    model.norm.eval()
+    optimizer = torch.optim.AdamW([{"params": model.first.parameters(), "lr": 0.01},
+                                   {"params": model.last.parameters()}], lr=0.1)
+    batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(4, 16, 3).to(device)]
+    loss_fn = lambda model, batch: (model(batch[0]) - batch[1]).pow(2).mean()
+    loss_fn(model, batches[0]).backward()
+    optimizer.step()  # moments and gradients that must survive
+    return model, optimizer, loss_fn, batches
+
+
+def test_schedulers_find_lr_restores_everything_also_after_an_error():
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        model, optimizer, loss_fn, batches = range_test_setup(device)
+        grads, before, calls = [p.grad for p in model.parameters()], snapshot(model, optimizer), []
+        first = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
+        assert len(first[0]) == len(first[1]) == 30 and same(before, snapshot(model, optimizer))
+        assert all(p.grad is g for p, g in zip(model.parameters(), grads))
+
+        def breaks(model, batch):
+            calls.append(loss_fn(model, batch).backward())
+            if len(calls) == 9:
+                raise RuntimeError("out of memory")
+            return loss_fn(model, batch)
+        raises(RuntimeError, "out of memory", lambda: schedulers.find_lr(model, optimizer, breaks, batches))
+        assert same(before, snapshot(model, optimizer))
+        raises(ValueError, "ended after 4", lambda: schedulers.find_lr(model, optimizer, loss_fn, iter(batches)))
+        assert same(before, snapshot(model, optimizer))
+        again = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
+        assert np.allclose(again[:2], first[:2]) and again[2] == first[2]
+
+
+def test_schedulers_find_lr_restores_a_fresh_optimizer_and_what_the_loss_learns():
+    model, scale = torch.nn.Linear(1, 1), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([*model.parameters(), scale], lr=1e-3)
+    schedulers.find_lr(model, optimizer, lambda m, x: (m(x) * scale).pow(2).sum(), [torch.ones(2, 1)])
+    assert not optimizer.state and scale.item() == 1 and scale.grad is None
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_schedulers_find_lr_ramps_exponentially_with_the_groups_in_ratio():
+    model, optimizer, loss_fn, batches = range_test_setup()
+    seen, modes = [], []
+
+    def spy(model, batch):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        modes.append(model.norm.training)
+        return loss_fn(model, batch)
+    rates, _, _ = schedulers.find_lr(model, optimizer, spy, batches, start_lr=1e-5, end_lr=1e-2, num_steps=7)
+    assert np.allclose(rates, np.logspace(-5, -2, 7)) and all(modes)
+    assert np.allclose(seen, np.outer(rates, [0.1, 1.0]))
+
+
+def fed(losses, **options):
+    """find_lr on a model whose loss is exactly this list."""
+    w = torch.nn.Linear(1, 1)
+    loss_fn = lambda model, value: value + 0 * model.weight.sum()
+    optimizer = torch.optim.SGD(w.parameters(), lr=1)
+    return schedulers.find_lr(w, optimizer, loss_fn, losses, num_steps=len(losses), **options)
+
+
+def test_schedulers_find_lr_smoothing_is_unbiased_from_the_first_step():
+    assert np.allclose(fed([2.0] * 20)[1], 2.0, rtol=1e-12)
+    values = np.random.default_rng(0).random(30) + 1
+    _, smooth, _ = fed(values.tolist())
+    for i in range(30):
+        weights = 0.9 ** np.arange(i, -1, -1)
+        assert math.isclose(smooth[i], (weights * values[:i + 1]).sum() / weights.sum(), rel_tol=1e-6)
+
+
+def test_schedulers_find_lr_stops_when_the_loss_diverges_whatever_its_sign():
+    assert len(fed([1.0] * 10 + [10.0] * 40)[1]) < 20
+    assert len(fed([1.0] * 10 + [3.9] * 40)[1]) == 50  # not above 4 times the best
+    assert len(fed([-1.0] * 10 + [10.0] * 40)[1]) < 20
+    assert len(fed([-1.0] * 10 + [1.9] * 40)[1]) == 50  # -1 + 3 * 1 = 2
+    assert len(fed(np.linspace(-1, -5, 50).tolist())[1]) == 50
+    assert len(fed([1.0] * 5 + [0.0] * 40 + [0.5] * 9)[1]) == 54  # 0.05 is 4 times a best of 0.01, but no alarm
+    assert len(fed([1.0] * 9 + [math.nan] * 9)[1]) == 9 and len(fed([1.0] * 9 + [-math.inf] * 9)[1]) == 9
+
+
+def test_schedulers_find_lr_suggests_the_start_of_the_steepest_fall():
+    fall = [4.0] * 30 + np.linspace(4, 1, 21).tolist() + [1.0] * 19 + [3.0] * 5
+    rates, smooth, suggestion = fed(fall)
+    assert 35 <= rates.index(suggestion) <= 42
+    late = [4.0] * 20 + np.linspace(4, 1, 40).tolist() + [8.0] * 9 + [1.1] * 20  # a steeper fall after the minimum
+    rates, smooth, suggestion = fed(late)
+    assert rates.index(suggestion) < smooth.index(min(smooth)) and len(smooth) > 60
+    for steps in 2, 5, 20:
+        assert math.isnan(fed([1.0 + 0.01 * i for i in range(steps)])[2])
+        rates, _, suggestion = fed([1.0 - 0.01 * i for i in range(steps)])
+        assert suggestion in rates
+
+
+def test_schedulers_find_lr_suggestion_is_not_fooled_by_the_first_batch():
+    for first in 0.5, 6.0:  # below all that follows, or a steeper fall than any later one
+        rates, _, suggestion = fed([first] + [2.0] * 29 + np.linspace(2, 1, 11).tolist() + [1.0] * 10)
+        assert 25 <= rates.index(suggestion) <= 35, first
+
+
+def test_schedulers_find_lr_suggestion_trains_and_hundred_times_it_does_not():
+    torch.manual_seed(0)
+    x = torch.randn(512, 10)
+    batches = list(zip(x.split(32), (x @ torch.randn(10, 1)).split(32)))
+    loss_fn = lambda model, batch: (model(batch[0]) - batch[1]).pow(2).mean()
+
+    def after_an_epoch(rate):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(10, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate or 1.0)
+        if rate is None:
+            return schedulers.find_lr(model, optimizer, loss_fn, batches, end_lr=10.0)[2]
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+        return loss_fn(model, (x, torch.cat([b[1] for b in batches]))).item()
+    found = after_an_epoch(None)
+    assert after_an_epoch(found) < 0.5 * after_an_epoch(1e-9) < after_an_epoch(100 * found)
+
+
+def test_schedulers_find_lr_refuses_bad_input_by_name():
+    raises(ValueError, "the first loss is nan", lambda: fed([math.nan, 1.0]))
+    raises(ValueError, "start_lr=0, end_lr=1.0", lambda: fed([1.0, 1.0], start_lr=0))
+    raises(ValueError, "start_lr=2, end_lr=1.0", lambda: fed([1.0, 1.0], start_lr=2))
+    raises(ValueError, "end_lr=nan", lambda: fed([1.0, 1.0], end_lr=math.nan))
+    raises(ValueError, "num_steps=1 must", lambda: fed([1.0]))
+    raises(ValueError, "batches ended after 0", lambda: schedulers.find_lr(torch.nn.Linear(1, 1), sgd(0.1), None, []))
+    raises(ValueError, "before building a schedule",
+           lambda: schedulers.find_lr(torch.nn.Linear(1, 1), sgd(0.0), None, [1.0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses: the focal loss, class weights, metrics
+
+
+sys.path.insert(0, os.environ.get("PARTS_UNDER_TEST", "/work/main"))
+
+torch.set_num_threads(1)
+
+
+
+
+# Focal cross-entropy
+
+
+def value_and_gradient(loss_fn, logits):
+    logits = logits.detach().clone().requires_grad_()
+    loss = loss_fn(logits)
+    loss.sum().backward()
+    return loss.detach(), logits.grad
+
+
+def test_losses_focal_gamma_zero_equals_cross_entropy_in_value_and_gradient():
+    torch.manual_seed(0)
+    for shape in (7, 4), (3, 5, 2, 3):
+        logits, weights = 3 * torch.randn(shape), torch.rand(shape[1]) + 0.1
+        indices, probabilities = torch.randint(0, shape[1], shape[:1] + shape[2:]), torch.randn(shape).softmax(1)
+        kinds = [(indices, -100), (indices, 2), (indices.masked_fill(indices == 0, 255), 255), (probabilities, -100)]
+        for (targets, ignore_index), w, e, reduction in itertools.product(
+                kinds, (None, weights), (0.0, 0.1, 1.0), ("none", "sum", "mean")):
+            want = value_and_gradient(lambda z: F.cross_entropy(z, targets, w, ignore_index=ignore_index, label_smoothing=e,
+                                                                reduction=reduction), logits)
+            got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(
+                z, targets, gamma=0, smoothing=e, class_weights=w, ignore_index=ignore_index, reduction=reduction), logits)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_focal_equals_the_written_sum():
+    logits = torch.tensor([[0.3, -1.2, 2.0], [4.0, 0.1, -0.5]], dtype=torch.float64)
+    weights, e = [0.5, 2.0, 1.0], 0.2
+    for gamma, targets in itertools.product((0.5, 1, 2, 3.7), ([[0, 0, 1], [0, 1, 0]], [[0.2, 0.3, 0.5], [0.9, 0.1, 0]])):
+        rows = []
+        for z, t in zip(logits.tolist(), targets):
+            p = [math.exp(a) / sum(math.exp(b) for b in z) for a in z]
+            rows.append(-sum(w * ((1 - e) * tc + e / 3) * (1 - pc) ** gamma * math.log(pc)
+                             for w, tc, pc in zip(weights, t, p)))
+        want, t = torch.tensor(rows, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
+        for given in (t, t.argmax(1)) if t.max() == 1 else (t,):
+            got = losses.focal_label_smooth_ce(logits, given, gamma=gamma, smoothing=e, class_weights=weights, reduction="none")
+            torch.testing.assert_close(got, want)
+
+
+def test_losses_focal_gradient_equals_finite_differences():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for gamma in (0.3, 1, 2.5):
+        assert torch.autograd.gradcheck(
+            lambda z: losses.focal_label_smooth_ce(z, torch.tensor([0, 1, 2, 2]), gamma=gamma, smoothing=0.1), logits)
+
+
+def test_losses_focal_binary_is_the_two_class_case_for_labels_of_any_dtype():
+    z, y = torch.tensor([-2.0, 0.3, 1.5, 4.0]), torch.tensor([0, 1, 0, 1])
+    two_logits = torch.stack([torch.zeros(4), z], 1)
+    for w, reduction in itertools.product((None, [0.5, 3.0]), ("none", "sum", "mean")):
+        options = dict(class_weights=w, reduction=reduction)
+        want = losses.focal_label_smooth_ce(two_logits, y, **options)
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.float32, torch.float64, torch.bfloat16):
+            for logits, labels in (z, y), (z[:, None], y), (z, y[:, None]), (z[:, None], y[:, None]):
+                got = losses.focal_label_smooth_ce(logits, labels.to(dtype), **options)
+                torch.testing.assert_close(got, want)
+
+
+def test_losses_focal_binary_without_focus_is_bce_with_logits_also_for_soft_labels():
+    z, y = torch.tensor([-2.0, 0.3, 1.5, 4.0]), torch.tensor([0.0, 1.0, 0.3, 0.9])
+    want = value_and_gradient(lambda z: F.binary_cross_entropy_with_logits(z, 0.9 * y + 0.05), z)
+    got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(z, y, gamma=0, smoothing=0.1), z)
+    torch.testing.assert_close(got, want)
+
+
+def test_losses_focal_gradient_is_finite_and_right_at_saturation():
+    for gamma, e, size in itertools.product((0, 0.01, 0.5, 1, 2, 5), (0.0, 0.05), (10.0, 17.0, 50.0, 200.0, 1e4)):
+        z = torch.tensor([size, -size, size, -size], requires_grad=True)
+        rows = torch.tensor([[size, 0.0, 1.0], [-size, 0.0, 1.0]], requires_grad=True)
+        (losses.focal_label_smooth_ce(z, torch.tensor([1, 1, 0, 0]), gamma=gamma, smoothing=e, reduction="sum")
+         + losses.focal_label_smooth_ce(rows, torch.tensor([0, 0]), gamma=gamma, smoothing=e)).backward()
+        assert z.grad.isfinite().all() and rows.grad.isfinite().all(), (gamma, e, size)
+        if size >= 50:  # correct and certain: smoothing pulls back by e / 2; wrong and certain: the full slope of 1
+            torch.testing.assert_close(z.grad, torch.tensor([e / 2, e / 2 - 1, 1 - e / 2, -e / 2]))
+
+
+def test_losses_focal_equals_its_logarithmic_form_at_every_confidence():
+    z = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    for gamma in (0.1, 0.5, 1, 2):  # 1 - sigmoid(z) = sigmoid(-z), so nothing is lost to rounding near p = 1
+        want = value_and_gradient(lambda z: -(gamma * F.logsigmoid(-z)).exp() * F.logsigmoid(z), z)
+        got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(
+            z, torch.ones(61), gamma=gamma, smoothing=0, reduction="none"), z)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-14)
+
+
+def test_losses_focal_with_everything_ignored_is_zero_and_connected():
+    logits = torch.randn(3, 4, requires_grad=True)
+    for call in (lambda: losses.focal_label_smooth_ce(logits, torch.full((3,), -100), class_weights=[1.0, 2, 3, 4]),
+                 lambda: losses.focal_label_smooth_ce(logits[:, 0], torch.full((3,), 255.0), ignore_index=255),
+                 lambda: losses.focal_label_smooth_ce(logits[:0, 0], torch.zeros(0)),
+                 lambda: losses.focal_label_smooth_ce(logits[:0], torch.zeros(0, dtype=torch.long))):
+        loss = call()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0 and torch.equal(gradient, torch.zeros(3, 4))
+
+
+def test_losses_focal_ignored_samples_leave_the_rest_as_if_alone():
+    z, y, w = torch.tensor([-2.0, 0.3, 1.5, 4.0]), torch.tensor([0.0, -100.0, 0.3, 1.0]), [1.0, 2.0]
+    kept = torch.tensor([0, 2, 3])
+    want = losses.focal_label_smooth_ce(z[kept], y[kept], class_weights=w)
+    torch.testing.assert_close(losses.focal_label_smooth_ce(z, y, class_weights=w), want)
+    logits = torch.stack([z, -z, z + 1], 1)
+    want = losses.focal_label_smooth_ce(logits[kept], torch.tensor([0, 2, 1]))
+    torch.testing.assert_close(losses.focal_label_smooth_ce(logits, torch.tensor([0, 255, 2, 1]), ignore_index=255), want)
+
+
+def test_losses_focal_indices_may_be_of_any_integer_type():
+    logits = torch.randn(1, 160, generator=torch.Generator().manual_seed(0))
+    want = losses.focal_label_smooth_ce(logits, torch.tensor([156]))
+    got = losses.focal_label_smooth_ce(logits, torch.tensor([156], dtype=torch.uint8))  # -100 as uint8 is 156
+    assert torch.equal(got, want) and want > 0
+
+
+def test_losses_focal_accepts_masked_classes():
+    logits = torch.tensor([[1.0, -math.inf, 0.0]], requires_grad=True)
+    losses.focal_label_smooth_ce(logits, torch.tensor([0]), smoothing=0).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_losses_focal_computes_half_precision_in_float32_and_keeps_float64():
+    logits, targets = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+    for dtype, (x, t, w) in itertools.product((torch.bfloat16, torch.float16), (
+            (logits, targets, [1.1, 2.3, 0.7, 1.0, 3.3]), (logits[:, 0], targets % 2, [1.1, 2.3]))):
+        want = losses.focal_label_smooth_ce(x.to(dtype).float(), t, class_weights=w)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = losses.focal_label_smooth_ce(x.to(dtype), t, class_weights=w)
+        assert want == losses.focal_label_smooth_ce(x.to(dtype), t, class_weights=w) == inside
+        assert inside.dtype == torch.float32
+    assert losses.focal_label_smooth_ce(logits.double(), targets).dtype == torch.float64
+
+
+def test_losses_focal_takes_one_hot_targets_of_any_dtype_as_the_indices_they_are():
+    logits, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    want = losses.focal_label_smooth_ce(logits, targets)
+    for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float64):
+        torch.testing.assert_close(losses.focal_label_smooth_ce(logits, F.one_hot(targets).to(dtype)), want)
+
+
+def test_losses_focal_refuses_what_does_not_fit():
+    ce, zeros = losses.focal_label_smooth_ce, torch.zeros
+    long = lambda *shape: zeros(shape, dtype=torch.long)
+    for logits, targets in ((zeros(4), long(3)), (zeros(4, 1), long(4, 2)), (zeros(4, 3), long(4, 1)),
+                            (zeros(4, 3), zeros(4)), (zeros(4, 3), long(5)), (zeros(2, 1, 5), long(2, 5)), (zeros(()), long(1)),
+                            (zeros(2, 3, 5, 5), long(2, 3, 5))):
+        for shape in logits.shape, targets.shape:
+            raises(ValueError, str(tuple(shape)), lambda: ce(logits, targets))
+    raises(ValueError, "[0, 1], got 0 to 2", lambda: ce(zeros(2), torch.tensor([0, 2])))
+    raises(ValueError, "got -1 to 0", lambda: ce(zeros(2), torch.tensor([0, -1])))
+    raises(ValueError, "[0, 1]", lambda: ce(zeros(2), torch.tensor([0.0, math.nan])))
+    raises(ValueError, "(2,)", lambda: ce(zeros(2), zeros(2), class_weights=[1.0, 1.0, 1.0]))
+    raises(ValueError, "gamma=-1", lambda: ce(zeros(2), zeros(2), gamma=-1))
+    raises(ValueError, "smoothing=1.5", lambda: ce(zeros(2), zeros(2), smoothing=1.5))
+    raises(ValueError, "'average'", lambda: ce(zeros(2), zeros(2), reduction="average"))
+
+
+def test_losses_focal_of_equal_logits_is_the_number_in_its_docstring():
+    for targets in torch.tensor([3]), torch.tensor([[0.1, 0.2, 0.3, 0.4]]):
+        assert abs(losses.focal_label_smooth_ce(torch.zeros(1, 4), targets).item() - 0.75 ** 2 * math.log(4)) < 1e-6
+    assert round(0.75 ** 2 * math.log(4), 4) == 0.7798
+
+
+def test_losses_focal_module_is_the_function_with_weights_as_a_buffer():
+    logits, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 9, 0])
+    options = dict(class_weights=[1.0, 2.0, 3.0], ignore_index=9, reduction="sum")
+    module = losses.FocalLabelSmoothCE(0.1, 1.5, **options)
+    want = losses.focal_label_smooth_ce(logits, targets, smoothing=0.1, gamma=1.5, **options)
+    assert torch.equal(module(logits, targets), want)
+    assert module.double().class_weights.dtype == torch.float64 and not list(module.parameters())
+    default = losses.FocalLabelSmoothCE()
+    assert torch.equal(default(logits[:4], targets[:4]), losses.focal_label_smooth_ce(logits[:4], targets[:4]))
+
+
+# Class balance
+
+
+def test_losses_auto_pos_weight_is_negatives_over_positives_for_any_container():
+    labels = [0, 0, 1, 0, 0, 1, 0]
+    for given in (labels, np.array(labels), np.array(labels, dtype=bool), np.array(labels)[::-1], np.array(labels)[:, None],
+                  torch.tensor(labels), torch.tensor(labels, dtype=torch.bfloat16), torch.tensor(labels).bool()):
+        assert losses.auto_pos_weight(given) == 2.5
+    raises(ValueError, "0 or 1, got [0 2]", lambda: losses.auto_pos_weight([0, 2]))
+    raises(ValueError, "0 or 1", lambda: losses.auto_pos_weight([0.0, math.nan]))
+    raises(ValueError, "(2, 2)", lambda: losses.auto_pos_weight(np.eye(2)))
+
+
+def test_losses_auto_pos_weight_of_one_class_is_finite_with_a_warning():
+    for labels in [1, 1, 1], [0, 0], []:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert losses.auto_pos_weight(labels) == 1.0
+        assert f"{labels.count(0)} negatives, {labels.count(1)} positives" in str(caught[0].message)
+
+
+# Binary metrics
+
+
+def test_losses_metrics_equal_scikit_learn_on_tied_logits():
+    i = np.arange(2000)  # numbers by benchmarks/golden_metrics.py, scikit-learn 1.9.1
+    labels = (37 * i * i + 11 * i) % 101 < 30
+    scores = ((7919 * i) % 61 - 40 + 20 * labels) / 8.0
+    golden = {"accuracy": 0.6565, "precision": 0.44583808437856326, "recall": 0.660472972972973, "f1": 0.5323349217154527,
+              "auroc": 0.7698155808507371, "auprc": 0.6591635468547066, "tp": 391, "fp": 486, "fn": 201, "tn": 922}
+    report = losses.binary_report(scores, labels)
+    assert report.keys() == golden.keys() and all(abs(report[key] - golden[key]) < 1e-12 for key in golden)
+
+
+def tied_scores(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.append(rng.integers(0, 2, 40), [0, 1])
+    return rng.integers(-5, 6, 42) / 4 + labels, labels
+
+
+def test_losses_auroc_equals_counting_pairs_with_half_for_ties():
+    for seed in range(20):
+        scores, labels = tied_scores(seed)
+        pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
+        assert abs(losses.auroc(scores, labels) - sum(pairs) / len(pairs)) < 1e-12
+
+
+def test_losses_average_precision_equals_the_sum_over_distinct_thresholds():
+    for seed in range(20):
+        scores, labels = tied_scores(seed)
+        area = recall = 0.0
+        for threshold in sorted(set(scores), reverse=True):
+            picked = labels[scores >= threshold]
+            area += (picked.sum() / labels.sum() - recall) * picked.mean()
+            recall = picked.sum() / labels.sum()
+        assert abs(losses.average_precision(scores, labels) - area) < 1e-12
+
+
+def test_losses_metrics_do_not_depend_on_order_container_or_dtype():
+    scores, labels = tied_scores(0)  # quarters, exact in every dtype below
+    want = losses.binary_report(scores, labels)
+    order = np.random.default_rng(1).permutation(len(labels))
+    s, y = torch.tensor(scores), torch.tensor(labels)
+    for given in ((scores[order], labels[order]), (scores.tolist(), labels.tolist()), (scores[:, None], labels.astype(bool)),
+                  (s.float().requires_grad_(), y), (s.bfloat16(), y.bfloat16()), (s[:, None], y[:, None].bool())):
+        assert losses.binary_report(*given) == want
+
+
+def test_losses_auroc_and_ap_keep_apart_what_a_sigmoid_would_tie():
+    scores, labels = [40.0, 30.0, 20.0, -math.inf, math.inf], [1, 0, 1, 0, 1]
+    assert abs(losses.auroc(scores, labels) - 5 / 6) < 1e-12
+    assert abs(losses.average_precision(scores, labels) - (1 + 1 + 3 / 4) / 3) < 1e-12
+    close = [1.0, 1.0 + 1e-12]  # equal in float32
+    assert losses.auroc(close, [0, 1]) == 1.0 and losses.auroc(close, [1, 0]) == 0.0
+
+
+def test_losses_binary_report_counts_a_score_at_the_threshold_as_positive():
+    report = losses.binary_report([0.0, -0.0, -1e-30, 2.0], [1, 0, 1, 1])
+    assert [report[key] for key in ("tp", "fp", "fn", "tn")] == [2, 1, 1, 0]
+    report = losses.binary_report([0.5, 0.4], [1, 0], threshold=0.5)
+    assert report["accuracy"] == report["f1"] == 1.0
+
+
+def undefined(report):
+    return {key for key, value in report.items() if math.isnan(value)}
+
+
+def test_losses_undefined_metrics_are_nan_and_never_zero():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # NaN by decision, not by a division that numpy complains about
+        assert undefined(losses.binary_report([-1.0, -2.0], [1, 0])) == {"precision"}
+        assert undefined(losses.binary_report([1.0, -2.0], [0, 0])) == {"recall", "f1", "auroc", "auprc"}
+        assert undefined(losses.binary_report([1.0, -2.0], [1, 1])) == {"auroc"}
+        assert undefined(losses.binary_report([], [])) == {"accuracy", "precision", "recall", "f1", "auroc", "auprc"}
+        assert undefined(losses.binary_floor([0, 0])) == {"f1", "auroc", "auprc"}
+        assert undefined(losses.binary_floor([1])) == {"auroc"}
+        assert undefined(losses.binary_floor([])) == {"accuracy", "f1", "auroc", "auprc"}
+    assert losses.binary_report([-1.0, -2.0], [1, 0])["f1"] == 0  # defined: a positive exists and was missed
+
+
+def test_losses_metrics_refuse_nan_scores_other_labels_and_other_shapes():
+    for metric in losses.auroc, losses.average_precision, losses.binary_report:
+        raises(ValueError, "2 of 3 scores are NaN", lambda: metric([math.nan, 1.0, math.nan], [0, 1, 1]))
+        raises(ValueError, "0 or 1, got [-1  1]", lambda: metric([0.5, 1.0], [-1, 1]))
+        raises(ValueError, "2 labels", lambda: metric([1.0, 2.0, 3.0], [0, 1]))
+        raises(ValueError, "(2, 2)", lambda: metric(np.ones((2, 2)), [0, 1, 0, 1]))
+
+
+def test_losses_binary_floor_is_the_report_of_a_constant_score():
+    for positives in range(0, 8):
+        labels = np.arange(7) < positives
+        floor, always = losses.binary_floor(labels), losses.binary_report(np.zeros(7), labels)
+        never = losses.binary_report(np.full(7, -1.0), labels)
+        for key in "f1", "auroc", "auprc":
+            np.testing.assert_allclose(floor[key], always[key], rtol=1e-12)
+        assert abs(floor["accuracy"] - max(always["accuracy"], never["accuracy"])) < 1e-12
+    assert round(losses.binary_floor([1] * 53 + [0] * 47)["f1"], 3) == 0.693
+
+
+def test_losses_numbers_in_the_docstrings_are_right():
+    scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]
+    report = losses.binary_report(scores, labels)
+    assert report["auroc"] == losses.auroc(scores, labels) == 0.875 and report["f1"] == 0.8
+    assert report["precision"] == 2 / 3 and report["recall"] == 1
+    assert abs(losses.average_precision(scores, labels) - (1 + 2 / 3) / 2) < 1e-12
+    assert round(losses.binary_floor(labels)["f1"], 3) == 0.667 and losses.auto_pos_weight([0, 0, 0, 1]) == 3.0
+    assert torch.sigmoid(torch.tensor(17.0)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ema
+
+
+sys.path.insert(0, os.environ.get("PARTS_UNDER_TEST", "/work/main"))
+
+torch.set_num_threads(1)
+
+
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def training_step(model, step):
+    """Change weights and buffers as a training step would: a pure function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    model.train()(torch.randn(8, 3, generator=generator))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def bit_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ema_decay_ramps_to_the_decay_and_stays():
+    assert ema.ema_decay(0, 0.999) == 0.1 and ema.ema_decay(8, 0.999) == 0.5 and ema.ema_decay(0, 0.05) == 0.05
+    assert all(ema.ema_decay(n, 0.999, warmup=False) == 0.999 for n in (0, 1, 10 ** 6))
+    kept = math.prod(ema.ema_decay(n, 0.999) for n in range(10))
+    assert 0.9e-5 < kept < 1.1e-5 and round(0.999 ** 100, 2) == 0.90  # the docstring's 0.001 % and 90 %
+
+
+def test_ema_docstring_table_is_right():
+    for line, decay in zip(ema.EMA.__doc__.splitlines()[3:7], (0.9, 0.99, 0.999, 0.9999)):
+        shown, horizon, half_life, end = [float(word.replace(",", "")) for word in line.split() if word != "steps"]
+        assert shown == decay and horizon == round(1 / (1 - decay))
+        assert abs(half_life - math.log(2) / -math.log(decay)) < 0.5 if decay > 0.9 else half_life == 6.6
+        assert ema.ema_decay(end - 1, decay) < decay - 1e-9 and abs(ema.ema_decay(end, decay) - decay) < 1e-12
+
+
+def test_ema_equals_the_written_recurrence():
+    for decay, warmup in (0.999, True), (0.3, True), (0.9, False):
+        model = small_net()
+        average = ema.EMA(model, decay, warmup=warmup)
+        want = {name: value.double() for name, value in model.state_dict().items()}
+        for n in range(30):
+            training_step(model, n)
+            average.update(model)
+            d = min(decay, (1 + n) / (10 + n)) if warmup else decay
+            for name, value in model.state_dict().items():
+                want[name] = d * want[name] + (1 - d) * value.double() if value.is_floating_point() else value
+        for name, value in average.module.state_dict().items():
+            torch.testing.assert_close(value.double(), want[name].double(), rtol=1e-5, atol=1e-6)
+        assert average.updates == 30
+
+
+def test_ema_averages_running_statistics_and_copies_counters_and_masks():
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    average = ema.EMA(model)
+    model.num_batches_tracked += 7
+    model.running_mean += 1
+    model.scratch += 1
+    model.mask.logical_not_()
+    average.update(model)
+    assert average.module.num_batches_tracked == 7 and average.module.mask.tolist() == [False, True]
+    torch.testing.assert_close(average.module.running_mean, torch.full((2,), 0.9))
+    torch.testing.assert_close(average.module.scratch, torch.full((2,), 0.9))
+
+
+def test_ema_averages_tied_weights_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    average = ema.EMA(model)
+    initial = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 1
+    average.update(model)
+    assert average.module[0].weight is average.module[1].weight
+    torch.testing.assert_close(average.module[0].weight, initial + 0.9)
+
+
+def test_ema_keeps_a_float32_shadow_of_half_precision_weights():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = nn.Linear(2, 2).to(dtype)
+        average = ema.EMA(model, 0.999, warmup=False)
+        initial = model.weight.detach().float()
+        with torch.no_grad():
+            model.weight += 1
+        target = model.weight.detach().float()
+        for _ in range(100):
+            average.update(model)
+        assert average.module.weight.dtype == torch.float32
+        torch.testing.assert_close(average.module.weight, target + (initial - target) * 0.999 ** 100)
+        average.module(torch.zeros(1, 2))
+
+
+def test_ema_keeps_float64_and_complex_weights_in_their_own_dtype():
+    for dtype in (torch.float64, torch.complex64):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.zeros(2, dtype=dtype))
+        average = ema.EMA(model)
+        model.weight.data += 1
+        average.update(model)
+        torch.testing.assert_close(average.module.weight.detach(), torch.full((2,), 0.9, dtype=dtype))
+
+
+def test_ema_moves_while_the_model_is_left_alone():
+    model = small_net()
+    average, initial = ema.EMA(model), small_net().state_dict()
+    training_step(model, 0)
+    before = copy.deepcopy(model.state_dict())
+    average.update(model)
+    assert bit_equal(model.state_dict(), before) and model.training and all(p.requires_grad for p in model.parameters())
+    assert all(not torch.equal(value, initial[name]) for name, value in average.module.state_dict().items())
+
+
+def test_ema_module_is_in_eval_mode_without_gradients():
+    model = small_net().train()
+    average = ema.EMA(model)
+    average.update(model)
+    assert not any(module.training for module in average.module.modules())
+    assert not average.module(torch.zeros(1, 3)).requires_grad  # one row: batch norm would refuse it in training mode
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+
+
+def test_ema_leaves_a_frozen_weight_bit_equal():
+    model = small_net()
+    model[0].weight.requires_grad_(False)
+    average = ema.EMA(model)
+    for _ in range(20):
+        average.update(model)
+    assert torch.equal(average.module[0].weight, model[0].weight)
+
+
+def test_ema_interrupted_and_resumed_equals_straight():
+    def run(interrupt):
+        model = small_net()
+        average = ema.EMA(model, 0.95)
+        for n in range(20):
+            training_step(model, n)
+            average.update(model)
+            if n == interrupt:
+                file = io.BytesIO()
+                torch.save({"model": model.state_dict(), "ema": average.state_dict()}, file)
+                file.seek(0)
+                state = torch.load(file, weights_only=True)
+                model, average = small_net(seed=1), ema.EMA(small_net(seed=2), 0.5, warmup=False)
+                model.load_state_dict(state["model"])
+                average.load_state_dict(state["ema"])
+        return average.state_dict()
+    straight, resumed = run(None), run(6)
+    assert bit_equal(straight.pop("module"), resumed.pop("module"))
+    assert straight == resumed == {"updates": 20, "decay": 0.95, "warmup": True}
+
+
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as names go; the real one takes seconds to import."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+
+def test_ema_matches_names_through_wrappers_in_any_nesting():
+    wrappers = [lambda m: m, nn.DataParallel, Compiled, lambda m: Compiled(nn.DataParallel(m)),
+                lambda m: nn.DataParallel(Compiled(nn.DataParallel(m)))]
+    want = None
+    for at_start in wrappers:
+        for at_update in wrappers:
+            model = small_net()
+            average = ema.EMA(at_start(model))
+            training_step(model, 0)
+            average.update(at_update(model))
+            want = want or average.module.state_dict()
+            assert type(average.module) is nn.Sequential and bit_equal(average.module.state_dict(), want)
+
+
+def test_ema_matches_names_when_only_a_part_was_compiled_later():
+    model = small_net()
+    average = ema.EMA(model)
+    training_step(model, 0)
+    model[0] = Compiled(model[0])
+    average.update(model)
+    torch.testing.assert_close(average.module[0].weight, 0.1 * small_net()[0].weight + 0.9 * model[0]._orig_mod.weight)
+
+
+def test_ema_keeps_apart_a_submodule_that_is_called_module():
+    model = nn.Linear(2, 2)
+    model.module = nn.Linear(2, 2)
+    average = ema.EMA(model)
+    model.weight.data += 1
+    model.module.weight.data += 2
+    average.update(model)
+    torch.testing.assert_close(average.module.weight.detach(), model.weight.detach() - 0.1)
+    torch.testing.assert_close(average.module.module.weight.detach(), model.module.weight.detach() - 0.2)
+
+
+def test_ema_refuses_a_missing_extra_or_reshaped_tensor_and_stays_as_it_was():
+    average = ema.EMA(small_net())
+    before = copy.deepcopy(average.state_dict())
+    raises(ValueError, "missing ['2.bias', '2.weight'], unexpected []", lambda: average.update(small_net()[:2]))
+    raises(ValueError, "missing [], unexpected ['3.bias', '3.weight']",
+           lambda: average.update(small_net().append(nn.Linear(2, 2))))
+    reshaped = small_net()
+    reshaped[2] = nn.Linear(4, 3)
+    raises(ValueError, "2.weight has shape (3, 4), its average (2, 4)", lambda: average.update(reshaped))
+    assert bit_equal(average.module.state_dict(), before["module"]) and average.updates == 0
+
+
+def test_ema_check_finite_names_the_tensor_and_leaves_the_shadow_as_it_was():
+    for value in math.nan, math.inf:
+        model = small_net()
+        average = ema.EMA(model)
+        before = copy.deepcopy(average.module.state_dict())
+        training_step(model, 0)
+        model[2].weight.data[0, 0] = value
+        raises(ValueError, "2.weight holds NaN or inf", lambda: average.update(model, check_finite=True))
+        assert bit_equal(average.module.state_dict(), before) and average.updates == 0
+        model[2].weight.data[0, 0] = 0
+        average.update(model, check_finite=True)
+        assert average.updates == 1
+
+
+def test_ema_load_is_strict():
+    average = ema.EMA(small_net())
+    state = average.state_dict()
+    raises(ValueError, "updates", lambda: average.load_state_dict({"module": state["module"]}))
+    raises(ValueError, "extra", lambda: average.load_state_dict({**state, "extra": 1}))
+    without = {name: value for name, value in state["module"].items() if name != "0.bias"}
+    raises(RuntimeError, "0.bias", lambda: average.load_state_dict({**state, "module": without}))
+
+
+def test_ema_refuses_a_decay_that_is_none():
+    for decay in (1.0, -0.1, 1.5, math.nan):
+        raises(ValueError, str(decay), lambda: ema.EMA(nn.Linear(1, 1), decay))
+
+
+def test_ema_works_without_anything_to_average():
+    average = ema.EMA(nn.Identity())
+    average.update(nn.Identity())
+    assert average.updates == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models
+
+
+sys.path.insert(0, "/work/main")
+
+
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+EYE_BLOCKS = ("baseline", "inverted_se", "convnext")
+EYE_HEADS = ("avg", "avgmax_mlp", "transformer", "mlp_mixer")
+EYE_SIZES = ((24, 40), (30, 48), (32, 64), (48, 48))
+
+
+def lived_in(model):
+    """The model in eval mode, with nothing left at 0 or 1: weights, biases, statistics and scales are drawn anew."""
+    torch.manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim > 1:
+            tensor.normal_(std=math.sqrt(2 / tensor[0].numel()))
+        elif tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5).sub_(1.0 if name.endswith(("bias", "mean")) else 0.0)
+    return model.eval()
+
+
+def test_models_parameter_counts_are_those_of_the_recipe():
+    count = lambda **options: models.count_parameters(models.EyeNet(**options))
+    assert [count(block=block) for block in EYE_BLOCKS] == [11457, 118321, 170145]
+    assert count(channels=64, blocks=8) == 547713
+    assert count(block="inverted_se", blocks=8) == 1587153
+    assert [count(head=head) for head in EYE_HEADS] == [11457, 19841, 78401, 45445]
+    assert count(head="mlp_mixer", token_grid=(1, 2)) != 45445
+
+
+def test_models_parameter_counts_are_those_of_the_docstrings():
+    for piece, count in (
+            (nn.Linear(3, 2), 8),
+            (models.conv_bn(3, 32, 3), 928),
+            (models.ChannelLayerNorm(32), 64),
+            (models.SqueezeExcite(128), 4240),
+            (models.DepthwiseBlock(32, 32), 1440),
+            (models.InvertedSEBlock(32, 32), 14160),
+            (models.ConvNeXtBlock(32, 32), 10048),
+            (models.ConvNeXtBlock(32, 64, stride=2), 44800),
+            (models.MixerLayer(6, 64), 16994),
+            (models.TransformerLayer(64, heads=8, hidden=128), 33472),
+            (models.TokenHead(64, mixer="transformer"), 67137),
+            (models.TokenHead(64, mixer="mlp_mixer"), 34181)):
+        assert models.count_parameters(piece) == count, count
+    assert doctest.testmod(models) == (0, 3)
+
+
+def test_models_count_parameters_counts_tied_weights_once_and_no_buffers():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net[1].weight = net[0].weight
+    net[1].bias.requires_grad_(False)
+    assert models.count_parameters(net) == 16 + 4 + 4 + 8
+    assert models.count_parameters(net, trainable_only=True) == 16 + 4 + 8
+
+
+def test_models_every_size_block_and_head_trains_and_a_small_step_lowers_the_loss():
+    for size, block, head in itertools.product(EYE_SIZES, EYE_BLOCKS, EYE_HEADS):
+        torch.manual_seed(0)
+        net = models.EyeNet(size, block=block, head=head, channels=4, dropout=0.0)
+        images, targets = torch.randn(6, 3, *size), torch.tensor([0.0, 1, 1, 0, 1, 0])
+        loss = F.binary_cross_entropy_with_logits(net(images), targets)
+        loss.backward()
+        norm2 = sum(p.grad.square().sum() for p in net.parameters())
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 1e-3 * loss / norm2 * p.grad  # to first order the loss falls by 0.1 %
+        after = F.binary_cross_entropy_with_logits(net(images), targets)
+        fall = 1 - after.item() / loss.item()
+        assert 0.9e-3 < fall < 1.1e-3, (size, block, head, fall)
+
+
+def test_models_every_trainable_parameter_has_a_nonzero_gradient():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        torch.manual_seed(0)
+        net = models.EyeNet(block=block, head=head, channels=8, stochastic_depth=0.2)
+        net(torch.randn(16, 3, 32, 64)).square().sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, (block, head, name)
+    # the layer scale puts the factor 1e-6 on the MLP's gradients: no underflow, so Adam can rescale them
+    net = models.EyeNet(block="convnext", channels=8)
+    assert all((b.scale == 1e-6).all() for b in net.blocks)
+
+
+def test_models_map_size_is_the_shape_that_comes_out():
+    fitting = 0
+    for block, blocks in itertools.product(EYE_BLOCKS, range(1, 8)):
+        net = models.EyeNet((64, 64), block=block, channels=1, blocks=blocks, head="avg").eval()
+        for size in ((1, 9), (2, 2), (3, 8), (4, 4), (5, 7), (7, 8), (15, 17), (24, 40), (31, 33)):
+            try:
+                expected = models.eye_map_size(size, block, blocks)
+            except ValueError:
+                continue
+            with torch.no_grad():
+                assert net.blocks(net.stem(torch.zeros(1, 3, *size))).shape[2:] == expected, (block, blocks, size)
+            fitting += 1
+    assert fitting == 108, fitting
+    assert models.eye_map_size((24, 40), "baseline", 4) == (6, 10)
+    assert models.eye_map_size((24, 40), "baseline", 8) == (2, 3)
+    assert models.eye_map_size((24, 40), "convnext", 6) == (1, 2)
+
+
+def test_models_what_does_not_fit_is_refused_when_built_and_the_remedy_it_names_fits():
+    net = lambda size=(24, 40), **options: lambda: models.EyeNet(size, channels=4, **options)
+    raises(ValueError, "8 convnext blocks do not fit a size of 24x40: a stride of 2 meets a map of 1x2; 1 to 6 blocks "
+           "fit", net(block="convnext", blocks=8))
+    net(block="convnext", blocks=6)()
+    raises(ValueError, "1 to 6 blocks fit", net(block="convnext", blocks=7))
+    raises(ValueError, "1 to 10 blocks fit", net((32, 64), blocks=11))
+    net((32, 64), blocks=10)()
+    raises(ValueError, "a stride of 4 meets a map of 3x9; the smallest size is 4x4",
+           net((3, 9), block="convnext", blocks=1))
+    raises(ValueError, "at least 2 tokens, got 1x1 from token_grid 2x3 on a map of 1x1", net((8, 8), block="convnext"))
+    net((8, 8), block="convnext", head="avg")()
+    raises(ValueError, "at least 2 tokens, got 1x1", net(head="mlp_mixer", token_grid=(1, 1)))
+    raises(ValueError, "at least 2 tokens, got -1x-2", net(head="mlp_mixer", token_grid=(-1, -2)))
+    raises(ValueError, "block must be one of baseline, inverted_se, convnext, got 'resnet'", net(block="resnet"))
+    raises(ValueError, "head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, got 'max'", net(head="max"))
+    raises(ValueError, "blocks must be at least 1, got 0", net(blocks=0))
+    raises(ValueError, "got 4 and 0", net(token_layers=0))
+    raises(ValueError, "got 0 and 2", lambda: models.EyeNet(channels=0))
+    raises(ValueError, "must be in [0, 1), got 1.0", net(stochastic_depth=1.0))
+    raises(ValueError, "heads must divide channels", lambda: models.TransformerLayer(6, heads=4, hidden=8))
+    raises(ValueError, "mixer must be", lambda: models.TokenHead(4, mixer="avg"))
+
+
+def test_models_token_grid_shrinks_to_the_map_and_says_so():
+    net = models.EyeNet((24, 40), block="convnext", channels=4, blocks=6, token_grid=(2, 3)).eval()
+    assert net.map_size == net.token_grid == net.head.grid == (1, 2) and net.head_kind == "transformer"
+    assert net(torch.zeros(2, 3, 24, 40)).shape == (2,)
+    assert models.EyeNet((24, 40), head="mlp_mixer", token_grid=(9, 3)).token_grid == (6, 3)
+    assert models.EyeNet().token_grid is None and models.EyeNet().head_kind == "avg"
+
+
+def test_models_token_head_is_cell_means_then_layers_then_the_mean_token():
+    head, x = lived_in(models.TokenHead(4, mixer="mlp_mixer", grid=(2, 3))), torch.randn(2, 4, 3, 5)
+    tokens = torch.stack([x[:, :, rows, cols].mean((2, 3)) for rows in (slice(0, 2), slice(1, 3))
+                          for cols in (slice(0, 2), slice(1, 4), slice(3, 5))], dim=1)
+    mean = sum(head.layers(tokens)[:, t] for t in range(6)) / 6
+    assert torch.allclose(head(x), head.logit(mean), atol=1e-5)
+
+
+def test_models_transformer_head_has_the_promised_heads_width_and_layers():
+    for channels, heads, hidden in ((12, 6, 128), (14, 7, 128), (11, 1, 128), (64, 8, 128), (80, 8, 160)):
+        layer = models.TokenHead(channels, mixer="transformer").layers[1]
+        assert (layer.heads, layer.mlp[0].out_features) == (heads, hidden)
+    assert len(models.EyeNet(head="transformer", token_layers=3).head.layers) == 3
+
+
+def test_models_transformer_is_blind_to_where_a_token_lies_and_the_mixer_is_not():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 2, 3)
+    for mixer, blind in (("transformer", True), ("mlp_mixer", False)):
+        head = models.TokenHead(8, mixer=mixer).eval()
+        assert torch.allclose(head(x), head(x.flip(3)), atol=1e-5) == blind
+
+
+def test_models_stochastic_depth_is_off_in_eval_and_keeps_the_mean_in_training():
+    torch.manual_seed(0)
+    x, drop = torch.ones(20000, 1, 2), models.StochasticDepth(0.25)
+    y = drop(x)
+    assert torch.equal(y[..., 0], y[..., 1]), "a sample is kept or dropped whole"
+    assert torch.equal(y.unique(), torch.tensor([0, 4 / 3])) and abs(float(y.mean()) - 1) < 0.02
+    assert drop.eval()(x) is x and models.StochasticDepth(0)(x) is x
+
+
+def test_models_stochastic_depth_grows_with_depth_and_leaves_the_shortcut():
+    for block in EYE_BLOCKS:
+        rates = [b.drop.rate for b in models.EyeNet(block=block, channels=4, blocks=5, stochastic_depth=0.2).blocks]
+        assert torch.allclose(torch.tensor(rates), torch.tensor([0, 0.05, 0.1, 0.15, 0.2]))
+    x = torch.randn(3, 4, 6, 6)
+    for Block, act in ((models.DepthwiseBlock, F.relu), (models.InvertedSEBlock, F.silu),
+                       (models.ConvNeXtBlock, nn.Identity())):
+        dropped = Block(4, 4, drop_rate=0.999999)
+        assert torch.equal(dropped(x), act(x))
+        dropped = Block(4, 8, stride=2, drop_rate=0.999999)
+        assert dropped(x).abs().sum() > 0, "without a shortcut nothing is dropped"
+
+
+def test_models_eval_output_is_independent_of_the_rest_of_the_batch():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        net = lived_in(models.EyeNet(block=block, head=head, channels=8, stochastic_depth=0.5))
+        x = torch.randn(5, 3, 32, 64)
+        with torch.no_grad():
+            whole = net(x)
+            alone = torch.cat([net(x[i:i + 1]) for i in range(5)])
+            assert torch.allclose(whole, alone, rtol=1e-4, atol=1e-4) and whole.std() > 1e-3, (block, head)
+            assert net(x[:0]).shape == (0,)
+
+
+def test_models_channels_last_gives_the_same_output():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        net, x = lived_in(models.EyeNet(block=block, head=head, channels=8)), torch.randn(4, 3, 32, 64)
+        plain = net(x)
+        last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert torch.allclose(plain, last, rtol=1e-4, atol=1e-4), (block, head)
+
+
+def test_models_bf16_autocast_stays_close_to_float32():
+    for block in EYE_BLOCKS:
+        net, x = lived_in(models.EyeNet(block=block, channels=8)), torch.randn(4, 3, 32, 64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            half = net(x)
+        assert half.dtype == torch.bfloat16 and (half - net(x)).abs().max() < 0.05 * net(x).abs().max()
+
+
+def test_models_init_has_the_promised_spread():
+    torch.manual_seed(0)
+    net = models.EyeNet(block="convnext", channels=64)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            std = math.sqrt(2 / (module.weight.shape[0] * module.kernel_size[0] * module.kernel_size[1]))
+            assert abs(module.weight.std().item() / std - 1) < 0.05
+        elif isinstance(module, nn.Linear):
+            bound = math.sqrt(6 / (module.in_features + module.out_features))
+            assert 0.95 * bound < module.weight.abs().max().item() <= bound and (module.bias == 0).all()
+    conv = nn.Conv2d(3, 64, 3).apply(models.init_kaiming_xavier)
+    assert abs(conv.weight.std().item() - 0.059) < 0.003
+
+
+def test_models_channel_layer_norm_is_the_formula():
+    norm, x = lived_in(models.ChannelLayerNorm(5)), torch.randn(2, 5, 3, 4)
+    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+    slow = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    assert torch.allclose(norm(x), slow, atol=1e-6)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_squeeze_excite_is_the_formula():
+    se, x = lived_in(models.SqueezeExcite(16)), torch.randn(2, 16, 3, 4)
+    p = se.state_dict()
+    mean = torch.stack([x[i].flatten(1).mean(1) for i in range(2)])
+    hidden = (mean @ p["gate.0.weight"].flatten(1).T + p["gate.0.bias"]).clamp(min=0)
+    gate = 1 / (1 + torch.exp(-(hidden @ p["gate.2.weight"].flatten(1).T + p["gate.2.bias"])))
+    assert hidden.shape == (2, 2) and torch.allclose(se(x), x * gate[:, :, None, None], atol=1e-6)
+    assert models.SqueezeExcite(4).gate[0].out_channels == 1
+
+
+def test_models_conv_blocks_are_their_formulas():
+    def conv_bn(x, p, name, **options):
+        w = p[name + ".0.weight"]
+        y = F.conv2d(x, w, padding=w.shape[-1] // 2, **options)
+        return F.batch_norm(y, *(p[f"{name}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    x = torch.randn(2, 4, 7, 8)
+    for outputs, stride in ((4, 1), (8, 2), (8, 1)):
+        block = lived_in(models.DepthwiseBlock(4, outputs, stride=stride))
+        p = block.state_dict()
+        y = conv_bn(F.relu(conv_bn(x, p, "branch.0", stride=stride, groups=4)), p, "branch.1")
+        assert torch.allclose(block(x), F.relu(x + y if outputs == 4 else y), atol=1e-5)
+
+        block = lived_in(models.InvertedSEBlock(4, outputs, stride=stride))
+        p = block.state_dict()
+        y = F.silu(conv_bn(x, p, "branch.0"))
+        y = block.branch[2](F.silu(conv_bn(y, p, "branch.1", stride=stride, groups=16)))
+        y = conv_bn(y, p, "branch.3")
+        assert torch.allclose(block(x), F.silu(x + y if outputs == 4 else y), atol=1e-5)
+
+
+def test_models_convnext_block_is_the_formula_with_1x1_convolutions():
+    for inputs, outputs, stride in ((4, 4, 1), (4, 8, 2), (4, 8, 1)):
+        block = lived_in(models.ConvNeXtBlock(inputs, outputs, stride=stride))
+        p, x = block.state_dict(), torch.randn(2, 4, 7, 8)
+
+        def norm(x, name):
+            y = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+            return y * p[name + ".weight"][:, None, None] + p[name + ".bias"][:, None, None]
+
+        y = norm(x, "downsample.0") if inputs != outputs else x
+        if inputs != outputs:
+            y = F.conv2d(y, p["downsample.1.weight"], p["downsample.1.bias"], stride=stride)
+        z = F.conv2d(y, p["depthwise.weight"], p["depthwise.bias"], padding=3, groups=outputs)
+        z = F.gelu(F.conv2d(norm(z, "norm"), p["mlp.0.weight"][:, :, None, None], p["mlp.0.bias"]))
+        z = F.conv2d(z, p["mlp.2.weight"][:, :, None, None], p["mlp.2.bias"])
+        assert torch.allclose(block(x), y + p["scale"][:, None, None] * z, atol=1e-5)
+
+
+def test_models_mixer_layer_is_the_formula_token_by_token():
+    layer, x = lived_in(models.MixerLayer(6, 4)), torch.randn(3, 6, 4)
+
+    def mlp(v, net):
+        return net[3].weight @ F.gelu(net[0].weight @ v + net[0].bias) + net[3].bias
+
+    for i in range(3):
+        y, normed = x[i].clone(), layer.token_norm(x[i])
+        for c in range(4):
+            y[:, c] = x[i, :, c] + mlp(normed[:, c], layer.token_mlp)
+        z = torch.stack([y[t] + mlp(layer.channel_norm(y[t]), layer.channel_mlp) for t in range(6)])
+        assert torch.allclose(layer(x)[i], z, atol=1e-5)
+
+
+def test_models_transformer_layer_equals_torchs():
+    ours = lived_in(models.TransformerLayer(12, heads=3, hidden=20))
+    theirs = nn.TransformerEncoderLayer(12, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "out.0.", "linear1.": "mlp.0.", "linear2.": "mlp.3.",
+             "norm1.": "attention_norm.", "norm2.": "mlp_norm."}
+    p = ours.state_dict()
+    theirs.load_state_dict({a + end: p[b + end] for a, b in names.items() for end in ("weight", "bias")})
+    x = torch.randn(3, 6, 12)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert len(p) == 2 * len(names)
+
+
+def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too():
+    for head, places in zip(EYE_HEADS, (1, 2, 7, 9)):
+        net = models.EyeNet(head=head, channels=8, dropout=0.125)
+        assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.125] * places
+    x, layer = torch.randn(4, 6, 8), models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5)
+    for module in layer.modules():
+        module.p = 0.0  # what still drops is the attention
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+
+
+def test_models_eye_net_is_stem_then_blocks_then_head():
+    x = torch.randn(2, 3, 32, 64)
+    for block, acts in (("baseline", [nn.ReLU]), ("inverted_se", [nn.SiLU] * 2), ("convnext", [])):
+        net = lived_in(models.EyeNet(block=block, head="avgmax_mlp", channels=8, blocks=5))
+        assert [type(m) for m in net.stem.modules() if isinstance(m, (nn.ReLU, nn.SiLU))] == acts
+        maps = net.blocks(net.stem(x))
+        assert maps.shape == (2, 32, *net.map_size)
+        pooled = torch.stack([torch.cat([m.flatten(1).mean(1), m.flatten(1).max(1).values]) for m in maps])
+        hidden = F.relu(net.head[3](net.head[1](pooled)))
+        assert hidden.shape == (2, 32) and torch.allclose(net(x), net.head[6](hidden)[:, 0], atol=1e-5)
+    net = lived_in(models.EyeNet(channels=8))
+    pooled = net.blocks(net.stem(x)).mean((2, 3))
+    assert torch.allclose(net(x), net.head[4](net.head[2](pooled))[:, 0], atol=1e-5)
+    assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
+
+
+def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
+    x = torch.zeros(2, 4, 4, 6)
+    use = {
+        "count_parameters": lambda f: f(nn.Linear(1, 1)),
+        "init_kaiming_xavier": lambda f: nn.Linear(1, 1).apply(f),
+        "conv_bn": lambda f: f(4, 4, 3, act=nn.ReLU)(x),
+        "ChannelLayerNorm": lambda f: f(4)(x),
+        "StochasticDepth": lambda f: f(0.5)(x),
+        "SqueezeExcite": lambda f: f(4)(x),
+        "DepthwiseBlock": lambda f: f(4, 8, stride=2)(x),
+        "InvertedSEBlock": lambda f: f(4, 8, stride=2)(x),
+        "ConvNeXtBlock": lambda f: f(4, 8, stride=2)(x),
+        "MixerLayer": lambda f: f(4, 6)(x[0]),
+        "TransformerLayer": lambda f: f(6, heads=2, hidden=8)(x[0]),
+        "TokenHead": lambda f: [f(4, mixer=mixer)(x) for mixer in ("transformer", "mlp_mixer")],
+        "AvgMaxPool": lambda f: f()(x),
+        "eye_map_size": lambda f: f((32, 64), "baseline", 4),
+        "EyeNet": lambda f: [f(block=block, channels=4, head=head) for block in EYE_BLOCKS for head in EYE_HEADS],
+    }
+    for name, call in use.items():
+        needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
+        space = {"torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
+        for wanted in needs + [name]:
+            exec(inspect.getsource(getattr(models, wanted)), space)
+        call(space[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: splits, order, readers
+
+
+def test_data_no_group_is_on_two_sides_of_a_split():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 60, 1000)
+    splits = data.split_by_group(groups, (0.7, 0.1, 0.2), seed=3)
+    assert sorted(np.concatenate(splits)) == list(range(1000))
+    sides = [set(groups[rows]) for rows in splits]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert [abs(len(rows) / 1000 - share) < 0.05 for rows, share in zip(splits, (0.7, 0.1, 0.2))] == [True] * 3
+
+
+def test_data_split_is_fixed_by_its_seed_and_refuses_what_cannot_be_met():
+    first, again, other = (data.split_by_group(np.arange(50), (0.8, 0.2), seed=seed) for seed in (1, 1, 2))
+    assert [len(rows) for rows in first] == [40, 10]
+    assert np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
+    assert [len(rows) for rows in data.split_by_group(np.arange(9), (1.0, 0.0, 0.0), seed=0)] == [9, 0, 0]
+    raises(ValueError, "add up to 1", lambda: data.split_by_group(np.arange(9), (0.8, 0.3), seed=0))
+    raises(ValueError, "none of the 1 groups", lambda: data.split_by_group(np.zeros(9), (0.5, 0.5), seed=0))
+
+
+def test_data_shuffled_batches_hold_every_row_once():
+    for n, size in ((10, 4), (12, 4), (7, 7), (5, 1)):
+        batches = data.shuffled_batches(n, size, seed=0, epoch=0)
+        assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
+        assert all(len(rows) == size for rows in batches[:-1])
+
+
+def balanced(plan, labels):
+    return [np.bincount(labels[rows], minlength=labels.max() + 1) for rows in plan]
+
+
+def test_data_stratified_batches_keep_quota_and_length():
+    labels = np.repeat([0, 1, 2], [97, 13, 5])
+    for size in (6, 7, 31):
+        plan = data.stratified_batches(labels, size, seed=1, epoch=0)
+        assert len(plan) == -(-len(labels) // size) and all(len(rows) == size for rows in plan)
+        for counts in balanced(plan, labels):
+            assert counts.min() >= size // 3 and counts.max() <= size // 3 + 1
+        total = np.sum(balanced(plan, labels), axis=0)
+        assert total.max() - total.min() <= 1  # the remainder is handed round in turn
+
+
+def test_data_stratified_batches_repeat_a_row_only_when_they_must():
+    for counts, size in (((97, 13, 5), 7), ((50, 3), 9), ((550, 10, 8, 6, 5, 4), 32), ((9, 9), 4), ((40, 1), 6)):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        for epoch in range(4):
+            plan = data.stratified_batches(labels, size, seed=5, epoch=epoch)
+            for rows in plan:
+                for c, n in enumerate(counts):
+                    mine = rows[labels[rows] == c]
+                    if n >= len(mine):
+                        assert len(set(mine)) == len(mine)
+            order = np.concatenate(plan)
+            for c, n in enumerate(counts):
+                mine = order[labels[order] == c]
+                for start in range(0, len(mine), n):  # one pass over the class after the other
+                    assert len(set(mine[start : start + n])) == len(mine[start : start + n])
+
+
+def test_data_order_is_fixed_by_seed_and_epoch():
+    labels = np.repeat([0, 1], [30, 20])
+    for plan in (lambda s, e: data.stratified_batches(labels, 8, seed=s, epoch=e), lambda s, e: data.shuffled_batches(50, 8, seed=s, epoch=e)):
+        flat = lambda s, e: np.concatenate(plan(s, e)).tolist()
+        assert flat(0, 0) == flat(0, 0)
+        assert len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
+
+
+def test_data_ranks_together_are_one_process_with_the_whole_batch():
+    labels = np.repeat([0, 1, 2], [70, 31, 22])
+    for plan in (lambda size, **kw: data.stratified_batches(labels, size, seed=0, epoch=1, **kw),
+                 lambda size, **kw: data.shuffled_batches(120, size, seed=0, epoch=1, **kw)):
+        ranks = [plan(6, rank=rank, world_size=2) for rank in (0, 1)]
+        whole = plan(12)
+        assert len(ranks[0]) == len(ranks[1]) == len(whole)
+        for a, b, rows in zip(*ranks, whole):
+            assert not set(a) & set(b) and sorted([*a, *b]) == sorted(rows)
+
+
+def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
+    labels = np.repeat([0, 1], [30, 21])
+    for sampler in (data.ShuffledBatchSampler(51, 8, seed=2), data.StratifiedBatchSampler(labels, 8, seed=2)):
+        first = list(sampler)
+        assert len(sampler) == len(first) == 7 and first == list(sampler)
+        sampler.set_epoch(1)
+        assert list(sampler) != first
+        loader = torch.utils.data.DataLoader(torch.arange(51), batch_sampler=sampler)
+        assert [rows.tolist() for rows in loader] == list(sampler)
+
+
+def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
+    for plan in (lambda: data.shuffled_batches(5, 8, seed=0, epoch=0), lambda: data.stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert [len(rows) for rows in plan()] == [5]
+        assert "one partial batch" in str(caught[0].message)
+
+
+def make_npz(path, n=60, **changes):
+    images, labels, groups, _ = data.synthetic_eyes(n, size=(12, 20), seed=1)
+    arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": labels, "groups": groups} | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def make_class_folder(path, n=12):
+    Image = need_pillow()
+    images, labels, _, _ = data.synthetic_eyes(n, size=(12, 20), seed=1)
+    for i in range(n):
+        (path / ("closed", "open")[labels[i]]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path / ("closed", "open")[labels[i]] / f"{i}.png")
+    return images, labels
+
+
+def test_data_npz_of_colour_or_grey_eyes_is_read_as_it_is():
+    with folder() as f:
+        images, labels, groups, names = data.read_eyes(make_npz(f / "eyes.npz"), size=(12, 20))
+        source = data.synthetic_eyes(60, size=(12, 20), seed=1)
+        assert torch.equal(images, source[0]) and np.array_equal(labels, source[1]) and np.array_equal(groups, source[2])
+        assert names[:2] == ["eyes.npz#0", "eyes.npz#1"] and images.is_contiguous()
+        grey = source[0][:, 0].numpy()
+        images, _, groups, _ = data.read_eyes(make_npz(f / "grey.npz", images=grey, groups=None), size=(12, 20))
+        assert groups is None and all(np.array_equal(images[:, c].numpy(), grey) for c in range(3))
+
+
+def test_data_class_folder_and_annotation_give_the_same_eyes():
+    with folder() as f:
+        source, labels = make_class_folder(f / "eyes")
+        images, read, groups, names = data.read_eyes(f / "eyes", size=(12, 20))
+        order = [int(Path(name).stem) for name in names]
+        assert torch.equal(images, source[order]) and np.array_equal(read, labels[order]) and groups is None
+        with open(f / "eyes" / "annotation.csv", "w") as file:
+            csv.writer(file).writerows(zip(names, read))
+        with open(f / "eyes" / "groups.csv", "w") as file:
+            csv.writer(file).writerows((name, f"face{int(Path(name).stem) // 2}") for name in reversed(names))
+        again, labels_again, groups, _ = data.read_eyes(f / "eyes", size=(12, 20))
+        assert torch.equal(again, images) and np.array_equal(labels_again, read)
+        assert groups.tolist() == [f"face{i // 2}" for i in order]
+
+
+def test_data_cache_maps_the_same_pixels_and_is_keyed_by_content():
+    with folder() as f:
+        path = make_npz(f / "eyes.npz")
+        plain = data.read_eyes(path, size=(16, 24))[0]
+        for _ in range(2):
+            assert torch.equal(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0], plain)
+        assert len(list((f / "cache").iterdir())) == 1
+        make_npz(path, n=58)
+        assert len(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
+
+
+def test_data_resize_is_a_mean_over_blocks_when_it_halves():
+    image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8) * 3
+    small = data.resize_uint8(image, (4, 4))
+    padded = F.interpolate(torch.from_numpy(image[:, None]).float(), size=(4, 4), mode="bilinear", antialias=True)
+    assert small.shape == (1, 3, 4, 4) and (small[:, 0].float() - padded[:, 0]).abs().max() <= 0.5
+    assert torch.equal(data.resize_uint8(image, (8, 8))[:, 1], torch.from_numpy(image))
+
+
+def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
+    images, labels, groups, _ = data.synthetic_eyes(400)
+    assert abs(losses.binary_report(np.ones(400), labels)["f1"] - 0.69) < 0.01
+    assert torch.equal(images, data.synthetic_eyes(400)[0]) and not torch.equal(images, data.synthetic_eyes(400, seed=1)[0])
+    assert all(len(set(labels[groups == face])) == 1 for face in np.unique(groups))
+    for statistic in (images.float().mean((1, 2, 3)), images.float().std((1, 2, 3))):  # brightness and contrast give little away
+        area = losses.auroc(statistic.numpy(), labels)
+        assert max(area, 1 - area) < 0.75, area
+
+
+def test_data_evaluation_batches_are_never_augmented():
+    images, labels, _, names = data.synthetic_eyes(20, size=(12, 20))
+    split = data.EyeSplit(images, labels, names, np.arange(5, 15), augment={"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0})
+    batch = split.batch(np.array([0, 3]))
+    assert torch.equal(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5) and batch["targets"].tolist() == labels[[5, 8]].tolist()
+    augmented = split.batch(np.array([0, 3]), torch.Generator().manual_seed(0))
+    assert not torch.equal(augmented["inputs"], batch["inputs"])
+    assert torch.equal(images, data.synthetic_eyes(20, size=(12, 20))[0])  # the store is never written to
+
+
+def test_data_real_eyes_are_read_whole():
+    need_pillow()
+    images, labels, groups, names = data.read_eyes(need_real("eyes_cew"))
+    assert images.shape == (4846, 3, 32, 64) and int(labels.sum()) == 2462 and len(set(groups)) == 2423
+    images, labels, groups, _ = data.read_eyes(need_real("eyes_mrl/mrl_29_subjects.npz"), size=(48, 48))
+    assert images.shape == (10949, 3, 48, 48) and len(set(groups)) == 29
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: augmentation
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=seeded(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flip
+
+
+def test_data_flip_twice_is_the_identity():
+    images, masks = random_images(5, 3, 4, 6), random_images(5, 4, 6, seed=1)
+    pairs = ((4, 5), (200, 7))
+    once = data.horizontal_flip(images, p=1, generator=seeded(), masks=masks, pairs=pairs)
+    twice = data.horizontal_flip(once[0], p=1, generator=seeded(), masks=once[1], pairs=pairs)
+    assert torch.equal(once[0], images.flip(-1)) and not torch.equal(once[1], masks.flip(-1))
+    assert torch.equal(twice[0], images) and torch.equal(twice[1], masks)
+
+
+def test_data_flip_swaps_left_and_right_labels_in_flipped_masks_only():
+    swapped = {4: 5, 5: 4, 8: 9, 9: 8}
+    images = torch.arange(200 * 8).view(200, 1, 1, 8).float()
+    for dtype in (torch.uint8, torch.int64):
+        masks = torch.tensor([0, 4, 5, 8, 9, 17, 255, 4], dtype=dtype).expand(200, 1, 8)
+        flipped, labels = data.horizontal_flip(images, generator=seeded(), masks=masks, pairs=((4, 5), (9, 8)))
+        assert labels.dtype == dtype
+        mirrored = 0
+        for before, after, mask, label in zip(images, flipped, masks, labels):
+            if torch.equal(after, before):
+                assert torch.equal(label, mask)
+            else:
+                assert torch.equal(after, before.flip(-1))
+                assert label[0].tolist() == [swapped.get(v, v) for v in mask[0].flip(-1).tolist()]
+                mirrored += 1
+        assert 70 < mirrored < 130  # 100 expected, sd 7
+
+
+def test_data_flip_without_pairs_keeps_any_label():
+    masks = torch.tensor([[[-100, 3, 1000]]])
+    _, labels = data.horizontal_flip(masks.float(), p=1, generator=seeded(), masks=masks)
+    assert labels.tolist() == [[[1000, 3, -100]]]
+
+
+def test_data_flip_refuses_what_it_cannot_do():
+    images = random_images(2, 3, 4, 6)
+    for p in (-0.1, 1.1, float("nan")):
+        raises(ValueError, "[0, 1]", lambda: data.horizontal_flip(images, p=p, generator=seeded()))
+    for pairs in (((4, 5), (5, 6)), ((4, 4),), ((4, 256),), ((-1, 4),)):
+        raises(ValueError, "pairs", lambda: data.horizontal_flip(images, generator=seeded(), pairs=pairs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photometric distortion
+
+
+def photometric_oracle(image, brightness, contrast_before, saturation, hue, contrast_after, order):
+    """One image (3, h, w) in float64, pixel by pixel, before rounding: what photometric_apply does to a batch."""
+    weights = np.array([0.2989, 0.587, 0.114])[:, None, None]
+
+    def blend(x, factor, other):
+        return (factor * x + (1 - factor) * other).clip(0, 255)
+
+    x = (brightness * np.asarray(image, dtype=np.float64)).clip(0, 255)
+    x = blend(x, contrast_before, (weights * x).sum(0).mean())
+    x = blend(x, saturation, (weights * x).sum(0))
+    for row in range(x.shape[1]):
+        for column in range(x.shape[2]):
+            h, s, v = colorsys.rgb_to_hsv(*x[:, row, column])
+            x[:, row, column] = colorsys.hsv_to_rgb((h + hue) % 1, s, v)
+    x = blend(x, contrast_after, (weights * x).sum(0).mean())
+    return x[np.asarray(order)]
+
+
+def colourful(n, height, width):
+    """Noise, with pure, grey, black and white pixels among it."""
+    images = random_images(n, 3, height, width, seed=n)
+    corners = torch.cartesian_prod(*[torch.tensor([0, 128, 255])] * 3).T.to(torch.uint8)
+    images.flatten(2)[:, :, :27] = corners
+    return images
+
+
+def test_data_photometric_equals_the_oracle_step_by_step_and_all_together():
+    neutral = {"brightness": 1.0, "contrast_before": 1.0, "saturation": 1.0, "hue": 0.0, "contrast_after": 1.0}
+    cases = [{}, {"brightness": 0.875}, {"brightness": 1.125}, {"contrast_before": 0.5}, {"contrast_before": 1.5},
+             {"saturation": 0.5}, {"saturation": 1.5}, {"hue": 0.05}, {"hue": -0.05}, {"hue": 1 / 3}, {"hue": -1 / 3},
+             {"contrast_after": 0.5}, {"contrast_after": 1.5}, {"order": [2, 0, 1]},
+             {"brightness": 1.1, "contrast_before": 1.4, "saturation": 1.4, "hue": 0.04, "order": [1, 2, 0]},
+             {"brightness": 0.9, "saturation": 0.6, "hue": -0.03, "contrast_after": 1.3, "order": [0, 2, 1]}]
+    cases = [{**neutral, "order": [0, 1, 2], **case} for case in cases]
+    images = colourful(len(cases), 5, 7)
+    settings = {name: torch.tensor([case[name] for case in cases]) for name in cases[0]}
+    distorted = data.photometric_apply(images, **settings)
+    assert distorted.dtype == torch.uint8 and torch.equal(distorted[0], images[0])
+    for image, case, result in zip(images, cases, distorted):
+        # Rounded to the nearest level: half a level away from the exact value, and float32 noise.
+        assert np.abs(result.numpy() - photometric_oracle(image, **case)).max() < 0.501, case
+
+
+def test_data_photometric_distort_equals_the_oracle_across_chunks():
+    images = colourful(131, 4, 7)  # chunks of 64, 64 and 3
+    settings = data.photometric_draw(131, p=0.5, generator=seeded(3))
+    distorted = data.photometric_distort(images, generator=seeded(3))
+    for i in (0, 1, 2, 63, 64, 65, 127, 128, 129, 130):
+        exact = photometric_oracle(images[i], **{name: value[i].numpy() for name, value in settings.items()})
+        assert np.abs(distorted[i].numpy() - exact).max() < 0.501
+
+
+def test_data_photometric_draws_five_times_independently():
+    n = 20000
+    settings = data.photometric_draw(n, p=0.3, generator=seeded())
+    contrast = settings["contrast_before"] + settings["contrast_after"] - 1
+    order = settings["order"]
+    ranges = {"brightness": (settings["brightness"], 1, 0.875, 1.125), "contrast": (contrast, 1, 0.5, 1.5),
+              "saturation": (settings["saturation"], 1, 0.5, 1.5), "hue": (settings["hue"], 0, -0.05, 0.05)}
+    drawn = [(order != torch.arange(3)).any(1).float() * 6 / 5]  # one permutation in six is the identity
+    for value, neutral, low, high in ranges.values():
+        on = value != neutral
+        value = (value[on] - low) / (high - low)
+        assert 0 <= value.min() < 0.01 and 0.99 < value.max() <= 1 and abs(value.mean() - 0.5) < 0.02
+        drawn.append(on.float())
+    for i, a in enumerate(drawn):
+        assert abs(a.mean() - 0.3) < 0.02  # sd 0.003
+        assert all(abs((a * b).mean() - 0.09) < 0.012 for b in drawn[:i])
+    # Contrast is at one place, a fair coin says which; the order is a permutation, all six alike likely.
+    before, after = settings["contrast_before"] != 1, settings["contrast_after"] != 1
+    assert not (before & after).any() and abs(before.sum() / (before.sum() + after.sum()) - 0.5) < 0.03
+    assert torch.equal(order.sort(1).values, torch.arange(3).expand(n, 3))
+    counts = torch.bincount(order[:, 0] * 3 + order[:, 1])
+    assert all(abs(counts[k] / n - 0.3 / 6) < 0.01 for k in (2, 3, 5, 6, 7))
+
+
+def test_data_photometric_distort_at_the_limits_of_p():
+    images = colourful(70, 4, 7)
+    assert torch.equal(data.photometric_distort(images, p=0, generator=seeded()), images)
+    settings = data.photometric_draw(70, p=1, generator=seeded())
+    assert all((settings[name] != neutral).all() for name, neutral in (("brightness", 1), ("saturation", 1), ("hue", 0)))
+
+
+def test_data_photometric_distort_refuses_normalised_input():
+    for images in (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4).half(), random_images(2, 1, 4, 4), random_images(3, 4, 4)):
+        raises(ValueError, "before you normalise", lambda: data.photometric_distort(images, generator=seeded()))
+    raises(ValueError, "p 1.5", lambda: data.photometric_distort(random_images(2, 3, 4, 4), p=1.5, generator=seeded()))
+
+
+def test_data_turn_hue_keeps_value_and_chroma():
+    images = torch.rand(4, 3, 8, 8, generator=seeded())
+    turn = torch.tensor([0.0, 0.05, -0.2, 1 / 3])[:, None, None, None]
+    turned = data.turn_hue(images, turn)
+    assert torch.allclose(turned.amax(1), images.amax(1), atol=1e-6) and torch.allclose(turned.amin(1), images.amin(1))
+    assert torch.allclose(turned[0], images[0], atol=1e-6)
+    assert torch.allclose(turned[3], images[3].roll(1, 0), atol=1e-5)  # a third of a turn: red to green, green to blue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLAHE. The golden values are OpenCV's (5.0.0), printed by benchmarks/golden_clahe.py
+
+CLAHE_GREY = {(24, 24): 203914894, (24, 40): 2630615335, (30, 48): 939003530, (32, 64): 1353896281,
+              (48, 48): 1976420963, (37, 53): 1021393679, (5, 9): 623223811, (120, 160): 1254161329}
+CLAHE_LAB = 2529031476
+CLAHE_COLOUR = (
+    "913WlLz@4a;#wwp|8&0t5mUBPod2rlUNCL{hQK2#SKD=}|B~J|8FJ)oz5l4`b1QlOkJ2|FVB=`103S`CR*wI)=3`NN"
+    "uU4x6oZ@mslmCOtA1GwVYOVjj_j*x=|C`S-K4RyKw-r!iE+%cqT%-S^-H1<&|AW0iKWg4|rVvG6jaz>Ir^{AcZvUFI"
+    "|8}oVLviPEq8vzNkX3pAoxxL2Vf2NaB~)0id4mgVUx0vmlT>v7lCxY<V*ik(DpXUead!Y^Q*mx$|Cp3Yd}7L&gf5h5"
+    "G+|cMnU*PrYLkz9|E!;6mT%#$k29QRpQCgDm{NPTb@0N7|K-Mu#*zQzwrkdn*5RT`)qA}Ds{i$?bnA%Z_L^MygUJ7+")
+
+
+def pattern(height, width):
+    """Four grey pictures (4, h, w) uint8 by integer arithmetic alone: noise, waves, faint noise, a chequerboard."""
+    y, x = np.mgrid[:height, :width].astype(np.int64)
+    noise = ((x * 7919 + y * 104729) * 2654435761 >> 13) & 255
+    waves = (3 * y * y + 5 * x + x * y // 7) % 256
+    board = np.where((x // 5 + y // 7) % 2 == 1, 200 + noise // 16, 10)
+    return torch.from_numpy(np.stack([noise, waves, 90 + noise // 8, board]).astype(np.uint8))
+
+
+def clahe_oracle(image, clip_limit, rows, columns):
+    """CLAHE of one grey image, tile by tile and pixel by pixel."""
+    height, width = image.shape
+    padded = image
+    if height % rows or width % columns:
+        padded = np.pad(image, ((0, rows - height % rows), (0, columns - width % columns)), mode="reflect")
+    tile_h, tile_w = padded.shape[0] // rows, padded.shape[1] // columns
+    tables = {}
+    for row in range(rows):
+        for column in range(columns):
+            tile = padded[row * tile_h : (row + 1) * tile_h, column * tile_w : (column + 1) * tile_w]
+            bins = [int((tile == level).sum()) for level in range(256)]
+            if clip_limit > 0:
+                limit = max(int(clip_limit * tile.size / 256), 1)
+                excess = sum(max(count - limit, 0) for count in bins)
+                bins = [min(count, limit) + excess // 256 for count in bins]
+                rest = excess % 256
+                for level in range(0, 256, max(256 // rest, 1) if rest else 256):
+                    if rest > 0:
+                        bins[level] += 1
+                        rest -= 1
+            scale = np.float32(255) / np.float32(tile.size)
+            tables[row, column] = np.rint(np.cumsum(bins).astype(np.float32) * scale)
+    out, one = np.empty_like(image), np.float32(1)
+    for y in range(height):
+        for x in range(width):
+            v = np.float32(y) * (one / np.float32(tile_h)) - np.float32(0.5)
+            u = np.float32(x) * (one / np.float32(tile_w)) - np.float32(0.5)
+            top, left = int(np.floor(v)), int(np.floor(u))
+            down, across = v - np.float32(top), u - np.float32(left)
+            a, b, c, d = (tables[min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)][image[y, x]]
+                          for row in (top, top + 1) for column in (left, left + 1))
+            upper, lower = a * (one - across) + b * across, c * (one - across) + d * across
+            out[y, x] = np.rint(upper * (one - down) + lower * down)
+    return out
+
+
+def test_data_clahe_of_grey_images_equals_opencv_bit_for_bit():
+    for size, golden in CLAHE_GREY.items():
+        crc, images = 0, pattern(*size)
+        for grid in ((4, 4), (8, 8), (2, 3)):
+            for clip_limit in (0, 1, 2, 4, 40):
+                crc = zlib.crc32(data.clahe(images, clip_limit=clip_limit, grid=grid).numpy().tobytes(), crc)
+        assert crc == golden, size
+
+
+def test_data_clahe_equals_the_oracle():
+    for size, grid, clip_limit in (((24, 40), (4, 4), 2.0), ((13, 21), (2, 5), 3.0), ((16, 20), (4, 3), 0.0)):
+        for image in pattern(*size):
+            result = data.clahe(image, clip_limit=clip_limit, grid=grid)
+            assert np.array_equal(result.numpy(), clahe_oracle(image.numpy(), clip_limit, *grid)), (size, grid)
+
+
+def test_data_clahe_in_colour_equals_opencv_up_to_one_level():
+    colours = torch.cartesian_prod(*[torch.arange(4, 256, 8)] * 3).to(torch.uint8).T.reshape(1, 3, 32, -1)
+    lab = data.rgb_to_lab(colours)
+    assert zlib.crc32(lab[0].permute(1, 2, 0).contiguous().numpy().tobytes()) == CLAHE_LAB
+    golden = np.frombuffer(base64.b85decode(CLAHE_COLOUR), np.uint8).reshape(8, 12, 3).astype(int)
+    result = data.clahe(pattern(8, 12)[None, :3], grid=(2, 3))[0].permute(1, 2, 0).numpy()
+    off = np.abs(result - golden)
+    assert off.max() <= 1 and off.mean() < 0.1
+
+
+def test_data_lab_of_known_colours():
+    colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    lab = data.rgb_to_lab(colours.T[None, :, :, None])[0, :, :, 0].T
+    assert lab.tolist() == [[0, 128, 128], [255, 128, 128], [136, 208, 195], [224, 42, 211], [82, 207, 20]]
+    grey = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    assert (data.lab_to_rgb(data.rgb_to_lab(grey)).int() - grey).abs().max() <= 2  # L has 256 levels as well
+    assert data.lab_to_rgb(torch.tensor([136, 208, 195]).view(1, 3, 1, 1)).flatten().tolist() == [255, 2, 1]
+
+
+def test_data_clahe_of_an_image_is_independent_of_its_batch():
+    for images in (pattern(24, 30), random_images(5, 3, 24, 30)):
+        batch = data.clahe(images)
+        assert batch.shape == images.shape and batch.dtype == torch.uint8
+        assert all(torch.equal(batch[i : i + 1], data.clahe(images[i : i + 1])) for i in range(len(images)))
+        assert data.clahe(images[:0]).shape == images[:0].shape  # no image of a batch drew it
+
+
+def test_data_clahe_refuses_what_it_cannot_do():
+    raises(ValueError, "before you normalise", lambda: data.clahe(torch.rand(2, 8, 8)))
+    raises(ValueError, "(2, 4, 8, 8)", lambda: data.clahe(random_images(2, 4, 8, 8)))
+    for options in ({"clip_limit": -1}, {"clip_limit": float("nan")}, {"clip_limit": float("inf")}, {"grid": (0, 4)}):
+        raises(ValueError, "at least 0", lambda: data.clahe(random_images(8, 8), **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random crop
+
+
+def test_data_random_crop_moves_image_and_mask_alike_and_fills_with_ignore():
+    n, height, width, padding = 3000, 4, 5, 2
+    images = random_images(n, 3, height, width)
+    places = torch.arange(height * width).view(height, width).expand(n, height, width)
+    cropped, masks = data.random_crop(images, padding=padding, generator=seeded(), masks=places)
+    mirrored = np.pad(images.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)), mode="reflect")
+    bordered = np.pad(places[0].numpy(), padding, constant_values=255)
+    shifts = {bordered[y : y + height, x : x + width].tobytes(): (y, x) for y in range(5) for x in range(5)}
+    counts = np.zeros((5, 5))
+    for i in range(n):
+        y, x = shifts[masks[i].numpy().tobytes()]  # the labels say where the mask went: the image must be there too
+        assert np.array_equal(cropped[i].numpy(), mirrored[i, :, y : y + height, x : x + width])
+        counts[y, x] += 1
+    assert 70 < counts.min() and counts.max() < 180  # 120 expected in each of the 25, sd 11
+
+
+def test_data_random_crop_keeps_types_and_refuses_too_much_padding():
+    images, masks = random_images(3, 1, 6, 9).float(), random_images(3, 6, 9)
+    cropped, moved = data.random_crop(images, padding=5, generator=seeded(), masks=masks, fill_mask=19)
+    assert cropped.dtype == torch.float32 and moved.dtype == torch.uint8 and (moved == 19).any()
+    assert torch.equal(data.random_crop(images, padding=0, generator=seeded()), images)
+    for padding in (-1, 6):
+        raises(ValueError, "shorter side, 6", lambda: data.random_crop(images, padding=padding, generator=seeded()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixup, cutmix
+
+
+def test_data_mixup_mixes_targets_as_inputs_for_every_lambda_and_odd_batches():
+    first_shares = []
+    for seed in range(300):
+        inputs = torch.eye(5)  # the input says who is in it, so the target must say the same
+        mixed, targets = data.mixup(inputs[:, :, None, None], inputs, alpha=0.4, generator=seeded(seed))
+        assert torch.equal(mixed[:, :, 0, 0], targets) and torch.allclose(targets.sum(1), torch.ones(5))
+        assert torch.allclose(targets.sum(0), torch.ones(5))  # a permutation: each sample is used once more
+        lam = targets.diagonal().min().item()
+        assert all(torch.allclose(t[t > 0].sort().values, torch.tensor([lam, 1 - lam]).sort().values, atol=1e-6)
+                   or t.max() == 1 for t in targets)
+        _, scalar = data.mixup(inputs[:, :, None, None], torch.arange(5.0), alpha=0.4, generator=seeded(seed))
+        assert torch.allclose(scalar, targets @ torch.arange(5.0), atol=1e-6)
+        first_shares.append(lam)
+    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation may leave all where they are, which reads lam = 1.
+    first_shares = np.array([share for share in first_shares if share < 1])
+    assert abs(first_shares.mean() - 0.5) < 0.08 and abs(first_shares.var() - 1 / 7.2) < 0.025
+
+
+def test_data_cutmix_counts_the_pixels_of_the_clipped_box():
+    boxes = []
+    for seed in range(300):
+        inputs = torch.arange(5.0)[:, None, None, None].expand(5, 3, 7, 10)
+        mixed, targets = data.cutmix(inputs, torch.eye(5), alpha=1.0, generator=seeded(seed))
+        for i in range(5):
+            shares = torch.bincount(mixed[i, 0].long().flatten(), minlength=5) / 70
+            assert torch.allclose(targets[i], shares, atol=1e-6) and torch.equal(mixed[i, 0], mixed[i, 2])
+        pasted = (mixed[:, 0] != inputs[:, 0]).any(0).nonzero()
+        if len(pasted):
+            (top, left), (bottom, right) = pasted.min(0).values, pasted.max(0).values
+            assert len(pasted) == (bottom - top + 1) * (right - left + 1)  # a box
+            boxes.append((top == 0, bottom == 6, left == 0, right == 9))
+    assert torch.tensor(boxes).sum(0).min() > 30  # it hangs over every edge, now and then
+    assert torch.equal(inputs, torch.arange(5.0)[:, None, None, None].expand(5, 3, 7, 10))
+
+
+def test_data_cutmix_pastes_the_same_box_into_masks():
+    masks = random_images(5, 7, 10).long()
+    for seed in range(20):
+        images, labels = data.cutmix(masks[:, None].byte(), masks, alpha=1.0, generator=seeded(seed))
+        assert labels.dtype == torch.int64 and torch.equal(images[:, 0].long(), labels)
+    assert not torch.equal(labels, masks)
+
+
+def test_data_mixup_and_cutmix_off_at_alpha_zero_and_refuse_class_indices():
+    inputs, targets = torch.rand(3, 1, 4, 4), torch.rand(3)
+    for mix in (data.mixup, data.cutmix):
+        same = mix(inputs, targets, alpha=0, generator=seeded())
+        assert same[0] is inputs and same[1] is targets
+        raises(ValueError, "one_hot", lambda: mix(inputs, torch.tensor([0, 1, 2]), alpha=1.0, generator=seeded()))
+        for alpha in (-0.1, float("nan"), float("inf")):
+            raises(ValueError, "alpha", lambda: mix(inputs, targets, alpha=alpha, generator=seeded()))
+    raises(ValueError, "inputs.float()", lambda: data.mixup(inputs.byte(), targets, alpha=1.0, generator=seeded()))
+    raises(ValueError, "masks of 4x4", lambda: data.cutmix(inputs, torch.rand(3, 2, 2), alpha=1.0, generator=seeded()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+def augmentations():
+    images, masks, targets = random_images(6, 3, 8, 12), random_images(6, 8, 12, seed=1), torch.rand(6, generator=seeded())
+    return [
+        (lambda g, x, m: data.horizontal_flip(x, generator=g, masks=m, pairs=((1, 2),)), (images, masks)),
+        (lambda g, x: (data.photometric_distort(x, generator=g),), (images,)),
+        (lambda g, x: (data.clahe(x),), (images,)),
+        (lambda g, x: (data.clahe(x, grid=(3, 5)),), (masks,)),
+        (lambda g, x, m: data.random_crop(x, generator=g, masks=m), (images, masks)),
+        (lambda g, x, t: data.mixup(x, t, alpha=1.0, generator=g), (images.float(), targets)),
+        (lambda g, x, t: data.cutmix(x, t, alpha=1.0, generator=g), (images, targets)),
+        (lambda g, x, m: data.cutmix(x, m, alpha=1.0, generator=g), (images, masks)),
+    ]
+
+
+def test_data_augmentation_depends_on_its_generator_alone_and_leaves_its_inputs():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for augment, inputs in augmentations():
+        copies = [x.clone() for x in inputs]
+        first = augment(seeded(1), *inputs)
+        assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies))
+        torch.manual_seed(5)
+        np.random.seed(5)
+        again = augment(seeded(1), *[x.to(device) for x in inputs])
+        assert all((a.float() - b.cpu().float()).abs().max() <= (device == "cuda") for a, b in zip(first, again))
+
+
+def test_data_augmentation_takes_strided_and_empty_batches():
+    for augment, inputs in augmentations():
+        strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x for x in inputs]
+        pairs = zip(augment(seeded(1), *inputs), augment(seeded(1), *strided))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        empty = augment(seeded(1), *[x[:0] for x in inputs])
+        assert all(a.shape == x[:0].shape for a, x in zip(empty, inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train: the script
+
+TINY = ["--task", "ocec", "--size", "12x20", "--channels", "8", "--blocks", "2", "--epochs", "3", "--batch-size", "16", "--device", "cpu"]
+
+
+def call(*words):
+    """train.main on these words -> exit code, what it printed, what it complained about."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = train.main([str(word) for word in words])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def run(path, *words):
+    """A tiny run on a small .npz beside it; must succeed."""
+    if not (path.parent / "eyes.npz").exists():
+        make_npz(path.parent / "eyes.npz")
+    code, out, err = call(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
+    assert code == 0, err
+    return out
+
+
+def same_bits(a, b):
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b or a != a and b != b
+
+
+def result_of(path, name="last.pt"):
+    """A checkpoint without what the clock and the folder put into it."""
+    content = torch.load(path / name, weights_only=True)
+    for row in content.get("history", []):
+        row.pop("seconds", None), row.pop("images_per_s", None)
+    return content
+
+
+def test_train_prints_the_constant_beside_every_score():
+    with folder() as f:
+        out = run(f / "a")
+        rows = json.loads((f / "a" / "scores.json").read_text())
+    assert out.startswith("python train.py --task ocec --epochs 3 --batch-size 16 ")
+    assert "what learns nothing scores on the" in out and out.count("constant  ") == 3 and "scored once" in out
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 4 and all("| floor 0." in line for line in epochs) and "untrained" in epochs[0]
+    for split in ("validation", "test"):
+        share = rows[split]["constant"]["auprc"]  # of open eyes
+        assert math.isclose(rows[split]["constant"]["f1"], 2 * share / (1 + share)) and rows[split]["ceiling"]["f1"] == 1
+
+
+def test_train_resolved_command_says_the_same_again():
+    args = train.parse_args(["--task", "ocec", "--lr=3e-4", "--batch_size", "32", "--num-epochs", "7", "--size", "24x40", "--no-channels-last"])
+    names = train.OCEC.defaults
+    again = train.parse_args(train.command_line(args, names).split()[2:])
+    assert all(getattr(args, name) == getattr(again, name) for name in names)
+    assert (args.lr, args.batch_size, args.epochs, args.size, args.channels_last) == (3e-4, 32, 7, (24, 40), False)
+    assert args.typed == {"lr", "batch_size", "epochs", "size", "channels_last"}
+
+
+def test_train_help_shows_the_defaults_of_the_variant():
+    for variant, lr, batch in (("current", "0.0001", 4096), ("conservative", "0.0002", 4096), ("aggressive", "0.0003", 2048)):
+        code, out, _ = call("--task", "ocec", "--variant", variant, "--help")
+        text = " ".join(out.split())
+        assert code == 0 and f"peak learning rate (default: {lr})" in text and f"rows per step (default: {batch})" in text
+    assert set(train.parse_args(["--task", "ocec", "--variant", "balanced"]).__dict__) >= set(train.OCEC.defaults)
+    for name, overrides in train.OCEC.variants.items():
+        assert set(overrides) <= set(train.OCEC.defaults), name
+
+
+def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
+    fields = [field.name for field in train.dataclasses.fields(train.Task)]
+    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict"]
+    loop = Path(train.__file__).read_text().split("# The loop\n")[1]
+    assert not re.search(r"ocec|eyes_|task ==", loop)
+
+
+def test_train_resumed_run_equals_straight_run_bit_for_bit():
+    """Killed with SIGKILL in mid-epoch; plateau, warm-up cosine and restarts, with EMA, accumulation and mixup."""
+    common = ["--accumulate", "2", "--mixup", "0.4", "--dropout", "0.3", "--epochs", "6", "--sampler", "stratified", "--batch-size", "6"]
+    for words in (["--schedule", "plateau", "--plateau-patience", "0", "--warmup-epochs", "1.5"],
+                  ["--schedule", "cosine", "--warmup-epochs", "2"],
+                  ["--schedule", "restarts", "--restart-epochs", "1", "--restart-mult", "2", "--warmup-epochs", "0.5"]):
+        with folder() as f:
+            run(f / "straight", *common, *words)
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "killed",
+                                        *common, *words], stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("epoch   2/"):
+                    time.sleep(0.02)  # somewhere in epoch 3
+                    process.kill()
+            process.wait()
+            assert process.returncode == -signal.SIGKILL
+            killed_after = len(result_of(f / "killed")["history"]) - 1
+            assert 2 <= killed_after < 6, killed_after
+            code, _, err = call("--task", "ocec", "--out", f / "killed", "--resume")
+            assert code == 0, err
+            for name in ("last.pt", "best.pt"):
+                assert same_bits(result_of(f / "straight", name), result_of(f / "killed", name)), (words, name)
+            assert (f / "straight" / "scores.json").read_text() == (f / "killed" / "scores.json").read_text()
+
+
+def test_train_early_stopping_survives_a_resume():
+    with folder() as f:
+        out = run(f / "a", "--epochs", "40", "--patience", "2", "--lr", "1e-5")
+        assert "stopped early" in out
+        history = result_of(f / "a")["history"]
+        assert len(history) < 41
+        code, out, _ = call("--task", "ocec", "--out", f / "a", "--resume")
+        assert code == 0 and "stopped early" in out and same_bits(result_of(f / "a")["history"], history)
+
+
+def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with folder() as f:
+            make_npz(f / "eyes.npz")
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "a", "--epochs", "500"],
+                                       stdout=subprocess.PIPE, text=True)
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("epoch   1/"):
+                    process.send_signal(number)
+            assert process.wait() == 128 + number
+            epoch = len(result_of(f / "a")["history"]) - 1
+            assert f"{number.name}: epoch {epoch} of 500 is saved" in lines[-2] and f"--out {f / 'a'} --resume" in lines[-1]
+            assert len((f / "a" / "log.jsonl").read_text().splitlines()) == epoch + 1 and not list((f / "a").glob("*.tmp"))
+
+
+def test_train_accumulation_equals_one_big_batch():
+    def weights(batch_size, accumulate):
+        args = train.parse_args([*TINY, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--flip", "0", "--photometric", "0",
+                                 "--clahe", "0", "--crop", "0", "--dropout", "0", "--head", "transformer", "--token-grid", "2x2", "--block", "convnext",
+                                 "--channels", "16", "--schedule", "none", "--warmup-epochs", "0", "--data", str(f / "eyes.npz"), "--lr", "1e-3"])
+        sets = train.OCEC.load(args.data, args)
+        args.facts = sets.facts
+        state = train.build(args, 1)
+        state.optimizer = torch.optim.SGD(state.raw_model.parameters(), lr=0.1)  # AdamW would magnify the rounding of tiny gradients
+        train.train_epoch(state, sets.train, 1, args, types.SimpleNamespace(check=lambda: None))
+        return torch.cat([p.detach().flatten() for p in state.raw_model.parameters()]), state.step
+
+    with folder() as f:  # 42 training rows: windows of 16 + 16 and of 10, the last one short; no batch norm in this network
+        make_npz(f / "eyes.npz")
+        big, steps = weights(32, 1)
+        small, steps_again = weights(16, 2)
+    assert steps == steps_again == 2
+    assert (big - small).abs().max() < 1e-6, (big - small).abs().max()
+
+
+def test_train_amp_schedules_and_samplers_all_train():
+    with folder() as f:
+        for i, words in enumerate((["--amp", "bf16"], ["--schedule", "cyclic", "--cyclic-steps-up", "4"], ["--schedule", "none"],
+                                   ["--ema-decay", "0"], ["--sampler", "stratified", "--loss", "focal"], ["--clip", "0", "--cutmix", "1"],
+                                   ["--val-ratio", "0", "--test-ratio", "0.3", "--schedule", "plateau"], ["--monitor", "loss"],
+                                   ["--amp", "fp16"], ["--base-batch", "64", "--test-ratio", "0", "--val-ratio", "0.3"])):
+            run(f / str(i), *words, "--epochs", "2")
+            history = result_of(f / str(i))["history"]
+            assert len(history) == 3 and all(math.isfinite(row["train_loss"]) for row in history[1:]), words
+
+
+def test_train_lr_of_a_step_is_the_schedule_of_that_step():
+    with folder() as f:
+        run(f / "a", "--schedule", "cosine", "--warmup-epochs", "1", "--warmup-start-lr", "1e-7", "--lr", "1e-3", "--min-lr", "1e-6")
+        rows = result_of(f / "a")["history"]
+        assert [row["lr"] for row in rows[:2]] == [1e-7, 1e-7] and math.isclose(rows[2]["lr"], 1e-3)
+        assert [row["step"] for row in rows] == [0, 3, 6, 9]  # 42 rows in batches of 16
+        run(f / "b", "--schedule", "plateau", "--plateau-patience", "0", "--plateau-factor", "0.5", "--warmup-epochs", "0", "--lr", "1e-3",
+            "--base-batch", "64", "--min-lr", "0", "--epochs", "8")
+        rates = [row["lr"] for row in result_of(f / "b")["history"]]
+        assert rates[0] == 2.5e-4 and len(set(rates)) > 1 and all(a in (b, b * 2) for a, b in zip(rates, rates[1:]))
+
+
+def test_train_ema_moves_and_best_pt_holds_the_weights_that_scored():
+    with folder() as f:
+        run(f / "a", "--lr", "3e-3", "--ema-decay", "0.9")
+        last, best = result_of(f / "a"), result_of(f / "a", "best.pt")
+        scores = json.loads((f / "a" / "scores.json").read_text())
+        torch.manual_seed(train.seed_of(0))
+        start = models.EyeNet((12, 20), channels=8, blocks=2).state_dict()
+        assert last["ema"]["updates"] == last["step"] == 9
+        assert all(not torch.equal(last["ema"]["module"][name], start[name]) for name in start)
+        row = last["history"][best["epoch"]]
+        assert row["weights"] == best["weights"] and row["score"] == best["score"] == max(row["score"] for row in last["history"][1:])
+        assert math.isclose(scores["validation"]["model"]["f1"], best["score"])
+        code, out, _ = call("--task", "ocec", "--eval", f / "a" / "best.pt", "--split", "validation")
+        assert code == 0 and f"{best['score']:.4f}" in out
+
+
+def test_train_predict_writes_the_probability_that_eval_scores():
+    with folder() as f:
+        run(f / "a", "--lr", "3e-3")
+        code, out, err = call("--task", "ocec", "--predict", f / "a" / "best.pt", "--data", f / "eyes.npz", "--out", f / "preds.csv")
+        assert code == 0, err
+        with open(f / "preds.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == ["path", "logit", "prob_open"] and rows[3]["path"] == "eyes.npz#3" and len(rows) == 60
+        assert all(abs(1 / (1 + math.exp(-float(row["logit"]))) - float(row["prob_open"])) < 1e-5 for row in rows)
+        labels = np.load(f / "eyes.npz")["labels"]
+        f1 = losses.binary_report(np.array([float(row["logit"]) for row in rows]), labels)["f1"]
+        code, out, _ = call("--task", "ocec", "--eval", f / "a" / "best.pt", "--split", "all")
+        assert f"{f1:.4f}" in out.split("model")[1].split("constant")[0]
+        make_npz(f / "unlabelled.npz", labels=None)
+        assert call("--task", "ocec", "--predict", f / "a" / "best.pt", "--data", f / "unlabelled.npz", "--out", f / "p2.csv")[0] == 0
+        assert (f / "p2.csv").read_text().replace("unlabelled", "eyes") == (f / "preds.csv").read_text()
+
+
+def test_train_find_lr_prints_a_curve_and_writes_nothing():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--find-lr")
+        assert code == 0 and "suggested: --lr" in out and "<- suggested" in out and not (f / "a").exists(), err
+
+
+def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
+    with folder() as f:
+        good = make_npz(f / "eyes.npz")
+        images, labels, _, _ = data.synthetic_eyes(60, size=(12, 20), seed=1)
+        bright = images.permute(0, 2, 3, 1).numpy().astype(np.float32)
+        bright[5, 2, 3] = np.nan
+        np.savez(f / "pickled.npz", images=np.array([{"a": 1}] * 4, dtype=object), labels=np.zeros(4))
+        (f / "empty").mkdir(), (f / "file").write_text("x"), (f / "broken.npz").write_bytes(good.read_bytes()[:500])
+        run(f / "done")
+        whole = (f / "done" / "best.pt").read_bytes()
+        (f / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+        other = torch.load(f / "done" / "best.pt", weights_only=True) | {"task": "faceparse"}
+        torch.save(other, f / "other.pt"), torch.save({"model": {}}, f / "bare.pt")
+        cases = [
+            ("does not exist", ["--data", f / "nowhere"]),
+            ("holds no images", ["--data", f / "empty"]),
+            ("holds one class only", ["--data", make_npz(f / "one.npz", labels=np.ones(60, dtype=np.int64))]),
+            ("row 7: label 2 is not 0 (closed) or 1 (open)", ["--data", make_npz(f / "two.npz", labels=np.where(np.arange(60) == 7, 2, labels))]),
+            ("'images' holds 3 NaN", ["--data", make_npz(f / "nan.npz", images=bright)]),
+            ("'labels' holds 1 NaN", ["--data", make_npz(f / "nan2.npz", labels=np.where(np.arange(60) == 7, np.nan, labels))]),
+            ("expected uint8 (n, h, w)", ["--data", make_npz(f / "shape.npz", images=images.reshape(60, -1).numpy())]),
+            ("expected uint8 (n, h, w)", ["--data", make_npz(f / "float.npz", images=bright * 0 + 1.0 if False else images.permute(0, 2, 3, 1).float().numpy())]),
+            ("one entry per image", ["--data", make_npz(f / "short.npz", labels=labels[:50])]),
+            ("no array 'labels'", ["--data", make_npz(f / "none.npz", labels=None)]),
+            ("not a readable .npz", ["--data", f / "pickled.npz"]),
+            ("not a readable .npz", ["--data", f / "broken.npz"]),
+            ("not a readable .npz", ["--data", f / "file"]),
+            ("invalid choice: 'wild'", ["--variant", "wild"]),
+            ("--lr -1 must be finite and above 0", ["--lr", "-1"]),
+            ("--lr nan must be finite", ["--lr", "nan"]),
+            ("--epochs 0 must be finite and at least 1", ["--epochs", "0"]),
+            ("unrecognized arguments: --learning-rate", ["--learning-rate", "1"]),
+            ("unrecognized arguments: --batch", ["--batch", "8"]),  # no abbreviations
+            ("invalid choice: 'linear'", ["--schedule", "linear"]),
+            ("not of the form ROWSxCOLUMNS", ["--size", "32"]),
+            ("add up to 1", ["--train-ratio", "0.9"]),
+            ("there is no run in", ["--resume"]),
+            ("is a file, not a folder", ["--out", f / "file" / "below"]),
+            ("already holds a run", ["--out", f / "done"]),
+            ("give one of them", ["--out", f / "done", "--resume", "--overwrite"]),
+            ("contradicts the run that is resumed", ["--out", f / "done", "--resume", "--lr", "5e-4"]),
+            ("is not a readable checkpoint", ["--eval", f / "truncated.pt"]),
+            ("is a checkpoint of task faceparse, not of ocec", ["--eval", f / "other.pt"]),
+            ("holds no 'format'", ["--eval", f / "bare.pt"]),
+            ("does not exist", ["--eval", f / "absent.pt"]),
+            ("does not read --lr", ["--eval", f / "done" / "best.pt", "--lr", "1"]),
+            ("needs --data", ["--predict", f / "done" / "best.pt"]),
+            ("blocks do not fit a size of 12x20", ["--blocks", "12", "--block", "convnext"]),
+            ("leaves a batch of 1 row", ["--batch-size", "41"]),
+            ("cannot be used", ["--device", "cuda:9"]),
+        ]
+        for text, words in cases:
+            words = ([] if "--eval" in words or "--predict" in words or "--resume" in words and "--out" in words else TINY[2:]) + [*words]
+            for flag, value in (("--data", good), ("--out", f / "new")):
+                if flag not in words and not {"--eval", "--predict"} & set(words):
+                    words += [flag, value]
+            code, out, err = call("--task", "ocec", *words)
+            assert code == 2 and text in err and "Traceback" not in err, (text, words, code, err)
+            assert not (f / "new").exists() and "epoch " not in out, words
+        assert (f / "done" / "best.pt").read_bytes() == whole
+
+
+def test_train_names_the_image_that_cannot_be_read():
+    with folder() as f:
+        make_class_folder(f / "eyes")
+        victim = sorted((f / "eyes" / "open").iterdir())[1]
+        victim.write_bytes(victim.read_bytes()[:40])
+        code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
+        assert code == 2 and str(victim) in err and "not a readable image" in err
+        (f / "eyes" / "annotation.csv").write_text("open/absent.png,1\n")
+        code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
+        assert code == 2 and "absent.png" in err and "does not exist" in err
+        (f / "eyes" / "annotation.csv").write_text(f"open/{victim.name},1,2\n")
+        assert "line 1: expected 2 columns" in call(*TINY, "--data", f / "eyes", "--out", f / "new")[2]
+
+
+def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        criterion, calls = train.eyes_criterion, []
+
+        def breaks_in_epoch_2(logits, targets, args):
+            calls.append(logits.requires_grad)
+            return criterion(logits, targets, args) * (math.nan if sum(calls) > 4 else 1)
+
+        train.eyes_criterion = breaks_in_epoch_2
+        try:
+            code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a")
+        finally:
+            train.eyes_criterion = criterion
+        assert code == 1 and "the loss became nan in epoch 2, step 4, at lr " in err and "gradient norm" in err
+        last = result_of(f / "a")
+        assert len(last["history"]) == 2 and all(value.isfinite().all() for value in last["model"].values())
+        assert all(torch.isfinite(value).all() for value in result_of(f / "a", "best.pt")["model"].values())
+        assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
+
+
+def test_train_torchrun_resume_without_a_run_starts_afresh():
+    with folder() as f:
+        os.environ["TORCHELASTIC_RUN_ID"] = "x"
+        try:
+            assert "starting afresh" in run(f / "a", "--resume", "--epochs", "1")
+        finally:
+            del os.environ["TORCHELASTIC_RUN_ID"]
+        assert (f / "a" / "best.pt").exists()
+
+
+def test_train_overwrite_replaces_and_changed_data_are_refused():
+    with folder() as f:
+        run(f / "a", "--epochs", "1")
+        run(f / "a", "--epochs", "2", "--overwrite")
+        assert len(result_of(f / "a")["history"]) == 3
+        make_npz(f / "eyes.npz", n=50)
+        code, _, err = call("--task", "ocec", "--out", f / "a", "--resume")
+        assert code == 2 and "the data are not those of the run" in err
+
+
+def test_train_real_eyes_beat_every_constant_within_three_epochs():
+    need_pillow()
+    with folder() as f:
+        code, out, err = call("--task", "ocec", "--lr", "2e-3", "--data", need_real("eyes_cew"), "--size", "24x24", "--channels", "16", "--blocks", "4",
+                              "--epochs", "3", "--out", f / "a", "--device", "cpu")
+        assert code == 0, err
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+    assert "by group" in out and scores["model"]["f1"] > 0.8 > scores["constant"]["f1"] and scores["model"]["auroc"] > 0.85, scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the project: house rules, README
+
+LIFTABLE = ("models", "losses", "schedulers", "data", "ema")
+
+
+def test_project_modules_import_only_torch_numpy_and_the_standard_library():
+    for name in LIFTABLE:
+        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+            roots = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            for root in (each.split(".")[0] for each in roots):
+                inside = node.col_offset > 0 and root == "PIL"  # the one optional extra, imported in the function that needs it
+                assert inside or root in ("torch", "numpy") or root in sys.stdlib_module_names, (name, root)
+
+
+def test_project_every_public_definition_works_when_pasted_alone():
+    """Compile its source, with what its docstring names under 'Needs:', in a module that holds only the imports of its file."""
+    for name in LIFTABLE:
+        source = (HERE / f"{name}.py").read_text()
+        tree = ast.parse(source)
+        imports = "\n".join(ast.get_source_segment(source, node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+        constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
+        defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        text_of = lambda key: ast.get_source_segment(source, (defined | constants)[key])
+
+        def needs(key):
+            needed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", ast.get_docstring(defined[key]) or "") if key in defined else None
+            found = {word for word in re.findall(r"\w+", needed.group(1)) if word in defined or word in constants} if needed else set()
+            return found.union(*map(needs, found)) if found else found
+
+        for key, node in defined.items():
+            if key.startswith("_"):
+                continue
+            decorators = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
+            used = {word for word in decorators if word in defined or word in constants} - {key}
+            assert used <= needs(key), f"{name}.{key} uses {sorted(used - needs(key))}: name them under 'Needs:' in its docstring"
+            order = [each for each in (*constants, *defined) if each in needs(key) | {key}]
+            exec(compile(imports + "\n\n" + "\n\n".join(map(text_of, order)), f"<{name}.{key} alone>", "exec"), {"__name__": "pasted"})
+
+
+def test_project_readme_commands_are_flags_that_exist():
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"python train\.py (--task [^\n`|]+)", text)
+    assert len(commands) >= 5
+    for words in commands:
+        words = words.split("#")[0].split("&&")[0].replace("torchrun", "").split()
+        if "--help" not in words:
+            train.parse_args(words)
+    assert "pip install -r requirements.txt && python train.py --task ocec --lr 2e-4" in text and "python test_all.py" in text
+
+
+def suite(words=()):
+    """Every test of this file whose name holds one of the words."""
+    tests = [(name, value) for name, value in globals().items() if name.startswith("test_") and callable(value)]
+    return unittest.TestSuite(unittest.FunctionTestCase(value, description=name) for name, value in tests
+                              if not words or any(word in name for word in words))
+
+
+def load_tests(loader, tests, pattern):
+    """For `python -m unittest test_all`, which looks for classes only."""
+    return suite()
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    result = unittest.TextTestRunner(verbosity=2 if "-v" in sys.argv else 1).run(suite([w for w in sys.argv[1:] if w != "-v"]))
+    failed = len(result.failures) + len(result.errors)
+    for _, reason in result.skipped:
+        print("skipped:", reason)
+    print(f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} skipped")
+    sys.exit(failed > 0 or result.testsRun == 0)
