@@ -9,6 +9,8 @@ Tests that need Pillow or the real data in ../shared/data say so when they skip.
 """
 
 import ast
+import base64
+import colorsys
 import contextlib
 import copy
 import csv
@@ -2189,7 +2191,8 @@ def test_train_early_stopping_survives_a_resume():
         assert "stopped early" in out
         history = result_of(f / "a")["history"]
         assert len(history) < 41
-        code, out, _ = call("--task", "ocec", "--out", f / "a", "--resume")
+        (f / "eyes.npz").rename(f / "moved.npz")
+        code, out, _ = call("--task", "ocec", "--out", f / "a", "--resume", "--data", f / "moved.npz")
         assert code == 0 and "stopped early" in out and same_bits(result_of(f / "a")["history"], history)
 
 
@@ -2290,8 +2293,40 @@ def test_train_predict_writes_the_probability_that_eval_scores():
 def test_train_find_lr_prints_a_curve_and_writes_nothing():
     with folder() as f:
         make_npz(f / "eyes.npz")
-        code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--find-lr")
-        assert code == 0 and "suggested: --lr" in out and "<- suggested" in out and not (f / "a").exists(), err
+        code, out, err = call(*TINY, "--data", f / "eyes.npz", "--find-lr")
+        assert code == 0 and "suggested: --lr" in out and "<- suggested" in out and [each.name for each in f.iterdir()] == ["eyes.npz"], err
+
+
+def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        criterion, calls = train.eyes_criterion, []
+
+        def overflows_once(logits, targets, args):
+            calls.append(logits.requires_grad)
+            return criterion(logits, targets, args) * (1e35 if sum(calls) == 2 and logits.requires_grad else 1)
+
+        train.eyes_criterion = overflows_once
+        try:
+            code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--amp", "fp16", "--epochs", "2")
+        finally:
+            train.eyes_criterion = criterion
+        assert code == 0 and "| skipped 1" in out, err
+        last = result_of(f / "a")
+        assert last["step"] == last["schedule"]["steps_done"] == last["ema"]["updates"] == 5  # of 6
+
+
+def test_train_scores_do_not_depend_on_the_batch_size_and_weights_come_from_training_rows():
+    with folder() as f:
+        args = train.parse_args([*TINY, "--data", str(make_npz(f / "eyes.npz"))])
+        sets = train.OCEC.load(args.data, args)
+        args.facts = sets.facts
+        positives = int(sets.train.labels.sum())
+        assert sets.facts["pos_weight"] == (len(sets.train) - positives) / positives != losses.auto_pos_weight(sets.whole.labels)
+        model = train.build(args, 1).raw_model.eval()
+        with torch.no_grad():
+            few, many = (train.eyes_logits(model, sets.whole, args, chunk=chunk) for chunk in (7, 512))
+        assert (few - many).abs().max() < 1e-5
 
 
 def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
@@ -2339,7 +2374,11 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("is a checkpoint of task faceparse, not of ocec", ["--eval", f / "other.pt"]),
             ("holds no 'format'", ["--eval", f / "bare.pt"]),
             ("does not exist", ["--eval", f / "absent.pt"]),
-            ("does not read --lr", ["--eval", f / "done" / "best.pt", "--lr", "1"]),
+            ("contradicts the run that is resumed (default there)", ["--out", f / "done", "--resume", "--variant", "current"]),
+            ("--lr is not read by this call", ["--eval", f / "done" / "best.pt", "--lr", "1"]),
+            ("--split is not read by this call", ["--split", "test"]),
+            ("--overwrite is not read by this call", ["--find-lr", "--overwrite"]),
+            ("the folder", ["--predict", f / "done" / "best.pt", "--data", good, "--out", f / "absent" / "preds.csv"]),
             ("needs --data", ["--predict", f / "done" / "best.pt"]),
             ("blocks do not fit a size of 12x20", ["--blocks", "12", "--block", "convnext"]),
             ("leaves a batch of 1 row", ["--batch-size", "41"]),
@@ -2348,7 +2387,7 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
         for text, words in cases:
             words = ([] if "--eval" in words or "--predict" in words or "--resume" in words and "--out" in words else TINY[2:]) + [*words]
             for flag, value in (("--data", good), ("--out", f / "new")):
-                if flag not in words and not {"--eval", "--predict"} & set(words):
+                if flag not in words and not {"--eval", "--predict", "--find-lr"} & set(words):
                     words += [flag, value]
             code, out, err = call("--task", "ocec", *words)
             assert code == 2 and text in err and "Traceback" not in err, (text, words, code, err)

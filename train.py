@@ -152,15 +152,18 @@ def eyes_load(path, args):
     augment = {name: getattr(args, name) for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")}
     train, validation, test = (data.EyeSplit(images, labels, names, part, device=args.device, augment=augment) if len(part) else None
                                for part in rows)
-    facts = {"pos_weight": args.pos_weight or losses.auto_pos_weight(train.labels),
-             "checksum": zlib.crc32(labels.tobytes() + "\n".join(names).encode())}
+    some = images[:: max(1, len(images) // 1000)].numpy().tobytes()  # enough pixels to notice another set on --resume
+    facts = {"pos_weight": args.pos_weight or losses.auto_pos_weight(train.labels), "checksum": zlib.crc32(labels.tobytes() + some)}
     return Data(train, validation, test, data.EyeSplit(images, labels, names, np.arange(len(labels)), device=args.device), facts, notes)
 
 
 def eyes_network(args):
-    return models.EyeNet(args.size, block=args.block, channels=args.channels, blocks=args.blocks, head=args.head,
-                         token_grid=args.token_grid, token_layers=args.token_layers, dropout=args.dropout,
-                         stochastic_depth=args.stochastic_depth)
+    model = models.EyeNet(args.size, block=args.block, channels=args.channels, blocks=args.blocks, head=args.head,
+                          token_grid=args.token_grid, token_layers=args.token_layers, dropout=args.dropout,
+                          stochastic_depth=args.stochastic_depth)
+    if model.token_grid not in (None, args.token_grid):
+        warnings.warn(f"--token-grid {show(args.token_grid)} becomes {show(model.token_grid)}, the size of the feature map")
+    return model
 
 
 def eyes_criterion(logits, targets, args):
@@ -322,7 +325,8 @@ def parse_args(argv):
     recipe = {}
     if chosen.task in TASKS:
         task = TASKS[chosen.task]
-        parser.add_argument("--variant", choices=["default", *task.variants], default="default", help="named overrides of the defaults")
+        parser.add_argument("--variant", choices=["default", *task.variants], default=argparse.SUPPRESS,
+                            help="named overrides of the defaults")
         recipe = {name: flag.default for name, flag in task.defaults.items()} | task.variants.get(chosen.variant, {})
         group = parser.add_argument_group(f"recipe of {chosen.task}, variant {chosen.variant}")
         for name, flag in task.defaults.items():
@@ -331,8 +335,8 @@ def parse_args(argv):
     for name, (default, text) in RUN_FLAGS.items():
         add_flag(group, name, default, text)
     typed = vars(parser.parse_args(argv))
-    settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | typed
-    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task", "variant"}, facts={})
+    settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
+    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={})
     for name in recipe:
         task.defaults[name].check(name, settings[name])
     check_mode(args)
@@ -341,15 +345,16 @@ def parse_args(argv):
 
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
-    modes = {"eval": {"eval", "data", "split", "device"}, "predict": {"predict", "data", "out", "device"}}
-    for mode, reads in modes.items():
-        unread = sorted(args.typed - reads)
-        if getattr(args, mode) and unread:
-            raise ValueError(f"--{mode} takes the recipe from the checkpoint and does not read --{unread[0].replace('_', '-')}: leave it out")
+    modes = {"eval": {"eval", "data", "split", "device"}, "predict": {"predict", "data", "out", "device"},
+             "find_lr": args.typed - {"out", "resume", "overwrite", "split"}}
+    reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
+    for name in sorted(args.typed - reads):
+        raise ValueError(f"--{name.replace('_', '-')} is not read by this call: leave it out (--eval and --predict take the recipe "
+                         "from the checkpoint, --split goes with --eval, --find-lr writes nothing)")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (the file to write)")
-    if args.split and not args.eval:
-        raise ValueError("--split is read with --eval only")
+    if args.predict and not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist; create it, or choose another --out")
     if args.split not in ("", "train", "validation", "test", "all"):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
     if args.resume and args.overwrite:
@@ -427,15 +432,16 @@ def load_checkpoint(path, task, needs=("model",)):
 
 def adopt_recipe(args, content):
     """Take the settings of a checkpoint; a typed flag that contradicts them is an error."""
-    stored = content["recipe"] | {"data": content["data"]}
-    for name in sorted(args.typed & set(stored) - ({"data"} if args.eval or args.predict else set())):
+    stored = content["recipe"] | {"variant": content["variant"]}
+    for name in sorted(args.typed & set(stored)):
         if getattr(args, name) != stored[name]:
             raise ValueError(f"--{name.replace('_', '-')} {show(getattr(args, name))} contradicts the run that is resumed "
-                             f"({show(stored[name]) or 'not given'} there): leave it out, or start a new run in another --out")
+                             f"({show(stored[name])} there): leave it out, or start a new run in another --out")
     for name, value in stored.items():
-        if name != "data" or "data" not in args.typed:
-            setattr(args, name, value)
-    args.variant, args.facts = content["variant"], content["facts"]
+        setattr(args, name, value)
+    args.facts = content["facts"]
+    if "data" not in args.typed:  # a typed path may differ: the set may have moved, its content is compared
+        args.data = content["data"]
 
 
 def open_run_folder(args):
@@ -893,6 +899,9 @@ def main(argv=None):
     except (ValueError, OSError, ImportError, NonFinite) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted before training", file=sys.stderr)
+        return 128 + signal.SIGINT
     return train(run, sets, folder, args)
 
 

@@ -1,0 +1,23 @@
+"""Mean and standard deviation over the seeds of finished runs, each score beside the constant's: README's results table.
+
+    $ for seed in 0 1 2; do python train.py --task ocec --lr 2e-4 --data eyes_cew --seed $seed --out runs/cew-$seed; done
+    $ python benchmarks/summary.py runs/cew-0 runs/cew-1 runs/cew-2
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+folders = [Path(name) for name in sys.argv[1:]]
+if not folders:
+    sys.exit(__doc__)
+runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+for folder, run in zip(folders, runs):
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in run["test"]["model"].items())
+    print(f"{folder}: epoch {run['epoch']} ({run['weights']}), {run['test']['rows']} test rows  {scores}")
+for row in ("model", "constant"):
+    for name in runs[0]["test"][row]:
+        values = [run["test"][row][name] for run in runs]
+        spread = f" sd {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{row:<8} {name:<9} mean {statistics.fmean(values):.4f}{spread}  ({len(values)} runs)")
