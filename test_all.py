@@ -520,9 +520,11 @@ def test_schedulers_find_lr_suggests_the_start_of_the_steepest_fall():
     fall = [4.0] * 30 + np.linspace(4, 1, 21).tolist() + [1.0] * 19 + [3.0] * 5
     rates, smooth, suggestion = fed(fall)
     assert 35 <= rates.index(suggestion) <= 42
-    late = [4.0] * 20 + np.linspace(4, 1, 40).tolist() + [8.0] * 9 + [1.1] * 20  # a steeper fall after the minimum
-    rates, smooth, suggestion = fed(late)
-    assert rates.index(suggestion) < smooth.index(min(smooth)) and len(smooth) > 60
+    spike = [4.0] * 20 + np.linspace(4, 1, 40).tolist() + [1.0] * 10 + [5.3] * 20 + [1.2] * 20
+    rates, smooth, suggestion = fed(spike)  # the fall after the spike is steeper, but the minimum is past
+    assert len(rates) == 110 and 20 <= rates.index(suggestion) < 60
+    rates, _, suggestion = fed([4.0, 3.0, 2.0, 1.0, 9.0, 9.0])
+    assert rates.index(suggestion) < 3
     for steps in 2, 5, 20:
         assert math.isnan(fed([1.0 + 0.01 * i for i in range(steps)])[2])
         rates, _, suggestion = fed([1.0 - 0.01 * i for i in range(steps)])
@@ -2015,6 +2017,19 @@ def test_data_cutmix_counts_the_pixels_of_the_clipped_box():
             boxes.append((top == 0, bottom == 6, left == 0, right == 9))
     assert torch.tensor(boxes).sum(0).min() > 30  # it hangs over every edge, now and then
     assert torch.equal(inputs, torch.arange(5.0)[:, None, None, None].expand(5, 3, 7, 10))
+
+
+def test_data_cutmix_box_has_the_share_of_lambda_and_lies_anywhere():
+    inputs, tops, lefts, sizes = torch.arange(5.0)[:, None, None, None].expand(5, 1, 7, 10), set(), set(), set()
+    for seed in range(300):
+        mixed, _ = data.cutmix(inputs, torch.eye(5), alpha=1e6, generator=seeded(seed))  # lambda is 1/2
+        pasted = (mixed != inputs)[:, 0].any(0).nonzero()
+        if len(pasted) == 0:  # one permutation in 120 pastes everyone into himself
+            continue
+        (top, left), (bottom, right) = pasted.min(0).values.tolist(), pasted.max(0).values.tolist()
+        tops.add(top), lefts.add(left), sizes.add((bottom - top + 1, right - left + 1))
+    assert max(sizes) == (5, 7) and min(sizes) == (3, 4)  # half of 7 x 10, and what is left of it in a corner
+    assert tops == set(range(5)) and lefts == set(range(7))
 
 
 def test_data_cutmix_pastes_the_same_box_into_masks():

@@ -750,6 +750,9 @@ def print_scores(title, split, scores, args):
 
 def print_lr_curve(rates, smoothed, suggestion, width=50):
     """The range test as text: one line per rate, the bar is the smoothed loss."""
+    if math.isnan(suggestion):
+        print(f"no suggestion: over {len(rates)} rates from {rates[0]:.0e} the loss never falls; look at the data and the loss first")
+        return
     low, high = min(smoothed), max(smoothed)
     nearest = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / suggestion)))
     for i in sorted({*range(0, len(rates), max(1, len(rates) // 30)), nearest, len(rates) - 1}):
