@@ -1824,11 +1824,12 @@ def test_data_photometric_distort_at_the_limits_of_p():
     images = colourful(70, 4, 7)
     assert torch.equal(data.photometric_distort(images, p=0, generator=seeded()), images)
     settings = data.photometric_draw(70, p=1, generator=seeded())
-    assert all((settings[name] != neutral).all() for name, neutral in (("brightness", 1), ("saturation", 1), ("hue", 0)))
+    assert all((settings[name] != neutral).all() for name, neutral in {"brightness": 1, "saturation": 1, "hue": 0}.items())
 
 
 def test_data_photometric_distort_refuses_normalised_input():
-    for images in (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4).half(), random_images(2, 1, 4, 4), random_images(3, 4, 4)):
+    normalised = torch.rand(2, 3, 4, 4)
+    for images in (normalised, normalised.half(), random_images(2, 1, 4, 4), random_images(3, 4, 4)):
         raises(ValueError, "before you normalise", lambda: data.photometric_distort(images, generator=seeded()))
     raises(ValueError, "p 1.5", lambda: data.photometric_distort(random_images(2, 3, 4, 4), p=1.5, generator=seeded()))
 
@@ -1997,7 +1998,7 @@ def test_data_mixup_mixes_targets_as_inputs_for_every_lambda_and_odd_batches():
         _, scalar = data.mixup(inputs[:, :, None, None], torch.arange(5.0), alpha=0.4, generator=seeded(seed))
         assert torch.allclose(scalar, targets @ torch.arange(5.0), atol=1e-6)
         first_shares.append(lam)
-    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation may leave all where they are, which reads lam = 1.
+    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation that moves nobody reads as lam = 1.
     first_shares = np.array([share for share in first_shares if share < 1])
     assert abs(first_shares.mean() - 0.5) < 0.08 and abs(first_shares.var() - 1 / 7.2) < 0.025
 
@@ -2057,7 +2058,8 @@ def test_data_mixup_and_cutmix_off_at_alpha_zero_and_refuse_class_indices():
 
 
 def augmentations():
-    images, masks, targets = random_images(6, 3, 8, 12), random_images(6, 8, 12, seed=1), torch.rand(6, generator=seeded())
+    images, masks = random_images(6, 3, 8, 12), random_images(6, 8, 12, seed=1)
+    targets = torch.rand(6, generator=seeded())
     return [
         (lambda g, x, m: data.horizontal_flip(x, generator=g, masks=m, pairs=((1, 2),)), (images, masks)),
         (lambda g, x: (data.photometric_distort(x, generator=g),), (images,)),

@@ -221,7 +221,7 @@ def eyes_predict(model, path, out, args):
 # The note's recipe as it was run; `default` below is the one that scored best on real eyes within minutes on 2 cores.
 EYES_CURRENT = dict(
     channels=64, blocks=8, epochs=1000, batch_size=4096, lr=1e-4, weight_decay=1e-4, schedule="plateau", plateau_factor=0.5,
-    plateau_patience=2, min_lr=0.0, ema_decay=0.999, loss="bce", dropout=0.3, flip=0.5, photometric=0.5, clahe=0.01, crop=0,
+    plateau_patience=2, min_lr=0.0, ema_decay=0.999, loss="bce", dropout=0.3, flip=0.5, photometric=0.5, clahe=0.01, crop=0, mixup=0.0,
     clip=0.0, warmup_epochs=0.0, patience=0, seed=42, train_ratio=0.8, val_ratio=0.2, test_ratio=0.0)
 EYES_CONSERVATIVE = EYES_CURRENT | dict(lr=2e-4, weight_decay=5e-4, plateau_factor=0.7, plateau_patience=5, dropout=0.25)
 EYES_BALANCED = EYES_CONSERVATIVE | dict(loss="focal", smoothing=0.05, gamma=2.0)
@@ -229,15 +229,15 @@ EYES_AGGRESSIVE = EYES_BALANCED | dict(lr=3e-4, weight_decay=1e-3, warmup_epochs
 
 OCEC = Task(
     defaults=engine_flags(
-        epochs=60, batch_size=64, base_batch=0, accumulate=1, sampler="shuffled", lr=2e-4, weight_decay=1e-2, schedule="cosine",
+        epochs=100, batch_size=32, base_batch=0, accumulate=1, sampler="shuffled", lr=2e-4, weight_decay=1e-2, schedule="cosine",
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=10.0,
         restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=2000, clip=1.0, ema_decay=0.998,
         patience=0, amp="off", compile=False, channels_last=True, seed=0,
         monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights", choices=("f1", "auroc", "loss")),
         size=Flag((32, 64), "height x width the eyes are resized to", low=8),
         block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
-        channels=Flag(64, "channels of the stem; blocks 2, 4, 6 double them", low=1),
-        blocks=Flag(8, "number of blocks", low=1),
+        channels=Flag(32, "channels of the stem; blocks 2, 4, 6 double them", low=1),
+        blocks=Flag(6, "number of blocks", low=1),
         head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
                   choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
         token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1),
@@ -249,10 +249,10 @@ OCEC = Task(
         smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99),
         gamma=Flag(2.0, "exponent of the focal loss", low=0),
         flip=Flag(0.5, "probability of a horizontal flip", low=0, high=1),
-        photometric=Flag(0.5, "probability of each of the six photometric operations", low=0, high=1),
+        photometric=Flag(0.5, "probability of each of the five photometric operations", low=0, high=1),
         clahe=Flag(0.01, "probability of CLAHE", low=0, high=1),
         crop=Flag(4, "random crop after padding by this many pixels (0 = off)", low=0),
-        mixup=Flag(0.0, "alpha of mixup (0 = off)", low=0),
+        mixup=Flag(0.2, "alpha of mixup (0 = off)", low=0),
         cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
         train_ratio=Flag(0.7, "share of the training split", above=0, high=1),
         val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training loss does)", low=0, high=1),
