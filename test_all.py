@@ -1824,7 +1824,7 @@ def test_data_photometric_distort_at_the_limits_of_p():
     images = colourful(70, 4, 7)
     assert torch.equal(data.photometric_distort(images, p=0, generator=seeded()), images)
     settings = data.photometric_draw(70, p=1, generator=seeded())
-    assert all((settings[name] != neutral).all() for name, neutral in {"brightness": 1, "saturation": 1, "hue": 0}.items())
+    assert all((settings[name] != neutral).all() for name, neutral in (("brightness", 1), ("hue", 0)))
 
 
 def test_data_photometric_distort_refuses_normalised_input():
