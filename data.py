@@ -225,7 +225,7 @@ def read_eyes_npz(path, *, need_labels=True):
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("images", "labels", "groups") if name in archive}
             present = archive.files
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "images=..., labels=...), no objects") from error
     for name in ("images", "labels") if need_labels else ("images",):
@@ -235,7 +235,7 @@ def read_eyes_npz(path, *, need_labels=True):
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise ValueError(f"{path}: {name!r} holds {int(np.isnan(array).sum())} NaN: remove those rows")
-        if len(array.shape) == 0 or len(array) != len(images):
+        if array.ndim == 0 or len(array) != len(images) or array.ndim > 1 and name != "images":
             raise ValueError(f"{path}: {name!r} has shape {array.shape}, 'images' has {images.shape}: one entry per image")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (n, h, w) or (n, h, w, 3)")
@@ -251,9 +251,9 @@ def list_eye_files(folder, *, need_labels=True):
     """
     annotation = folder / "annotation.csv"
     if annotation.is_file():
-        rows = read_pairs(annotation)
-        names = [name for name, _ in rows]
-        labels = check_eye_labels([label for _, label in rows], lambda row: f"{annotation}, line {row + 1} ({names[row]})")
+        label_of = read_pairs(annotation)
+        names = list(label_of)
+        labels = check_eye_labels(list(label_of.values()), lambda row: f"{annotation}, {names[row]}")
     else:
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         names, labels = [file.relative_to(folder).as_posix() for file in files], None
@@ -271,7 +271,7 @@ def list_eye_files(folder, *, need_labels=True):
             raise ValueError(f"{folder / name} is listed in annotation.csv but does not exist")
     groups = None
     if (folder / "groups.csv").is_file():
-        group_of = dict(read_pairs(folder / "groups.csv"))
+        group_of = read_pairs(folder / "groups.csv")
         missing = [name for name in names if name not in group_of]
         if missing:
             raise ValueError(f"{folder / 'groups.csv'} has no group for {len(missing)} of {len(names)} images, "
@@ -281,13 +281,16 @@ def list_eye_files(folder, *, need_labels=True):
 
 
 def read_pairs(path):
-    """Rows of a two-column CSV without a header as a list of (str, str); ValueError names the first row that is not one."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
-    for i, row in enumerate(rows):
-        if len(row) != 2:
-            raise ValueError(f"{path}, line {i + 1}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
-    return [(first.strip(), second.strip()) for first, second in rows]
+    """A two-column CSV without a header as {first: second}; ValueError with the line of whatever is not, or comes twice."""
+    pairs = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
+        for i, row in enumerate(csv.reader(file), start=1):
+            if row and len(row) != 2:
+                raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
+            if row and row[0].strip() in pairs:
+                raise ValueError(f"{path}, line {i}: {row[0].strip()} is listed twice")
+            pairs.update([(row[0].strip(), row[1].strip())] if row else [])
+    return pairs
 
 
 def check_eye_labels(labels, where):
@@ -383,13 +386,13 @@ def draw_eyes(is_open, p, size, rng):
 class EyeSplit:
     """Some rows of a set of eyes as a training loop sees them: `labels` to plan batches by, `batch(rows)` to train on.
 
-    images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; names list; rows (m,) of this split
+    images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; rows (m,) of this split
     augment  {} or shares and strengths: flip, photometric, clahe, crop, mixup, cutmix; 0 is off
     Needs:   horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix
     """
 
-    def __init__(self, images, labels, names, rows, *, device="cpu", augment=None):
-        self.images, self.names, self.rows = images, names, np.asarray(rows)
+    def __init__(self, images, labels, rows, *, device="cpu", augment=None):
+        self.images, self.rows = images, np.asarray(rows)
         self.labels = None if labels is None else labels[self.rows]
         self.device, self.augment = torch.device(device), augment or {}
 

@@ -1667,7 +1667,7 @@ def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
 
 def test_data_evaluation_batches_are_never_augmented():
     images, labels, _, names = data.synthetic_eyes(20, size=(12, 20))
-    split = data.EyeSplit(images, labels, names, np.arange(5, 15), augment={"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0})
+    split = data.EyeSplit(images, labels, np.arange(5, 15), augment={"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0})
     batch = split.batch(np.array([0, 3]))
     assert torch.equal(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5) and batch["targets"].tolist() == labels[[5, 8]].tolist()
     augmented = split.batch(np.array([0, 3]), torch.Generator().manual_seed(0))
@@ -2134,7 +2134,7 @@ def result_of(path, name="last.pt"):
     """A checkpoint without what the clock and the folder put into it."""
     content = torch.load(path / name, weights_only=True)
     for row in content.get("history", []):
-        row.pop("seconds", None), row.pop("images_per_s", None)
+        row.pop("seconds", None), row.pop("rows_per_s", None)
     return content
 
 
@@ -2143,7 +2143,7 @@ def test_train_prints_the_constant_beside_every_score():
         out = run(f / "a")
         rows = json.loads((f / "a" / "scores.json").read_text())
     assert out.startswith("python train.py --task ocec --epochs 3 --batch-size 16 ")
-    assert "what learns nothing scores on the" in out and out.count("constant  ") == 3 and "scored once" in out
+    assert "what learns nothing scores on the" in out and out.count("constant  ") == 3 and "used for nothing but this" in out
     epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
     assert len(epochs) == 4 and all("| floor 0." in line for line in epochs) and "untrained" in epochs[0]
     for split in ("validation", "test"):
@@ -2233,7 +2233,7 @@ def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
 def test_train_accumulation_equals_one_big_batch():
     def weights(batch_size, accumulate):
         args = train.parse_args([*TINY, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--flip", "0", "--photometric", "0",
-                                 "--clahe", "0", "--crop", "0", "--dropout", "0", "--head", "transformer", "--token-grid", "2x2", "--block", "convnext",
+                                 "--clahe", "0", "--crop", "0", "--mixup", "0", "--dropout", "0", "--head", "transformer", "--token-grid", "2x2", "--block", "convnext",
                                  "--channels", "16", "--schedule", "none", "--warmup-epochs", "0", "--data", str(f / "eyes.npz"), "--lr", "1e-3"])
         sets = train.OCEC.load(args.data, args)
         args.facts = sets.facts
@@ -2359,6 +2359,9 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
         (f / "truncated.pt").write_bytes(whole[: len(whole) // 2])
         other = torch.load(f / "done" / "best.pt", weights_only=True) | {"task": "faceparse"}
         torch.save(other, f / "other.pt"), torch.save({"model": {}}, f / "bare.pt")
+        lacking = torch.load(f / "done" / "best.pt", weights_only=True)
+        lacking["model"].pop("stem.0.weight")
+        torch.save(lacking, f / "lacking.pt"), (f / "zero.pt").write_bytes(b""), np.save(f / "plain.npy", labels)
         cases = [
             ("does not exist", ["--data", f / "nowhere"]),
             ("holds no images", ["--data", f / "empty"]),
@@ -2367,7 +2370,7 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("'images' holds 3 NaN", ["--data", make_npz(f / "nan.npz", images=bright)]),
             ("'labels' holds 1 NaN", ["--data", make_npz(f / "nan2.npz", labels=np.where(np.arange(60) == 7, np.nan, labels))]),
             ("expected uint8 (n, h, w)", ["--data", make_npz(f / "shape.npz", images=images.reshape(60, -1).numpy())]),
-            ("expected uint8 (n, h, w)", ["--data", make_npz(f / "float.npz", images=bright * 0 + 1.0 if False else images.permute(0, 2, 3, 1).float().numpy())]),
+            ("expected uint8 (n, h, w)", ["--data", make_npz(f / "float.npz", images=images.permute(0, 2, 3, 1).float().numpy())]),
             ("one entry per image", ["--data", make_npz(f / "short.npz", labels=labels[:50])]),
             ("no array 'labels'", ["--data", make_npz(f / "none.npz", labels=None)]),
             ("not a readable .npz", ["--data", f / "pickled.npz"]),
@@ -2398,8 +2401,20 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("the folder", ["--predict", f / "done" / "best.pt", "--data", good, "--out", f / "absent" / "preds.csv"]),
             ("needs --data", ["--predict", f / "done" / "best.pt"]),
             ("blocks do not fit a size of 12x20", ["--blocks", "12", "--block", "convnext"]),
-            ("leaves a batch of 1 row", ["--batch-size", "41"]),
+            ("leaves a batch of 1 of the 42 training rows", ["--batch-size", "41"]),
             ("cannot be used", ["--device", "cuda:9"]),
+            ("this script knows cpu and cuda", ["--device", "meta"]),
+            ("is not a readable checkpoint", ["--eval", f / "zero.pt"]),
+            ("does not hold the weights of its own recipe", ["--eval", f / "lacking.pt"]),
+            ("not a readable .npz", ["--data", f / "plain.npy"]),
+            ("'groups' has shape (60, 2)", ["--data", make_npz(f / "groups.npz", groups=np.zeros((60, 2)))]),
+            ("'labels' has shape (60, 1)", ["--data", make_npz(f / "column.npz", labels=labels[:, None])]),
+            ("--crop 12 must be below the shorter side", ["--crop", "12"]),
+            ("--gamma is read only with --loss focal, not with bce", ["--gamma", "3"]),
+            ("--plateau-factor is read only with --schedule plateau", ["--plateau-factor", "0.3"]),
+            ("--warmup-epochs is read only with", ["--schedule", "cyclic", "--warmup-epochs", "1"]),
+            ("--warmup-epochs 3 must be below --epochs 3", ["--warmup-epochs", "3"]),
+            ("--warmup-start-lr 1e-06 must not be above the peak rate, 1e-07", ["--lr", "1e-7"]),
         ]
         for text, words in cases:
             words = ([] if "--eval" in words or "--predict" in words or "--resume" in words and "--out" in words else TINY[2:]) + [*words]
@@ -2410,6 +2425,184 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             assert code == 2 and text in err and "Traceback" not in err, (text, words, code, err)
             assert not (f / "new").exists() and "epoch " not in out, words
         assert (f / "done" / "best.pt").read_bytes() == whole
+
+
+def prepared(f, *words):
+    """Settings, data and a fresh run of a tiny recipe on a small .npz in folder f."""
+    args = train.parse_args([*TINY, "--data", str(make_npz(f / "eyes.npz")), *words])
+    sets = train.OCEC.load(args.data, args)
+    args.facts = sets.facts
+    return args, sets, train.build(args, len(train.plan_batches(sets.train, 1, args)))
+
+
+NEVER = types.SimpleNamespace(check=lambda: None)  # a stop signal that never comes
+
+
+def test_train_epoch_equals_the_loop_written_out():
+    """Clip, AdamW, schedule and EMA in their order, with augmentation and dropout; the oracle uses none of the script's loop."""
+    with folder() as f:
+        args, sets, state = prepared(f, "--clip", "0.1", "--weight-decay", "0.1", "--warmup-epochs", "1", "--warmup-start-lr", "1e-4",
+                                     "--lr", "1e-2", "--ema-decay", "0.9", "--no-channels-last")
+        row = train.train_epoch(state, sets.train, 1, args, NEVER)
+        torch.manual_seed(train.seed_of(args.seed))
+        model = train.eyes_network(args).train()
+        shadow = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=False)
+        torch.manual_seed(train.seed_of(args.seed, 1))
+        generator, norms = torch.Generator().manual_seed(train.seed_of(args.seed, 1, 1)), []
+        for t, rows in enumerate(data.shuffled_batches(len(sets.train), 16, seed=args.seed, epoch=1)):
+            optimizer.param_groups[0]["lr"] = 1e-4 + (1e-2 - 1e-4) * t / 3
+            batch = sets.train.batch(rows, generator)
+            F.binary_cross_entropy_with_logits(model(batch["inputs"]), batch["targets"],
+                                               pos_weight=torch.tensor(sets.facts["pos_weight"])).backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+            optimizer.step(), optimizer.zero_grad()
+            decay = min(0.9, (1 + t) / (10 + t))
+            for name, value in model.state_dict().items():
+                shadow[name] = decay * shadow[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+        close = lambda a, b: all((a[name].float() - b[name].float()).abs().max() < 1e-5 for name in b)
+        assert close(state.raw_model.state_dict(), model.state_dict()) and close(state.ema.module.state_dict(), shadow)
+        assert abs(row["grad_norm"] - np.mean(norms)) < 1e-3 and row["step"] == 3 and math.isclose(row["lr_end"], 1e-4 + 0.0099 * 2 / 3)
+
+
+def test_train_order_augmentation_and_dropout_follow_seed_and_epoch():
+    with folder() as f:
+        args, sets, state = prepared(f)
+
+        class Recorder:
+            labels = sets.train.labels
+
+            def __len__(self):
+                return len(sets.train)
+
+            def batch(self, rows, generator):
+                seen.append((rows.tolist(), generator.initial_seed(), torch.initial_seed()))
+                return sets.train.batch(rows, generator)
+
+        def drawn(epoch):
+            seen.clear()
+            train.train_epoch(state, Recorder(), epoch, args, NEVER)
+            return seen[0]
+
+        seen = []
+        first, again, second = (drawn(epoch) for epoch in (1, 1, 2))
+        assert first == again and all(a != b for a, b in zip(first, second))
+
+
+def test_train_autocast_covers_training_and_not_scoring():
+    with folder() as f:
+        args, sets, state = prepared(f, "--amp", "bf16")
+        criterion, kinds = train.eyes_criterion, []
+        train.eyes_criterion = lambda logits, targets, args: kinds.append(logits.dtype) or criterion(logits, targets, args)
+        try:
+            train.train_epoch(state, sets.train, 1, args, NEVER)
+            train.evaluate(state.raw_model, sets.validation, args)
+        finally:
+            train.eyes_criterion = criterion
+        assert kinds == [torch.bfloat16] * 3 + [torch.float32]
+
+
+def test_train_frozen_parameters_stay_bit_equal():
+    with folder() as f:
+        args, sets, state = prepared(f, "--weight-decay", "0.5")
+        for p in state.raw_model.stem.parameters():
+            p.requires_grad_(False)
+        before = [p.clone() for p in state.raw_model.parameters()]
+        train.train_epoch(state, sets.train, 1, args, NEVER)
+        frozen = len(list(state.raw_model.stem.parameters()))
+        equal = [torch.equal(a, b) for a, b in zip(before, state.raw_model.parameters())]
+        assert equal == [True] * frozen + [False] * (len(before) - frozen)
+
+
+def test_train_every_augmentation_flag_reaches_the_batch():
+    images, labels, _, _ = data.synthetic_eyes(20, size=(12, 20))
+    plain = data.EyeSplit(images, labels, np.arange(20)).batch(np.arange(8))["inputs"]
+    for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix"):
+        split = data.EyeSplit(images, labels, np.arange(20), augment={name: 1})
+        assert not torch.equal(split.batch(np.arange(8), torch.Generator().manual_seed(0))["inputs"], plain), name
+    with folder() as f:
+        args, sets, _ = prepared(f, "--flip", "0.25", "--crop", "3")
+        assert sets.train.augment == {"flip": 0.25, "photometric": 0.5, "clahe": 0.01, "crop": 3, "mixup": 0.2, "cutmix": 0.0}
+        assert not sets.validation.augment or torch.equal(sets.validation.batch(np.arange(3))["inputs"], sets.whole.batch(sets.validation.rows[:3])["inputs"])
+
+
+def test_train_splits_keep_groups_apart_and_the_test_split_is_the_one_reported():
+    with folder() as f:
+        args, sets, _ = prepared(f)
+        groups = np.load(f / "eyes.npz")["groups"]
+        sides = [set(groups[split.rows]) for split in (sets.train, sets.validation, sets.test)]
+        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+        assert [len(split) for split in (sets.train, sets.validation, sets.test)] == [42, 6, 12]
+        run(f / "a", "--lr", "3e-3")
+        scores = json.loads((f / "a" / "scores.json").read_text())
+        assert scores["test"]["rows"] == 12 and scores["validation"]["rows"] == 6
+        out = call("--task", "ocec", "--eval", f / "a" / "best.pt", "--split", "test")[1]
+        assert out.splitlines()[-3].split()[1:] == [f"{value:.4f}" for value in scores["test"]["model"].values()]
+
+
+def test_train_monitor_plateau_and_early_stopping_use_the_right_numbers():
+    with folder() as f:
+        run(f / "a", "--monitor", "loss", "--epochs", "12", "--patience", "2", "--lr", "3e-2", "--schedule", "plateau", "--warmup-epochs", "2.5")
+        last, best = result_of(f / "a"), result_of(f / "a", "best.pt")
+        rows = last["history"][1:]
+        losses_seen = [min(row["raw"]["loss"], row["ema"]["loss"]) for row in rows]
+        assert [row["score"] for row in rows] == losses_seen and best["score"] == min(losses_seen)
+        assert len(rows) < 12 and rows[-1]["epoch"] == best["epoch"] + 2
+        raw = [row["raw"]["loss"] for row in rows]
+        assert min(raw) <= last["schedule"]["best"] <= min(raw) * 1.001
+        out = run(f / "b", "--schedule", "plateau", "--warmup-epochs", "2.5", "--plateau-patience", "50")
+        assert "plateau:" not in out  # warm-up is no reduction
+        out = run(f / "c", "--schedule", "plateau", "--warmup-epochs", "0", "--plateau-patience", "0", "--lr", "1e-7", "--warmup-start-lr", "0",
+                  "--min-lr", "0", "--epochs", "6", "--monitor", "auroc")
+        assert "auroc" in out and ("plateau: lr 1e-07 -> 5e-08" in out or "plateau" not in out)
+
+
+def test_train_eval_says_whether_the_run_saw_the_data():
+    with folder() as f:
+        run(f / "a", "--epochs", "1")
+        best = f / "a" / "best.pt"
+        (f / "copy.npz").write_bytes((f / "eyes.npz").read_bytes())
+        assert "training rows included" in call("--task", "ocec", "--eval", best, "--data", f / "copy.npz")[1]
+        images, labels, _, _ = data.synthetic_eyes(6, size=(12, 20), seed=9)
+        np.savez(f / "six.npz", images=images[:, 0].numpy(), labels=np.ones(6, dtype=np.int64))
+        code, out, err = call("--task", "ocec", "--eval", best, "--data", f / "six.npz")
+        assert code == 0 and "did not see" in out and "all rows, 6 rows" in out and "nan" in out, err  # AUROC of one class
+        code, _, err = call("--task", "ocec", "--eval", best, "--data", make_npz(f / "other.npz", n=120), "--split", "test")
+        assert code == 2 and "not the data that the run split" in err, err
+        for name in ("last.pt", "log.jsonl", "scores.json"):
+            (f / "a" / name).unlink()
+        code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a")
+        assert code == 2 and "already holds a run" in err and best.exists()
+
+
+def test_train_a_write_that_fails_leaves_the_old_file():
+    with folder() as f:
+        (f / "x").write_text("old")
+        with contextlib.suppress(KeyError), train.atomic_write(f / "x") as file:
+            file.write("half")
+            file.flush()
+            assert (f / "x").read_text() == "old"
+            raise KeyError
+        assert (f / "x").read_text() == "old" and [each.name for each in f.iterdir()] == ["x"]
+        with train.atomic_write(f / "x") as file:
+            file.write("new")
+        assert (f / "x").read_text() == "new"
+
+
+def test_train_refuses_several_processes():
+    os.environ["WORLD_SIZE"] = "2"
+    try:
+        assert "trains in one process" in call(*TINY)[2]
+    finally:
+        del os.environ["WORLD_SIZE"]
+
+
+def test_data_csv_with_a_byte_order_mark_is_read_and_a_path_listed_twice_is_refused():
+    with folder() as f:
+        (f / "a.csv").write_bytes("\ufeffx.png,1\n\ny.png, 0\n".encode())
+        assert data.read_pairs(f / "a.csv") == {"x.png": "1", "y.png": "0"}
+        (f / "b.csv").write_text("x.png,1\n\nx.png,0\n")
+        raises(ValueError, "line 3: x.png is listed twice", lambda: data.read_pairs(f / "b.csv"))
 
 
 def test_train_names_the_image_that_cannot_be_read():
@@ -2464,7 +2657,7 @@ def test_train_overwrite_replaces_and_changed_data_are_refused():
         assert len(result_of(f / "a")["history"]) == 3
         make_npz(f / "eyes.npz", n=50)
         code, _, err = call("--task", "ocec", "--out", f / "a", "--resume")
-        assert code == 2 and "the data are not those of the run" in err
+        assert code == 2 and "the data or their split are not those of the run" in err
 
 
 def test_train_real_eyes_beat_every_constant_within_three_epochs():

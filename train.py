@@ -15,6 +15,7 @@ A task is one entry in TASKS: flags, variants and seven functions. The loop know
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -56,6 +57,10 @@ class Flag:
     above: float = -math.inf  # value > above
     high: float = math.inf  # value <= high
     choices: tuple = ()
+    when: tuple = ()  # (another flag, the values of it with which this one is read); () is always
+
+    def is_read(self, args):
+        return not self.when or getattr(args, self.when[0]) in self.when[1:]
 
     def check(self, name, value):
         """ValueError with value, bound and remedy for a number outside the bounds."""
@@ -81,15 +86,16 @@ def engine_flags(**defaults):
         "weight_decay": dict(help="AdamW's decoupled weight decay", low=0),
         "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
                          choices=("cosine", "restarts", "cyclic", "plateau", "none")),
-        "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0),
-        "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0),
-        "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0),
-        "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999),
-        "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0),
-        "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0),
-        "restart_mult": dict(help="restarts: each cycle is this many times longer", low=1),
-        "cyclic_base_lr": dict(help="cyclic: lower rate; --lr is the upper one", low=0),
-        "cyclic_steps_up": dict(help="cyclic: optimizer steps from the lower to the upper rate", low=1),
+        "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0, when=("schedule", "cosine", "restarts", "plateau", "none")),
+        "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0, when=("schedule", "cosine", "restarts", "plateau", "none")),
+        "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0,
+                       when=("schedule", "cosine", "restarts", "plateau")),
+        "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999, when=("schedule", "plateau")),
+        "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0, when=("schedule", "plateau")),
+        "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0, when=("schedule", "restarts")),
+        "restart_mult": dict(help="restarts: each cycle is this many times longer", low=1, when=("schedule", "restarts")),
+        "cyclic_base_lr": dict(help="cyclic: lower rate; --lr is the upper one", above=0, when=("schedule", "cyclic")),
+        "cyclic_steps_up": dict(help="cyclic: optimizer steps from the lower to the upper rate", low=1, when=("schedule", "cyclic")),
         "clip": dict(help="largest gradient norm (0 = no clipping)", low=0),
         "ema_decay": dict(help="average of the weights, horizon 1 / (1 - decay) steps, warmed up (0 = off)", low=0, high=0.99999),
         "patience": dict(help="stop after this many epochs without a new best (0 = never)", low=0),
@@ -109,7 +115,7 @@ class Task:
     variants: dict  # variant name -> {flag name: value}
     load: Callable  # (path or "", args) -> Data
     network: Callable  # (args) -> nn.Module
-    loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}
+    loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}, the parts of a sum
     probability: Callable  # (network output) -> what is reported and written
     evaluate: Callable  # (model, split, args) -> {score: float} over the whole split; "loss" is one of them
     floor: Callable  # (split, args) -> {name: {score: float}}: what learns nothing, and the ceiling
@@ -118,7 +124,7 @@ class Task:
 
 @dataclasses.dataclass
 class Data:
-    train: object  # splits have len(), .labels, .batch(rows, generator); validation and test may be None
+    train: object  # splits have len(), .labels, .batch(rows, generator); what a call does not need may be None
     validation: object
     test: object
     whole: object  # all rows, for --eval on data that the run did not see
@@ -131,30 +137,39 @@ class Data:
 
 
 def eyes_load(path, args):
+    if args.crop >= min(args.size):
+        raise ValueError(f"--crop {args.crop} must be below the shorter side of --size {show(args.size)}: there is no more to mirror")
     if path:
-        images, labels, groups, names = data.read_eyes(path, size=args.size, cache=args.cache)
+        images, labels, groups, _ = data.read_eyes(path, size=args.size, cache=args.cache)
     else:
-        images, labels, groups, names = data.synthetic_eyes(size=args.size)
+        images, labels, groups, _ = data.synthetic_eyes(size=args.size)
     notes = [f"data: {path or 'SYNTHETIC eyes, drawn by the script: a score on them is no result'}, {len(labels):,} images, "
              f"{np.mean(labels):.1%} open"]
+    some = images[:: max(1, len(images) // 1000)].numpy().tobytes()  # enough pixels to tell this set from another
+    facts = {"data": zlib.crc32(labels.tobytes() + some)}
+    whole = data.EyeSplit(images, labels, np.arange(len(labels)), device=args.device)
+    if args.split == "all":
+        return Data(None, None, None, whole, facts, notes)
+
     ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
-    rows = data.split_by_group(np.arange(len(labels)) if groups is None else groups, ratios, seed=args.seed)
-    names_of_splits = ("training", "validation", "test")
+    splits = data.split_by_group(np.arange(len(labels)) if groups is None else groups, ratios, seed=args.seed)
+    titles = ("training", "validation", "test")
     if groups is None:
         notes.append("split: by row, since no groups are known: leakage between the splits cannot be excluded")
     else:
-        count = [len(np.unique(groups[part])) for part in rows]
-        notes.append("split: by group, " + ", ".join(f"{n} {name}" for n, name in zip(count, names_of_splits)) + ", none on two sides")
-    for name, part in zip(names_of_splits, rows):
-        if len(part) and len(np.unique(labels[part])) < 2:
-            raise ValueError(f"the {name} split of {len(part)} rows holds one class only (label {labels[part][0]}): F1, AUROC and "
+        counts = [f"{len(np.unique(groups[rows]))} {title}" for rows, title in zip(splits, titles)]
+        notes.append(f"split: by group, {', '.join(counts)}, none on two sides")
+    for title, rows in zip(titles, splits):
+        if len(rows) and len(np.unique(labels[rows])) < 2:
+            raise ValueError(f"the {title} split of {len(rows)} rows holds one class only (label {labels[rows][0]}): F1, AUROC and "
                              "pos_weight need open and closed eyes; add the missing class, or change the ratios or --seed")
+    facts["split"] = zlib.crc32(np.concatenate([rows for part in splits for rows in (part, [-1])]).tobytes())
+    balanced = args.loss == "focal" or args.sampler == "stratified"
+    facts["pos_weight"] = args.pos_weight or (1.0 if balanced else losses.auto_pos_weight(labels[splits[0]]))
     augment = {name: getattr(args, name) for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")}
-    train, validation, test = (data.EyeSplit(images, labels, names, part, device=args.device, augment=augment) if len(part) else None
-                               for part in rows)
-    some = images[:: max(1, len(images) // 1000)].numpy().tobytes()  # enough pixels to notice another set on --resume
-    facts = {"pos_weight": args.pos_weight or losses.auto_pos_weight(train.labels), "checksum": zlib.crc32(labels.tobytes() + some)}
-    return Data(train, validation, test, data.EyeSplit(images, labels, names, np.arange(len(labels)), device=args.device), facts, notes)
+    train, validation, test = (data.EyeSplit(images, labels, rows, device=args.device, augment=augment) if len(rows) else None
+                               for rows in splits)
+    return Data(train, validation, test, whole, facts, notes)
 
 
 def eyes_network(args):
@@ -175,7 +190,7 @@ def eyes_criterion(logits, targets, args):
 
 def eyes_loss(model, batch, step, args):
     loss = eyes_criterion(model(batch["inputs"]), batch["targets"], args)
-    return loss, {args.loss: loss.detach()}
+    return loss, {}  # one part only
 
 
 def eyes_probability(logits):
@@ -208,13 +223,13 @@ def eyes_floor(split, args):
 
 def eyes_predict(model, path, out, args):
     images, _, _, names = data.read_eyes(path, size=args.size, cache=args.cache, need_labels=False)
-    split = data.EyeSplit(images, None, names, np.arange(len(names)), device=args.device)
+    split = data.EyeSplit(images, None, np.arange(len(names)), device=args.device)
     logits = eyes_logits(model, split, args)
     with atomic_write(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "logit", "prob_open"])
         writer.writerows([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in zip(
-            names, logits.tolist(), eyes_probability(logits).tolist()))
+            names, logits.tolist(), TASKS[args.task].probability(logits).tolist()))
     return len(names)
 
 
@@ -240,14 +255,16 @@ OCEC = Task(
         blocks=Flag(6, "number of blocks", low=1),
         head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
                   choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
-        token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1),
-        token_layers=Flag(2, "layers of those heads", low=1),
+        token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1,
+                        when=("head", "auto", "transformer", "mlp_mixer")),
+        token_layers=Flag(2, "layers of those heads", low=1, when=("head", "auto", "transformer", "mlp_mixer")),
         dropout=Flag(0.3, "in the head", low=0, high=0.95),
         stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first", low=0, high=0.95),
         loss=Flag("bce", "bce with pos_weight, or focal loss with label smoothing", choices=("bce", "focal")),
-        pos_weight=Flag(0.0, "weight of open eyes in bce (0 = closed / open of the training rows)", low=0),
-        smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99),
-        gamma=Flag(2.0, "exponent of the focal loss", low=0),
+        pos_weight=Flag(0.0, "weight of open eyes (0 = closed / open of the training rows; 1 with the stratified sampler, which "
+                        "balances already)", low=0, when=("loss", "bce")),
+        smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99, when=("loss", "focal")),
+        gamma=Flag(2.0, "exponent of the focal loss", low=0, when=("loss", "focal")),
         flip=Flag(0.5, "probability of a horizontal flip", low=0, high=1),
         photometric=Flag(0.5, "probability of each of the five photometric operations", low=0, high=1),
         clahe=Flag(0.01, "probability of CLAHE", low=0, high=1),
@@ -257,7 +274,6 @@ OCEC = Task(
         train_ratio=Flag(0.7, "share of the training split", above=0, high=1),
         val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training loss does)", low=0, high=1),
         test_ratio=Flag(0.2, "share of the test split, scored once at the end (0 = none)", low=0, high=1),
-        cache=Flag("", "folder that keeps the decoded images, memory-mapped instead of in memory"),
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
@@ -273,13 +289,14 @@ TASKS = {"ocec": OCEC}
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK); with --predict the file to write"),
+    "cache": ("", "folder that keeps the decoded data, memory-mapped instead of in memory"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
-    "split": ("", "with --eval: train, validation, test or all (default: test, or validation where there is none)"),
+    "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
     "resume": (False, "go on from the last finished epoch in --out"),
     "overwrite": (False, "replace the run in --out"),
-    "find_lr": (False, "learning-rate range test instead of training"),
+    "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
 }
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",)}
 
@@ -288,7 +305,7 @@ def show(value):
     """A flag's value as it is typed."""
     if isinstance(value, tuple):
         return "x".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def parse_pair(text):
@@ -338,14 +355,18 @@ def parse_args(argv):
     settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
     args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={})
     for name in recipe:
-        task.defaults[name].check(name, settings[name])
+        flag = task.defaults[name]
+        flag.check(name, settings[name])
+        if name in args.typed and not args.resume and not flag.is_read(args):
+            raise ValueError(f"--{name.replace('_', '-')} is read only with --{flag.when[0]} {' or '.join(flag.when[1:])}, not with "
+                             f"{getattr(args, flag.when[0])}: leave it out, or change --{flag.when[0]}")
     check_mode(args)
     return args
 
 
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
-    modes = {"eval": {"eval", "data", "split", "device"}, "predict": {"predict", "data", "out", "device"},
+    modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
              "find_lr": args.typed - {"out", "resume", "overwrite", "split"}}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads):
@@ -367,6 +388,8 @@ def resolve_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("this script knows cpu and cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from error
@@ -374,9 +397,10 @@ def resolve_device(name):
 
 
 def command_line(args, names):
-    """The command that this run resolves to, as it can be typed again."""
+    """The command that this run resolves to, as it can be typed again; what it would not read is left out."""
     words = ["train.py", "--task", args.task]
-    for name in names:
+    flags = TASKS[args.task].defaults
+    for name in (name for name in names if name not in flags or flags[name].is_read(args)):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
@@ -418,7 +442,8 @@ def load_checkpoint(path, task, needs=("model",)):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated ({str(error).splitlines()[0][:100]})") from error
+        raise ValueError(f"{path} is not a readable checkpoint, it may be truncated "
+                         f"({(str(error) or type(error).__name__).splitlines()[0][:100]})") from error
     missing = [key for key in ("format", "task", "recipe", "facts", *needs) if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py for this use: it holds no {missing[0]!r}")
@@ -428,6 +453,14 @@ def load_checkpoint(path, task, needs=("model",)):
     if strange:
         raise ValueError(f"{path} was written by another version of this script: it differs in the flags {', '.join(sorted(strange))}")
     return content
+
+
+def load_weights(model, content, path):
+    """The checkpoint's weights, every one of them and no other."""
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of its own recipe: {' '.join(str(error).split())[:300]}") from error
 
 
 def adopt_recipe(args, content):
@@ -444,6 +477,9 @@ def adopt_recipe(args, content):
         args.data = content["data"]
 
 
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "scores.json")
+
+
 def open_run_folder(args):
     """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
     folder = Path(args.out)
@@ -454,13 +490,11 @@ def open_run_folder(args):
         raise ValueError(f"--out {folder}: {present} is a file, not a folder; choose another --out")
     if not os.access(present, os.W_OK):
         raise ValueError(f"--out {folder}: no permission to write in {present}; choose another --out")
-    exists = (folder / "last.pt").is_file()
-    if args.resume and not exists:
+    if args.resume and not (folder / "last.pt").is_file():
         if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
-            print(f"--resume: no run in {folder} yet, starting afresh under torchrun")
             return folder, False
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
-    if exists and not (args.resume or args.overwrite):
+    if any((folder / name).exists() for name in RUN_FILES) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
     return folder, args.resume
 
@@ -475,6 +509,10 @@ class NonFinite(ArithmeticError):
 
 class Interrupted(Exception):
     """A signal asked the run to end; what is unfinished is replayed by --resume."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class StopSignal:
@@ -496,7 +534,7 @@ class StopSignal:
 
     def check(self):
         if self.number:
-            raise Interrupted(signal.Signals(self.number).name)
+            raise Interrupted(self.number)
 
 
 def tune_allocator():
@@ -525,6 +563,10 @@ def make_schedule(optimizer, args, steps_per_epoch):
     """The schedule of --schedule; epochs become optimizer steps here and nowhere else."""
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below --epochs {args.epochs}: train longer or warm up less")
+    for name in ("warmup_start_lr", "min_lr"):
+        if TASKS[args.task].defaults[name].is_read(args) and getattr(args, name) > optimizer.param_groups[0]["lr"]:
+            raise ValueError(f"--{name.replace('_', '-')} {show(getattr(args, name))} must not be above the peak rate, "
+                             f"{show(optimizer.param_groups[0]['lr'])}: lower it")
     steps = lambda epochs: round(epochs * steps_per_epoch)
     warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=args.warmup_start_lr)
     if args.schedule == "cosine":
@@ -535,6 +577,8 @@ def make_schedule(optimizer, args, steps_per_epoch):
     if args.schedule == "cyclic":
         return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=optimizer.param_groups[0]["lr"],
                                  steps_up=args.cyclic_steps_up)
+    if args.schedule == "none":
+        return schedulers.Plateau(optimizer, **warmup)  # never fed a metric: warm-up, then constant
     return schedulers.Plateau(optimizer, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr, **warmup)
 
 
@@ -563,8 +607,8 @@ def save_run(path, run, args):
     save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history} | states, args)
 
 
-def load_run(run, content):
-    run.raw_model.load_state_dict(content["model"])
+def load_run(run, content, path):
+    load_weights(run.raw_model, content, path)
     for name in STATEFUL:
         if getattr(run, name) is not None:
             getattr(run, name).load_state_dict(content[name])
@@ -621,16 +665,16 @@ def train_epoch(run, split, epoch, args, stop):
     seconds = time.perf_counter() - start
     row |= {"step": run.step, "lr_end": lr} | {name: value / seen for name, value in sums.items()}
     return row | {"grad_norm": float(np.mean(norms)) if norms else math.nan, "skipped_steps": skipped,
-                  "seconds": round(seconds, 3), "images_per_s": round(seen / seconds, 1)}
+                  "seconds": round(seconds, 3), "rows_per_s": round(seen / seconds, 1)}
 
 
 def evaluate(model, split, args):
-    """The task's scores over a whole split, in eval mode, float32 and without gradients."""
-    training = model.training
+    """The task's scores over a whole split, in eval mode and without gradients; no autocast, whatever --amp says."""
     model.eval()
     with torch.inference_mode():
         scores = TASKS[args.task].evaluate(model, split, args)
-    model.train(training)
+    if not math.isfinite(scores["loss"]):
+        raise NonFinite(f"the loss over {len(split)} rows is {scores['loss']}")
     return scores
 
 
@@ -671,10 +715,16 @@ def fit(run, sets, args, folder, floor, stop):
         if args.patience and best and run.history[-1]["epoch"] - best["epoch"] >= args.patience:
             print(f"stopped early: no new best {args.monitor} for {args.patience} epochs")
             break
-        row = score_epoch(run, train_epoch(run, sets.train, run.history[-1]["epoch"] + 1, args, stop), sets.validation, args)
+        row = train_epoch(run, sets.train, run.history[-1]["epoch"] + 1, args, stop)
+        try:
+            row = score_epoch(run, row, sets.validation, args)
+        except NonFinite as error:
+            raise NonFinite(f"{error}, after epoch {row['epoch']}, step {run.step}, at lr {row['lr_end']:.3g}, mean gradient norm "
+                            f"{row['grad_norm']:.3g}") from error
         if args.schedule == "plateau":
+            before = run.schedule.get_last_lr()[0]
             run.schedule.step(row["raw"]["loss"] if sets.validation else row["train_loss"])
-            row["lr_next"] = run.schedule.get_last_lr()[0]
+            row["plateau_lr"] = [before, run.schedule.get_last_lr()[0]]
         run.history.append(row)
         if best_row(run.history, args) is row:
             weights = run.ema.module if row["weights"] == "ema" else run.raw_model
@@ -689,9 +739,9 @@ def finish_epoch(run, args, folder, floor):
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
     print(("\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
-    row = run.history[-1]
-    if row.get("lr_next", row.get("lr_end")) != row.get("lr_end"):
-        print(f"plateau: lr {row['lr_end']:.3g} -> {row['lr_next']:.3g} after epoch {row['epoch']}")
+    before, after = run.history[-1].get("plateau_lr", (0, 0))
+    if after != before:
+        print(f"plateau: lr {before:.3g} -> {after:.3g} after epoch {run.history[-1]['epoch']}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,16 +750,17 @@ def finish_epoch(run, args, folder, floor):
 
 def epoch_line(history, args, floor):
     """One line per epoch; `*` marks a new best of --monitor, `floor` is the best constant answer on the same rows."""
-    row, name = history[-1], TASKS[args.task].defaults["monitor"].choices[0]
+    row, headline = history[-1], TASKS[args.task].defaults["monitor"].choices[0]
     parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
     if row["epoch"]:
         parts += [f"lr {row['lr_end']:.2e}", f"train {row['train_loss']:.4f}"]
     if "raw" in row:
-        parts += [f"val {row['raw']['loss']:.4f}", f"{name} {row['raw'][name]:.4f}"]
-        parts += [f"ema {row['ema'][name]:.4f}"] if "ema" in row else []
-        parts += [f"floor {floor[name]:.4f}"]
+        parts += [f"val {row['raw']['loss']:.4f}"]
+        for name in dict.fromkeys((headline, args.monitor)):
+            parts += [f"{name} {row['raw'][name]:.4f}"] + ([f"ema {row['ema'][name]:.4f}"] if "ema" in row else [])
+            parts += [f"floor {floor[name]:.4f}"]
     if row["epoch"]:
-        parts += [f"grad {row['grad_norm']:6.2f}", f"{row['images_per_s']:5.0f} img/s"]
+        parts += [f"grad {row['grad_norm']:6.2f}", f"{row['rows_per_s']:5.0f} rows/s"]
         parts += [f"skipped {row['skipped_steps']}"] if row["skipped_steps"] else []
     return " | ".join(parts) + (" *" if best_row(history, args) is row else "" if row["epoch"] else " | untrained")
 
@@ -765,25 +816,23 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 # The kinds of call: train (or --find-lr), --eval, --predict
 
 
-def load_sets(args, stored=None):
-    """Read and split the data, print what was found; `stored` are the facts of the checkpoint that is used, if any."""
-    sets = TASKS[args.task].load(args.data, args)
-    args.facts = stored or sets.facts
-    print("\n".join(sets.notes))
-    return sets
-
-
-def check_batches(run, sets, args):
-    """Refuse, before training, a batch of one row where batch norm needs two."""
-    sizes = {len(rows) for rows in plan_batches(sets.train, 1, args)}
-    if 1 in sizes and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in run.raw_model.modules()):
-        raise ValueError(f"--batch-size {args.batch_size} over {len(sets.train)} training rows leaves a batch of 1 row, which batch "
-                         f"norm cannot use: try --batch-size {max(2, args.batch_size + 1)}")
+def check_one_row_batch(run, sets, batches, args):
+    """Refuse, before training, a batch of one row that the network cannot train on (batch norm over one value)."""
+    row = next((rows for rows in batches if len(rows) == 1), None)
+    if row is None:
+        return
+    try:
+        TASKS[args.task].loss(copy.deepcopy(run.raw_model).train(), sets.train.batch(row), 0, args)
+    except ValueError as error:
+        n = len(sets.train)
+        fits = next(size for size in itertools.count(args.batch_size + 1) if n % size != 1)
+        raise ValueError(f"--batch-size {args.batch_size} leaves a batch of 1 of the {n} training rows, which this network cannot "
+                         f"train on ({error}): try --batch-size {fits}") from error
 
 
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
-    folder, content = None, None
+    task, folder, content = TASKS[args.task], None, None
     if not args.find_lr:
         args.out = args.out or f"runs/{args.task}"
         folder, resuming = open_run_folder(args)
@@ -791,22 +840,29 @@ def prepare(args):
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
             adopt_recipe(args, content)
     args.device = resolve_device(args.device)
-    print(command_line(args, [*TASKS[args.task].defaults, "data", "out", "device"]), flush=True)
-    sets = load_sets(args)
+    print(command_line(args, [*task.defaults, "data", "cache", "out", "device"] + ["find_lr"] * args.find_lr), flush=True)
+    if args.resume and not content:
+        print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
+    sets = task.load(args.data, args)
+    args.facts = sets.facts
+    print("\n".join(sets.notes))
     if sets.validation is None:
         args.monitor = "loss"
-        print("no validation split: the training loss picks the epoch" + (" and drives the plateau" if args.schedule == "plateau" else ""))
+        print("no validation split: the training loss picks the epoch, and the raw weights are kept")
     if content and content["facts"] != sets.facts:
-        raise ValueError(f"the data are not those of the run in {folder}: they give {sets.facts}, the run has {content['facts']}; "
-                         "restore them, or start a new run in another --out")
-    steps_per_epoch = -(-len(plan_batches(sets.train, 1, args)) // args.accumulate)
+        raise ValueError(f"the data or their split are not those of the run in {folder}: they give {sets.facts}, the run has "
+                         f"{content['facts']}; restore them, or start a new run in another --out")
+    batches = plan_batches(sets.train, 1, args)
+    steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch)
-    check_batches(run, sets, args)
+    check_one_row_batch(run, sets, batches, args)
     if content:
-        load_run(run, content)
-    print(f"{args.task} | " + ", ".join(f"{len(split):,} {name}" for name, split in (
-        ("train", sets.train), ("validation", sets.validation), ("test", sets.test)) if split) +
-        f" | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | {args.device}, amp {args.amp}")
+        load_run(run, content, folder / "last.pt")
+        if best_row(run.history, args) and not (folder / "best.pt").is_file():
+            raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
+    sizes = [f"{len(split):,} {name}" for name, split in (("train", sets.train), ("validation", sets.validation), ("test", sets.test)) if split]
+    print(f"{args.task} | {', '.join(sizes)} | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | "
+          f"{args.device}, amp {args.amp}")
     return run, sets, folder
 
 
@@ -814,11 +870,11 @@ def report(sets, args, folder, seconds):
     """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
     best = load_checkpoint(folder / "best.pt", args.task)
     model = TASKS[args.task].network(args).to(args.device)
-    model.load_state_dict(best["model"])
+    load_weights(model, best, folder / "best.pt")
     print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
     for title, name, split in (("validation, which picked the epoch", "validation", sets.validation),
-                               ("test, scored once", "test", sets.test)):
+                               ("test, used for nothing but this", "test", sets.test)):
         if split is not None:
             scores[name] = print_scores(title, split, evaluate(model, split, args), args)
     with atomic_write(folder / "scores.json") as file:
@@ -829,7 +885,8 @@ def report(sets, args, folder, seconds):
 def train(run, sets, folder, args):
     """Train to the end and report; returns the exit code."""
     floor, start = {}, time.perf_counter()
-    again = f"python train.py --task {args.task} --out {shlex.quote(str(folder))} --resume"
+    kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
+    again = "python " + shlex.join(["train.py", "--task", args.task, "--out", str(folder), "--resume", *kept])
     if sets.validation is not None:
         rows = TASKS[args.task].floor(sets.validation, args)
         floor = best_constant(rows)
@@ -837,14 +894,14 @@ def train(run, sets, folder, args):
     try:
         with StopSignal() as stop:
             fit(run, sets, args, folder, floor, stop)
-    except Interrupted as signal_name:
-        print(f"\n{signal_name}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
-        return 128 + signal.Signals[str(signal_name)]
+            report(sets, args, folder, time.perf_counter() - start)
+    except Interrupted as error:
+        print(f"\n{error}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
+        return 128 + error.number
     except NonFinite as error:
-        print(f"train.py: stopped: {error}; epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}: start again with a "
-              "lower --lr, a longer --warmup-epochs or a smaller --clip", file=sys.stderr)
+        saved = f"epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}" if run.history else "nothing is saved"
+        print(f"train.py: stopped: {error}; {saved}: start again with a lower --lr, a longer --warmup-epochs or --clip 1", file=sys.stderr)
         return 1
-    report(sets, args, folder, time.perf_counter() - start)
     return 0
 
 
@@ -852,8 +909,13 @@ def find_lr(run, sets, args):
     """Learning-rate range test on the training split; writes nothing."""
     generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 1))
     batches = (sets.train.batch(rows, generator) for epoch in itertools.count() for rows in plan_batches(sets.train, epoch, args))
-    loss = lambda model, batch: TASKS[args.task].loss(model, batch, 0, args)[0]
-    run.raw_model.train()
+    for group, lr in zip(run.optimizer.param_groups, run.schedule.base_lrs):
+        group["lr"] = lr  # as before the schedule was built
+
+    def loss(model, batch):
+        with autocast(args):
+            return TASKS[args.task].loss(model, batch, 0, args)[0]
+
     print_lr_curve(*schedulers.find_lr(run.raw_model, run.optimizer, loss, batches))
 
 
@@ -863,23 +925,28 @@ def apply_checkpoint(args):
     content = load_checkpoint(path, args.task)
     adopt_recipe(args, content)
     args.device = resolve_device(args.device)
-    print(command_line(args, ["eval", "predict", "data", "split", "out", "device"]), flush=True)
+    args.split = args.split or ("all" if "data" in args.typed else "")
+    print(command_line(args, ["eval", "predict", "data", "cache", "split", "out", "device"]), flush=True)
     model = task.network(args).to(args.device)
-    model.load_state_dict(content["model"])
+    load_weights(model, content, path)
     if args.predict:
         model.eval()
         with torch.inference_mode():
             count = task.predict(model, args.data, args.out, args)
         print(f"{count:,} predictions in {args.out}")
         return
-    sets = load_sets(args, stored=content["facts"])
-    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test, "all": sets.whole}
-    foreign = args.data != content["data"]
-    name = args.split or ("all" if foreign else "test" if sets.test else "validation" if sets.validation else "train")
-    if splits[name] is None:
-        raise ValueError(f"--split {name}: the recipe in {path} has no such split; it has "
-                         f"{', '.join(key for key, split in splits.items() if split)}")
-    print_scores(f"{name}" + (" of data the run did not see" if foreign else ""), splits[name], evaluate(model, splits[name], args), args)
+    sets = task.load(args.data, args)
+    print("\n".join(sets.notes))
+    changed = {key for key in sets.facts if sets.facts[key] != content["facts"][key]}
+    if args.split == "all":
+        print("the run did not see these data" if changed else "these are the run's own data, training rows included")
+        return print_scores("all rows", sets.whole, evaluate(model, sets.whole, args), args)
+    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test}
+    name = args.split or next(name for name in ("test", "validation", "train") if splits[name])
+    if changed or splits[name] is None:
+        reason = "these are not the data that the run split" if changed else f"the run has {', '.join(key for key in splits if splits[key])}"
+        raise ValueError(f"--split {name}: {reason}; --split all scores every row")
+    print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
 
 def main(argv=None):
@@ -897,7 +964,7 @@ def main(argv=None):
             find_lr(run, sets, args)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "best.pt", "log.jsonl", "scores.json") if not args.resume else ():
+        for name in RUN_FILES if args.overwrite else ():
             (folder / name).unlink(missing_ok=True)
     except (ValueError, OSError, ImportError, NonFinite) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
