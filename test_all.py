@@ -2685,6 +2685,41 @@ def test_project_modules_import_only_torch_numpy_and_the_standard_library():
                 assert inside or root in ("torch", "numpy") or root in sys.stdlib_module_names, (name, root)
 
 
+SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
+GEN = "generator=torch.Generator().manual_seed(0)"
+USES = {  # an expression that is true, for every name in README's table and more
+    "WarmupCosine": "WarmupCosine(None, 10).lr_at(0, 1.0) == 1",
+    "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
+    "Cyclic": f"Cyclic({SGD}, base_lr=0.1, max_lr=0.5, steps_up=4).get_last_lr() == [0.1]",
+    "Plateau": f"Plateau({SGD}).step(3.0) is None",
+    "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), lambda m, x: m(x).square().mean(), [torch.ones(4, 2)], num_steps=20)) == 3",
+    "ema_decay": "ema_decay(8, 0.999) == 0.5",
+    "EMA": "EMA(torch.nn.Linear(2, 1)).update(torch.nn.Linear(2, 1)) is None",
+    "focal_label_smooth_ce": "focal_label_smooth_ce(torch.zeros(3), torch.ones(3)) > 0",
+    "FocalLabelSmoothCE": "FocalLabelSmoothCE()(torch.zeros(3, 4), torch.arange(3)) > 0",
+    "auto_pos_weight": "auto_pos_weight([0, 0, 0, 1]) == 3",
+    "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",
+    "average_precision": "average_precision([2.0, 1.0], [1, 0]) == 1",
+    "binary_report": "binary_report([2.0, -1.0], [1, 0])['f1'] == 1",
+    "binary_floor": "binary_floor([1, 1, 0, 0])['auroc'] == 0.5",
+    "split_by_group": "len(split_by_group(range(10), (0.8, 0.2), seed=0)[0]) == 8",
+    "shuffled_batches": "len(shuffled_batches(10, 4, seed=0, epoch=0)) == 3",
+    "stratified_batches": "len(stratified_batches([0, 1] * 5, 4, seed=0, epoch=0)) == 3",
+    "ShuffledBatchSampler": "len(list(ShuffledBatchSampler(10, 4))) == 3",
+    "StratifiedBatchSampler": "len(list(StratifiedBatchSampler([0, 1] * 5, 4))) == 3",
+    "horizontal_flip": f"horizontal_flip(torch.arange(3)[None], p=1.0, {GEN}).tolist() == [[2, 1, 0]]",
+    "photometric_distort": f"photometric_distort(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), p=1.0, {GEN}).shape == (1, 3, 4, 4)",
+    "clahe": "clahe(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 3, 8, 8)",
+    "random_crop": f"random_crop(torch.zeros(1, 3, 8, 8), padding=2, {GEN}).shape == (1, 3, 8, 8)",
+    "mixup": f"mixup(torch.zeros(3, 2), torch.ones(3), alpha=0.4, {GEN})[1].tolist() == [1, 1, 1]",
+    "cutmix": f"cutmix(torch.zeros(3, 1, 4, 4), torch.ones(3), alpha=1.0, {GEN})[1].tolist() == [1, 1, 1]",
+    "synthetic_eyes": "synthetic_eyes(4, size=(8, 8))[0].shape == (4, 3, 8, 8)",
+    "EyeSplit": f"EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict(flip=1, clahe=1, crop=1, photometric=1, mixup=1, cutmix=1)).batch(np.arange(2), torch.Generator())['targets'].tolist() == [1, 1]",
+    "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
+    "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
+}
+
+
 def test_project_every_public_definition_works_when_pasted_alone():
     """Compile its source, with what its docstring names under 'Needs:', in a module that holds only the imports of its file."""
     for name in LIFTABLE:
@@ -2693,7 +2728,12 @@ def test_project_every_public_definition_works_when_pasted_alone():
         imports = "\n".join(ast.get_source_segment(source, node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
         constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
         defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        text_of = lambda key: ast.get_source_segment(source, (defined | constants)[key])
+        lines = source.splitlines()
+
+        def text_of(key):
+            node = (defined | constants)[key]
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+            return "\n".join(lines[first - 1 : node.end_lineno])
 
         def needs(key):
             needed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", ast.get_docstring(defined[key]) or "") if key in defined else None
@@ -2707,7 +2747,12 @@ def test_project_every_public_definition_works_when_pasted_alone():
             used = {word for word in decorators if word in defined or word in constants} - {key}
             assert used <= needs(key), f"{name}.{key} uses {sorted(used - needs(key))}: name them under 'Needs:' in its docstring"
             order = [each for each in (*constants, *defined) if each in needs(key) | {key}]
-            exec(compile(imports + "\n\n" + "\n\n".join(map(text_of, order)), f"<{name}.{key} alone>", "exec"), {"__name__": "pasted"})
+            pasted = {"__name__": "pasted"}
+            exec(compile(imports + "\n\n" + "\n\n".join(map(text_of, order)), f"<{name}.{key} alone>", "exec"), pasted)
+            assert eval(USES.get(key, "True"), pasted), key
+    table = (HERE / "README.md").read_text().split("## Take one piece")[1].split("##")[0]
+    copied = {word for line in table.splitlines() if line.count("|") == 5 for word in re.findall(r"`(\w+)`", line.split("|")[2])}
+    assert len(copied) > 10 and copied <= USES.keys(), copied - USES.keys()
 
 
 def test_project_readme_commands_are_flags_that_exist():
