@@ -4,11 +4,13 @@ What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     augmentation         horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix
+    breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost
+    labels               LabelScaler
 
 A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from it by an index array
 and augmented as a batch on the device. The order is a pure function of (seed, epoch), so it needs no checkpoint.
 
-Dimension key: b batch, c channel, h w space, n rows of the set.
+Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a signal.
 
     >>> labels = [0] * 90 + [1] * 10
     >>> [np.bincount(np.array(labels)[rows]).tolist() for rows in stratified_batches(labels, 25, seed=0, epoch=0)]
@@ -17,7 +19,9 @@ Dimension key: b batch, c channel, h w space, n rows of the set.
 
 import csv
 import hashlib
+import lzma
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -28,6 +32,9 @@ import torch.nn.functional as F
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EYE_FOLDERS = {"closed": 0, "close": 0, "0": 0, "open": 1, "opened": 1, "1": 1}
+BIDMC_HZ = 125  # samples per second of the PPG
+RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}  # Hz: 6 to 36 breaths, 45 to 150 beats per minute
+ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}  # recording numbers, the rest trains
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -771,3 +778,346 @@ def cutmix(inputs, targets, *, alpha, generator):
         return mixed, targets
     lam = 1 - (bottom - top) * (right - left) / (height * width)
     return mixed, lam * targets + (1 - lam) * targets[other]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Breathing and heart rate: recordings, windows, labels
+
+
+def read_bidmc(folder, *, cache="", progress=None):
+    """Read PhysioNet's bidmc_csv folder as it is: a list of one dict per recording, in the order of their names.
+
+        bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1 and ann2
+        bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second    bidmc_NN_Fix.txt       the patient
+
+    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording.
+
+    cache     a folder: what was parsed is kept there as one .npz, parsed once per names, sizes and times of the files
+    progress  progress(text) is called before each recording that is parsed
+    returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
+              annotators (1-based samples, sorted, as they are otherwise), time, hr, pulse float64 (one a second, NaN = none)
+    Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
+    Needs:  read_bidmc_recording
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("bidmc_[0-9]*_*"))
+    names = sorted({file.name.rpartition("_")[0] for file in files})
+    if not names:
+        raise ValueError(f"{folder} holds no bidmc_NN_Signals.csv: give PhysioNet's folder bidmc_csv")
+    key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    file = Path(cache) / f"bidmc-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
+    if cache and file.exists():
+        recordings = {name: {} for name in names}
+        with np.load(file, allow_pickle=False) as archive:
+            for entry in archive.files:
+                name, field = entry.split("/")
+                value = archive[entry]
+                recordings[name][field] = value if value.ndim else value.item()
+        return list(recordings.values())
+    recordings = []
+    for i, name in enumerate(names):
+        if progress:
+            progress(f"reading {name} ({i + 1} of {len(names)})")
+        recordings.append(read_bidmc_recording(folder, name))
+    if cache:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as stream:
+            np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
+                                for field, value in recording.items()})
+        os.replace(temporary, file)
+    return recordings
+
+
+def read_bidmc_recording(folder, name):
+    """The files of one recording, checked against each other; see read_bidmc. Needs: BIDMC_HZ, read_columns"""
+    fix = folder / f"{name}_Fix.txt"
+    patient = re.search(r"matched wdb ID: *(\w+)", fix.read_text(encoding="utf-8") if fix.is_file() else "")
+    if not patient:
+        raise ValueError(f"{fix} is missing or has no line 'MIMIC II matched wdb ID: sNNNNN': no patient, no safe split")
+    [ppg] = read_columns(folder / f"{name}_Signals.csv", ["PLETH"])
+    time, hr, pulse = read_columns(folder / f"{name}_Numerics.csv", ["Time [s]", "HR", "PULSE"])
+    breaths = read_columns(folder / f"{name}_Breaths.csv", [f"breaths ann{k} [signal sample no]" for k in (1, 2)])
+    if np.isnan(ppg).any():
+        raise ValueError(f"{folder / name}_Signals.csv: PLETH holds {np.isnan(ppg).sum()} NaN in {len(ppg)} rows: cut them "
+                         "out or remove the recording")
+    for column, values in {"Time [s]": time, "HR": hr, "PULSE": pulse}.items():
+        if np.isnan(values).all():
+            raise ValueError(f"{folder / name}_Numerics.csv: {column} holds no number: remove the recording")
+    seconds, last = len(ppg) / BIDMC_HZ, np.nanmax(time)
+    if abs(seconds - last) > 2:  # bidmc_23 starts and ends a second early
+        raise ValueError(f"{folder / name}: the signals last {seconds:.1f} s, the numerics {last:.1f} s: one of the two "
+                         "files is cut off, copy them again")
+    timed = ~np.isnan(time)  # bidmc_01 has a last row without a time: the means of the columns
+    first, second = (np.sort(marks[~np.isnan(marks)]).astype(np.int64) for marks in breaths)
+    return {"number": int(name.partition("_")[2]), "patient": patient[1], "ppg": ppg.astype(np.float32),
+            "breaths": first, "breaths_2": second, "time": time[timed], "hr": hr[timed], "pulse": pulse[timed]}
+
+
+def read_columns(path, names):
+    """Columns of a CSV (or CSV.xz) by their stripped names, as float64 (len(names), rows); an empty cell is NaN.
+
+    Errors: ValueError naming the file for a missing file or column, a short row, a cell that is no number, a cut-off .xz.
+    """
+    packed = path.with_name(path.name + ".xz")
+    path = path if path.is_file() or not packed.is_file() else packed
+    if not path.is_file():
+        raise ValueError(f"{path} is missing (and so is {packed.name}): copy the whole folder bidmc_csv")
+    try:
+        with (lzma.open if path == packed else open)(path, "rt", encoding="utf-8") as file:
+            header = [name.strip() for name in file.readline().split(",")]
+            absent = [name for name in names if name not in header]
+            if absent:
+                raise ValueError(f"no column {absent[0]!r} among {header}")
+            columns = [header.index(name) for name in names]
+            return np.loadtxt(file, delimiter=",", comments=None, usecols=columns, ndmin=2, encoding="utf-8",
+                              converters=lambda cell: float(cell.strip() or "nan")).T
+    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is cut off or no such table ({error}): copy it again") from error
+
+
+def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0):
+    """Labelled windows: breaths per minute from the intervals between breath marks, or the monitor's mean heart rate.
+
+        rr = 60 (m - 1) / (t_last - t_first)    of annotator 1's m >= 4 marks inside; ceiling: annotator 2's
+        hr = mean of HR inside, without NaN     ceiling: the mean of PULSE, the same monitor's rate from the PPG
+
+    Windows without a label are left out, and so are, for rr, those that overlap more than 10 s without a mark.
+
+    rate     "rr" or "hr"
+    seconds  of a window; stride: seconds from one start to the next
+    returns  a dict: inputs float32 tensor (n, t), as recorded; labels and ceiling float64 (n,), per minute, ceiling NaN where
+             there is none; groups str (n,), the patients; recording int (n,), an index; starts float64 (n,), seconds
+    Errors: ValueError for another rate, no length or stride, a window longer than a recording, no window with a label.
+    Needs:  BIDMC_HZ, cut_windows, breath_rate
+    """
+    return cut_windows(recordings, rate, breath_rate, length=round(seconds * BIDMC_HZ), stride=round(stride * BIDMC_HZ))
+
+
+def bidmc_original(recordings, *, rate):
+    """The windows, labels and split of the original run: 10 s every 2 s, breaths counted, recordings held out.
+
+        rr = 6 x marks of annotator 1 in [start, start + 1250), the 1-based marks taken as 0-based; hr as in bidmc_windows
+
+    For comparison only: 60 % of the rr labels are exactly 18, so a constant 18 has a mean absolute error of 2.222
+    (validation) and 2.352 (test); and patients of validation and test recordings are in training.
+
+    returns windows as bidmc_windows does, and rows: a dict of index arrays train, validation, test
+    Check:  9,912 / 1,180 / 1,416 windows; training labels 17.216 (sd 4.430) breaths, 88.12 (11.76) beats per minute
+    Needs:  BIDMC_HZ, ORIGINAL_SPLIT, cut_windows, breath_count
+    """
+    windows = cut_windows(recordings, rate, breath_count, length=10 * BIDMC_HZ, stride=2 * BIDMC_HZ)
+    numbers = np.array([recording["number"] for recording in recordings])[windows["recording"]]
+    held_out = {name: np.isin(numbers, members) for name, members in ORIGINAL_SPLIT.items()}
+    rows = {"train": ~(held_out["validation"] | held_out["test"])} | held_out
+    return windows, {name: np.flatnonzero(chosen) for name, chosen in rows.items()}
+
+
+def cut_windows(recordings, rate, breaths_to_rate, *, length, stride):
+    """The windows of bidmc_windows and bidmc_original, which see; length and stride in samples.
+
+    breaths_to_rate  (marks, starts, length, total length), all in samples -> breaths per minute like starts, NaN = no label
+    Needs:  BIDMC_HZ, mean_inside
+    """
+    if rate not in ("rr", "hr"):
+        raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart)")
+    if length < 1 or stride < 1:
+        raise ValueError(f"windows of {length} samples every {stride}: both must be at least 1, {BIDMC_HZ} are a second")
+    parts = []
+    for index, recording in enumerate(recordings):
+        ppg, seconds = recording["ppg"], length / BIDMC_HZ
+        if len(ppg) < length:
+            raise ValueError(f"recording {recording['number']} lasts {len(ppg) / BIDMC_HZ:.1f} s, a window {seconds:g} s")
+        starts = np.arange(0, len(ppg) - length + 1, stride)
+        if rate == "rr":
+            labels, ceiling = (breaths_to_rate(recording[name], starts, length, len(ppg)) for name in ("breaths", "breaths_2"))
+        else:
+            time, since = recording["time"], starts / BIDMC_HZ
+            labels, ceiling = (mean_inside(time, recording[name], since, seconds) for name in ("hr", "pulse"))
+        keep = ~np.isnan(labels)
+        windows = np.lib.stride_tricks.sliding_window_view(ppg, length)[starts[keep]]
+        parts.append({"inputs": windows, "labels": labels[keep], "ceiling": ceiling[keep],
+                      "starts": starts[keep] / BIDMC_HZ, "recording": np.full(len(windows), index),
+                      "groups": np.full(len(windows), recording["patient"])})
+    windows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if len(windows["labels"]) == 0:
+        raise ValueError(f"no window of {seconds:g} s has a label: see bidmc_windows for which are left out")
+    return windows | {"inputs": torch.from_numpy(windows["inputs"])}
+
+
+def breath_rate(marks, starts, length, total):
+    """Breaths per minute (n,) from the intervals between the marks in each window; see bidmc_windows.
+
+    A stretch of more than 10 s without a mark is missing annotation; start and end of a recording count as marks there.
+
+    marks   1-based samples; starts (n,), length of a window and total of the recording in samples
+    returns NaN for fewer than 4 marks and for a window that overlaps such a stretch
+    Check:  marks every 500 samples are 15 per minute
+    Needs:  BIDMC_HZ
+    """
+    marks = np.unique(marks) - 1  # a few marks stand twice
+    edges = np.concatenate([[0], marks, [total]])
+    gap = np.flatnonzero(np.diff(edges) > 10 * BIDMC_HZ)
+    in_gap = ((edges[gap] < starts[:, None] + length) & (edges[gap + 1] > starts[:, None])).any(1)
+    first, stop = np.searchsorted(marks, starts), np.searchsorted(marks, starts + length)
+    known = (stop - first >= 4) & ~in_gap
+    first, last = first[known], stop[known] - 1
+    rates = np.full(len(starts), np.nan)
+    rates[known] = 60 * BIDMC_HZ * (last - first) / (marks[last] - marks[first])
+    return rates
+
+
+def breath_count(marks, starts, length, total):
+    """Breaths per minute (n,) as a count: the marks with start <= mark < start + length; see bidmc_original. Needs: BIDMC_HZ"""
+    return 60 * BIDMC_HZ / length * (np.searchsorted(marks, starts + length) - np.searchsorted(marks, starts))
+
+
+def mean_inside(time, values, starts, seconds):
+    """Mean (n,) of the values with start <= time < start + seconds, without NaN; NaN where there is none."""
+    since = time - starts[:, None]
+    inside = (since >= 0) & (since < seconds) & ~np.isnan(values)
+    count = inside.sum(1)
+    return np.where(count > 0, inside @ np.nan_to_num(values) / np.maximum(count, 1), np.nan)
+
+
+def standardise(windows):
+    """Each window by itself to mean 0 and sd 1; a flat one becomes 0. The scale of a PPG says nothing: it is set per recording.
+
+    windows (..., t) float tensor
+    Check:  standardise(4 * x + 1) equals standardise(x)
+    """
+    windows = windows - windows[..., :1]  # so that a flat window is exactly 0, whatever its level
+    windows = windows - windows.mean(-1, keepdim=True)
+    sd = windows.square().mean(-1, keepdim=True).sqrt()
+    return windows / torch.where(sd > 0, sd, 1)
+
+
+def reduce_rate(windows, factor):
+    """Windows (..., t) at a `factor`-th of their rate: the mean of each `factor` samples, a rest at the end is dropped.
+
+    The mean is the low-pass. By 4, from 125 to 31.25 Hz, it keeps 99 % of an amplitude at 2 Hz and 95 % at 5.5 Hz, and what
+    would come back as 2 Hz (29.25 Hz, where a PPG holds nothing) is left with 7 %.
+    """
+    return windows[..., : windows.shape[-1] // factor * factor].unflatten(-1, (-1, factor)).mean(-1)
+
+
+def spectral_rate(windows, rate_hz, band):
+    """The classical estimate: where in the band the spectrum of a window is highest, per minute.
+
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2    on a grid of 1 / (4 T), between its points a parabola in log power
+
+    For hr the pulse itself; for rr the wander of the baseline with breathing.
+
+    windows (n, t) float tensor of any scale; rate_hz samples per second; band (low, high) in Hz, as in RATE_BANDS
+    returns (n,) inside the band; NaN for a flat window
+    Errors: ValueError for a band that is empty, or not between 0 and half the rate.
+    Check:  a sine of 0.3 Hz gives 18.0
+    Needs:  standardise
+    """
+    low, high = band
+    if not 0 < low < high <= rate_hz / 2:
+        raise ValueError(f"band {low:g} to {high:g} Hz must lie in order between 0 and half the rate, {rate_hz / 2:g} Hz")
+    t = windows.shape[-1]
+    step = rate_hz / t / 4
+    grid = low + step * torch.arange(-1, round((high - low) / step) + 2, dtype=torch.float64)
+    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * grid
+    x = standardise(windows) * torch.hann_window(t, periodic=False, dtype=windows.dtype, device=windows.device)
+    power = (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+    peak = power[:, 1:-1].argmax(1, keepdim=True) + 1
+    left, top, right = (power.log().gather(1, peak + k)[:, 0] for k in (-1, 0, 1))
+    offset = ((left - right) / (2 * (left - 2 * top + right))).clamp(-0.5, 0.5)
+    return (60 * (grid.to(x)[peak[:, 0]] + step * offset)).clamp(60 * low, 60 * high)
+
+
+def quantisation_cost(seconds):
+    """What the true rate itself costs where labels are counts in T seconds: mean absolute errors per minute.
+
+    Even events at a rate r, a window anywhere: it holds r T / 60 = k + f of them on average, 0 <= f < 1, which is k + 1 in
+    a share f of the windows and k in the others. Predicting always
+
+        k + f, the true rate        costs f (1 - f) + (1 - f) f = 2 f (1 - f) counts, over all f 1/3: 20 / T per minute
+        the nearer of k and k + 1   costs min(f, 1 - f) counts, the least there is, over all f 1/4: 15 / T per minute
+
+    returns (cost of the true rate, cost of its best rounding)
+    Check:  quantisation_cost(10) == (2.0, 1.5)
+    """
+    return 20 / seconds, 15 / seconds
+
+
+def synthetic_ppg(n_recordings=53, *, seconds=480, seed=0):
+    """Made-up recordings as read_bidmc returns them, for running and teaching, never for a result.
+
+    A pulse of three harmonics, modulated by breathing in baseline, amplitude and (by 2 %) frequency; both rates wander by
+    8 %. Each recording has its own strength of noise, of drift and of each modulation, in some too weak for the baseline
+    alone to tell the rate, and a scale of 0..1 or 0..4. Annotators miss a breath by 0.06 s (sd), PULSE misses HR by 1.
+    Every fifth recording is of the same patient as the one before.
+
+    Check:  recording i is the same for every n_recordings
+    Needs:  BIDMC_HZ
+    """
+    t = np.arange(round(seconds * BIDMC_HZ) + 1) / BIDMC_HZ
+    recordings = []
+    for i in range(n_recordings):
+        rng = np.random.default_rng([seed, i])
+        wave = lambda period: np.sin(2 * np.pi * (t / period + rng.uniform()))
+        breath_hz = rng.uniform(10, 25) / 60 * (1 + 0.08 * wave(rng.uniform(60, 240)))
+        heart_hz = rng.uniform(60, 120) / 60 * (1 + 0.08 * wave(rng.uniform(60, 240)))
+        breath = np.cumsum(breath_hz) / BIDMC_HZ + rng.uniform()  # in turns
+        heart = 2 * np.pi * np.cumsum(heart_hz * (1 + 0.02 * np.sin(2 * np.pi * breath))) / BIDMC_HZ
+        pulse = np.cos(heart) + 0.4 * np.cos(2 * heart - 1) + 0.1 * np.cos(3 * heart - 2)
+        baseline, amplitude = (rng.uniform(low, high) * np.sin(2 * np.pi * (breath + rng.uniform()))
+                               for low, high in ((0, 0.5), (0.05, 0.3)))
+        noise = rng.uniform(0.05, 0.3) * rng.normal(size=len(t)) + rng.uniform(0, 0.6) * wave(rng.uniform(8, 40))
+        ppg = (1 + amplitude) * pulse + baseline + noise
+        ppg = rng.choice([1, 4]) * (ppg - ppg.min()) / np.ptp(ppg)
+        mark = np.flatnonzero(np.diff(np.floor(breath))) + 1
+        marks = [np.sort(np.clip(mark + rng.normal(0, 0.06 * BIDMC_HZ, len(mark)).round(), 0, len(t) - 1)).astype(np.int64) + 1
+                 for _ in range(2)]
+        hr = 60 * heart_hz[::BIDMC_HZ]
+        recordings.append({"number": i + 1, "patient": f"patient{i * 4 // 5:03d}", "ppg": ppg.astype(np.float32),
+                           "breaths": marks[0], "breaths_2": marks[1], "time": t[::BIDMC_HZ], "hr": hr.round(),
+                           "pulse": (hr + rng.normal(size=len(hr))).round()})
+    return recordings
+
+
+class LabelScaler:
+    """Labels to mean 0 and sd 1 and back, with the mean and the sd of the training labels, in float64.
+
+        transform(labels) = (labels - mean) / scale        inverse(predictions) = predictions * scale + mean
+
+    Fit it on training rows only, save it with the weights, and score in the unit of the labels, after inverse: an error in
+    that unit cannot be had from the loss. Constant labels have scale 1. Arrays and tensors keep their kind, device and type.
+
+    Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was neither fitted nor loaded.
+    Check:  fit([10, 20]) has mean 15 and scale 5
+    """
+
+    def __init__(self):
+        self.mean = self.scale = None
+
+    def fit(self, labels):
+        labels = np.asarray(labels, dtype=np.float64)
+        if labels.size == 0 or not np.isfinite(labels).all():
+            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or infinite: leave out rows "
+                             "without a label before fitting")
+        self.mean = float(labels.mean())
+        self.scale = float(labels.std()) if labels.min() < labels.max() else 1.0
+        return self
+
+    def transform(self, labels):
+        self.check()
+        return (labels - self.mean) / self.scale
+
+    def inverse(self, predictions):
+        self.check()
+        return predictions * self.scale + self.mean
+
+    def check(self):
+        if self.mean is None:
+            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or load its state")
+
+    def state_dict(self):
+        return {"mean": self.mean, "scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.mean, self.scale = state["mean"], state["scale"]

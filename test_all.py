@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import re
@@ -573,13 +574,6 @@ def test_schedulers_find_lr_refuses_bad_input_by_name():
 # losses: the focal loss, class weights, metrics
 
 
-sys.path.insert(0, os.environ.get("PARTS_UNDER_TEST", "/work/main"))
-
-torch.set_num_threads(1)
-
-
-
-
 # Focal cross-entropy
 
 
@@ -887,13 +881,6 @@ def test_losses_numbers_in_the_docstrings_are_right():
 # ema
 
 
-sys.path.insert(0, os.environ.get("PARTS_UNDER_TEST", "/work/main"))
-
-torch.set_num_threads(1)
-
-
-
-
 def small_net(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -1134,11 +1121,6 @@ def test_ema_works_without_anything_to_average():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
-
-
-sys.path.insert(0, "/work/main")
-
-
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -2091,6 +2073,388 @@ def test_data_augmentation_takes_strided_and_empty_batches():
         assert all(torch.equal(a, b) for a, b in pairs)
         empty = augment(seeded(1), *[x[:0] for x in inputs])
         assert all(a.shape == x[:0].shape for a, x in zip(empty, inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: breathing and heart rate
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: breathing and heart rate
+
+
+def write_bidmc(path, recordings, *, columns=("Time [s]", "RESP", "PLETH", "V"), newline="\n"):
+    """The recordings as PhysioNet prints them: names with a leading space, Time to 5 digits, the shorter annotator padded."""
+    path.mkdir(parents=True, exist_ok=True)
+    number = lambda value: "NaN" if np.isnan(value) else f"{value:.9g}"
+    for each in recordings:
+        name = path / f"bidmc_{each['number']:02d}"
+        cells = {column: np.full(len(each["ppg"]), 0.5) for column in columns}
+        cells |= {"Time [s]": np.array([float(f"{i / 125:.5g}") for i in range(len(each["ppg"]))]), "PLETH": each["ppg"]}
+        marks = [[str(mark) for mark in each[key]] for key in ("breaths", "breaths_2")]
+        marks = [column + ["NaN"] * (max(map(len, marks)) - len(column)) for column in marks]
+        tables = {
+            "Signals": [", ".join(columns)] + [",".join(map(number, row)) for row in zip(*(cells[column] for column in columns))],
+            "Numerics": ["Time [s], HR, PULSE, RESP, SpO2"]
+            + [",".join(map(number, row)) + ",16,97" for row in zip(each["time"], each["hr"], each["pulse"])],
+            "Breaths": ["breaths ann1 [signal sample no], breaths ann2 [signal sample no]"] + list(map(",".join, zip(*marks)))}
+        for table, lines in tables.items():
+            Path(f"{name}_{table}.csv").write_bytes((newline.join(lines) + newline).encode())
+        fix = f"bidmc_{each['number']:02d}\nAge: 88\nMIMIC II matched wdb ID: {each['patient']}\nMIMIC II data segment: 2688\n"
+        Path(f"{name}_Fix.txt").write_text(fix)
+    return path
+
+
+def edit(file, change):
+    file.write_text(change(file.read_text()))
+
+
+def assert_same(recordings, expected):
+    assert len(recordings) == len(expected)
+    for one, other in zip(recordings, expected):
+        assert list(one) == list(other)
+        for name, value in one.items():
+            assert type(value) is type(other[name]) and getattr(value, "dtype", None) == getattr(other[name], "dtype", None), name
+            assert np.array_equal(value, other[name], equal_nan=name in ("hr", "pulse")), name
+
+
+def test_data_bidmc_reads_what_was_written_whatever_the_column_order():
+    recordings = data.synthetic_ppg(3, seconds=130)  # Time repeats after 100 s: it is never read
+    recordings[1]["breaths"] = recordings[1]["breaths"][:-3]
+    with folder() as f:
+        for each, columns in zip(recordings, (("RESP", "PLETH", "V"), ("PLETH", "II"), ("II", "V", "RESP", "PLETH"))):
+            write_bidmc(f / "bidmc", [each], columns=("Time [s]", *columns))
+        assert_same(data.read_bidmc(f / "bidmc"), recordings)
+
+
+def test_data_bidmc_reads_packed_files_and_prefers_plain_ones():
+    recordings = data.synthetic_ppg(2, seconds=12)
+    with folder() as f:
+        write_bidmc(f, recordings)
+        for name in ("bidmc_01_Signals.csv", "bidmc_02_Signals.csv", "bidmc_02_Numerics.csv"):
+            (f / f"{name}.xz").write_bytes(lzma.compress((f / name).read_bytes()))
+            (f / name).unlink()
+        assert_same(data.read_bidmc(f), recordings)
+        (f / "bidmc_01_Numerics.csv.xz").write_bytes(b"")
+        assert_same(data.read_bidmc(f), recordings)
+
+
+def test_data_bidmc_survives_the_quirks_of_the_files():
+    recordings = data.synthetic_ppg(2, seconds=60)
+    with folder() as f:
+        write_bidmc(f, recordings, newline="\r\n")
+        first, second = recordings
+        with open(f / "bidmc_01_Numerics.csv", "ab") as file:  # one more row without a time: means
+            file.write(b",91.3,91.0,,\r\n")
+        rows = (f / "bidmc_02_Numerics.csv").read_text().splitlines()
+        rows[1:] = ["-1,63,63,18,97"] + rows[1:-1]  # a second early, as bidmc_23
+        rows[5] = f"{rows[5].split(',')[0]},NaN,,16,97"
+        (f / "bidmc_02_Numerics.csv").write_text("\n".join(rows))
+        second["time"] = np.concatenate([[-1], second["time"][:-1]])
+        second["hr"], second["pulse"] = (np.concatenate([[63], second[name][:-1]]) for name in ("hr", "pulse"))
+        second["hr"][4] = second["pulse"][4] = np.nan
+        marks = (f / "bidmc_01_Breaths.csv").read_text().splitlines()
+        marks[2], marks[3] = marks[3], marks[2]  # out of order
+        (f / "bidmc_01_Breaths.csv").write_text("\n".join(marks + [marks[-1], "NaN, "]))  # and one mark stands twice
+        for name in ("breaths", "breaths_2"):
+            first[name] = np.append(first[name], first[name][-1])
+        assert_same(data.read_bidmc(f), recordings)
+
+
+def test_data_bidmc_cache_parses_once_per_content():
+    recordings, told = data.synthetic_ppg(2, seconds=12), []
+    recordings[0]["hr"][3] = np.nan
+    with folder() as f:
+        write_bidmc(f / "bidmc", recordings)
+        for _ in range(2):
+            assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert told == ["reading bidmc_01 (1 of 2)", "reading bidmc_02 (2 of 2)"]
+        [kept] = (f / "cache").iterdir()
+        assert kept.suffix == ".npz"
+        recordings[1]["patient"] = "patient009"  # as long as the old one
+        write_bidmc(f / "bidmc", recordings[1:])
+        assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert len(told) == 4
+
+
+def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
+    recordings = data.synthetic_ppg(2, seconds=12)
+    half = lambda text: "".join(text.splitlines(keepends=True)[: text.count("\n") // 2])
+    cases = (
+        ("Numerics.csv", None, "bidmc_02_Numerics.csv is missing"),
+        ("Signals.csv", None, "bidmc_02_Signals.csv is missing"),
+        ("Breaths.csv", None, "bidmc_02_Breaths.csv is missing"),
+        ("Fix.txt", None, "bidmc_02_Fix.txt is missing or has no line"),
+        ("Fix.txt", lambda text: text.replace("s00001", "").replace("patient000", ""), "has no line 'MIMIC II matched wdb ID"),
+        ("Signals.csv", half, "signals last"),
+        ("Signals.csv", lambda text: text + "0.1,0.2", "Signals.csv is cut off or no such table (invalid column index 2"),
+        ("Signals.csv", lambda text: text.partition("\n")[0] + "\n", "signals last 0.0 s"),
+        ("Signals.csv", lambda text: text.replace(" PLETH", " PPG"), "no column 'PLETH' among ['Time [s]', 'RESP', 'PPG', 'V']"),
+        ("Signals.csv", lambda text: text + "12,1,NaN,1\n", "PLETH holds 1 NaN in 1502 rows"),
+        ("Signals.csv", lambda text: text + "12,1,x,1\n", "could not convert"),
+        ("Numerics.csv", half, "the numerics"),
+        ("Numerics.csv", lambda text: text.replace(" HR", " HF"), "no column 'HR'"),
+        ("Numerics.csv", lambda text: "Time [s], HR, PULSE\n" + "12,NaN,80\n", "HR holds no number"),
+        ("Breaths.csv", lambda text: text.replace("ann2", "ann3"), "no column 'breaths ann2"),
+        ("Breaths.csv", lambda text: "", "no column 'breaths ann1"),
+    )
+    for table, change, message in cases:
+        with folder() as f:
+            write_bidmc(f, recordings)
+            file = f / f"bidmc_02_{table}"
+            edit(file, change) if change else file.unlink()
+            with warnings.catch_warnings(action="ignore"):  # numpy's, for a table without rows
+                raises(ValueError, message, lambda: data.read_bidmc(f, cache=f / "cache"))
+            assert not (f / "cache").exists()
+    with folder() as f:
+        raises(ValueError, "holds no bidmc_NN_Signals.csv", lambda: data.read_bidmc(f))
+        write_bidmc(f, recordings)
+        packed = lzma.compress((f / "bidmc_01_Signals.csv").read_bytes())
+        (f / "bidmc_01_Signals.csv").unlink()
+        for damaged in (packed[: len(packed) // 2], b"no xz at all"):
+            (f / "bidmc_01_Signals.csv.xz").write_bytes(damaged)
+            raises(ValueError, "bidmc_01_Signals.csv.xz is cut off", lambda: data.read_bidmc(f))
+
+
+def test_data_bidmc_windows_are_slices_with_patient_and_start():
+    recordings = data.synthetic_ppg(5, seconds=60)
+    windows = data.bidmc_windows(recordings, rate="hr", seconds=20, stride=5)
+    assert windows["inputs"].shape == (5 * 9, 2500) and windows["inputs"].dtype == torch.float32
+    assert windows["starts"][:10].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40, 0]
+    assert all(windows[name].dtype == np.float64 for name in ("labels", "ceiling", "starts"))
+    for row in (0, 8, 9, 44):
+        recording, start = recordings[windows["recording"][row]], int(windows["starts"][row])
+        assert np.array_equal(windows["inputs"][row].numpy(), recording["ppg"][125 * start : 125 * start + 2500])
+        assert windows["groups"][row] == recording["patient"]
+        assert windows["labels"][row] == recording["hr"][start : start + 20].mean()
+        assert np.isclose(windows["ceiling"][row], recording["pulse"][start : start + 20].mean())
+    exact = [recordings[0] | {"ppg": recordings[0]["ppg"][:2500]}]
+    assert torch.equal(data.bidmc_windows(exact, rate="hr", seconds=20)["inputs"], windows["inputs"][:1])
+    default = data.bidmc_windows(data.synthetic_ppg(1, seconds=40), rate="rr")
+    assert default["inputs"].shape == (3, 4000) and default["starts"].tolist() == [0, 4, 8]
+
+
+def test_data_bidmc_windows_without_a_label_are_left_out_and_ceilings_may_be_nan():
+    [recording] = data.synthetic_ppg(1, seconds=60)
+    recording["hr"][10:30] = np.nan
+    recording["pulse"][30:60] = np.nan
+    windows = data.bidmc_windows([recording], rate="hr", seconds=10, stride=10)
+    assert windows["starts"].tolist() == [0, 30, 40, 50] and np.isnan(windows["ceiling"]).tolist() == [False, True, True, True]
+    recording["breaths"] = recording["breaths"][:3]
+    raises(ValueError, "no window of 32 s has a label", lambda: data.bidmc_windows([recording], rate="rr"))
+    raises(ValueError, "recording 1 lasts 60.0 s, a window 80 s", lambda: data.bidmc_windows([recording], rate="rr", seconds=80))
+    raises(ValueError, "rate 'bpm' must be", lambda: data.bidmc_windows([recording], rate="bpm"))
+    raises(ValueError, "4000 samples every 0", lambda: data.bidmc_windows([recording], rate="rr", stride=0))
+    raises(ValueError, "0 samples every 500", lambda: data.bidmc_windows([recording], rate="hr", seconds=0))
+    raises(ValueError, "rate 'bpm' must be", lambda: data.bidmc_original([recording], rate="bpm"))
+
+
+def test_data_breath_rate_equals_the_oracle():
+    def slow(marks, start, length, total):
+        marks = sorted({int(mark) - 1 for mark in marks})
+        edges = [0, *marks, total]
+        if any(b - a > 1250 and a < start + length and b > start for a, b in zip(edges, edges[1:])):
+            return np.nan
+        inside = [mark for mark in marks if start <= mark < start + length]
+        return 60 * (len(inside) - 1) / ((inside[-1] - inside[0]) / 125) if len(inside) >= 4 else np.nan
+
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        marks = np.sort(rng.integers(1, 20001, rng.integers(4, 60)))
+        starts = np.arange(0, 20001 - 4000, 125)
+        expected = [slow(marks, start, 4000, 20001) for start in starts]
+        assert np.allclose(data.breath_rate(marks, starts, 4000, 20001), expected, equal_nan=True)
+
+
+def test_data_breath_rate_at_its_seams():
+    rate = lambda marks, start, length=1000, total=5000: data.breath_rate(np.array(marks), np.array([start]), length, total)[0]
+    even = np.arange(1, 5000, 250)  # 1-based: 0-based 0, 250, ... and 30 per minute
+    assert rate(even, 0) == rate(even, 250) == rate(even, 251, 1001) == 30
+    assert np.isnan(rate(even, 251, 999))  # holds 500, 750 and 1000 only
+    assert rate([*even, 501], 0) == 30 and np.isnan(rate([1, 1, 251, 501], 0))  # a mark that stands twice is one
+    wide = [1, 101, 201, 301, 401, 1651, 1751, 1851, 1951, 2051, 2151]  # 1250 samples between two: 10 s, no gap
+    assert rate(wide, 0, 2000, 2200) == 60 * 8 / (1950 / 125)
+    gap = [1, 101, 201, 301, 401, 1652, 1752, 1852, 1952, 2052, 2152]  # 1251: from 400 to 1651
+    assert np.isnan(rate(gap, 0, 2000, 2200)) and np.isnan(rate(gap, 1650, 500, 2200)) and np.isnan(rate(gap, 0, 401, 2200))
+    assert rate(gap, 1651, 500, 2200) == 75 and rate(gap, 0, 400, 2200) == 75
+    late = np.arange(1302, 3000, 100)  # nothing known before 1301, nor from 2901 on
+    assert np.isnan(rate(late, 1000, 1000, 3000)) and rate(late, 1301, 1000, 3000) == 75
+    assert rate(late, 2400, 600, 4151) == 75 and np.isnan(rate(late, 2500, 600, 4152))
+
+
+def test_data_breath_count_takes_the_marks_as_they_stand():
+    marks = np.array([0, 100, 1249, 1250, 1250, 1251])
+    assert data.breath_count(marks, np.array([0, 1, 101, 1250]), 1250, 9999).tolist() == [18, 12 + 12, 24, 18]
+
+
+def test_data_mean_inside_leaves_nan_out():
+    time, values = np.array([-1.0, 0, 1, 2, 3, 4]), np.array([50.0, 60, np.nan, 80, np.nan, np.nan])
+    means = data.mean_inside(time, values, np.array([-1.0, 0, 1, 2, 3]), 2)
+    assert np.array_equal(means, [55, 60, 80, 80, np.nan], equal_nan=True)
+
+
+def test_data_original_windows_count_breaths_and_split_by_recording():
+    recordings = data.synthetic_ppg(16, seconds=30)
+    windows, rows = data.bidmc_original(recordings, rate="rr")
+    assert windows["inputs"].shape == (16 * 11, 1250) and windows["starts"][:3].tolist() == [0, 2, 4]
+    assert {name: sorted({recordings[i]["number"] for i in windows["recording"][rows[name]]}) for name in rows} == {
+        "train": [1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 13, 14, 16], "validation": [11], "test": [8, 15]}
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(16 * 11))
+    for row in (0, 40, 170):
+        recording, start = recordings[windows["recording"][row]], 125 * int(windows["starts"][row])
+        for name, key in (("labels", "breaths"), ("ceiling", "breaths_2")):
+            assert windows[name][row] == 6 * sum(start <= mark < start + 1250 for mark in recording[key])
+    hr, _ = data.bidmc_original(recordings, rate="hr")
+    assert hr["labels"][12] == recordings[1]["hr"][2:12].mean()
+
+
+def test_data_standardised_windows_forget_scale_and_offset():
+    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    z = data.standardise(x)
+    assert z.mean(1).abs().max() < 1e-6 and (z.std(1, correction=0) - 1).abs().max() < 1e-6
+    assert torch.allclose(data.standardise(4 * x + 1), z, atol=1e-5)
+    assert torch.allclose(data.standardise(x[2]), z[2]) and torch.allclose(data.standardise(x.double()), z.double(), atol=1e-6)
+    assert torch.equal(data.standardise(torch.full((2, 999), 0.1)), torch.zeros(2, 999))
+
+
+def test_data_reduced_rate_is_the_mean_of_each_block():
+    x = torch.arange(11.0)[None].repeat(2, 1)
+    assert data.reduce_rate(x, 4).tolist() == [[1.5, 5.5]] * 2 and torch.equal(data.reduce_rate(x, 1), x)
+    t = torch.arange(4000, dtype=torch.float64) / 125
+    for hz, share in ((2.0, 0.99), (5.5, 0.95), (29.25, 0.07)):  # the shares that the docstring claims
+        kept = data.reduce_rate(torch.sin(2 * torch.pi * hz * t), 4)
+        assert abs(kept.square().mean().sqrt() * 2**0.5 - share) < 0.006, hz
+
+
+def test_data_spectral_rate_finds_a_sine_at_any_rate_scale_and_phase():
+    t = torch.arange(1000) / 31.25
+    for name, hz in (("rr", torch.linspace(0.12, 0.58, 40)), ("hr", torch.linspace(0.8, 2.45, 40))):
+        x = torch.sin(2 * torch.pi * hz[:, None] * t + torch.arange(40.0)[:, None])
+        rate = data.spectral_rate(0.01 * x + 3, 31.25, data.RATE_BANDS[name])
+        assert (rate - 60 * hz).abs().max() < 0.003, (rate - 60 * hz).abs().max()
+    mixed = 3 * torch.sin(2 * torch.pi * 1.5 * t) + torch.sin(2 * torch.pi * 0.3 * t)
+    assert abs(data.spectral_rate(mixed[None], 31.25, (0.1, 0.6)) - 18) < 0.15  # what is outside the band does not count
+    assert abs(data.spectral_rate(mixed[None], 31.25, (0.75, 2.5)) - 90) < 0.15
+    below = data.spectral_rate(torch.sin(2 * torch.pi * 0.08 * t)[None], 31.25, (0.1, 0.6))
+    assert 6 <= below < 6.5  # the flank of a peak below the band stays inside it
+    assert data.spectral_rate(torch.full((1, 1000), 0.7), 31.25, (0.1, 0.6)).isnan().all()
+
+
+def test_data_spectral_rate_equals_the_peak_of_the_padded_fft():
+    x = torch.randn(20, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    power = torch.fft.rfft(data.standardise(x) * torch.hann_window(1024, periodic=False, dtype=x.dtype), n=4096).abs().square()
+    grid = torch.fft.rfftfreq(4096, 1 / 32, dtype=x.dtype)  # 32 Hz, 32 s: steps of 1/128 Hz
+    inside = (grid >= 0.25) & (grid <= 1.25)
+    peak = 60 * grid[inside][power[:, inside].argmax(1)]
+    rate = data.spectral_rate(x, 32, (0.25, 1.25))
+    assert (rate - peak).abs().max() <= 60 / 128 / 2 + 1e-9 and (rate - peak).abs().max() > 0.05
+    raises(ValueError, "band 0.6 to 0.1 Hz must lie in order", lambda: data.spectral_rate(x, 32, (0.6, 0.1)))
+    raises(ValueError, "half the rate, 16 Hz", lambda: data.spectral_rate(x, 32, (0.6, 17)))
+    raises(ValueError, "band 0 to 1", lambda: data.spectral_rate(x, 32, (0, 1)))
+
+
+def test_data_quantisation_cost_is_what_even_breathing_shows():
+    rng = np.random.default_rng(0)
+    for seconds in (10, 32):
+        mean = rng.uniform(2, 9, 200_000)  # breaths in a window
+        phase = rng.uniform(size=len(mean))
+        counts = np.floor(mean + phase) - np.floor(phase)
+        truth, rounded = data.quantisation_cost(seconds)
+        assert abs(60 / seconds * np.abs(mean - counts).mean() / truth - 1) < 0.02
+        assert abs(60 / seconds * np.abs(np.round(mean) - counts).mean() / rounded - 1) < 0.02
+    assert data.quantisation_cost(10) == (2.0, 1.5)
+
+
+def test_data_synthetic_ppg_is_fixed_by_its_seed_and_holds_its_rates():
+    recordings = data.synthetic_ppg(8, seconds=160)
+    assert_same(data.synthetic_ppg(3, seconds=160), recordings[:3])
+    assert not np.array_equal(data.synthetic_ppg(1, seconds=160, seed=1)[0]["ppg"], recordings[0]["ppg"])
+    assert [each["number"] for each in recordings] == list(range(1, 9))
+    assert len({each["patient"] for each in recordings}) == 6
+    assert len(recordings[0]["ppg"]) == 160 * 125 + 1 and len(recordings[0]["hr"]) == 161
+    assert {float(each["ppg"].max()) for each in recordings} == {1, 4} and {float(each["ppg"].min()) for each in recordings} == {0}
+    for rate, bound in (("rr", 0.15), ("hr", 0.4)):  # known to annotator 2 and to PULSE, and to be found in the PPG
+        windows = data.bidmc_windows(recordings, rate=rate)
+        labels = windows["labels"]
+        spectral = data.spectral_rate(data.reduce_rate(windows["inputs"], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        assert np.abs(windows["ceiling"] - labels).mean() < bound and np.median(np.abs(spectral - labels)) < 0.5
+        assert np.abs(labels - np.median(labels)).mean() > 2
+
+
+def test_data_label_scaler_is_exact_for_arrays_and_tensors():
+    labels = np.random.default_rng(0).normal(17, 4, 1000)
+    scaler = data.LabelScaler().fit(labels.astype(np.float32))
+    z = scaler.transform(labels.astype(np.float32).astype(np.float64))
+    assert abs(z.mean()) < 1e-12 and abs(z.std() - 1) < 1e-12 and np.allclose(scaler.inverse(scaler.transform(labels)), labels)
+    tensor = torch.from_numpy(labels).float().requires_grad_()
+    back = scaler.inverse(scaler.transform(tensor))
+    assert back.dtype == torch.float32 and back.requires_grad and torch.allclose(back, tensor)
+    large = 1e8 + np.array([0.0, 1, 2, 3])
+    assert np.allclose(data.LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], atol=1e-4)
+    simple = data.LabelScaler().fit([10, 20])
+    assert simple.state_dict() == {"mean": 15.0, "scale": 5.0} and {type(v) for v in simple.state_dict().values()} == {float}
+    loaded = data.LabelScaler()
+    loaded.load_state_dict(simple.state_dict())
+    assert loaded.transform(20) == 1.0 and loaded.inverse(-1) == 10.0
+
+
+def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():
+    scaler = data.LabelScaler().fit(np.full(7, 0.1))
+    assert scaler.scale == 1.0 and np.abs(scaler.transform(np.full(7, 0.1))).max() < 1e-15
+    assert abs(scaler.inverse(0.0) - 0.1) < 1e-15
+    raises(ValueError, "0 labels", lambda: data.LabelScaler().fit([]))
+    raises(ValueError, "3 labels, 1 of them NaN", lambda: data.LabelScaler().fit([1, np.nan, 2]))
+    raises(ValueError, "1 of them NaN or infinite", lambda: data.LabelScaler().fit([1, np.inf]))
+    raises(RuntimeError, "fit it on the training labels", lambda: data.LabelScaler().transform(np.ones(2)))
+    raises(RuntimeError, "load its state", lambda: data.LabelScaler().inverse(np.ones(2)))
+
+
+REAL_RECORDINGS = []
+
+
+def real_recordings():
+    if not REAL_RECORDINGS:
+        REAL_RECORDINGS.extend(data.read_bidmc(need_real("bidmc_csv")))
+    return REAL_RECORDINGS
+
+
+def test_data_real_bidmc_is_read_whole():
+    recordings = real_recordings()
+    assert [each["number"] for each in recordings] == list(range(1, 54)) and len({each["patient"] for each in recordings}) == 46
+    patients = {each["number"]: each["patient"] for each in recordings}
+    for shared in ((6, 7, 8, 9), (20, 21, 22, 23), (38, 39)):
+        assert len({patients[number] for number in shared}) == 1
+    assert all(len(each["ppg"]) == 60001 and len(each["time"]) == 481 for each in recordings)
+    assert [each["number"] for each in recordings if each["ppg"].max() > 1.01] == [40, 42, 44, 45, 46, 47, 48, 52, 53]
+    assert [each["number"] for each in recordings if each["time"][0] == -1] == [23]
+    assert np.isnan(recordings[26]["hr"]).sum() == 4 and np.isnan(recordings[0]["pulse"]).sum() == 13
+    assert all((np.diff(each[name]) >= 0).all() for each in recordings for name in ("breaths", "breaths_2"))
+
+
+def test_data_real_bidmc_gives_the_original_statistics_to_the_digit():
+    windows, rows = data.bidmc_original(real_recordings(), rate="rr")
+    train, validation, test = (windows["labels"][rows[name]] for name in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (9912, 1180, 1416) and (train.min(), train.max()) == (0, 36)
+    assert f"{train.mean():.3f} {train.std(ddof=1):.3f} {validation.std(ddof=1):.3f}" == "17.216 4.430 3.859"
+    assert f"{np.abs(validation - 18).mean():.3f} {np.abs(test - 18).mean():.3f}" == "2.222 2.352"
+    assert round(float((windows["labels"] == 18).mean()), 1) == 0.6
+    windows, rows = data.bidmc_original(real_recordings(), rate="hr")
+    train = windows["labels"][rows["train"]]
+    assert [len(rows[name]) for name in ("train", "validation", "test")] == [9912, 1180, 1416]
+    assert f"{train.mean():.2f} {train.std(ddof=1):.2f} {train.min():.1f} {train.max():.1f}" == "88.12 11.76 52.2 131.2"
+
+
+def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
+    for rate, count, floor, ceiling, spectral in (("rr", 5730, 2.10, 0.28, 2.87), ("hr", 5989, 9.77, 0.99, 1.26)):
+        windows = data.bidmc_windows(real_recordings(), rate=rate)
+        labels = windows["labels"]
+        assert len(labels) == count and len(set(windows["groups"])) == 46 and not np.isnan(windows["ceiling"]).any()
+        estimate = data.spectral_rate(data.reduce_rate(windows["inputs"], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        for prediction, expected in ((np.median(labels), floor), (windows["ceiling"], ceiling), (estimate, spectral)):
+            assert abs(np.abs(prediction - labels).mean() - expected) < 0.01, (rate, np.abs(prediction - labels).mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
