@@ -3080,6 +3080,9 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "synthetic_eyes": "synthetic_eyes(4, size=(8, 8))[0].shape == (4, 3, 8, 8)",
     "EyeSplit": f"EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict(flip=1, clahe=1, crop=1, photometric=1, mixup=1, cutmix=1)).batch(np.arange(2), torch.Generator())['targets'].tolist() == [1, 1]",
     "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
+    "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
+    "read_bidmc": "callable(read_bidmc)",
+    "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
     "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
 }
 

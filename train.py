@@ -322,7 +322,7 @@ def add_flag(parser, name, default, text, choices=(), shown=None):
     """One flag, typed with - or _; it appears in the result only if it was typed."""
     text = (text + (f" (default: {show(shown)})" if shown not in (None, "") else "")).replace("%", "%%")
     if isinstance(default, bool):
-        kind = {"action": argparse.BooleanOptionalAction}
+        kind = {"action": "store_true" if name in RUN_FLAGS else argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
         kind = {"type": parse_pair, "metavar": "HxW"}
     else:
@@ -337,7 +337,7 @@ def parse_args(argv):
     first.add_argument("--task")
     first.add_argument("--variant", default="default")
     chosen = first.parse_known_args(argv)[0]
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --task TASK [--variant VARIANT] [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--task", choices=sorted(TASKS), required=True, help="which recipe")
     recipe = {}
