@@ -1540,7 +1540,8 @@ def test_data_stratified_batches_repeat_a_row_only_when_they_must():
 
 def test_data_order_is_fixed_by_seed_and_epoch():
     labels = np.repeat([0, 1], [30, 20])
-    for plan in (lambda s, e: data.stratified_batches(labels, 8, seed=s, epoch=e), lambda s, e: data.shuffled_batches(50, 8, seed=s, epoch=e)):
+    for plan in (lambda s, e: data.stratified_batches(labels, 8, seed=s, epoch=e),
+                 lambda s, e: data.shuffled_batches(50, 8, seed=s, epoch=e)):
         flat = lambda s, e: np.concatenate(plan(s, e)).tolist()
         assert flat(0, 0) == flat(0, 0)
         assert len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
@@ -1569,7 +1570,8 @@ def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
 
 
 def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
-    for plan in (lambda: data.shuffled_batches(5, 8, seed=0, epoch=0), lambda: data.stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
+    for plan in (lambda: data.shuffled_batches(5, 8, seed=0, epoch=0),
+                 lambda: data.stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert [len(rows) for rows in plan()] == [5]
@@ -2516,7 +2518,8 @@ def test_train_prints_the_constant_beside_every_score():
 
 
 def test_train_resolved_command_says_the_same_again():
-    args = train.parse_args(["--task", "ocec", "--lr=3e-4", "--batch_size", "32", "--num-epochs", "7", "--size", "24x40", "--no-channels-last"])
+    args = train.parse_args(["--task", "ocec", "--lr=3e-4", "--batch_size", "32", "--num-epochs", "7", "--size", "24x40",
+                             "--no-channels-last"])
     names = train.OCEC.defaults
     again = train.parse_args(train.command_line(args, names).split()[2:])
     assert all(getattr(args, name) == getattr(again, name) for name in names)
@@ -2581,8 +2584,8 @@ def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
     for number in (signal.SIGINT, signal.SIGTERM):
         with folder() as f:
             make_npz(f / "eyes.npz")
-            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "a", "--epochs", "500"],
-                                       stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "a",
+                                        "--epochs", "500"], stdout=subprocess.PIPE, text=True)
             lines = []
             for line in process.stdout:
                 lines.append(line)
@@ -2596,9 +2599,9 @@ def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
 
 def test_train_accumulation_equals_one_big_batch():
     def weights(batch_size, accumulate):
-        args = train.parse_args([*TINY, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--flip", "0", "--photometric", "0",
-                                 "--clahe", "0", "--crop", "0", "--mixup", "0", "--dropout", "0", "--head", "transformer", "--token-grid", "2x2", "--block", "convnext",
-                                 "--channels", "16", "--schedule", "none", "--warmup-epochs", "0", "--data", str(f / "eyes.npz"), "--lr", "1e-3"])
+        off = [word for name in ("flip", "photometric", "clahe", "crop", "mixup", "dropout", "warmup-epochs") for word in (f"--{name}", "0")]
+        args = train.parse_args([*TINY, *off, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--schedule", "none",
+                                 "--block", "convnext", "--channels", "16", "--token-grid", "2x2", "--data", str(f / "eyes.npz")])
         sets = train.OCEC.load(args.data, args)
         args.facts = sets.facts
         state = train.build(args, 1)
@@ -2730,7 +2733,8 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("does not exist", ["--data", f / "nowhere"]),
             ("holds no images", ["--data", f / "empty"]),
             ("holds one class only", ["--data", make_npz(f / "one.npz", labels=np.ones(60, dtype=np.int64))]),
-            ("row 7: label 2 is not 0 (closed) or 1 (open)", ["--data", make_npz(f / "two.npz", labels=np.where(np.arange(60) == 7, 2, labels))]),
+            ("row 7: label 2 is not 0 (closed) or 1 (open)",
+             ["--data", make_npz(f / "two.npz", labels=np.where(np.arange(60) == 7, 2, labels))]),
             ("'images' holds 3 NaN", ["--data", make_npz(f / "nan.npz", images=bright)]),
             ("'labels' holds 1 NaN", ["--data", make_npz(f / "nan2.npz", labels=np.where(np.arange(60) == 7, np.nan, labels))]),
             ("expected uint8 (n, h, w)", ["--data", make_npz(f / "shape.npz", images=images.reshape(60, -1).numpy())]),
@@ -2887,7 +2891,7 @@ def test_train_every_augmentation_flag_reaches_the_batch():
     with folder() as f:
         args, sets, _ = prepared(f, "--flip", "0.25", "--crop", "3")
         assert sets.train.augment == {"flip": 0.25, "photometric": 0.5, "clahe": 0.01, "crop": 3, "mixup": 0.2, "cutmix": 0.0}
-        assert not sets.validation.augment or torch.equal(sets.validation.batch(np.arange(3))["inputs"], sets.whole.batch(sets.validation.rows[:3])["inputs"])
+        assert torch.equal(sets.validation.batch(np.arange(3))["inputs"], sets.whole.batch(sets.validation.rows[:3])["inputs"])
 
 
 def test_train_splits_keep_groups_apart_and_the_test_split_is_the_one_reported():
@@ -2906,7 +2910,8 @@ def test_train_splits_keep_groups_apart_and_the_test_split_is_the_one_reported()
 
 def test_train_monitor_plateau_and_early_stopping_use_the_right_numbers():
     with folder() as f:
-        run(f / "a", "--monitor", "loss", "--epochs", "12", "--patience", "2", "--lr", "3e-2", "--schedule", "plateau", "--warmup-epochs", "2.5")
+        run(f / "a", "--monitor", "loss", "--epochs", "12", "--patience", "2", "--lr", "3e-2", "--schedule", "plateau",
+            "--warmup-epochs", "2.5")
         last, best = result_of(f / "a"), result_of(f / "a", "best.pt")
         rows = last["history"][1:]
         losses_seen = [min(row["raw"]["loss"], row["ema"]["loss"]) for row in rows]
@@ -2916,8 +2921,8 @@ def test_train_monitor_plateau_and_early_stopping_use_the_right_numbers():
         assert min(raw) <= last["schedule"]["best"] <= min(raw) * 1.001
         out = run(f / "b", "--schedule", "plateau", "--warmup-epochs", "2.5", "--plateau-patience", "50")
         assert "plateau:" not in out  # warm-up is no reduction
-        out = run(f / "c", "--schedule", "plateau", "--warmup-epochs", "0", "--plateau-patience", "0", "--lr", "1e-7", "--warmup-start-lr", "0",
-                  "--min-lr", "0", "--epochs", "6", "--monitor", "auroc")
+        out = run(f / "c", "--schedule", "plateau", "--warmup-epochs", "0", "--plateau-patience", "0", "--lr", "1e-7",
+                  "--warmup-start-lr", "0", "--min-lr", "0", "--epochs", "6", "--monitor", "auroc")
         assert "auroc" in out and ("plateau: lr 1e-07 -> 5e-08" in out or "plateau" not in out)
 
 
@@ -3027,8 +3032,8 @@ def test_train_overwrite_replaces_and_changed_data_are_refused():
 def test_train_real_eyes_beat_every_constant_within_three_epochs():
     need_pillow()
     with folder() as f:
-        code, out, err = call("--task", "ocec", "--lr", "2e-3", "--data", need_real("eyes_cew"), "--size", "24x24", "--channels", "16", "--blocks", "4",
-                              "--epochs", "3", "--out", f / "a", "--device", "cpu")
+        code, out, err = call("--task", "ocec", "--lr", "2e-3", "--data", need_real("eyes_cew"), "--size", "24x24", "--channels", "16",
+                              "--blocks", "4", "--epochs", "3", "--out", f / "a", "--device", "cpu")
         assert code == 0, err
         scores = json.loads((f / "a" / "scores.json").read_text())["test"]
     assert "by group" in out and scores["model"]["f1"] > 0.8 > scores["constant"]["f1"] and scores["model"]["auroc"] > 0.85, scores
@@ -3043,8 +3048,9 @@ LIFTABLE = ("models", "losses", "schedulers", "data", "ema")
 def test_project_modules_import_only_torch_numpy_and_the_standard_library():
     for name in LIFTABLE:
         for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
-            roots = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            for root in (each.split(".")[0] for each in roots):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for root in (each.split(".")[0] for each in names):
                 inside = node.col_offset > 0 and root == "PIL"  # the one optional extra, imported in the function that needs it
                 assert inside or root in ("torch", "numpy") or root in sys.stdlib_module_names, (name, root)
 
@@ -3056,7 +3062,8 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
     "Cyclic": f"Cyclic({SGD}, base_lr=0.1, max_lr=0.5, steps_up=4).get_last_lr() == [0.1]",
     "Plateau": f"Plateau({SGD}).step(3.0) is None",
-    "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), lambda m, x: m(x).square().mean(), [torch.ones(4, 2)], num_steps=20)) == 3",
+    "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), "
+               "lambda m, x: m(x).square().mean(), [torch.ones(4, 2)], num_steps=20)) == 3",
     "ema_decay": "ema_decay(8, 0.999) == 0.5",
     "EMA": "EMA(torch.nn.Linear(2, 1)).update(torch.nn.Linear(2, 1)) is None",
     "focal_label_smooth_ce": "focal_label_smooth_ce(torch.zeros(3), torch.ones(3)) > 0",
@@ -3078,11 +3085,14 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "mixup": f"mixup(torch.zeros(3, 2), torch.ones(3), alpha=0.4, {GEN})[1].tolist() == [1, 1, 1]",
     "cutmix": f"cutmix(torch.zeros(3, 1, 4, 4), torch.ones(3), alpha=1.0, {GEN})[1].tolist() == [1, 1, 1]",
     "synthetic_eyes": "synthetic_eyes(4, size=(8, 8))[0].shape == (4, 3, 8, 8)",
-    "EyeSplit": f"EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict(flip=1, clahe=1, crop=1, photometric=1, mixup=1, cutmix=1)).batch(np.arange(2), torch.Generator())['targets'].tolist() == [1, 1]",
+    "EyeSplit": "EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict.fromkeys("
+                "['flip', 'clahe', 'crop', 'photometric', 'mixup', 'cutmix'], 1)).batch(np.arange(2), torch.Generator())"
+                "['targets'].tolist() == [1, 1]",
     "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
     "read_bidmc": "callable(read_bidmc)",
-    "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
+    "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
+                     "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
     "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
 }
 

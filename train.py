@@ -86,8 +86,10 @@ def engine_flags(**defaults):
         "weight_decay": dict(help="AdamW's decoupled weight decay", low=0),
         "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
                          choices=("cosine", "restarts", "cyclic", "plateau", "none")),
-        "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0, when=("schedule", "cosine", "restarts", "plateau", "none")),
-        "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0, when=("schedule", "cosine", "restarts", "plateau", "none")),
+        "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0,
+                              when=("schedule", "cosine", "restarts", "plateau", "none")),
+        "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0,
+                                when=("schedule", "cosine", "restarts", "plateau", "none")),
         "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0,
                        when=("schedule", "cosine", "restarts", "plateau")),
         "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999, when=("schedule", "plateau")),
@@ -274,7 +276,7 @@ OCEC = Task(
         cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
         train_ratio=Flag(0.7, "share of the training split", above=0, high=1),
         val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training loss does)", low=0, high=1),
-        test_ratio=Flag(0.2, "share of the test split, scored once at the end (0 = none)", low=0, high=1),
+        test_ratio=Flag(0.2, "share of the test split, scored at the end only (0 = none)", low=0, high=1),
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
@@ -337,8 +339,8 @@ def parse_args(argv):
     first.add_argument("--task")
     first.add_argument("--variant", default="default")
     chosen = first.parse_known_args(argv)[0]
-    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --task TASK [--variant VARIANT] [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --task TASK [--variant VARIANT] [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--task", choices=sorted(TASKS), required=True, help="which recipe")
     recipe = {}
     if chosen.task in TASKS:
@@ -595,7 +597,7 @@ def build(args, steps_per_epoch):
     lr = args.lr * rows / args.base_batch if args.base_batch else args.lr
     run.optimizer = torch.optim.AdamW(run.raw_model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
     run.schedule = make_schedule(run.optimizer, args, steps_per_epoch)
-    run.scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    run.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     run.ema = ema.EMA(run.raw_model, args.ema_decay) if args.ema_decay else None
     return run
 
@@ -861,7 +863,8 @@ def prepare(args):
         load_run(run, content, folder / "last.pt")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
-    sizes = [f"{len(split):,} {name}" for name, split in (("train", sets.train), ("validation", sets.validation), ("test", sets.test)) if split]
+    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test}
+    sizes = [f"{len(split):,} {name}" for name, split in splits.items() if split]
     print(f"{args.task} | {', '.join(sizes)} | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | "
           f"{args.device}, amp {args.amp}")
     return run, sets, folder
@@ -945,7 +948,8 @@ def apply_checkpoint(args):
     splits = {"train": sets.train, "validation": sets.validation, "test": sets.test}
     name = args.split or next(name for name in ("test", "validation", "train") if splits[name])
     if changed or splits[name] is None:
-        reason = "these are not the data that the run split" if changed else f"the run has {', '.join(key for key in splits if splits[key])}"
+        present = ", ".join(key for key in splits if splits[key])
+        reason = "these are not the data that the run split" if changed else f"the run has {present}"
         raise ValueError(f"--split {name}: {reason}; --split all scores every row")
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
