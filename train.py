@@ -254,7 +254,7 @@ OCEC = Task(
         monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights", choices=("f1", "auroc", "loss")),
         size=Flag((32, 64), "height x width the eyes are resized to", low=8),
         block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
-        channels=Flag(32, "channels of the stem; blocks 2, 4, 6 double them", low=1),
+        channels=Flag(64, "channels of the stem; blocks 2, 4, 6 double them", low=1),
         blocks=Flag(6, "number of blocks", low=1),
         head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
                   choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
