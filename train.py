@@ -664,7 +664,8 @@ def train_epoch(run, split, epoch, args, stop):
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         if sys.stdout.isatty():
-            print(f"\repoch {epoch} | step {i + 1}/{len(windows)} | loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
+            bar = "#" * (30 * (i + 1) // len(windows))
+            print(f"\repoch {epoch:3d} [{bar:<30}] loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
     seconds = time.perf_counter() - start
     row |= {"step": run.step, "lr_end": lr} | {name: value / seen for name, value in sums.items()}
     return row | {"grad_norm": float(np.mean(norms)) if norms else math.nan, "skipped_steps": skipped,
@@ -741,7 +742,7 @@ def finish_epoch(run, args, folder, floor):
     save_run(folder / "last.pt", run, args)
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
-    print(("\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
+    print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
         print(f"plateau: lr {before:.3g} -> {after:.3g} after epoch {run.history[-1]['epoch']}")
