@@ -1,4 +1,4 @@
-"""Train, score and apply five deep-learning recipes; no score is printed without its floor and its ceiling.
+"""Train, score and apply deep-learning recipes; no score is printed without its floor and its ceiling.
 
     $ python train.py --task ocec --lr 2e-4                          # no data needed: drawn eyes, about two minutes on 2 cores
     $ python train.py --task ocec --lr 2e-4 --data eyes/ --out runs/eyes
