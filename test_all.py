@@ -2660,7 +2660,7 @@ def test_train_predict_writes_the_probability_that_eval_scores():
     with folder() as f:
         run(f / "a", "--lr", "3e-3")
         code, out, err = call("--task", "ocec", "--predict", f / "a" / "best.pt", "--data", f / "eyes.npz", "--out", f / "preds.csv")
-        assert code == 0, err
+        assert code == 0 and call(*out.splitlines()[0].split()[2:])[0] == 0, err  # the printed command can be typed again
         with open(f / "preds.csv") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0]) == ["path", "logit", "prob_open"] and rows[3]["path"] == "eyes.npz#3" and len(rows) == 60

@@ -930,7 +930,7 @@ def apply_checkpoint(args):
     content = load_checkpoint(path, args.task)
     adopt_recipe(args, content)
     args.device = resolve_device(args.device)
-    args.split = args.split or ("all" if "data" in args.typed else "")
+    args.split = args.split or ("all" if args.eval and "data" in args.typed else "")
     print(command_line(args, ["eval", "predict", "data", "cache", "split", "out", "device"]), flush=True)
     model = task.network(args).to(args.device)
     load_weights(model, content, path)
