@@ -208,21 +208,26 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
 
 def decode_once(load, n, size, *, key, cache="", chunk=256):
     """Fill one contiguous uint8 array (n, 3, h, w) by load(start, stop); with `cache`, once per key, then memory-mapped."""
-    if not cache:
-        images = torch.empty((n, 3, *size), dtype=torch.uint8)
+
+    def fill(images):
         for start in range(0, n, chunk):
             images[start : start + chunk] = load(start, min(start + chunk, n))
         return images
+
+    if not cache:
+        return fill(torch.empty((n, 3, *size), dtype=torch.uint8))
     digest = hashlib.sha256(repr((size, key)).encode()).hexdigest()[:16]
     file = Path(cache) / f"eyes-{digest}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(n, 3, *size))
-        for start in range(0, n, chunk):
-            images[start : start + chunk] = load(start, min(start + chunk, n)).numpy()
-        images.flush()
-        os.replace(temporary, file)
+        try:
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(n, 3, *size))
+            fill(torch.from_numpy(images))
+            images.flush()
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)  # still there only if an image could not be read
     return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
 
 

@@ -76,6 +76,17 @@ def need_real(name):
     return REAL / name
 
 
+def same_bits(a, b):
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b or a != a and b != b
+
+
 @contextlib.contextmanager
 def folder():
     with tempfile.TemporaryDirectory() as name:
@@ -425,16 +436,6 @@ def snapshot(model, optimizer):
                           torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def range_test_setup(device="cpu"):
     torch.manual_seed(0)
     model = Noisy().to(device)
@@ -453,7 +454,7 @@ def test_schedulers_find_lr_restores_everything_also_after_an_error():
         model, optimizer, loss_fn, batches = range_test_setup(device)
         grads, before, calls = [p.grad for p in model.parameters()], snapshot(model, optimizer), []
         first = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
-        assert len(first[0]) == len(first[1]) == 30 and same(before, snapshot(model, optimizer))
+        assert len(first[0]) == len(first[1]) == 30 and same_bits(before, snapshot(model, optimizer))
         assert all(p.grad is g for p, g in zip(model.parameters(), grads))
 
         def breaks(model, batch):
@@ -462,9 +463,9 @@ def test_schedulers_find_lr_restores_everything_also_after_an_error():
                 raise RuntimeError("out of memory")
             return loss_fn(model, batch)
         raises(RuntimeError, "out of memory", lambda: schedulers.find_lr(model, optimizer, breaks, batches))
-        assert same(before, snapshot(model, optimizer))
+        assert same_bits(before, snapshot(model, optimizer))
         raises(ValueError, "ended after 4", lambda: schedulers.find_lr(model, optimizer, loss_fn, iter(batches)))
-        assert same(before, snapshot(model, optimizer))
+        assert same_bits(before, snapshot(model, optimizer))
         again = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
         assert np.allclose(again[:2], first[:2]) and again[2] == first[2]
 
@@ -2485,17 +2486,6 @@ def run(path, *words):
     return out
 
 
-def same_bits(a, b):
-    """Bit for bit, through dictionaries and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b or a != a and b != b
-
-
 def result_of(path, name="last.pt"):
     """A checkpoint without what the clock and the folder put into it."""
     content = torch.load(path / name, weights_only=True)
@@ -2981,6 +2971,7 @@ def test_train_names_the_image_that_cannot_be_read():
         victim.write_bytes(victim.read_bytes()[:40])
         code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
         assert code == 2 and str(victim) in err and "not a readable image" in err
+        assert call(*TINY, "--data", f / "eyes", "--out", f / "new", "--cache", f / "cache")[0] == 2 and not list((f / "cache").iterdir())
         (f / "eyes" / "annotation.csv").write_text("open/absent.png,1\n")
         code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
         assert code == 2 and "absent.png" in err and "does not exist" in err

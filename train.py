@@ -133,6 +133,11 @@ class Data:
     facts: dict  # plain numbers measured on training rows (class weights, label scale); kept in every checkpoint
     notes: list  # lines to print: what was read, how it was split, what cannot be excluded
 
+    def splits(self):
+        """The splits there are, by the names that --split takes."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Task ocec: is the eye open?
@@ -864,8 +869,7 @@ def prepare(args):
         load_run(run, content, folder / "last.pt")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
-    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test}
-    sizes = [f"{len(split):,} {name}" for name, split in splits.items() if split]
+    sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
     print(f"{args.task} | {', '.join(sizes)} | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | "
           f"{args.device}, amp {args.amp}")
     return run, sets, folder
@@ -878,10 +882,10 @@ def report(sets, args, folder, seconds):
     load_weights(model, best, folder / "best.pt")
     print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
-    for title, name, split in (("validation, which picked the epoch", "validation", sets.validation),
-                               ("test, used for nothing but this", "test", sets.test)):
-        if split is not None:
-            scores[name] = print_scores(title, split, evaluate(model, split, args), args)
+    titles = {"validation": "validation, which picked the epoch", "test": "test, used for nothing but this"}
+    for name, split in sets.splits().items():
+        if name in titles:
+            scores[name] = print_scores(titles[name], split, evaluate(model, split, args), args)
     with atomic_write(folder / "scores.json") as file:
         json.dump(without_nan(scores), file, indent=1)
     print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, scores.json")
@@ -946,11 +950,10 @@ def apply_checkpoint(args):
     if args.split == "all":
         print("the run did not see these data" if changed else "these are the run's own data, training rows included")
         return print_scores("all rows", sets.whole, evaluate(model, sets.whole, args), args)
-    splits = {"train": sets.train, "validation": sets.validation, "test": sets.test}
-    name = args.split or next(name for name in ("test", "validation", "train") if splits[name])
-    if changed or splits[name] is None:
-        present = ", ".join(key for key in splits if splits[key])
-        reason = "these are not the data that the run split" if changed else f"the run has {present}"
+    splits = sets.splits()
+    name = args.split or list(splits)[-1]  # test, or validation, or training rows
+    if changed or name not in splits:
+        reason = "these are not the data that the run split" if changed else f"the run has {', '.join(splits)}"
         raise ValueError(f"--split {name}: {reason}; --split all scores every row")
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
