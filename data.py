@@ -4,7 +4,8 @@ What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     augmentation         horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix
-    breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost
+    breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
+                         respiratory_signals, band_spectrum, time_stretch, ppg_inputs, PPGSplit
     labels               LabelScaler
 
 A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from it by an index array
@@ -20,6 +21,7 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
 import csv
 import hashlib
 import lzma
+import math
 import os
 import re
 import warnings
@@ -789,7 +791,7 @@ def cutmix(inputs, targets, *, alpha, generator):
 # Breathing and heart rate: recordings, windows, labels
 
 
-def read_bidmc(folder, *, cache="", progress=None):
+def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     """Read PhysioNet's bidmc_csv folder as it is: a list of one dict per recording, in the order of their names.
 
         bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1 and ann2
@@ -797,8 +799,9 @@ def read_bidmc(folder, *, cache="", progress=None):
 
     Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording.
 
-    cache     a folder: what was parsed is kept there as one .npz, parsed once per names, sizes and times of the files
-    progress  progress(text) is called before each recording that is parsed
+    cache        a folder: what was parsed is kept there as one .npz, parsed once per content of the files
+    progress     progress(text) is called before each recording that is parsed
+    need_labels  False: the signals are enough; number, patient (the name of the recording where _Fix.txt is missing) and ppg
     returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
               annotators (1-based samples, sorted, as they are otherwise), time, hr, pulse float64 (one a second, NaN = none)
     Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
@@ -809,43 +812,49 @@ def read_bidmc(folder, *, cache="", progress=None):
     names = sorted({file.name.rpartition("_")[0] for file in files})
     if not names:
         raise ValueError(f"{folder} holds no bidmc_NN_Signals.csv: give PhysioNet's folder bidmc_csv")
-    key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    file = Path(cache) / f"bidmc-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npz"
-    if cache and file.exists():
-        recordings = {name: {} for name in names}
-        with np.load(file, allow_pickle=False) as archive:
-            for entry in archive.files:
-                name, field = entry.split("/")
-                value = archive[entry]
-                recordings[name][field] = value if value.ndim else value.item()
-        return list(recordings.values())
+    if cache:
+        digest = hashlib.sha256(repr(need_labels).encode())
+        for file in files:
+            digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+        kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
+        if kept.exists():
+            recordings = {name: {} for name in names}
+            with np.load(kept, allow_pickle=False) as archive:
+                for entry in archive.files:
+                    name, field = entry.split("/")
+                    value = archive[entry]
+                    recordings[name][field] = value if value.ndim else value.item()
+            return list(recordings.values())
     recordings = []
     for i, name in enumerate(names):
         if progress:
             progress(f"reading {name} ({i + 1} of {len(names)})")
-        recordings.append(read_bidmc_recording(folder, name))
+        recordings.append(read_bidmc_recording(folder, name, need_labels=need_labels))
     if cache:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as stream:
             np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
                                 for field, value in recording.items()})
-        os.replace(temporary, file)
+        os.replace(temporary, kept)
     return recordings
 
 
-def read_bidmc_recording(folder, name):
+def read_bidmc_recording(folder, name, *, need_labels=True):
     """The files of one recording, checked against each other; see read_bidmc. Needs: BIDMC_HZ, read_columns"""
     fix = folder / f"{name}_Fix.txt"
     patient = re.search(r"matched wdb ID: *(\w+)", fix.read_text(encoding="utf-8") if fix.is_file() else "")
-    if not patient:
+    if not patient and need_labels:
         raise ValueError(f"{fix} is missing or has no line 'MIMIC II matched wdb ID: sNNNNN': no patient, no safe split")
     [ppg] = read_columns(folder / f"{name}_Signals.csv", ["PLETH"])
-    time, hr, pulse = read_columns(folder / f"{name}_Numerics.csv", ["Time [s]", "HR", "PULSE"])
-    breaths = read_columns(folder / f"{name}_Breaths.csv", [f"breaths ann{k} [signal sample no]" for k in (1, 2)])
     if np.isnan(ppg).any():
         raise ValueError(f"{folder / name}_Signals.csv: PLETH holds {np.isnan(ppg).sum()} NaN in {len(ppg)} rows: cut them "
                          "out or remove the recording")
+    recording = {"number": int(name.partition("_")[2]), "patient": patient[1] if patient else name, "ppg": ppg.astype(np.float32)}
+    if not need_labels:
+        return recording
+    time, hr, pulse = read_columns(folder / f"{name}_Numerics.csv", ["Time [s]", "HR", "PULSE"])
+    breaths = read_columns(folder / f"{name}_Breaths.csv", [f"breaths ann{k} [signal sample no]" for k in (1, 2)])
     for column, values in {"Time [s]": time, "HR": hr, "PULSE": pulse}.items():
         if np.isnan(values).all():
             raise ValueError(f"{folder / name}_Numerics.csv: {column} holds no number: remove the recording")
@@ -855,8 +864,7 @@ def read_bidmc_recording(folder, name):
                          "files is cut off, copy them again")
     timed = ~np.isnan(time)  # bidmc_01 has a last row without a time: the means of the columns
     first, second = (np.sort(marks[~np.isnan(marks)]).astype(np.int64) for marks in breaths)
-    return {"number": int(name.partition("_")[2]), "patient": patient[1], "ppg": ppg.astype(np.float32),
-            "breaths": first, "breaths_2": second, "time": time[timed], "hr": hr[timed], "pulse": pulse[timed]}
+    return recording | {"breaths": first, "breaths_2": second, "time": time[timed], "hr": hr[timed], "pulse": pulse[timed]}
 
 
 def read_columns(path, names):
@@ -889,7 +897,7 @@ def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0):
 
     Windows without a label are left out, and so are, for rr, those that overlap more than 10 s without a mark.
 
-    rate     "rr" or "hr"
+    rate     "rr" or "hr"; None: every window, labels and ceiling NaN
     seconds  of a window; stride: seconds from one start to the next
     returns  a dict: inputs float32 tensor (n, t), as recorded; labels and ceiling float64 (n,), per minute, ceiling NaN where
              there is none; groups str (n,), the patients; recording int (n,), an index; starts float64 (n,), seconds
@@ -924,8 +932,8 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride):
     breaths_to_rate  (marks, starts, length, total length), all in samples -> breaths per minute like starts, NaN = no label
     Needs:  BIDMC_HZ, mean_inside
     """
-    if rate not in ("rr", "hr"):
-        raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart)")
+    if rate not in ("rr", "hr", None):
+        raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart), or None for windows without labels")
     if length < 1 or stride < 1:
         raise ValueError(f"windows of {length} samples every {stride}: both must be at least 1, {BIDMC_HZ} are a second")
     parts = []
@@ -936,10 +944,12 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride):
         starts = np.arange(0, len(ppg) - length + 1, stride)
         if rate == "rr":
             labels, ceiling = (breaths_to_rate(recording[name], starts, length, len(ppg)) for name in ("breaths", "breaths_2"))
+        elif rate is None:
+            labels = ceiling = np.full(len(starts), np.nan)
         else:
             time, since = recording["time"], starts / BIDMC_HZ
             labels, ceiling = (mean_inside(time, recording[name], since, seconds) for name in ("hr", "pulse"))
-        keep = ~np.isnan(labels)
+        keep = ~np.isnan(labels) | (rate is None)
         windows = np.lib.stride_tricks.sliding_window_view(ppg, length)[starts[keep]]
         parts.append({"inputs": windows, "labels": labels[keep], "ceiling": ceiling[keep],
                       "starts": starts[keep] / BIDMC_HZ, "recording": np.full(len(windows), index),
@@ -1032,6 +1042,142 @@ def spectral_rate(windows, rate_hz, band):
     left, top, right = (power.log().gather(1, peak + k)[:, 0] for k in (-1, 0, 1))
     offset = ((left - right) / (2 * (left - 2 * top + right))).clamp(-0.5, 0.5)
     return (60 * (grid.to(x)[peak[:, 0]] + step * offset)).clamp(60 * low, 60 * high)
+
+
+def respiratory_signals(windows, rate_hz):
+    """The three ways in which breathing shows in a PPG, each as a signal over time.
+
+        baseline   x, the window itself: breathing moves its level
+        amplitude  |z|, the height of the pulse: breathing changes the stroke volume
+        frequency  the turn of arg z from sample to sample: the pulse quickens as one breathes in
+
+    with z the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest frequency f0 of the hr band.
+
+    windows (n, t) float tensor of any scale, rate_hz samples per second -> (n, 3, t), each signal of mean 0 and sd 1
+    A flat window gives zeros.
+    Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander, amplitude and frequency modulation)
+    Needs:  RATE_BANDS, standardise, spectral_rate
+    """
+    x = standardise(windows)
+    pulse_hz = torch.nan_to_num(spectral_rate(x, rate_hz, RATE_BANDS["hr"]) / 60, nan=1.0)[:, None]
+    frequency = torch.fft.fftfreq(x.shape[-1], 1 / rate_hz).to(x)
+    in_band = (frequency - pulse_hz).abs() <= 0.65
+    z = torch.fft.ifft(2 * torch.fft.fft(x) * in_band)
+    turn = torch.angle(z[:, 1:] * z[:, :-1].conj())
+    turn = torch.cat([turn, turn[:, -1:]], 1)  # as long as the others
+    return standardise(torch.stack([x, z.abs(), turn], 1))
+
+
+def band_spectrum(signals, rate_hz, band, bins):
+    """Where in a band the power of a signal lies: its log spectrum, free of phase and scale.
+
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2        result: log(power / mean power of the band + 0.001)
+
+    x is the signal without its mean and its straight-line trend, whose leakage would fill the low end of the band.
+
+    signals (..., t) float tensor; rate_hz samples per second; band (low, high) in Hz; bins: frequencies, both ends among them
+    returns (..., bins); log 0.001 everywhere for a flat signal
+    Errors: ValueError for a band that is not between 0 and half the rate, or for fewer than 2 bins.
+    Check:  a sine is largest at its own frequency
+    Needs:  standardise
+    """
+    low, high = band
+    if not 0 <= low < high <= rate_hz / 2 or bins < 2:
+        raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 and half the rate, "
+                         f"{rate_hz / 2:g} Hz, with at least 2 bins")
+    t = signals.shape[-1]
+    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * torch.linspace(low, high, bins, dtype=torch.float64)
+    x, line = standardise(signals), torch.linspace(-1, 1, t).to(signals)
+    x = (x - (x @ line)[..., None] / line.square().sum() * line) * torch.hann_window(t, periodic=False).to(x)
+    power = (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+    mean = power.mean(-1, keepdim=True)
+    return (power / torch.where(mean > 0, mean, 1) + 1e-3).log()
+
+
+def time_stretch(windows, labels, *, limit, generator):
+    """Play each window faster or slower, and scale its rate with it: the augmentation that makes an estimator of a rate.
+
+        x'(t) = x(centre + s (t - centre)),  label' = s * label        log s uniform in [-log limit, log limit]
+
+    Linear between samples; what a faster window lacks at its ends is mirrored. The label of a slowed window is still the mean
+    of the whole of it, though only its middle is left.
+
+    windows   (b, t) float tensor; labels (b,) rates, in any unit that is proportional to frequency (not yet z-scored)
+    limit     >= 1; 1 is off
+    generator a CPU torch.Generator; nothing is changed in place
+    Errors: ValueError for a limit below 1, or of 2 and more (the mirror would be longer than the window).
+    Source: resampling as augmentation: Um et al. 2017, arXiv:1706.00527 (there "time-warping", without the label)
+    """
+    if not 1 <= limit < 2:
+        raise ValueError(f"limit {limit:g} must be at least 1 (off) and below 2")
+    b, t = windows.shape
+    factor = torch.exp((2 * torch.rand(b, generator=generator) - 1) * math.log(limit)).to(windows)
+    centre = (t - 1) / 2
+    place = (torch.arange(t).to(windows) - centre) * factor[:, None] + centre
+    place = (t - 1) - ((t - 1) - place.abs()).abs()  # mirrored at 0 and at t - 1
+    left = place.floor().long().clamp(0, t - 2)
+    ahead = windows.gather(1, left + 1)
+    behind = windows.gather(1, left)
+    return behind + (place - left) * (ahead - behind), labels * factor.to(labels)
+
+
+def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
+    """What the encoder sees of a batch of windows: (n, t) -> (n, channels, length), one of two kinds.
+
+        waveform   the window, standardised: 1 channel of t samples
+        spectrum   log power in the band of the task, a quarter wider at both ends: hr 1 channel, the window's; rr 3 channels,
+                   of the baseline, the amplitude and the frequency of the pulse
+
+    From 41 patients no network here learnt breathing from the waveform; the spectrum has no phase to overfit to.
+
+    Errors: ValueError for another kind or rate.
+    Needs:  RATE_BANDS, standardise, respiratory_signals, spectral_rate, band_spectrum
+    """
+    if kind not in ("waveform", "spectrum") or rate not in RATE_BANDS:
+        raise ValueError(f"kind {kind!r} and rate {rate!r} must be 'waveform' or 'spectrum', 'rr' or 'hr'")
+    if kind == "waveform":
+        return standardise(windows)[:, None]
+    low, high = RATE_BANDS[rate]
+    signals = respiratory_signals(windows, rate_hz) if rate == "rr" else windows[:, None]
+    return band_spectrum(signals, rate_hz, (low / 1.25, high * 1.25), bins)
+
+
+class PPGSplit:
+    """Some rows of a set of PPG windows as a training loop sees them: `labels`, and `batch(rows)` to train on.
+
+    windows   the dict of bidmc_windows, its inputs (n, t) at any reduced rate (never copied); rows (m,) of this split
+    prepare   (windows (b, t)) -> inputs of the network, such as ppg_inputs
+    scaler    a fitted LabelScaler for the targets, or None for windows without labels
+    stretch   limit of time_stretch, 1 is off
+    features  set it to a tensor (m, width), and batches hold its rows instead of inputs: what a frozen encoder made of them
+    Needs:    time_stretch
+    """
+
+    def __init__(self, windows, rows, prepare, *, scaler=None, stretch=1.0, device="cpu"):
+        self.inputs, self.rows, self.prepare, self.scaler = windows["inputs"], np.asarray(rows), prepare, scaler
+        self.labels, self.ceiling, self.groups = (windows[name][self.rows] for name in ("labels", "ceiling", "groups"))
+        self.stretch, self.device, self.features = stretch, torch.device(device), None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def signals(self, rows):
+        """The windows (b, t) of rows of this split, as recorded."""
+        return self.inputs[torch.from_numpy(self.rows[rows])].to(self.device, non_blocking=True)
+
+    def batch(self, rows, generator=None):
+        """inputs (b, c, n) or features (b, width), and targets float (b,), scaled. Stretches time if given a generator."""
+        labels = torch.from_numpy(self.labels[rows])
+        if self.features is not None:
+            batch = {"features": self.features[torch.from_numpy(np.asarray(rows))]}
+        else:
+            windows = self.signals(rows)
+            if generator is not None and self.stretch > 1:
+                windows, labels = time_stretch(windows, labels, limit=self.stretch, generator=generator)
+            batch = {"inputs": self.prepare(windows)}
+        if self.scaler is None:
+            return batch
+        return batch | {"targets": self.scaler.transform(labels).float().to(self.device)}
 
 
 def quantisation_cost(seconds):

@@ -9,6 +9,7 @@ Dimensions: b batch, c class, n flattened (all samples of a split)
     auroc(scores, labels)                                     # 0.875: of 4 pairs 3 are in order and 1 is tied
     binary_report(scores, labels)["f1"]                       # 0.8
     binary_floor(labels)["f1"]                                # 0.667: what "always 1" scores, having learnt nothing
+    regression_report([12, 20], [14, 18])["mae"]              # 2.0, in the unit of the labels
 """
 
 import math
@@ -234,6 +235,47 @@ def binary_floor(labels):
             "f1": 2 * pi / (1 + pi) if pi > 0 else math.nan,
             "auroc": 0.5 if 0 < pi < 1 else math.nan,
             "auprc": pi if pi > 0 else math.nan}
+
+
+def regression_report(predictions, targets, groups=None):
+    """What a regressor is judged by, over a whole split, in the unit of the labels.
+
+        MAE = mean |p - t|   RMSE = sqrt(mean (p - t)^2)   R2 = 1 - sum (p - t)^2 / sum (t - mean t)^2
+
+    R2 has no unit, so different labels compare; the mean of these very targets scores 0, and below 0 is worse than it. None of
+    the three follows from another: an MAE cannot be had from a squared loss. Undo the scaling of labels first.
+    With groups (patients): the MAE of each, then their mean and sd (ddof 1), so that nobody counts more for having more rows.
+    NaN where undefined: everything without rows, R2 of constant targets, the sd of one group.
+
+    Shape:  predictions, targets real (n,) or (n, 1), tensor, array or list; groups (n,)
+            ->  {"mae", "rmse", "r2"} floats, with groups also {"group_mae", "group_sd"}
+    Errors: ValueError for NaN or infinite values, unequal lengths
+    Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
+    Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
+    """
+    values = [np.asarray(each.detach().cpu().double() if torch.is_tensor(each) else each, dtype=np.float64)
+              for each in (predictions, targets)]
+    n = values[1].size
+    for name, each in zip(("predictions", "targets"), values):
+        if each.shape not in [(n,), (n, 1)]:
+            raise ValueError(f"{name} must be ({n},) or ({n}, 1), got {each.shape}")
+        if not np.isfinite(each).all():
+            raise ValueError(f"{(~np.isfinite(each)).sum()} of {n} {name} are NaN or infinite")
+    prediction, target = (each.reshape(-1) for each in values)
+    error = prediction - target
+
+    def mean(x):
+        return float(x.mean()) if x.size else math.nan
+
+    spread = mean(np.square(target - target.mean())) if n and target.min() < target.max() else math.nan
+    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(mean(np.square(error))), "r2": 1 - mean(np.square(error)) / spread}
+    if groups is None:
+        return report
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    if member.size != n:
+        raise ValueError(f"{n} targets need one group each, got {member.size}")
+    group_mae = np.bincount(member, np.abs(error), len(names)) / np.bincount(member, minlength=len(names))
+    return report | {"group_mae": mean(group_mae), "group_sd": float(group_mae.std(ddof=1)) if len(names) > 1 else math.nan}
 
 
 def _is_positive(labels):

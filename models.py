@@ -10,7 +10,12 @@ Letters in shapes: B batch, C channels, H W rows and columns, T tokens.
     torch.Size([2])
     >>> count_parameters(net)
     11457
+    >>> net = PPGRegressor(PPGEncoder(channels=3, patch=4, width=64, depth=2))
+    >>> net(torch.zeros(2, 3, 64)).shape
+    torch.Size([2])
 """
+
+import math
 
 import torch
 import torch.nn as nn
@@ -110,6 +115,65 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):
         return x * self.gate(x.mean((2, 3), keepdim=True))
+
+
+# ------------------------------------------------------------------------------------------------ pretrained backbones
+
+
+def load_backbone(backbone, state, *, prefix="encoder."):
+    """Copy a backbone's tensors out of the state of the network that it was pretrained in; all of them or none.
+
+    Only names under `prefix` are taken. What else the state holds (the pretraining head) is left out by name, never silently.
+
+    backbone  the module to fill; state: {name: tensor} of the pretrained network, as saved by state_dict()
+    returns   (tensors loaded, scalars loaded, names left out)
+    Errors: ValueError, and nothing is changed, if a tensor of the backbone is missing, one under the prefix is unexpected, or a
+            shape differs (another width, patch or depth): with the counts and the names
+    Check:  a backbone saved as `model.encoder` and loaded into another is bit-equal to it
+    """
+    own = backbone.state_dict()
+    found = {name[len(prefix):]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    left_out = [name for name in state if not name.startswith(prefix)]
+    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    reshaped = [f"{name} is {tuple(found[name].shape)} there and {tuple(own[name].shape)} here"
+                for name in own if name in found and found[name].shape != own[name].shape]
+    if missing or unexpected or reshaped or not own:
+        fits = len(own.keys() & found.keys()) - len(reshaped)
+        named = [f"{title} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                 for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
+        raise ValueError(f"{fits} of {len(own)} tensors fit under {prefix!r}: {'; '.join(named) or 'there is nothing to load'}")
+    backbone.load_state_dict(found)
+    return len(own), sum(tensor.numel() for tensor in own.values()), left_out
+
+
+def freeze_backbone(backbone, *, unfreeze_last=0):
+    """No gradient for a backbone, except for its last layers and the norm behind them.
+
+    The backbone has `layers`, a sequence, and `norm`, what follows it. Train with train_mode(model), which keeps frozen modules
+    in eval mode: dropout in a frozen backbone is noise that no weight can learn from.
+
+    Errors: ValueError unless 0 <= unfreeze_last <= len(backbone.layers)
+    """
+    layers = len(backbone.layers)
+    if not 0 <= unfreeze_last <= layers:
+        raise ValueError(f"unfreeze_last {unfreeze_last} must be between 0 and {layers}, the number of layers")
+    backbone.requires_grad_(False)
+    if unfreeze_last:
+        backbone.layers[layers - unfreeze_last :].requires_grad_(True)
+        backbone.norm.requires_grad_(True)
+
+
+def train_mode(model):
+    """model.train(), but modules all of whose parameters are frozen stay in eval mode, with everything inside them.
+
+    So dropout in a frozen backbone is off and its running statistics stay as they are, which `model.train()` would undo.
+    A dropout between frozen modules, with no frozen module around both, is on.
+    """
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
 
 
 # ---------------------------------------------------------------------------------- EyeNet: one logit for a tiny image
@@ -412,3 +476,118 @@ class EyeNet(nn.Module):
 
     def forward(self, images_bchw):
         return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------- PPG: a rate from a short signal
+
+
+def sinusoidal_positions(n, channels):
+    """Position codes of n tokens, to be added to them: (n, channels).
+
+        p[t, 2i] = sin(t / 10000^(2i / channels))        p[t, 2i + 1] = cos(t / 10000^(2i / channels))
+
+    Errors: ValueError for an odd number of channels
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5
+    Check:  row 0 is 0, 1, 0, 1, ...
+    """
+    if channels % 2:
+        raise ValueError(f"channels must be even, got {channels}: sines and cosines come in pairs")
+    rate = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000) / channels))
+    angle = torch.arange(n)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+class PPGEncoder(nn.Module):
+    """Transformer over the patches of a signal: a linear layer makes a token of each patch, norm-first layers mix the tokens.
+
+        tokens = linear(patches) + positions        y = layernorm(layers(tokens))
+
+    A patch is `patch` neighbouring samples of all channels; a rest shorter than a patch, at the end, is dropped. The length of
+    the signal is free. The samples may be of a waveform, or the bins of a spectrum (data.ppg_inputs).
+
+    Shape:  (B, channels, n) -> (B, n // patch, width)
+    Errors: ValueError for a signal of other channels or shorter than a patch, heads that do not divide width, an odd width
+    Source: Dosovitskiy et al. 2021 (ViT), arXiv:2010.11929, in one dimension
+    Check:  PPGEncoder(channels=3, patch=4, width=64, depth=2) has 100,928 parameters
+    Needs:  TransformerLayer, sinusoidal_positions
+    """
+
+    def __init__(self, *, channels=1, patch=4, width=64, depth=2, heads=4, dropout=0.1):
+        super().__init__()
+        self.channels, self.patch, self.width = channels, patch, width
+        self.embed = nn.Linear(channels * patch, width)
+        self.layers = nn.Sequential(*[TransformerLayer(width, heads=heads, hidden=4 * width, dropout=dropout)
+                                      for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
+
+    def patches(self, signals):
+        """(B, channels, n) -> (B, n // patch, channels * patch), the channels of a patch one after the other."""
+        n = signals.shape[-1] // self.patch
+        if signals.ndim != 3 or signals.shape[1] != self.channels or n == 0:
+            raise ValueError(f"signals must be (B, {self.channels}, at least {self.patch}), got {tuple(signals.shape)}")
+        return signals[..., : n * self.patch].unflatten(-1, (n, self.patch)).transpose(1, 2).flatten(2)
+
+    def encode(self, tokens_btc):
+        """Embedded patches, or what stands in for them, to mixed tokens."""
+        positions = sinusoidal_positions(tokens_btc.shape[1], self.width).to(tokens_btc)
+        return self.norm(self.layers(tokens_btc + positions))
+
+    def forward(self, signals):
+        return self.encode(self.embed(self.patches(signals)))
+
+
+class PPGRegressor(nn.Module):
+    """One number from a signal: encoder, mean over the tokens, linear head. The number is a z-scored label.
+
+    Shape:  (B, channels, n) -> (B,)
+    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.width, 1)
+
+    def features(self, signals):
+        """What the head works on, (B, width): with a frozen encoder the same in every epoch."""
+        return self.encoder(signals).mean(1)
+
+    def forward(self, signals):
+        return self.head(self.features(signals)).squeeze(1)
+
+
+class MaskedPatchModel(nn.Module):
+    """Self-supervised pretraining of a PPGEncoder: hide patches, and guess them from the others.
+
+        tokens = learnt token where masked, else linear(patches)        guess = linear(layers(tokens + positions))
+
+    Score the guesses on masked patches only: a visible patch can be copied.
+
+    Shape:  signals (B, channels, n), mask bool (B, n // patch), True is hidden  ->  (B, n // patch, channels * patch)
+    Source: He et al. 2022 (MAE), arXiv:2111.06377; with one encoder for all tokens as in SimMIM, arXiv:2111.09886
+    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(0.02 * torch.randn(encoder.width))
+        self.decoder = nn.Linear(encoder.width, encoder.channels * encoder.patch)
+
+    def forward(self, signals, mask):
+        tokens = self.encoder.embed(self.encoder.patches(signals))
+        tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        return self.decoder(self.encoder.encode(tokens))
+
+
+def random_patch_mask(b, t, ratio, *, generator=None):
+    """Which of t patches are hidden, round(ratio * t) of them in each of b rows, at least 1 and never all: bool (b, t).
+
+    Errors: ValueError for fewer than 2 patches or a ratio outside (0, 1)
+    """
+    if t < 2 or not 0 < ratio < 1:
+        raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches and a ratio between 0 and 1")
+    hidden = min(max(round(ratio * t), 1), t - 1)
+    order = torch.rand(b, t, generator=generator).argsort(1)
+    return order < hidden

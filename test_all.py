@@ -1166,7 +1166,7 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.TokenHead(64, mixer="transformer"), 67137),
             (models.TokenHead(64, mixer="mlp_mixer"), 34181)):
         assert models.count_parameters(piece) == count, count
-    assert doctest.testmod(models) == (0, 3)
+    assert doctest.testmod(models) == (0, 5)
 
 
 def test_models_count_parameters_counts_tied_weights_once_and_no_buffers():

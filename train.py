@@ -58,6 +58,7 @@ class Flag:
     high: float = math.inf  # value <= high
     choices: tuple = ()
     when: tuple = ()  # (another flag, the values of it with which this one is read); () is always
+    backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
 
     def is_read(self, args):
         return not self.when or getattr(args, self.when[0]) in self.when[1:]
@@ -69,7 +70,7 @@ class Flag:
         if bad:
             bounds = [f"at least {self.low:g}"] * (self.low > -math.inf) + [f"above {self.above:g}"] * (
                 self.above > -math.inf) + [f"at most {self.high:g}"] * (self.high < math.inf)
-            raise ValueError(f"--{name.replace('_', '-')} {show(value)} must be finite and {' and '.join(bounds)}: "
+            raise ValueError(f"{spelled(name)} {show(value)} must be finite and {' and '.join(bounds)}: "
                              f"the default is {show(self.default)}")
 
 
@@ -80,8 +81,6 @@ def engine_flags(**defaults):
         "batch_size": dict(help="rows per step", low=1),
         "base_batch": dict(help="scale --lr by batch_size * accumulate / base_batch (0 = off)", low=0),
         "accumulate": dict(help="batches per optimizer step", low=1),
-        "sampler": dict(help="shuffled: each row once an epoch; stratified: as many rows of each class in every batch",
-                        choices=("shuffled", "stratified")),
         "lr": dict(help="peak learning rate", above=0),
         "weight_decay": dict(help="AdamW's decoupled weight decay", low=0),
         "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
@@ -103,8 +102,30 @@ def engine_flags(**defaults):
         "patience": dict(help="stop after this many epochs without a new best (0 = never)", low=0),
         "amp": dict(help="autocast precision of forward and loss", choices=("off", "bf16", "fp16")),
         "compile": dict(help="torch.compile the network"),
-        "channels_last": dict(help="memory format of images; faster for wide networks, slower for tiny ones"),
         "seed": dict(help="fixes the split, the initial weights, the order and the augmentation", low=0),
+        "train_ratio": dict(help="share of the training split", above=0, high=1, when=("folds", 0)),
+        "val_ratio": dict(help="share of the validation split, which picks the epoch (0 = the training loss does); with --folds: of "
+                               "the rows that a fold leaves", low=0, high=0.99),
+        "test_ratio": dict(help="share of the test split, scored at the end only (0 = none)", low=0, high=1, when=("folds", 0)),
+        "folds": dict(help="cross-validation: each group is in one of so many test splits; a run each, in OUT/fold-1, OUT/fold-2, "
+                           "... (0 = one split by the ratios)", low=0),
+        "fold": dict(help="with --folds: train this fold alone, in --out itself (0 = all, one after the other)", low=0),
+    }
+    return {name: Flag(defaults.pop(name), **text) for name, text in texts.items()} | defaults
+
+
+def mode_flags(**defaults):
+    """The flags of a task whose network has an `encoder` that can be pretrained, one with `layers` and a `norm` behind them."""
+    pretrained = ("mode", "probe", "finetune", "partial")
+    texts = {
+        "mode": dict(help="scratch: train everything from random weights; pretrain: the encoder, without labels; and from an encoder "
+                          "given as --pretrained: probe trains the head alone, on features computed once, finetune everything, "
+                          "partial the head and the last layers", choices=("scratch", "pretrain", "probe", "finetune", "partial")),
+        "pretrained": dict(help="best.pt of a --mode pretrain run on the same split, or the run's folder (with --folds: the folder of "
+                                "all its folds)", when=pretrained),
+        "backbone_lr": dict(help="peak learning rate of the pretrained encoder; --lr is the head's", above=0,
+                            when=("mode", "finetune", "partial")),
+        "unfreeze_last": dict(help="layers of the encoder that are trained, the last ones", low=1, when=("mode", "partial")),
     }
     return {name: Flag(defaults.pop(name), **text) for name, text in texts.items()} | defaults
 
@@ -118,7 +139,7 @@ class Task:
     load: Callable  # (path or "", args) -> Data
     network: Callable  # (args) -> nn.Module
     loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}, the parts of a sum
-    probability: Callable  # (network output) -> what is reported and written
+    probability: Callable  # (network output, args) -> what is reported and written: a probability, or the predicted number
     evaluate: Callable  # (model, split, args) -> {score: float} over the whole split; "loss" is one of them
     floor: Callable  # (split, args) -> {name: {score: float}}: what learns nothing, and the ceiling
     predict: Callable  # (model, path, out, args) -> number of rows written to out
@@ -130,13 +151,26 @@ class Data:
     validation: object
     test: object
     whole: object  # all rows, for --eval on data that the run did not see
-    facts: dict  # plain numbers measured on training rows (class weights, label scale); kept in every checkpoint
+    facts: dict  # plain values measured on training rows (class weights, label scale), kept in every checkpoint; seen and held_out
+    #              are the groups of the training and of the other rows: a pretrained encoder must not have seen the latter
     notes: list  # lines to print: what was read, how it was split, what cannot be excluded
 
     def splits(self):
         """The splits there are, by the names that --split takes."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
+
+
+def split_rows(groups, args):
+    """Rows of train, validation and test, no group on two sides: by the ratios, or the parts of --folds with --fold as the test."""
+    if not args.folds:
+        return data.split_by_group(groups, (args.train_ratio, args.val_ratio, args.test_ratio), seed=args.seed)
+    if args.folds == 1 or args.fold > args.folds:
+        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
+    test = data.split_by_group(groups, np.full(args.folds, 1 / args.folds), seed=args.seed)[args.fold - 1]
+    rest = np.setdiff1d(np.arange(len(groups)), test)
+    inner = data.split_by_group(groups[rest], (1 - args.val_ratio, args.val_ratio), seed=args.seed)
+    return [rest[rows] for rows in inner] + [test]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,8 +193,7 @@ def eyes_load(path, args):
     if args.split == "all":
         return Data(None, None, None, whole, facts, notes)
 
-    ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
-    splits = data.split_by_group(np.arange(len(labels)) if groups is None else groups, ratios, seed=args.seed)
+    splits = split_rows(np.arange(len(labels)) if groups is None else groups, args)
     titles = ("training", "validation", "test")
     if groups is None:
         notes.append("split: by row, since no groups are known: leakage between the splits cannot be excluded")
@@ -201,7 +234,7 @@ def eyes_loss(model, batch, step, args):
     return loss, {}  # one part only
 
 
-def eyes_probability(logits):
+def eyes_probability(logits, args):
     return torch.sigmoid(logits)
 
 
@@ -237,7 +270,7 @@ def eyes_predict(model, path, out, args):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "logit", "prob_open"])
         writer.writerows([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in zip(
-            names, logits.tolist(), TASKS[args.task].probability(logits).tolist()))
+            names, logits.tolist(), eyes_probability(logits, args).tolist()))
     return len(names)
 
 
@@ -252,10 +285,13 @@ EYES_AGGRESSIVE = EYES_BALANCED | dict(lr=3e-4, weight_decay=1e-3, warmup_epochs
 
 OCEC = Task(
     defaults=engine_flags(
-        epochs=100, batch_size=32, base_batch=0, accumulate=1, sampler="shuffled", lr=2e-4, weight_decay=1e-2, schedule="cosine",
+        epochs=100, batch_size=32, base_batch=0, accumulate=1, lr=2e-4, weight_decay=1e-2, schedule="cosine",
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=10.0,
         restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=2000, clip=1.0, ema_decay=0.998,
-        patience=0, amp="off", compile=False, channels_last=True, seed=0,
+        patience=0, amp="off", compile=False, seed=0, train_ratio=0.7, val_ratio=0.1, test_ratio=0.2, folds=0, fold=0,
+        sampler=Flag("shuffled", "shuffled: each row once an epoch; stratified: as many rows of each class in every batch",
+                     choices=("shuffled", "stratified")),
+        channels_last=Flag(True, "memory format of images; faster for wide networks, slower for tiny ones"),
         monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights", choices=("f1", "auroc", "loss")),
         size=Flag((32, 64), "height x width the eyes are resized to", low=8),
         block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
@@ -279,16 +315,300 @@ OCEC = Task(
         crop=Flag(4, "random crop after padding by this many pixels (0 = off)", low=0),
         mixup=Flag(0.2, "alpha of mixup (0 = off)", low=0),
         cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
-        train_ratio=Flag(0.7, "share of the training split", above=0, high=1),
-        val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training loss does)", low=0, high=1),
-        test_ratio=Flag(0.2, "share of the test split, scored at the end only (0 = none)", low=0, high=1),
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
     evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict,
 )
 
-TASKS = {"ocec": OCEC}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks bidmc_rr and bidmc_hr: breaths and heart beats per minute from a PPG
+
+
+def ppg_rate(args):
+    return args.task.removeprefix("bidmc_")
+
+
+def ppg_seconds(args):
+    return 10 if args.protocol == "original" else args.seconds
+
+
+def ppg_recordings(path, cache, need_labels=True):
+    """The recordings of a folder; on a terminal a line says which file is parsed."""
+    on_terminal = sys.stdout.isatty()
+    progress = (lambda text: print(f"\r{text}", end="", flush=True)) if on_terminal else None
+    recordings = data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
+    if on_terminal:
+        print("\r" + " " * 60 + "\r", end="")
+    return recordings
+
+
+def ppg_windows(recordings, args, rate):
+    """Windows at the reduced rate, and the function that makes the network's input of them."""
+    if args.protocol == "original":
+        windows, rows = data.bidmc_original(recordings, rate=rate)
+        windows["groups"] = np.char.add("recording ", windows["recording"].astype(str))  # what it split by
+    else:
+        windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride), None
+    windows["inputs"] = data.reduce_rate(windows["inputs"], args.reduce)
+    prepare = lambda signals: data.ppg_inputs(signals, data.BIDMC_HZ / args.reduce, kind=args.inputs, rate=ppg_rate(args), bins=args.bins)
+    length = prepare(windows["inputs"][:1]).shape[-1]
+    if length < 2 * args.patch:
+        raise ValueError(f"--patch {args.patch} must be at most {length // 2}: a window has {length} samples or bins, and two patches "
+                         "are the least")
+    return windows, rows, prepare
+
+
+def ppg_load(path, args):
+    rate = None if args.mode == "pretrain" else ppg_rate(args)  # pretraining takes the windows without a label too
+    if path:
+        recordings = ppg_recordings(path, args.cache or (str(Path(args.out).parent) if args.out else ""))
+    else:
+        recordings = data.synthetic_ppg(53, seconds=480)
+        if args.protocol == "original":
+            raise ValueError("--protocol original splits BIDMC by the numbers of its recordings: give --data, PhysioNet's bidmc_csv")
+    windows, rows, prepare = ppg_windows(recordings, args, rate)
+    labels = windows["labels"]
+    patients = np.array([each["patient"] for each in recordings])
+    notes = [f"data: {path or 'SYNTHETIC recordings, drawn by the script: a score on them is no result'}, {len(recordings)} recordings of "
+             f"{len(set(patients))} patients, {len(labels):,} windows of {show(ppg_seconds(args))} s"]
+    facts = {"data": zlib.crc32(windows["inputs"].numpy().tobytes() + labels.tobytes())}
+    if args.split == "all":
+        everything = data.PPGSplit(windows, np.arange(len(labels)), prepare, scaler=ppg_scaler(args), device=args.device)
+        return Data(None, None, None, everything, facts, notes)
+
+    if args.protocol == "original":
+        unread = sorted(args.typed & {"train_ratio", "val_ratio", "test_ratio", "folds", "fold"})
+        if unread:
+            raise ValueError(f"{spelled(unread[0])} is read only with --protocol patients: the original split is a list of recordings")
+        rows = dict(rows)
+        notes.append("split: the original one, by recording; some patients are in training and in the other splits")
+    else:
+        members = split_rows(patients, args)
+        rows = {name: np.flatnonzero(np.isin(windows["recording"], part)) for name, part in zip(("train", "validation", "test"), members)}
+        notes.append(f"split: by patient, {', '.join(f'{len(np.unique(patients[part]))} {name}' for name, part in zip(rows, members))}, "
+                     "none on two sides")
+        rows = {name: part for (name, part), member in zip(rows.items(), members) if len(member)}
+    for name, part in rows.items():
+        if len(part) == 0:
+            raise ValueError(f"no window of the {name} split has a label: change --seed or the ratios")
+    content = np.array([zlib.crc32(each["ppg"].tobytes()) for each in recordings])[windows["recording"]]
+    held_out = np.concatenate([part for name, part in rows.items() if name != "train"] or [rows["train"][:0]])
+    facts |= {"split": zlib.crc32(np.concatenate([part for rows_of in rows.values() for part in (rows_of, [-1])]).tobytes()),
+              "seen": np.unique(content[rows["train"]]).tolist(), "held_out": np.unique(content[held_out]).tolist()}
+    scaler = None
+    if rate:
+        train_labels = labels[rows["train"]]
+        if train_labels.min() == train_labels.max():
+            raise ValueError(f"all {len(train_labels):,} training labels are {train_labels[0]:g}: there is nothing to learn; check the "
+                             "labels, or take other training rows with --seed or the ratios")
+        scaler = data.LabelScaler().fit(train_labels)
+        facts |= {"scaler": scaler.state_dict(), "median": float(np.median(train_labels))}
+        notes += [f"{name}: {len(part):,} windows, {PPG_UNITS[rate]} mean {labels[part].mean():.3f}, sd {labels[part].std(ddof=1):.3f}, "
+                  f"{labels[part].min():.1f} to {labels[part].max():.1f}" for name, part in rows.items()]
+    stretch = 1.0 if args.mode == "probe" else args.stretch
+    splits = {name: data.PPGSplit(windows, part, prepare, scaler=scaler, stretch=stretch, device=args.device) for name, part in rows.items()}
+    return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
+
+
+PPG_UNITS = {"rr": "breaths per minute", "hr": "beats per minute"}
+
+
+def ppg_scaler(args):
+    """The label scaler of the run's training rows; None for pretraining, which has no labels."""
+    if "scaler" not in args.facts:
+        return None
+    scaler = data.LabelScaler()
+    scaler.load_state_dict(args.facts["scaler"])
+    return scaler
+
+
+def ppg_encoder(args):
+    channels = 3 if args.inputs == "spectrum" and ppg_rate(args) == "rr" else 1
+    return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dropout=args.dropout)
+
+
+def ppg_network(args):
+    return models.PPGRegressor(ppg_encoder(args))
+
+
+def ppg_criterion(outputs, targets, args):
+    return {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[args.loss](outputs, targets)
+
+
+def ppg_outputs(model, batch):
+    """Predictions in units of the scaler, from the features of a frozen encoder where the split has them."""
+    return (model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])).float()
+
+
+def ppg_loss(model, batch, step, args):
+    return ppg_criterion(ppg_outputs(model, batch), batch["targets"], args), {}
+
+
+def ppg_prediction(outputs, args):
+    """Breaths or beats per minute, float64."""
+    return ppg_scaler(args).inverse(outputs.double())
+
+
+def ppg_all_outputs(model, split, chunk=512):
+    parts = [ppg_outputs(model, split.batch(np.arange(start, min(start + chunk, len(split))))) for start in range(0, len(split), chunk)]
+    outputs = torch.cat(parts).cpu()
+    if not torch.isfinite(outputs).all():
+        raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {len(outputs)} predictions are not finite")
+    return outputs
+
+
+def ppg_scores(prediction, split, args, rows=slice(None)):
+    """The scores of predictions per minute on rows of a split, whoever made them; the loss is in units of the scaler."""
+    labels, scale = split.labels[rows], ppg_scaler(args).transform
+    report = losses.regression_report(prediction[rows], labels, split.groups[rows])
+    loss = ppg_criterion(torch.as_tensor(scale(prediction[rows])), torch.as_tensor(scale(labels)), args)
+    return {"loss": float(loss), "mae": report["mae"], "rmse": report["rmse"], "r2": report["r2"],
+            "patient_mae": report["group_mae"], "patient_sd": report["group_sd"]}
+
+
+def ppg_evaluate(model, split, args):
+    return ppg_scores(ppg_prediction(ppg_all_outputs(model, split), args).numpy(), split, args)
+
+
+def ppg_spectral(split, args):
+    """The classical estimate of every window of a split; the training median where a window is flat."""
+    signals = split.signals(np.arange(len(split))).cpu()
+    rates = data.spectral_rate(signals, data.BIDMC_HZ / args.reduce, data.RATE_BANDS[ppg_rate(args)])
+    return torch.nan_to_num(rates, nan=args.facts["median"]).numpy()
+
+
+def ppg_floor(split, args):
+    """Constants fitted on the training labels, the spectral peak, and as ceiling another reading of the same windows."""
+    rate, known = ppg_rate(args), ~np.isnan(split.ceiling)
+    rows = {"constant mean": ppg_scores(np.full(len(split), ppg_scaler(args).mean), split, args),
+            "constant median": ppg_scores(np.full(len(split), args.facts["median"]), split, args),
+            "spectral peak": ppg_scores(ppg_spectral(split, args), split, args)}
+    if rate == "rr" and args.protocol == "original":  # labels are counts: what they cost whoever knows the true rate
+        rows |= dict(zip(("true rate", "its best count"), ({"mae": cost} for cost in data.quantisation_cost(ppg_seconds(args)))))
+    if known.any():
+        rows["annotator 2" if rate == "rr" else "PULSE"] = ppg_scores(split.ceiling, split, args, known)
+    return rows
+
+
+def ppg_predict(model, path, out, args):
+    recordings = ppg_recordings(path, args.cache, need_labels=False)
+    windows, _, prepare = ppg_windows(recordings, args, None)
+    split = data.PPGSplit(windows, np.arange(len(windows["starts"])), prepare, device=args.device)
+    rates = ppg_prediction(ppg_all_outputs(model, split), args).tolist()
+    with atomic_write(out) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["recording", "start_s", "seconds", PPG_UNITS[ppg_rate(args)].replace(" ", "_")])
+        writer.writerows([recordings[index]["number"], f"{start:g}", show(ppg_seconds(args)), f"{each:.3f}"]
+                         for index, start, each in zip(windows["recording"], windows["starts"], rates))
+    return len(rates)
+
+
+def masked_network(args):
+    return models.MaskedPatchModel(ppg_encoder(args))
+
+
+def masked_loss(model, batch, step, args):
+    patches = model.encoder.patches(batch["inputs"])
+    mask = models.random_patch_mask(*patches.shape[:2], args.mask_ratio).to(patches.device)
+    return F.mse_loss(model(batch["inputs"], mask)[mask].float(), patches[mask]), {}
+
+
+def masked_patches(split, args, chunk=512):
+    """The inputs of a split and its masks, in chunks; a split's masks are always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(split), chunk):
+        inputs = split.batch(np.arange(start, min(start + chunk, len(split))))["inputs"]
+        yield inputs, models.random_patch_mask(len(inputs), inputs.shape[-1] // args.patch, args.mask_ratio, generator=generator)
+
+
+def masked_scores(guesses, targets):
+    report = losses.regression_report(guesses, targets)
+    return {"loss": report["rmse"] ** 2, "mae": report["mae"], "rmse": report["rmse"], "r2": report["r2"]}
+
+
+def masked_evaluate(model, split, args):
+    """Scores of the hidden samples or bins, in the unit of the input."""
+    pairs = [(model(inputs, mask.to(inputs.device))[mask], model.encoder.patches(inputs)[mask]) for inputs, mask in masked_patches(split, args)]
+    guesses, targets = (torch.cat(parts).float().cpu().numpy().reshape(-1) for parts in zip(*pairs))
+    if not np.isfinite(guesses).all():
+        raise NonFinite(f"{(~np.isfinite(guesses)).sum()} of {len(guesses)} guesses are not finite")
+    return masked_scores(guesses, targets)
+
+
+def masked_floor(split, args):
+    """What needs no learning: the mean of a window's visible patches, the mean of these rows, a line between visible neighbours."""
+    parts = {"constant mean": [], "constant shape": [], "interpolation": []}
+    targets, everything = [], torch.cat([inputs for inputs, _ in masked_patches(split, args)]).cpu().double().numpy()
+    masks = torch.cat([mask for _, mask in masked_patches(split, args)]).numpy().repeat(args.patch, 1)
+    everything = everything[..., : masks.shape[1]]
+    shape, place = everything.mean(0), np.arange(masks.shape[1])
+    for signals, hidden in zip(everything, masks):
+        for channel, signal in enumerate(signals):
+            targets.append(signal[hidden])
+            parts["constant mean"].append(np.full(hidden.sum(), signal[~hidden].mean()))
+            parts["constant shape"].append(shape[channel][hidden])
+            parts["interpolation"].append(np.interp(place[hidden], place[~hidden], signal[~hidden]))
+    return {name: masked_scores(np.concatenate(guesses), np.concatenate(targets)) for name, guesses in parts.items()}
+
+
+def masked_predict(model, path, out, args):
+    raise ValueError("a checkpoint of --mode pretrain predicts no rate: give it as --pretrained to --mode probe, partial or finetune first")
+
+
+# The original run: counts in windows of 10 s, its own split by recording, 1 s patches at 125 Hz, a rate that never moved. A, B
+# and C are its three runs, with the small encoder of `--variant original --mode pretrain` in place of theirs and a linear head.
+PPG_ORIGINAL = dict(
+    protocol="original", inputs="waveform", reduce=1, patch=125, stretch=1.0, loss="mse", batch_size=512, epochs=1024, patience=5, lr=1e-4,
+    weight_decay=1e-4, schedule="none", warmup_epochs=0.0, ema_decay=0.0, clip=0.0, dropout=0.3, monitor="mae")
+PPG_A = PPG_ORIGINAL | dict(mode="finetune", backbone_lr=1e-5)
+PPG_B = PPG_ORIGINAL | dict(mode="probe")
+PPG_C = PPG_A | dict(lr=5e-5, backbone_lr=5e-6, weight_decay=1e-3)
+
+
+def ppg_task():
+    """The entry of either rate: they differ in their labels and bands, not in their recipe."""
+    return Task(
+        defaults=engine_flags(
+            epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1.0,
+            warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
+            cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
+            train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
+            **mode_flags(mode="scratch", pretrained="", backbone_lr=3e-4, unfreeze_last=1),
+            monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights", choices=("mae", "rmse", "r2", "loss")),
+            protocol=Flag("patients", "patients: labels and split as they should be; original: windows of 10 s every 2 s, breaths "
+                          "counted, the original list of recordings", choices=("patients", "original")),
+            seconds=Flag(32.0, "length of a window", low=5, high=480, when=("protocol", "patients")),
+            stride=Flag(4.0, "seconds from one window to the next", above=0, when=("protocol", "patients")),
+            reduce=Flag(4, "keep a mean of this many samples of the 125 a second", low=1, high=12, backbone=True),
+            inputs=Flag("spectrum", "spectrum: log power in the band of the task, phase left out; waveform: the samples",
+                        choices=("spectrum", "waveform"), backbone=True),
+            bins=Flag(64, "frequencies of the spectrum", low=4, when=("inputs", "spectrum"), backbone=True),
+            patch=Flag(4, "samples or bins of a token", low=1, backbone=True),
+            width=Flag(64, "of a token", low=2, backbone=True),
+            depth=Flag(2, "transformer layers", low=1, backbone=True),
+            heads=Flag(4, "attention heads, must divide --width", low=1, backbone=True),
+            dropout=Flag(0.1, "in the encoder, while it is trained", low=0, high=0.95),
+            stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label (1 = off)", low=1, high=1.99,
+                         when=("mode", "scratch", "pretrain", "finetune", "partial")),
+            loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
+                      when=("mode", "scratch", "probe", "finetune", "partial")),
+            mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95, when=("mode", "pretrain")),
+        ),
+        variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
+        load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict)
+
+
+TASKS = {"ocec": OCEC, "bidmc_rr": ppg_task(), "bidmc_hr": ppg_task()}
+PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
+                                         floor=masked_floor, predict=masked_predict) for name in ("bidmc_rr", "bidmc_hr")}
+
+
+def task_of(args):
+    """What a run trains: its task's entry, or with --mode pretrain the one that trains the task's encoder without labels."""
+    return (PRETRAINING if getattr(args, "mode", "") == "pretrain" else TASKS)[args.task]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +627,11 @@ RUN_FLAGS = {
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
 }
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",)}
+
+
+def spelled(name):
+    """A flag's name as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def show(value):
@@ -334,7 +659,7 @@ def add_flag(parser, name, default, text, choices=(), shown=None):
         kind = {"type": parse_pair, "metavar": "HxW"}
     else:
         kind = {"type": type(default), "choices": choices or None, "metavar": None if choices else name.upper()}
-    parser.add_argument("--" + name.replace("_", "-"), *ALIASES.get(name, ()), dest=name, default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument(spelled(name), *ALIASES.get(name, ()), dest=name, default=argparse.SUPPRESS, help=text, **kind)
 
 
 def parse_args(argv):
@@ -366,7 +691,7 @@ def parse_args(argv):
         flag = task.defaults[name]
         flag.check(name, settings[name])
         if name in args.typed and not args.resume and not flag.is_read(args):
-            raise ValueError(f"--{name.replace('_', '-')} is read only with --{flag.when[0]} {' or '.join(flag.when[1:])}, not with "
+            raise ValueError(f"{spelled(name)} is read only with --{flag.when[0]} {' or '.join(flag.when[1:])}, not with "
                              f"{getattr(args, flag.when[0])}: leave it out, or change --{flag.when[0]}")
     check_mode(args)
     return args
@@ -378,7 +703,7 @@ def check_mode(args):
              "find_lr": args.typed - {"out", "resume", "overwrite", "split"}}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads):
-        raise ValueError(f"--{name.replace('_', '-')} is not read by this call: leave it out (--eval and --predict take the recipe "
+        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval and --predict take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr writes nothing)")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (the file to write)")
@@ -409,7 +734,7 @@ def command_line(args, names):
     words = ["train.py", "--task", args.task]
     flags = TASKS[args.task].defaults
     for name in (name for name in names if name not in flags or flags[name].is_read(args)):
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        value, flag = getattr(args, name), spelled(name)
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value != "":
@@ -476,7 +801,7 @@ def adopt_recipe(args, content):
     stored = content["recipe"] | {"variant": content["variant"]}
     for name in sorted(args.typed & set(stored)):
         if getattr(args, name) != stored[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {show(getattr(args, name))} contradicts the run that is resumed "
+            raise ValueError(f"{spelled(name)} {show(getattr(args, name))} contradicts the run that is resumed "
                              f"({show(stored[name])} there): leave it out, or start a new run in another --out")
     for name, value in stored.items():
         setattr(args, name, value)
@@ -562,7 +887,7 @@ def seed_of(*numbers):
 
 
 def plan_batches(split, epoch, args):
-    if args.sampler == "stratified":
+    if getattr(args, "sampler", "shuffled") == "stratified":
         return data.stratified_batches(split.labels, args.batch_size, seed=args.seed, epoch=epoch)
     return data.shuffled_batches(len(split), args.batch_size, seed=args.seed, epoch=epoch)
 
@@ -571,10 +896,10 @@ def make_schedule(optimizer, args, steps_per_epoch):
     """The schedule of --schedule; epochs become optimizer steps here and nowhere else."""
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below --epochs {args.epochs}: train longer or warm up less")
+    peak = max(group["lr"] for group in optimizer.param_groups)
     for name in ("warmup_start_lr", "min_lr"):
-        if TASKS[args.task].defaults[name].is_read(args) and getattr(args, name) > optimizer.param_groups[0]["lr"]:
-            raise ValueError(f"--{name.replace('_', '-')} {show(getattr(args, name))} must not be above the peak rate, "
-                             f"{show(optimizer.param_groups[0]['lr'])}: lower it")
+        if TASKS[args.task].defaults[name].is_read(args) and getattr(args, name) > peak:
+            raise ValueError(f"{spelled(name)} {show(getattr(args, name))} must not be above the peak rate, {show(peak)}: lower it")
     steps = lambda epochs: round(epochs * steps_per_epoch)
     warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=args.warmup_start_lr)
     if args.schedule == "cosine":
@@ -583,24 +908,66 @@ def make_schedule(optimizer, args, steps_per_epoch):
         return schedulers.WarmRestarts(optimizer, max(1, steps(args.restart_epochs)), cycle_mult=args.restart_mult,
                                        min_lr=args.min_lr, **warmup)
     if args.schedule == "cyclic":
-        return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=optimizer.param_groups[0]["lr"],
+        return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=peak,
                                  steps_up=args.cyclic_steps_up)
     if args.schedule == "none":
         return schedulers.Plateau(optimizer, **warmup)  # never fed a metric: warm-up, then constant
     return schedulers.Plateau(optimizer, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr, **warmup)
 
 
-def build(args, steps_per_epoch):
-    """Everything a run changes, from the settings and the seed alone."""
+def pretrained_encoder(args):
+    """The content of the checkpoint that --pretrained names, checked against this run's settings; None for a mode without one."""
+    if getattr(args, "mode", "scratch") in ("scratch", "pretrain"):
+        return None
+    if not args.pretrained:
+        raise ValueError(f"--mode {args.mode} starts from an encoder: give --pretrained, the best.pt of a run with --mode pretrain")
+    path = Path(args.pretrained)
+    if path.is_dir():
+        path = path / (f"fold-{args.fold}" if args.fold else "") / "best.pt"
+    content = load_checkpoint(path, args.task)
+    for name, flag in TASKS[args.task].defaults.items():
+        if flag.backbone and flag.is_read(args) and content["recipe"][name] != getattr(args, name):
+            raise ValueError(f"{spelled(name)} {show(getattr(args, name))}: the encoder in {path} was pretrained with "
+                             f"{show(content['recipe'][name])}; give that, or pretrain another one")
+    leaked = set(content["facts"]["seen"]) & set(args.facts["held_out"])
+    if leaked:
+        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the recordings that this run holds out: pretrain with the "
+                         "same --seed, ratios, --folds and --fold")
+    return content | {"path": path}
+
+
+def set_up_backbone(model, args, pretrained):
+    """Fill the encoder, freeze what --mode freezes; returns the optimizer's parameter groups, each with its share of --lr."""
+    mode = getattr(args, "mode", "scratch")
+    if pretrained:
+        try:
+            tensors, scalars, left_out = models.load_backbone(model.encoder, pretrained["model"])
+        except ValueError as error:
+            raise ValueError(f"{pretrained['path']}: {error}") from error
+        print(f"encoder: {tensors} tensors, {scalars:,} scalars loaded from {pretrained['path']} (epoch {pretrained['epoch']}), 0 missing, "
+              f"0 unexpected; left there: {', '.join(left_out) or 'nothing'}")
+    if mode in ("probe", "partial"):
+        models.freeze_backbone(model.encoder, unfreeze_last=args.unfreeze_last if mode == "partial" else 0)
+    backbone = list(model.encoder.parameters()) if mode in ("finetune", "partial") else []
+    members = {id(p) for p in backbone}
+    groups = [([p for p in model.parameters() if id(p) not in members], 1.0)]
+    groups += [(backbone, args.backbone_lr / args.lr)] if backbone else []
+    return [([p for p in parameters if p.requires_grad], share) for parameters, share in groups]
+
+
+def build(args, steps_per_epoch, pretrained=None):
+    """Everything a run changes, from the settings, the seed and a pretrained encoder alone."""
     run = types.SimpleNamespace(step=0, history=[])
     torch.manual_seed(seed_of(args.seed))
-    run.raw_model = TASKS[args.task].network(args).to(args.device)
-    if args.channels_last:
+    run.raw_model = task_of(args).network(args).to(args.device)
+    groups = set_up_backbone(run.raw_model, args, pretrained)
+    if getattr(args, "channels_last", False):
         run.raw_model.to(memory_format=torch.channels_last)
     run.model = torch.compile(run.raw_model) if args.compile else run.raw_model
     rows = args.batch_size * args.accumulate
     lr = args.lr * rows / args.base_batch if args.base_batch else args.lr
-    run.optimizer = torch.optim.AdamW(run.raw_model.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
+    run.optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr * share} for parameters, share in groups],
+                                      lr=lr, weight_decay=args.weight_decay, fused=True)
     run.schedule = make_schedule(run.optimizer, args, steps_per_epoch)
     run.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     run.ema = ema.EMA(run.raw_model, args.ema_decay) if args.ema_decay else None
@@ -630,14 +997,14 @@ def autocast(args):
 
 def train_epoch(run, split, epoch, args, stop):
     """One pass over the training split; returns the row of the log so far. Raises NonFinite or Interrupted."""
-    task, parameters = TASKS[args.task], [p for p in run.raw_model.parameters() if p.requires_grad]
+    task, parameters = task_of(args), [p for p in run.raw_model.parameters() if p.requires_grad]
     torch.manual_seed(seed_of(args.seed, epoch))
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1))
     batches = plan_batches(split, epoch, args)
     windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
-    run.model.train()
+    models.train_mode(run.model)
     for i, window in enumerate(windows):
         stop.check()
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
@@ -681,7 +1048,7 @@ def evaluate(model, split, args):
     """The task's scores over a whole split, in eval mode and without gradients; no autocast, whatever --amp says."""
     model.eval()
     with torch.inference_mode():
-        scores = TASKS[args.task].evaluate(model, split, args)
+        scores = task_of(args).evaluate(model, split, args)
     if not math.isfinite(scores["loss"]):
         raise NonFinite(f"the loss over {len(split)} rows is {scores['loss']}")
     return scores
@@ -700,9 +1067,12 @@ def score_epoch(run, row, split, args):
     return row
 
 
+LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd")
+
+
 def better(score, best, args):
-    """Whether a monitored score beats another: lower for a loss, higher for the rest. NaN beats nothing."""
-    return score < best if args.monitor == "loss" else score > best
+    """Whether a monitored score beats another: lower for losses and errors, higher for the rest. NaN beats nothing."""
+    return score < best if args.monitor in LOWER_IS_BETTER else score > best
 
 
 def best_row(history, args):
@@ -775,11 +1145,11 @@ def epoch_line(history, args, floor):
 
 
 def best_constant(rows):
-    """The best that the rows of a task's floor reach, score by score (the lowest loss); the ceiling is not among them."""
+    """The best that the constants of a task's floor reach, score by score: the lowest error, the highest of the rest."""
     best = {}
     for name, scores in rows.items():
-        for key, value in scores.items() if name != "ceiling" else ():
-            best[key] = (min if key == "loss" else max)(value, best.get(key, value))
+        for key, value in scores.items() if name.startswith("constant") else ():
+            best[key] = (min if key in LOWER_IS_BETTER else max)(value, best.get(key, value))
     return best
 
 
@@ -794,15 +1164,16 @@ def score_table(rows):
     """{name: {score: value}} as aligned text; a score that a row does not have is left blank."""
     columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{key:>11}" for key in columns)]
+    room = {key: max(11, len(key) + 2) for key in columns}
+    lines = [" " * width + "".join(f"{key:>{room[key]}}" for key in columns)]
     for name, scores in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{scores[key]:11.4f}" if key in scores else " " * 11 for key in columns))
+        lines.append(f"{name:<{width}}" + "".join(f"{scores[key]:{room[key]}.4f}" if key in scores else " " * room[key] for key in columns))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def print_scores(title, split, scores, args):
     """A split's scores between what learns nothing and what cannot be exceeded, on the same rows."""
-    floor = TASKS[args.task].floor(split, args)
+    floor = task_of(args).floor(split, args)
     print(f"\n{title}, {len(split):,} rows")
     print(score_table({"model": scores} | floor))
     return {"rows": len(split), "model": scores} | floor
@@ -825,13 +1196,26 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 # The kinds of call: train (or --find-lr), --eval, --predict
 
 
+class Refused(Exception):
+    """The call cannot be carried out, and nothing was trained; the message is for the user."""
+
+
+@contextlib.contextmanager
+def refusals():
+    """What the user can cause, before training, becomes Refused. Errors in training itself are bugs and keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NonFinite) as error:
+        raise Refused(error) from error
+
+
 def check_one_row_batch(run, sets, batches, args):
     """Refuse, before training, a batch of one row that the network cannot train on (batch norm over one value)."""
     row = next((rows for rows in batches if len(rows) == 1), None)
     if row is None:
         return
     try:
-        TASKS[args.task].loss(copy.deepcopy(run.raw_model).train(), sets.train.batch(row), 0, args)
+        task_of(args).loss(copy.deepcopy(run.raw_model).train(), sets.train.batch(row), 0, args)
     except ValueError as error:
         n = len(sets.train)
         fits = next(size for size in itertools.count(args.batch_size + 1) if n % size != 1)
@@ -839,11 +1223,20 @@ def check_one_row_batch(run, sets, batches, args):
                          f"train on ({error}): try --batch-size {fits}") from error
 
 
+def cache_features(model, sets, chunk=512):
+    """A frozen encoder makes the same features of a row in every epoch: make them once, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        for split in sets.splits().values():
+            rows = np.arange(len(split))
+            split.features = torch.cat([model.features(split.batch(rows[start : start + chunk])["inputs"])
+                                        for start in range(0, len(rows), chunk)])
+
+
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
     task, folder, content = TASKS[args.task], None, None
     if not args.find_lr:
-        args.out = args.out or f"runs/{args.task}"
         folder, resuming = open_run_folder(args)
         if resuming:
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
@@ -859,18 +1252,23 @@ def prepare(args):
         args.monitor = "loss"
         print("no validation split: the training loss picks the epoch, and the raw weights are kept")
     if content and content["facts"] != sets.facts:
-        raise ValueError(f"the data or their split are not those of the run in {folder}: they give {sets.facts}, the run has "
-                         f"{content['facts']}; restore them, or start a new run in another --out")
+        raise ValueError(f"the data or their split are not those of the run in {folder}: they differ in "
+                         f"{', '.join(key for key in sets.facts if content['facts'].get(key) != sets.facts[key])}; restore them, or start "
+                         "a new run in another --out")
     batches = plan_batches(sets.train, 1, args)
     steps_per_epoch = -(-len(batches) // args.accumulate)
-    run = build(args, steps_per_epoch)
+    run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
+    if getattr(args, "mode", "") == "probe":
+        cache_features(run.raw_model, sets)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
-    print(f"{args.task} | {', '.join(sizes)} | {models.count_parameters(run.raw_model):,} parameters | {steps_per_epoch} steps/epoch | "
+    weights = models.count_parameters(run.raw_model)
+    trained = models.count_parameters(run.raw_model, trainable_only=True)
+    print(f"{args.task} | {', '.join(sizes)} | {weights:,} parameters{f', {trained:,} trained' * (trained < weights)} | {steps_per_epoch} steps/epoch | "
           f"{args.device}, amp {args.amp}")
     return run, sets, folder
 
@@ -878,7 +1276,7 @@ def prepare(args):
 def report(sets, args, folder, seconds):
     """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
     best = load_checkpoint(folder / "best.pt", args.task)
-    model = TASKS[args.task].network(args).to(args.device)
+    model = task_of(args).network(args).to(args.device)
     load_weights(model, best, folder / "best.pt")
     print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
@@ -897,7 +1295,7 @@ def train(run, sets, folder, args):
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
     again = "python " + shlex.join(["train.py", "--task", args.task, "--out", str(folder), "--resume", *kept])
     if sets.validation is not None:
-        rows = TASKS[args.task].floor(sets.validation, args)
+        rows = task_of(args).floor(sets.validation, args)
         floor = best_constant(rows)
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(rows)}", flush=True)
     try:
@@ -923,16 +1321,17 @@ def find_lr(run, sets, args):
 
     def loss(model, batch):
         with autocast(args):
-            return TASKS[args.task].loss(model, batch, 0, args)[0]
+            return task_of(args).loss(model, batch, 0, args)[0]
 
     print_lr_curve(*schedulers.find_lr(run.raw_model, run.optimizer, loss, batches))
 
 
 def apply_checkpoint(args):
     """--eval and --predict: rebuild the network from the recipe in the checkpoint, then score a split or write predictions."""
-    path, task = args.eval or args.predict, TASKS[args.task]
+    path = args.eval or args.predict
     content = load_checkpoint(path, args.task)
     adopt_recipe(args, content)
+    task = task_of(args)
     args.device = resolve_device(args.device)
     args.split = args.split or ("all" if args.eval and "data" in args.typed else "")
     print(command_line(args, ["eval", "predict", "data", "cache", "split", "out", "device"]), flush=True)
@@ -958,16 +1357,40 @@ def apply_checkpoint(args):
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
 
-def main(argv=None):
-    """Exit code 0: done; 1: training broke off; 2: the call is refused, before any training; 128 + n: ended by signal n."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    warnings.simplefilter("once", UserWarning)
-    tune_allocator()
-    try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.eval or args.predict:
-            apply_checkpoint(args)
-            return 0
+def cross_validate(args):
+    """--folds: a run for each fold, then mean and standard deviation of their test scores. Resumed, it goes on where it ended."""
+    folder, runs = Path(args.out), []
+    with refusals():
+        if args.resume:
+            adopt_recipe(args, load_checkpoint(folder / "fold-1" / "last.pt", args.task))
+        for fold in range(1, args.folds + 1):
+            one = copy.copy(args)
+            one.fold, one.out, one.facts = fold, str(folder / f"fold-{fold}"), {}
+            one.resume = args.resume and (Path(one.out) / "last.pt").is_file()
+            open_run_folder(one)  # all of them before the first is trained
+            runs.append(one)
+    for one in runs:
+        print(f"{chr(10) * (one.fold > 1)}fold {one.fold} of {args.folds}")
+        code = train_once(one)
+        if code:
+            return code
+    folds = [json.loads((Path(one.out) / "scores.json").read_text())["test"] for one in runs]
+    rows = {name: {key: [math.nan if fold[name][key] is None else fold[name][key] for fold in folds] for key in folds[0][name]}
+            for name in folds[0] if name != "rows" and all(name in fold for fold in folds)}
+    mean, sd = ({name: {key: float(of(values)) for key, values in scores.items()} for name, scores in rows.items()}
+                for of in (np.mean, lambda values: np.std(values, ddof=1)))
+    count = sum(fold["rows"] for fold in folds)
+    print(f"\n{args.folds} folds, {count:,} test rows in all, mean over the folds\n{score_table(mean)}\n"
+          f"standard deviation over the folds\n{score_table(sd)}")
+    with atomic_write(folder / "scores.json") as file:
+        json.dump(without_nan({"folds": args.folds, "test": {"rows": count} | mean, "test_sd": sd}), file, indent=1)
+    print(f"\nsaved in {folder}: scores.json, and the folds' own files in fold-1 to fold-{args.folds}")
+    return 0
+
+
+def train_once(args):
+    """One run, or --find-lr, from its settings to its exit code."""
+    with refusals():
         run, sets, folder = prepare(args)
         if args.find_lr:
             find_lr(run, sets, args)
@@ -975,13 +1398,32 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES if args.overwrite else ():
             (folder / name).unlink(missing_ok=True)
-    except (ValueError, OSError, ImportError, NonFinite) as error:
+    return train(run, sets, folder, args)
+
+
+def main(argv=None):
+    """Exit code 0: done; 1: training broke off; 2: the call is refused, before any training; 128 + n: ended by signal n."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.simplefilter("once", UserWarning)
+    tune_allocator()
+    try:
+        with refusals():
+            args = parse_args(sys.argv[1:] if argv is None else argv)
+            if args.eval or args.predict:
+                apply_checkpoint(args)
+                return 0
+        if args.find_lr:
+            args.fold = args.fold or min(args.folds, 1)
+            return train_once(args)
+        args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
+        many = args.folds and not args.fold or args.resume and (Path(args.out) / "fold-1").is_dir()
+        return cross_validate(args) if many else train_once(args)
+    except Refused as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted before training", file=sys.stderr)
         return 128 + signal.SIGINT
-    return train(run, sets, folder, args)
 
 
 if __name__ == "__main__":
