@@ -868,6 +868,40 @@ def test_losses_binary_floor_is_the_report_of_a_constant_score():
     assert round(losses.binary_floor([1] * 53 + [0] * 47)["f1"], 3) == 0.693
 
 
+def test_losses_regression_report_equals_scikit_learn():
+    i = np.arange(2000)  # numbers by benchmarks/golden_metrics.py, scikit-learn 1.9.1
+    targets = 10 + (7 * i % 13) / 4
+    predictions = targets + ((5 * i * i) % 17 - 7) / 8
+    report = losses.regression_report(torch.from_numpy(predictions), targets[:, None].tolist())
+    assert list(report) == ["mae", "rmse", "r2"]
+    for value, golden in zip(report.values(), (0.4339375, 0.5156231060571277, 0.6960647516849647)):
+        assert abs(value - golden) < 1e-12
+
+
+def test_losses_regression_report_counts_each_group_once():
+    report = losses.regression_report([1.0, 1.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0], ["a", "a", "a", "b"])
+    assert report["mae"] == 2 and report["group_mae"] == 3 and math.isclose(report["group_sd"], math.sqrt(8))
+    assert math.isnan(report["r2"])  # constant targets
+    assert math.isnan(losses.regression_report([1.0, 2.0], [1.0, 3.0], ["a", "a"])["group_sd"])
+    assert all(math.isnan(value) for value in losses.regression_report([], []).values())
+
+
+def test_losses_regression_report_of_constants_is_what_the_docstring_says():
+    targets = np.random.default_rng(0).normal(17, 3, 101)
+    mean = losses.regression_report(np.full(101, targets.mean()), targets)
+    median = losses.regression_report(np.full(101, np.median(targets)), targets)
+    assert abs(mean["r2"]) < 1e-12 and median["r2"] < 0 and median["mae"] < mean["mae"] and mean["rmse"] < median["rmse"]
+    assert losses.regression_report([12, 20], [14, 18]) == {"mae": 2, "rmse": 2, "r2": 0}
+
+
+def test_losses_regression_report_refuses_what_it_cannot_score():
+    raises(ValueError, "1 of 2 predictions are NaN", lambda: losses.regression_report([1.0, math.nan], [1.0, 2.0]))
+    raises(ValueError, "1 of 2 targets are NaN or inf", lambda: losses.regression_report([1.0, 1.0], [1.0, math.inf]))
+    raises(ValueError, "predictions must be (2,) or (2, 1), got (3,)", lambda: losses.regression_report([1, 2, 3], [1, 2]))
+    raises(ValueError, "predictions must be (2,) or (2, 1), got (2, 2)", lambda: losses.regression_report(np.zeros((2, 2)), [1, 2]))
+    raises(ValueError, "2 targets need one group each, got 3", lambda: losses.regression_report([1, 2], [1, 2], ["a", "b", "c"]))
+
+
 def test_losses_numbers_in_the_docstrings_are_right():
     scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]
     report = losses.binary_report(scores, labels)
@@ -1164,7 +1198,8 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.MixerLayer(6, 64), 16994),
             (models.TransformerLayer(64, heads=8, hidden=128), 33472),
             (models.TokenHead(64, mixer="transformer"), 67137),
-            (models.TokenHead(64, mixer="mlp_mixer"), 34181)):
+            (models.TokenHead(64, mixer="mlp_mixer"), 34181),
+            (models.PPGEncoder(channels=3, patch=4, width=64, depth=2), 100928)):
         assert models.count_parameters(piece) == count, count
     assert doctest.testmod(models) == (0, 5)
 
@@ -1450,6 +1485,126 @@ def test_models_eye_net_is_stem_then_blocks_then_head():
     assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
 
 
+def signals_of(n, channels=3, length=24, seed=0):
+    return torch.randn(n, channels, length, generator=torch.Generator().manual_seed(seed))
+
+
+def small_encoder(**changes):
+    torch.manual_seed(0)
+    return models.PPGEncoder(**{"channels": 3, "patch": 4, "width": 16, "depth": 2, "heads": 4, "dropout": 0.1} | changes)
+
+
+def test_models_sinusoidal_positions_are_the_formula():
+    table = models.sinusoidal_positions(9, 6)
+    for t in range(9):
+        for i in range(3):
+            angle = t / 10000 ** (2 * i / 6)
+            assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-5 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-5
+    raises(ValueError, "channels must be even, got 5", lambda: models.sinusoidal_positions(3, 5))
+
+
+def test_models_ppg_encoder_is_patches_linear_positions_layers_norm():
+    encoder, x = small_encoder().eval(), signals_of(2, length=27)  # 27: three samples more than six patches
+    tokens = torch.stack([encoder.embed(x[:, :, 4 * i : 4 * i + 4].reshape(2, 12)) for i in range(6)], 1)
+    tokens = tokens + models.sinusoidal_positions(6, 16)
+    for layer in encoder.layers:
+        tokens = layer(tokens)
+    assert torch.allclose(encoder(x), F.layer_norm(tokens, (16,), encoder.norm.weight, encoder.norm.bias), atol=1e-6)
+    assert not torch.allclose(encoder(x)[:, :1], encoder(x.flip(-1))[:, -1:], atol=1e-2)  # it knows where a patch lies
+    for bad in (torch.zeros(2, 24), torch.zeros(2, 1, 24), torch.zeros(2, 3, 3)):
+        raises(ValueError, f"signals must be (B, 3, at least 4), got {tuple(bad.shape)}", lambda: encoder(bad))
+    raises(ValueError, "channels must be even", lambda: small_encoder(width=15, heads=3))
+    raises(ValueError, "heads must divide channels", lambda: small_encoder(width=18))
+
+
+def test_models_ppg_regressor_is_a_linear_head_on_the_mean_token():
+    model, x = models.PPGRegressor(small_encoder()).eval(), signals_of(3)
+    assert torch.equal(model.features(x), model.encoder(x).mean(1))
+    assert torch.allclose(model(x), model.encoder(x).mean(1) @ model.head.weight[0] + model.head.bias, atol=1e-6)
+    assert torch.allclose(model(x)[1], model(x[1:2])[0], atol=1e-6)  # whatever else is in the batch
+
+
+def test_models_masked_patch_model_does_not_see_what_is_hidden():
+    model, x = models.MaskedPatchModel(small_encoder()).eval(), signals_of(2)
+    mask = torch.tensor([[True, False, False, True, False, False], [False, True, True, True, False, False]])
+    other = x.clone()
+    other.view(2, 3, 6, 4)[mask[:, None].expand(2, 3, 6)] = 100.0
+    assert torch.equal(model(x, mask), model(other, mask)) and not torch.allclose(model(x, ~mask), model(other, ~mask))
+    assert model(x, mask).shape == model.encoder.patches(x).shape == (2, 6, 12)
+
+
+def test_models_masked_patch_model_learns_to_fill_in_a_sine():
+    torch.manual_seed(0)
+    model = models.MaskedPatchModel(small_encoder(channels=1, patch=2, dropout=0.0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        x = torch.sin(torch.arange(24) * 0.5 + 6.28 * torch.rand(32, 1))[:, None]
+        mask = models.random_patch_mask(32, 12, 0.3)
+        loss = F.mse_loss(model(x, mask)[mask], model.encoder.patches(x)[mask])
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < 0.1, loss  # the mean of a sine scores 0.5
+
+
+def test_models_random_patch_mask_hides_the_same_number_in_every_row_at_random_places():
+    generator = torch.Generator().manual_seed(0)
+    mask = models.random_patch_mask(4000, 10, 0.35, generator=generator)
+    assert (mask.sum(1) == 4).all() and (mask.float().mean(0) - 0.4).abs().max() < 0.04
+    assert (models.random_patch_mask(5, 10, 0.01).sum(1) == 1).all() and (models.random_patch_mask(5, 10, 0.99).sum(1) == 9).all()
+    raises(ValueError, "at least 2 patches", lambda: models.random_patch_mask(5, 1, 0.5))
+    raises(ValueError, "a ratio between 0 and 1", lambda: models.random_patch_mask(5, 4, 1.0))
+
+
+def test_models_every_parameter_of_the_ppg_networks_has_a_nonzero_gradient():
+    for model in (models.PPGRegressor(small_encoder()), models.MaskedPatchModel(small_encoder())):
+        masked = isinstance(model, models.MaskedPatchModel)
+        output = model(signals_of(8), models.random_patch_mask(8, 6, 0.5)) if masked else model(signals_of(8))
+        output.square().sum().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_models_load_backbone_takes_the_whole_encoder_or_nothing():
+    source, target = models.MaskedPatchModel(small_encoder()), models.PPGRegressor(small_encoder())
+    source.encoder.apply(lambda module: [nn.init.normal_(p) for p in module.parameters(recurse=False)])
+    state = source.state_dict()
+    tensors, scalars, left_out = models.load_backbone(target.encoder, state)
+    assert (tensors, scalars) == (28, models.count_parameters(target.encoder))
+    assert left_out == ["mask_token", "decoder.weight", "decoder.bias"]
+    assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in target.encoder.state_dict().items())
+    before = copy.deepcopy(target.state_dict())
+    lacking = {name: value for name, value in state.items() if name != "encoder.layers.1.qkv.bias"}
+    for damaged, message in (
+            (lacking, "27 of 28 tensors fit under 'encoder.': missing 1 (layers.1.qkv.bias)"),
+            (state | {"encoder.extra": torch.zeros(1)}, "28 of 28 tensors fit under 'encoder.': unexpected 1 (extra)"),
+            (models.MaskedPatchModel(small_encoder(width=32)).state_dict(), "of another shape 28 (embed.weight is (32, 12) there and (16, 12) here"),
+            (models.MaskedPatchModel(small_encoder(depth=1)).state_dict(), "missing 12 (layers.1.attention_norm.bias"),
+            ({}, "0 of 28 tensors fit")):
+        raises(ValueError, message, lambda: models.load_backbone(target.encoder, damaged))
+        assert same_bits(before, target.state_dict())
+    raises(ValueError, "there is nothing to load", lambda: models.load_backbone(nn.Identity(), state))
+
+
+def test_models_frozen_backbone_has_no_dropout_and_no_gradient_in_training():
+    model = models.PPGRegressor(small_encoder(dropout=0.5))
+    models.freeze_backbone(model.encoder)
+    models.train_mode(model)
+    assert model.training and model.head.training and not any(module.training for module in model.encoder.modules())
+    assert torch.equal(model.features(signals_of(4)), model.features(signals_of(4)))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    models.freeze_backbone(model.encoder, unfreeze_last=1)
+    models.train_mode(model)
+    trained = {name.rpartition(".")[0].removeprefix("encoder.") for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"layers", "norm", "head"} and "layers.1.qkv" in trained and "layers.0.qkv" not in trained
+    assert model.encoder.layers[1].mlp[2].training and not model.encoder.layers[0].mlp[2].training
+    for bad in (-1, 3):
+        raises(ValueError, f"unfreeze_last {bad} must be between 0 and 2", lambda: models.freeze_backbone(model.encoder, unfreeze_last=bad))
+    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    norm[0].requires_grad_(False)
+    models.train_mode(norm)
+    norm(torch.randn(8, 4))
+    assert norm[0].num_batches_tracked == 0 and norm[1].training
+
+
 def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
     x = torch.zeros(2, 4, 4, 6)
     use = {
@@ -1468,10 +1623,18 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "AvgMaxPool": lambda f: f()(x),
         "eye_map_size": lambda f: f((32, 64), "baseline", 4),
         "EyeNet": lambda f: [f(block=block, channels=4, head=head) for block in EYE_BLOCKS for head in EYE_HEADS],
+        "load_backbone": lambda f: f(nn.Linear(1, 1), {"encoder.weight": torch.ones(1, 1), "encoder.bias": torch.ones(1)}),
+        "freeze_backbone": lambda f: f(small_encoder()),
+        "train_mode": lambda f: f(nn.Linear(1, 1)),
+        "sinusoidal_positions": lambda f: f(3, 4),
+        "PPGEncoder": lambda f: f()(x[:, :1, 0]),
+        "PPGRegressor": lambda f: f(small_encoder()),
+        "MaskedPatchModel": lambda f: f(small_encoder())(signals_of(1), models.random_patch_mask(1, 6, 0.5)),
+        "random_patch_mask": lambda f: f(2, 4, 0.5),
     }
     for name, call in use.items():
         needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
-        space = {"torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
+        space = {"math": math, "torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
         for wanted in needs + [name]:
             exec(inspect.getsource(getattr(models, wanted)), space)
         call(space[name])
@@ -2177,6 +2340,10 @@ def test_data_bidmc_cache_parses_once_per_content():
         assert told == ["reading bidmc_01 (1 of 2)", "reading bidmc_02 (2 of 2)"]
         [kept] = (f / "cache").iterdir()
         assert kept.suffix == ".npz"
+        for file in (f / "bidmc").iterdir():
+            os.utime(file, (1, 1))  # another time, the same content
+        assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert len(told) == 2
         recordings[1]["patient"] = "patient009"  # as long as the old one
         write_bidmc(f / "bidmc", recordings[1:])
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
@@ -2220,6 +2387,21 @@ def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
         for damaged in (packed[: len(packed) // 2], b"no xz at all"):
             (f / "bidmc_01_Signals.csv.xz").write_bytes(damaged)
             raises(ValueError, "bidmc_01_Signals.csv.xz is cut off", lambda: data.read_bidmc(f))
+
+
+def test_data_bidmc_signals_alone_are_enough_to_predict_on():
+    recordings = data.synthetic_ppg(2, seconds=12)
+    with folder() as f:
+        write_bidmc(f, recordings)
+        for file in (*f.glob("*Numerics*"), *f.glob("*Breaths*"), f / "bidmc_02_Fix.txt"):
+            file.unlink()
+        for _ in range(2):  # parsed, then from the cache
+            read = data.read_bidmc(f, cache=f / "cache", need_labels=False)
+            assert [each["patient"] for each in read] == [recordings[0]["patient"], "bidmc_02"] and list(read[0]) == ["number", "patient", "ppg"]
+            assert all(np.array_equal(one["ppg"], other["ppg"]) for one, other in zip(read, recordings))
+        raises(ValueError, "bidmc_01_Numerics.csv is missing", lambda: data.read_bidmc(f, cache=f / "cache"))
+    windows = data.bidmc_windows(read, rate=None, seconds=10, stride=1)
+    assert windows["inputs"].shape == (6, 1250) and np.isnan(windows["labels"]).all() and np.isnan(windows["ceiling"]).all()
 
 
 def test_data_bidmc_windows_are_slices_with_patient_and_start():
@@ -2357,6 +2539,110 @@ def test_data_spectral_rate_equals_the_peak_of_the_padded_fft():
     raises(ValueError, "band 0.6 to 0.1 Hz must lie in order", lambda: data.spectral_rate(x, 32, (0.6, 0.1)))
     raises(ValueError, "half the rate, 16 Hz", lambda: data.spectral_rate(x, 32, (0.6, 17)))
     raises(ValueError, "band 0 to 1", lambda: data.spectral_rate(x, 32, (0, 1)))
+
+
+def breathing_pulse(where, *, breath_hz=0.3, pulse_hz=1.3, rate_hz=31.25, seconds=32):
+    """A pulse that breathing modulates in one way only."""
+    t = torch.arange(round(rate_hz * seconds)) / rate_hz
+    breath = torch.sin(2 * torch.pi * breath_hz * t)
+    turn = 0.02 * -torch.cos(2 * torch.pi * breath_hz * t) / breath_hz if where == "frequency" else 0
+    pulse = torch.sin(2 * torch.pi * pulse_hz * (t + turn))
+    return ((1 + 0.3 * breath * (where == "amplitude")) * pulse + 0.3 * breath * (where == "baseline"))[None]
+
+
+def test_data_respiratory_signals_show_breathing_where_it_is():
+    for place, where in enumerate(("baseline", "amplitude", "frequency")):
+        signals = data.respiratory_signals(breathing_pulse(where), 31.25)
+        assert signals.shape == (1, 3, 1000) and signals.mean(-1).abs().max() < 1e-5 and (signals.std(-1) - 1).abs().max() < 1e-3
+        spectrum = data.band_spectrum(signals, 31.25, (0.1, 0.6), 51)  # bin 20 is 0.3 Hz
+        assert abs(int(spectrum[0, place].argmax()) - 20) <= 1, where
+        power = spectrum.exp()[0, :, 18:23].sum(-1) / spectrum.exp()[0].sum(-1)
+        assert power[place] > 0.6, (where, power)
+    scaled = data.respiratory_signals(4 * breathing_pulse("amplitude") + 1, 31.25)
+    assert torch.allclose(scaled, data.respiratory_signals(breathing_pulse("amplitude"), 31.25), atol=1e-3)
+    assert torch.isfinite(data.respiratory_signals(torch.ones(2, 1000), 31.25)).all()
+
+
+def test_data_band_spectrum_equals_the_written_sum():
+    x = torch.randn(2, 3, 40, generator=seeded(), dtype=torch.float64)
+    for low, high, bins, rate_hz in ((0.1, 0.6, 7, 2.0), (0.0, 1.0, 5, 2.0)):
+        spectrum = data.band_spectrum(x, rate_hz, (low, high), bins)
+        assert spectrum.shape == (2, 3, bins) and spectrum.dtype == torch.float64
+        for row, channel in itertools.product(range(2), range(3)):
+            t, y = np.arange(40), x[row, channel].numpy()
+            y = y - np.polyval(np.polyfit(t, y, 1), t)
+            y = y * (0.5 - 0.5 * np.cos(2 * np.pi * t / 39))
+            power = np.array([abs((y * np.exp(-2j * np.pi * f * t / rate_hz)).sum()) ** 2 for f in np.linspace(low, high, bins)])
+            assert np.allclose(spectrum[row, channel], np.log(power / power.mean() + 1e-3), atol=1e-6)
+
+
+def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
+    t = torch.arange(1000) / 31.25
+    sine = lambda phase: torch.sin(2 * torch.pi * 0.35 * t + phase)[None]
+    spectrum = data.band_spectrum(sine(0), 31.25, (0.1, 0.6), 51)
+    assert spectrum.argmax() == 25
+    assert torch.allclose(data.band_spectrum(7 * sine(0) + 3, 31.25, (0.1, 0.6), 51), spectrum, atol=1e-3)
+    assert torch.allclose(data.band_spectrum(sine(0) + t, 31.25, (0.1, 0.6), 51), spectrum, atol=2e-2)
+    assert (data.band_spectrum(sine(1.5), 31.25, (0.1, 0.6), 51) - spectrum).exp().sub(1).abs()[0, 22:29].max() < 0.05
+    assert torch.allclose(data.band_spectrum(torch.ones(1, 100), 31.25, (0.1, 0.6), 5), torch.tensor(1e-3).log().expand(1, 5))
+    for band, bins in (((0.6, 0.1), 5), ((0.1, 20.0), 5), ((0.1, 0.6), 1)):
+        raises(ValueError, "must lie in order between 0 and half the rate, 15.625 Hz", lambda: data.band_spectrum(sine(0), 31.25, band, bins))
+
+
+def test_data_time_stretch_changes_the_rate_and_the_label_alike():
+    t = torch.arange(1000) / 31.25
+    windows = torch.sin(2 * torch.pi * 0.3 * t + 6.28 * torch.rand(200, 1, generator=seeded()))
+    kept = windows.clone()
+    stretched, labels = data.time_stretch(windows, torch.full((200,), 18.0), limit=1.3, generator=seeded(1))
+    assert torch.equal(windows, kept) and stretched.shape == windows.shape
+    slowed = labels <= 18  # nothing is mirrored there
+    estimate = data.spectral_rate(stretched, 31.25, (0.1, 0.6))
+    assert 60 < slowed.sum() < 140 and (estimate - labels)[slowed].abs().max() < 0.1 and (estimate - labels).abs().median() < 0.1
+    assert 18 / 1.3 <= labels.min() < 14.2 and 23 < labels.max() <= 18 * 1.3  # log-uniform between the limits
+    assert abs(float((labels / 18).log().mean())) < 0.03
+
+
+def test_data_time_stretch_at_its_seams():
+    windows, labels = torch.randn(5, 64, generator=seeded()), torch.arange(5.0)
+    same, rates = data.time_stretch(windows, labels, limit=1.0, generator=seeded())
+    assert torch.allclose(same, windows) and torch.equal(rates, labels)
+    ramp = torch.arange(65.0).expand(50, -1)
+    stretched, factor = data.time_stretch(ramp, torch.ones(50), limit=1.9, generator=seeded())
+    expected = (torch.arange(65.0) - 32) * factor[:, None] + 32
+    expected = torch.where(expected < 0, -expected, torch.where(expected > 64, 128 - expected, expected))
+    assert torch.allclose(stretched, expected, atol=1e-3)
+    again = data.time_stretch(ramp, torch.ones(50), limit=1.9, generator=seeded())
+    assert torch.equal(again[0], stretched) and torch.equal(again[1], factor)
+    for limit in (0.5, 2.0):
+        raises(ValueError, f"limit {limit:g} must be at least 1", lambda: data.time_stretch(windows, labels, limit=limit, generator=seeded()))
+
+
+def test_data_ppg_inputs_are_the_window_or_the_spectra_of_its_task():
+    windows = breathing_pulse("baseline").repeat(2, 1)
+    assert torch.equal(data.ppg_inputs(windows, 31.25, kind="waveform", rate="hr"), data.standardise(windows)[:, None])
+    rr, hr = (data.ppg_inputs(windows, 31.25, kind="spectrum", rate=rate, bins=40) for rate in ("rr", "hr"))
+    assert rr.shape == (2, 3, 40) and hr.shape == (2, 1, 40)
+    assert torch.equal(rr, data.band_spectrum(data.respiratory_signals(windows, 31.25), 31.25, (0.08, 0.75), 40))
+    assert torch.equal(hr[:, 0], data.band_spectrum(windows, 31.25, (0.6, 3.125), 40))
+    raises(ValueError, "kind 'cepstrum'", lambda: data.ppg_inputs(windows, 31.25, kind="cepstrum", rate="rr"))
+    raises(ValueError, "rate 'bpm'", lambda: data.ppg_inputs(windows, 31.25, kind="waveform", rate="bpm"))
+
+
+def test_data_ppg_split_stretches_in_training_only_and_scales_its_targets():
+    windows = data.bidmc_windows(data.synthetic_ppg(2, seconds=60), rate="hr", seconds=10)
+    scaler = data.LabelScaler().fit(windows["labels"])
+    rows = np.arange(3, 15)
+    split = data.PPGSplit(windows, rows, lambda x: x[:, None], scaler=scaler, stretch=1.2)
+    plain, stretched = split.batch(np.array([4, 0])), split.batch(np.array([4, 0]), seeded())
+    assert len(split) == 12 and torch.equal(plain["inputs"][:, 0], windows["inputs"][[7, 3]])
+    assert np.allclose(scaler.inverse(plain["targets"].double()), windows["labels"][[7, 3]], atol=1e-4)
+    factor = scaler.inverse(stretched["targets"].double()) / torch.from_numpy(windows["labels"][[7, 3]])
+    assert not torch.equal(plain["inputs"], stretched["inputs"]) and (factor - 1).abs().min() > 1e-3 and (factor.log().abs() < math.log(1.2001)).all()
+    assert np.array_equal(split.groups, windows["groups"][rows]) and np.array_equal(split.labels, windows["labels"][rows])
+    split.features = torch.arange(12.0)[:, None]
+    batch = split.batch(np.array([4, 0]), seeded())
+    assert batch["features"].tolist() == [[4], [0]] and "inputs" not in batch and torch.equal(batch["targets"], plain["targets"])
+    assert "targets" not in data.PPGSplit(windows, rows, lambda x: x).batch(np.array([0]))
 
 
 def test_data_quantisation_cost_is_what_even_breathing_shows():
@@ -3084,6 +3370,18 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "read_bidmc": "callable(read_bidmc)",
     "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
                      "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
+    "regression_report": "regression_report([12, 20], [14, 18])['mae'] == 2",
+    "respiratory_signals": "respiratory_signals(torch.randn(2, 500), 31.25).shape == (2, 3, 500)",
+    "band_spectrum": "band_spectrum(torch.randn(2, 500), 31.25, (0.1, 0.6), 8).shape == (2, 8)",
+    "time_stretch": f"time_stretch(torch.zeros(2, 9), torch.ones(2), limit=1.2, {GEN})[0].shape == (2, 9)",
+    "ppg_inputs": "ppg_inputs(torch.randn(2, 500), 31.25, kind='spectrum', rate='rr').shape == (2, 3, 64)",
+    "PPGSplit": "len(PPGSplit(dict(inputs=torch.zeros(4, 9), labels=np.ones(4), ceiling=np.ones(4), groups=np.ones(4)), [1, 2], None, stretch=2)) == 2",
+    "load_backbone": "load_backbone(m := nn.Linear(1, 1), {f'encoder.{k}': v for k, v in m.state_dict().items()})[1] == 2",
+    "freeze_backbone": "callable(freeze_backbone)",
+    "train_mode": "train_mode(nn.Linear(1, 1)) is None",
+    "PPGEncoder": "PPGEncoder()(torch.zeros(2, 1, 12)).shape == (2, 3, 64)",
+    "PPGRegressor": "PPGRegressor(PPGEncoder())(torch.zeros(2, 1, 12)).shape == (2,)",
+    "MaskedPatchModel": "MaskedPatchModel(PPGEncoder())(torch.zeros(2, 1, 12), torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 3, 4)",
     "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
 }
 

@@ -2,7 +2,7 @@
 
     pip install scikit-learn && python benchmarks/golden_metrics.py
 
-The numbers stand in test_losses_metrics_equal_scikit_learn_on_tied_logits.
+The numbers stand in test_losses_metrics_equal_scikit_learn_on_tied_logits and test_losses_regression_report_equals_scikit_learn.
 """
 
 import numpy as np
@@ -23,3 +23,9 @@ print("recall   ", repr(float(metrics.recall_score(labels, predicted))))
 print("f1       ", repr(float(metrics.f1_score(labels, predicted))))
 print("tn fp fn tp", metrics.confusion_matrix(labels, predicted).ravel().tolist())
 print("distinct scores", len(np.unique(scores)), "at the threshold", int((scores == 0).sum()))
+
+targets = 10 + (7 * i % 13) / 4                                        # a regression with errors of both signs
+predictions = targets + ((5 * i * i) % 17 - 7) / 8
+print("mae ", repr(float(metrics.mean_absolute_error(targets, predictions))))
+print("rmse", repr(float(metrics.root_mean_squared_error(targets, predictions))))
+print("r2  ", repr(float(metrics.r2_score(targets, predictions))))
