@@ -3317,6 +3317,298 @@ def test_train_real_eyes_beat_every_constant_within_three_epochs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# train: breathing and heart rate, pretrained encoders, cross-validation
+
+PPG = ["--task", "bidmc_hr", "--seconds", "10", "--bins", "16", "--width", "16", "--depth", "2", "--batch-size", "64", "--epochs", "2",
+       "--device", "cpu"]
+
+
+def ppg_folder(f, n=10, seconds=90):
+    """n synthetic recordings, 4 of 5 patients each their own, in PhysioNet's format."""
+    if not (f / "bidmc").exists():
+        write_bidmc(f / "bidmc", data.synthetic_ppg(n, seconds=seconds), columns=("PLETH",))
+    return f / "bidmc"
+
+
+def ppg_run(path, *words):
+    code, out, err = call(*PPG, "--data", ppg_folder(path.parent), "--out", path, *words)
+    assert code == 0, err
+    return out
+
+
+def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_the_labels():
+    with folder() as f:
+        out = ppg_run(f / "a", "--epochs", "3")
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+        best = result_of(f / "a", "best.pt")
+        args = train.parse_args([*PPG, "--data", str(f / "bidmc")])
+        args.out = str(f / "a")
+        sets = train.ppg_load(args.data, args)
+        windows = data.bidmc_windows(data.read_bidmc(f / "bidmc"), rate="hr", seconds=10)
+        code, _, err = call("--task", "bidmc_hr", "--predict", f / "a" / "best.pt", "--data", f / "bidmc", "--out", f / "p.csv")
+        assert code == 0, err
+        with open(f / "p.csv") as file:
+            rows = list(csv.DictReader(file))
+    test, labels = sets.test, sets.train.labels
+    assert list(scores) == ["rows", "model", "constant mean", "constant median", "spectral peak", "PULSE"]
+    assert list(scores["model"]) == ["loss", "mae", "rmse", "r2", "patient_mae", "patient_sd"]
+    assert best["facts"]["scaler"] == {"mean": float(labels.mean()), "scale": float(labels.std())}  # training rows, float64
+    for name, value in (("constant mean", labels.mean()), ("constant median", np.median(labels))):
+        assert math.isclose(scores[name]["mae"], np.abs(value - test.labels).mean()), name
+        assert math.isclose(scores[name]["rmse"], math.sqrt(np.square(value - test.labels).mean())), name
+    assert math.isclose(scores["PULSE"]["mae"], np.abs(test.ceiling - test.labels).mean())
+    keys = {(int(row["recording"]), float(row["start_s"])): float(row["beats_per_minute"]) for row in rows}
+    predicted = np.array([keys[windows["recording"][row] + 1, windows["starts"][row]] for row in test.rows])
+    assert math.isclose(scores["model"]["mae"], np.abs(predicted - test.labels).mean(), abs_tol=1e-3)
+    assert math.isclose(scores["model"]["rmse"], math.sqrt(np.square(predicted - test.labels).mean()), abs_tol=1e-3)
+    by_patient = [np.abs(predicted - test.labels)[test.groups == each].mean() for each in np.unique(test.groups)]
+    assert math.isclose(scores["model"]["patient_mae"], np.mean(by_patient), abs_tol=1e-3)
+    assert "SYNTHETIC" not in out and "10 recordings of 8 patients" in out and "none on two sides" in out and out.count("constant median") == 3
+
+
+def test_train_ppg_splits_keep_patients_apart_and_folds_test_each_of_them_once():
+    with folder() as f:
+        seen = []
+        for fold in (1, 2, 3):
+            args = train.parse_args([*PPG, "--data", str(ppg_folder(f)), "--folds", "3", "--fold", str(fold)])
+            sets = train.ppg_load(args.data, args)
+            groups = [set(split.groups) for split in (sets.train, sets.validation, sets.test)]
+            assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2] and len(set().union(*groups)) == 8
+            assert not set(sets.facts["seen"]) & set(sets.facts["held_out"])
+            seen += groups[2]
+        assert len(seen) == len(set(seen)) == 8
+        args = train.parse_args([*PPG, "--mode", "pretrain", "--data", str(f / "bidmc"), "--folds", "3", "--fold", "3"])
+        pretraining = train.ppg_load(args.data, args)
+        assert pretraining.facts["seen"] == sets.facts["seen"] and "scaler" not in pretraining.facts
+        assert np.isnan(pretraining.train.labels).all() and "targets" not in pretraining.train.batch(np.arange(2))
+
+
+def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say():
+    with folder() as f:
+        out = ppg_run(f / "pre", "--mode", "pretrain")
+        assert "interpolation" in out and "constant shape" in out and "PULSE" not in out
+        source = {name: value for name, value in result_of(f / "pre", "best.pt")["model"].items() if name.startswith("encoder.")}
+        for mode, words, moved in (("probe", (), ()), ("partial", ("--unfreeze-last", "1"), ("layers.1.", "norm.")),
+                                   ("finetune", (), ("embed.", "layers.0.", "layers.1.", "norm."))):
+            out = ppg_run(f / mode, "--mode", mode, "--pretrained", f / "pre" / "best.pt", *words)
+            scalars = sum(value.numel() for value in source.values())
+            assert f"encoder: 28 tensors, {scalars:,} scalars loaded" in out and "0 missing, 0 unexpected; left there: mask_token, decoder.weight" in out
+            assert ("17 trained" in out) == (mode == "probe")
+            last = result_of(f / mode)
+            for name, value in source.items():
+                expected = name.removeprefix("encoder.").startswith(moved) if moved else False
+                assert torch.equal(last["model"][name], value) != expected, (mode, name)
+                if not expected:
+                    assert torch.equal(last["ema"]["module"][name], value)
+            rates = last["schedule"]["base_lrs"]
+            assert rates == ([1e-3] if mode == "probe" else [1e-3, 3e-4]), (mode, rates)
+
+
+def test_train_probe_on_cached_features_scores_what_the_whole_network_scores():
+    with folder() as f:
+        ppg_run(f / "pre", "--mode", "pretrain")
+        ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--lr", "0.03", "--dropout", "0.5")
+        value = json.loads((f / "probe" / "scores.json").read_text())["test"]["model"]
+        code, out, err = call("--task", "bidmc_hr", "--eval", f / "probe" / "best.pt", "--split", "test")  # no features there
+        [line] = [line for line in out.splitlines() if line.startswith("model")]
+        assert code == 0 and line.split()[1:] == [f"{each:.4f}" for each in value.values()], (out, err)
+        args = train.parse_args([*PPG, "--mode", "probe", "--pretrained", str(f / "pre"), "--data", str(f / "bidmc"), "--dropout", "0.5"])
+        args.out = str(f / "new")
+        state, sets, _ = train.prepare(args)
+        features = sets.train.features.clone()
+        assert not features.requires_grad and features.shape == (len(sets.train), 16)
+        sets.train.features = None
+        whole = state.raw_model.features(sets.train.batch(np.arange(len(sets.train)))["inputs"])
+        assert torch.allclose(whole, features, atol=1e-5)
+
+
+def test_train_scratch_learns_the_heart_rate_of_synthetic_recordings():
+    with folder() as f:
+        recordings = data.synthetic_ppg(20, seconds=120)
+        synthetic, data.synthetic_ppg = data.synthetic_ppg, lambda *_, **__: recordings
+        try:
+            code, out, err = call("--task", "bidmc_hr", "--seconds", "16", "--bins", "48", "--epochs", "12", "--lr", "3e-3", "--batch-size", "32",
+                                  "--width", "32", "--out", f / "a", "--device", "cpu")
+        finally:
+            data.synthetic_ppg = synthetic
+        assert code == 0 and "SYNTHETIC recordings, drawn by the script" in out, err
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+    assert scores["model"]["mae"] < 0.4 * scores["constant median"]["mae"] and scores["model"]["r2"] > 0.5, scores
+
+
+def test_train_ppg_resumed_run_equals_straight_run_bit_for_bit():
+    """Fine-tuning, pretraining and probing, killed with SIGKILL in mid-epoch; plateau, EMA, two rates; the encoder's file is gone."""
+    with folder() as f:
+        ppg_run(f / "pre", "--mode", "pretrain")
+        for words in (["--mode", "finetune", "--schedule", "plateau", "--plateau-patience", "0", "--warmup-epochs", "1.5"],
+                      ["--mode", "pretrain"], ["--mode", "probe", "--accumulate", "2"]):
+            common = ["--epochs", "6", "--batch-size", "8", "--data", f / "bidmc", *words]
+            if words[1] != "pretrain":
+                (f / "copy.pt").write_bytes((f / "pre" / "best.pt").read_bytes())
+                common += ["--pretrained", f / "copy.pt"]
+            code, _, err = call(*PPG, *common, "--out", f / f"{words[1]}-straight")
+            assert code == 0, err
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *PPG, *map(str, common), "--out", f / f"{words[1]}-killed"],
+                                       stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("epoch   2/"):
+                    time.sleep(0.02)
+                    process.kill()
+            process.wait()
+            (f / "copy.pt").unlink(missing_ok=True)
+            straight, killed = f / f"{words[1]}-straight", f / f"{words[1]}-killed"
+            assert process.returncode == -signal.SIGKILL and len(result_of(killed)["history"]) < 7
+            code, _, err = call("--task", "bidmc_hr", "--out", killed, "--resume")
+            assert code == 0, err
+            for name in ("last.pt", "best.pt"):
+                assert same_bits(result_of(straight, name), result_of(killed, name)), (words, name)
+            assert (straight / "scores.json").read_text() == (killed / "scores.json").read_text()
+
+
+def test_train_folds_run_each_and_report_mean_and_sd():
+    with folder() as f:
+        out = ppg_run(f / "cv", "--folds", "3", "--epochs", "1")
+        rows = [json.loads((f / "cv" / f"fold-{k}" / "scores.json").read_text())["test"] for k in (1, 2, 3)]
+        summary = json.loads((f / "cv" / "scores.json").read_text())
+        values = [row["model"]["mae"] for row in rows]
+        assert math.isclose(summary["test"]["model"]["mae"], np.mean(values)) and math.isclose(summary["test_sd"]["model"]["mae"], np.std(values, ddof=1))
+        assert summary["folds"] == 3 and summary["test"]["rows"] == sum(row["rows"] for row in rows)
+        assert list(summary["test"])[1:] == ["model", "constant mean", "constant median", "spectral peak", "PULSE"]
+        assert "fold 3 of 3" in out and "mean over the folds" in out and "standard deviation over the folds" in out
+        code, _, err = call(*PPG, "--data", f / "bidmc", "--out", f / "cv", "--folds", "3")
+        assert code == 2 and "already holds a run" in err
+        # a fold by itself is the same run; the summary comes with --resume, which trains what is missing
+        (f / "cv" / "fold-3" / "last.pt").rename(f / "third.pt")
+        for name in ("best.pt", "log.jsonl", "scores.json"):
+            (f / "cv" / "fold-3" / name).unlink()
+        before = (f / "cv" / "scores.json").read_text()
+        (f / "cv" / "scores.json").unlink()
+        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
+        assert code == 0 and (f / "cv" / "scores.json").read_text() == before, err
+        assert same_bits(torch.load(f / "third.pt", weights_only=True)["model"], result_of(f / "cv" / "fold-3")["model"])
+        ppg_run(f / "one", "--folds", "3", "--fold", "2", "--epochs", "1")
+        assert (f / "one" / "scores.json").read_text() == (f / "cv" / "fold-2" / "scores.json").read_text()
+        # an encoder for each fold
+        ppg_run(f / "pre", "--mode", "pretrain", "--folds", "3", "--epochs", "1")
+        out = ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--folds", "3", "--epochs", "1")
+        assert all(f"loaded from {f / 'pre' / f'fold-{k}' / 'best.pt'}" in out for k in (1, 2, 3))
+
+
+def test_train_folds_work_for_the_eyes_too():
+    with folder() as f:
+        out = run(f / "cv", "--folds", "2", "--val-ratio", "0.3", "--epochs", "1")
+        assert "2 folds, 60 test rows in all" in out
+
+
+def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
+    with folder() as f:
+        bidmc = ppg_folder(f)
+        ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
+        ppg_run(f / "run", "--epochs", "1")
+
+        def damaged(name, file, change):
+            folder_ = f / name
+            folder_.mkdir()
+            for each in bidmc.iterdir():
+                (folder_ / each.name).write_bytes(each.read_bytes())
+            edit(folder_ / file, change) if change else (folder_ / file).unlink()
+            return ["--data", folder_]
+
+        flat = data.synthetic_ppg(10, seconds=90)
+        for each in flat:
+            each["hr"][:] = 80
+        constant = ["--data", write_bidmc(f / "constant", flat, columns=("PLETH",))]
+        nan = lambda text: "\n".join([text.splitlines()[0]] + ["NaN"] * (len(text.splitlines()) - 1))
+        half = lambda text: "".join(text.splitlines(keepends=True)[: text.count("\n") // 2])
+        cases = [
+            ("bidmc_04_Numerics.csv is missing", damaged("a", "bidmc_04_Numerics.csv", None)),
+            ("the signals last 45.0 s, the numerics 90.0 s: one of the two files is cut off", damaged("b", "bidmc_04_Signals.csv", half)),
+            ("no column 'HR'", damaged("c", "bidmc_04_Numerics.csv", lambda text: text.replace(" HR", " XX"))),
+            ("PLETH holds 11251 NaN in 11251 rows", damaged("d", "bidmc_04_Signals.csv", nan)),
+            ("training labels are 80: there is nothing to learn", constant),
+            ("holds no bidmc_NN_Signals.csv", ["--data", f / "pre"]),
+            ("the encoder in", ["--mode", "probe", "--pretrained", f / "pre", "--width", "32"]),
+            ("--width 32: the encoder in", ["--mode", "finetune", "--pretrained", f / "pre", "--width", "32"]),
+            ("--reduce 2: the encoder in", ["--mode", "finetune", "--pretrained", f / "pre", "--reduce", "2"]),
+            ("of the recordings that this run holds out", ["--mode", "probe", "--pretrained", f / "pre", "--seed", "1"]),
+            ("of the recordings that this run holds out", ["--mode", "probe", "--pretrained", f / "pre" / "best.pt", "--folds", "3", "--fold", "1"]),
+            ("starts from an encoder: give --pretrained", ["--mode", "partial"]),
+            ("does not exist", ["--mode", "probe", "--pretrained", f / "nowhere.pt"]),
+            ("--pretrained is read only with --mode probe or finetune or partial, not with scratch", ["--pretrained", f / "pre"]),
+            ("--stretch is read only with --mode", ["--mode", "probe", "--pretrained", f / "pre", "--stretch", "1.1"]),
+            ("--backbone-lr is read only with --mode finetune or partial", ["--mode", "probe", "--pretrained", f / "pre", "--backbone-lr", "1"]),
+            ("unfreeze_last 3 must be between 0 and 2", ["--mode", "partial", "--pretrained", f / "pre", "--unfreeze-last", "3"]),
+            ("--unfreeze-last 0 must be finite and at least 1", ["--mode", "partial", "--unfreeze-last", "0"]),
+            ("unrecognized arguments: --sampler", ["--sampler", "stratified"]),
+            ("unrecognized arguments: --channels-last", ["--channels-last"]),
+            ("--patch 9 must be at most 8", ["--patch", "9"]),
+            ("heads must divide channels", ["--heads", "3"]),
+            ("lasts 90.0 s, a window 91 s", ["--seconds", "91"]),
+            ("there must be at least 2 folds", ["--folds", "1"]),
+            ("--folds 3 --fold 4: there must be", ["--folds", "3", "--fold", "4"]),
+            ("--test-ratio is read only with --folds 0", ["--folds", "3", "--test-ratio", "0.1"]),
+            ("--protocol original splits BIDMC by the numbers", ["--variant", "original", "--data", ""]),
+            ("--seconds is read only with --protocol patients", ["--variant", "original", "--seconds", "10"]),
+            ("invalid choice: 'huber'", ["--loss", "huber"]),
+            ("invalid choice: 'linear'", ["--mode", "linear"]),
+            ("predicts no rate", ["--predict", f / "pre" / "best.pt", "--data", bidmc, "--out", f / "p.csv"]),
+            ("contradicts the run that is resumed", ["--out", f / "run", "--resume", "--mode", "pretrain"]),
+            ("differ in data", ["--out", f / "run", "--resume", *damaged("e", "bidmc_04_Numerics.csv", lambda text: text.replace(",1", ",2"))]),
+        ]
+        for message, words in cases:
+            words = list(words)
+            if "--predict" in words or "--resume" in words:
+                base = ["--task", "bidmc_hr"]
+            else:
+                base = [word for word in PPG if "original" not in words or word not in ("--seconds", "10")]
+                base += [] if "--data" in words else ["--data", bidmc]
+                words += ["--out", f / "new"]
+            before = {file: file.read_bytes() for file in (f / "run").iterdir()}
+            code, out, err = call(*base, *words)
+            assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
+            assert not (f / "new").exists() and before == {file: file.read_bytes() for file in (f / "run").iterdir()}, message
+
+
+def test_train_pretrained_checkpoint_that_lacks_tensors_is_refused_with_its_counts():
+    with folder() as f:
+        ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
+        content = torch.load(f / "pre" / "best.pt", weights_only=True)
+        content["model"].pop("encoder.layers.1.qkv.weight")
+        torch.save(content, f / "lacking.pt")
+        code, _, err = call(*PPG, "--data", f / "bidmc", "--mode", "probe", "--pretrained", f / "lacking.pt", "--out", f / "new")
+        assert code == 2 and "27 of 28 tensors fit under 'encoder.': missing 1 (layers.1.qkv.weight)" in err and not (f / "new").exists(), err
+
+
+def test_train_real_original_run_prints_its_statistics_and_what_a_constant_scores():
+    bidmc = need_real("bidmc_csv")
+    with folder() as f:
+        code, out, err = call("--task", "bidmc_rr", "--variant", "original", "--data", bidmc, "--epochs", "1", "--width", "16", "--depth", "1",
+                              "--out", f / "rr", "--device", "cpu")
+        assert code == 0, err
+        scores = json.loads((f / "rr" / "scores.json").read_text())
+        assert "train: 9,912 windows, breaths per minute mean 17.216, sd 4.430, 0.0 to 36.0" in out
+        assert "validation: 1,180 windows, breaths per minute mean" in out and ", sd 3.859, " in out and "test: 1,416 windows" in out
+        assert [f"{scores[name]['constant median']['mae']:.3f}" for name in ("validation", "test")] == ["2.222", "2.352"]
+        assert scores["test"]["true rate"] == {"mae": 2.0} and scores["test"]["its best count"] == {"mae": 1.5}
+        assert result_of(f / "rr", "best.pt")["facts"]["median"] == 18
+        code, out, err = call("--task", "bidmc_hr", "--variant", "original", "--data", bidmc, "--epochs", "1", "--width", "16", "--depth", "1",
+                              "--out", f / "hr", "--device", "cpu")
+        [line] = [line for line in out.splitlines() if line.startswith("train: ")]
+        assert code == 0 and line.startswith("train: 9,912 windows, beats per minute") and line.endswith(", 52.2 to 131.2"), err
+        assert [f"{float(re.search(name + ' ([0-9.]+)', line)[1]):.2f}" for name in ("mean", "sd")] == ["88.12", "11.76"], line
+
+
+def test_train_real_breathing_beats_every_constant_on_held_out_patients():
+    with folder() as f:
+        code, out, err = call("--task", "bidmc_rr", "--data", need_real("bidmc_csv"), "--stride", "8", "--epochs", "8", "--out", f / "a",
+                              "--device", "cpu")
+        assert code == 0, err
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+    for name in ("constant mean", "constant median"):
+        assert scores["model"]["mae"] < 0.8 * scores[name]["mae"] and scores["model"]["rmse"] < 0.9 * scores[name]["rmse"], scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the project: house rules, README
 
 LIFTABLE = ("models", "losses", "schedulers", "data", "ema")

@@ -165,8 +165,6 @@ def split_rows(groups, args):
     """Rows of train, validation and test, no group on two sides: by the ratios, or the parts of --folds with --fold as the test."""
     if not args.folds:
         return data.split_by_group(groups, (args.train_ratio, args.val_ratio, args.test_ratio), seed=args.seed)
-    if args.folds == 1 or args.fold > args.folds:
-        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
     test = data.split_by_group(groups, np.full(args.folds, 1 / args.folds), seed=args.seed)[args.fold - 1]
     rest = np.setdiff1d(np.arange(len(groups)), test)
     inner = data.split_by_group(groups[rest], (1 - args.val_ratio, args.val_ratio), seed=args.seed)
@@ -571,7 +569,7 @@ def ppg_task():
     """The entry of either rate: they differ in their labels and bands, not in their recipe."""
     return Task(
         defaults=engine_flags(
-            epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1.0,
+            epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=0.5,
             warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
             cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
             train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
@@ -713,6 +711,8 @@ def check_mode(args):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if not args.resume and (args.folds == 1 or args.fold > args.folds):
+        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, this version trains in one process: use --nproc-per-node 1")
 
