@@ -689,7 +689,7 @@ def parse_args(argv):
         flag = task.defaults[name]
         flag.check(name, settings[name])
         if name in args.typed and not args.resume and not flag.is_read(args):
-            raise ValueError(f"{spelled(name)} is read only with --{flag.when[0]} {' or '.join(flag.when[1:])}, not with "
+            raise ValueError(f"{spelled(name)} is read only with --{flag.when[0]} {' or '.join(map(show, flag.when[1:]))}, not with "
                              f"{getattr(args, flag.when[0])}: leave it out, or change --{flag.when[0]}")
     check_mode(args)
     return args
