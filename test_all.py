@@ -3560,9 +3560,8 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
             if "--predict" in words or "--resume" in words:
                 base = ["--task", "bidmc_hr"]
             else:
-                base = [word for word in PPG if "original" not in words or word not in ("--seconds", "10")]
-                base += [] if "--data" in words else ["--data", bidmc]
-                words += ["--out", f / "new"]
+                base = ["--task", "bidmc_hr"] if "original" in words else PPG
+                words += ["--out", f / "new"] + ([] if "--data" in words else ["--data", bidmc])
             before = {file: file.read_bytes() for file in (f / "run").iterdir()}
             code, out, err = call(*base, *words)
             assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
