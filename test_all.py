@@ -3553,7 +3553,7 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
             ("invalid choice: 'linear'", ["--mode", "linear"]),
             ("predicts no rate", ["--predict", f / "pre" / "best.pt", "--data", bidmc, "--out", f / "p.csv"]),
             ("contradicts the run that is resumed", ["--out", f / "run", "--resume", "--mode", "pretrain"]),
-            ("differ in data", ["--out", f / "run", "--resume", *damaged("e", "bidmc_04_Numerics.csv", lambda text: text.replace(",1", ",2"))]),
+            ("differ in data", ["--out", f / "run", "--resume", *damaged("e", "bidmc_04_Signals.csv", lambda text: text.replace("0.5", "0.6"))]),
         ]
         for message, words in cases:
             words = list(words)
