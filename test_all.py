@@ -1581,7 +1581,7 @@ def test_models_load_backbone_takes_the_whole_encoder_or_nothing():
             ({}, "0 of 28 tensors fit")):
         raises(ValueError, message, lambda: models.load_backbone(target.encoder, damaged))
         assert same_bits(before, target.state_dict())
-    raises(ValueError, "there is nothing to load", lambda: models.load_backbone(nn.Identity(), state))
+    raises(ValueError, "there is nothing to load", lambda: models.load_backbone(nn.Identity(), {}))
 
 
 def test_models_frozen_backbone_has_no_dropout_and_no_gradient_in_training():

@@ -565,8 +565,8 @@ PPG_B = PPG_ORIGINAL | dict(mode="probe")
 PPG_C = PPG_A | dict(lr=5e-5, backbone_lr=5e-6, weight_decay=1e-3)
 
 
-def ppg_task():
-    """The entry of either rate: they differ in their labels and bands, not in their recipe."""
+def ppg_task(*, bins):
+    """The entry of either rate; they differ in their labels and bands, and in how many bins the wider band needs."""
     return Task(
         defaults=engine_flags(
             epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=0.5,
@@ -582,7 +582,7 @@ def ppg_task():
             reduce=Flag(4, "keep a mean of this many samples of the 125 a second", low=1, high=12, backbone=True),
             inputs=Flag("spectrum", "spectrum: log power in the band of the task, phase left out; waveform: the samples",
                         choices=("spectrum", "waveform"), backbone=True),
-            bins=Flag(64, "frequencies of the spectrum", low=4, when=("inputs", "spectrum"), backbone=True),
+            bins=Flag(bins, "frequencies of the spectrum", low=4, when=("inputs", "spectrum"), backbone=True),
             patch=Flag(4, "samples or bins of a token", low=1, backbone=True),
             width=Flag(64, "of a token", low=2, backbone=True),
             depth=Flag(2, "transformer layers", low=1, backbone=True),
@@ -599,7 +599,7 @@ def ppg_task():
         evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict)
 
 
-TASKS = {"ocec": OCEC, "bidmc_rr": ppg_task(), "bidmc_hr": ppg_task()}
+TASKS = {"ocec": OCEC, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96)}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
                                          floor=masked_floor, predict=masked_predict) for name in ("bidmc_rr", "bidmc_hr")}
 
