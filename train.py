@@ -323,6 +323,8 @@ OCEC = Task(
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks bidmc_rr and bidmc_hr: breaths and heart beats per minute from a PPG
 
+PPG_UNITS = {"rr": "breaths per minute", "hr": "beats per minute"}
+
 
 def ppg_rate(args):
     return args.task.removeprefix("bidmc_")
@@ -346,7 +348,7 @@ def ppg_windows(recordings, args, rate):
     """Windows at the reduced rate, and the function that makes the network's input of them."""
     if args.protocol == "original":
         windows, rows = data.bidmc_original(recordings, rate=rate)
-        windows["groups"] = np.char.add("recording ", windows["recording"].astype(str))  # what it split by
+        windows["groups"] = np.array([recordings[index]["number"] for index in windows["recording"]])  # what it split by
     else:
         windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride), None
     windows["inputs"] = data.reduce_rate(windows["inputs"], args.reduce)
@@ -358,43 +360,46 @@ def ppg_windows(recordings, args, rate):
     return windows, rows, prepare
 
 
+def ppg_split(windows, rows, recordings, args):
+    """{split: rows of the windows}, without a split that has no share, and a line that says how it was done."""
+    if args.protocol == "original":
+        unread = sorted(args.typed & {"train_ratio", "val_ratio", "test_ratio", "folds", "fold"})
+        if unread:
+            raise ValueError(f"{spelled(unread[0])} is read only with --protocol patients: the original split is a list of recordings")
+        return rows, "split: the original one, by recording; patients of validation and test recordings are in training too"
+    patients = np.array([each["patient"] for each in recordings])
+    members = {name: part for name, part in zip(("train", "validation", "test"), split_rows(patients, args)) if len(part)}
+    rows = {name: np.flatnonzero(np.isin(windows["recording"], part)) for name, part in members.items()}
+    for name, part in rows.items():
+        if len(part) == 0:
+            raise ValueError(f"no window of the {name} split has a label: change --seed or the ratios")
+    counts = [f"{len(np.unique(patients[part]))} {name}" for name, part in members.items()]
+    return rows, f"split: by patient, {', '.join(counts)}, none on two sides"
+
+
 def ppg_load(path, args):
     rate = None if args.mode == "pretrain" else ppg_rate(args)  # pretraining takes the windows without a label too
     if path:
         recordings = ppg_recordings(path, args.cache or (str(Path(args.out).parent) if args.out else ""))
+    elif args.protocol == "original":
+        raise ValueError("--protocol original splits BIDMC by the numbers of its recordings: give --data, PhysioNet's bidmc_csv")
     else:
-        recordings = data.synthetic_ppg(53, seconds=480)
-        if args.protocol == "original":
-            raise ValueError("--protocol original splits BIDMC by the numbers of its recordings: give --data, PhysioNet's bidmc_csv")
+        recordings = data.synthetic_ppg()
     windows, rows, prepare = ppg_windows(recordings, args, rate)
     labels = windows["labels"]
-    patients = np.array([each["patient"] for each in recordings])
     notes = [f"data: {path or 'SYNTHETIC recordings, drawn by the script: a score on them is no result'}, {len(recordings)} recordings of "
-             f"{len(set(patients))} patients, {len(labels):,} windows of {show(ppg_seconds(args))} s"]
+             f"{len({each['patient'] for each in recordings})} patients, {len(labels):,} windows of {show(ppg_seconds(args))} s"]
     facts = {"data": zlib.crc32(windows["inputs"].numpy().tobytes() + labels.tobytes())}
     if args.split == "all":
         everything = data.PPGSplit(windows, np.arange(len(labels)), prepare, scaler=ppg_scaler(args), device=args.device)
         return Data(None, None, None, everything, facts, notes)
 
-    if args.protocol == "original":
-        unread = sorted(args.typed & {"train_ratio", "val_ratio", "test_ratio", "folds", "fold"})
-        if unread:
-            raise ValueError(f"{spelled(unread[0])} is read only with --protocol patients: the original split is a list of recordings")
-        rows = dict(rows)
-        notes.append("split: the original one, by recording; some patients are in training and in the other splits")
-    else:
-        members = split_rows(patients, args)
-        rows = {name: np.flatnonzero(np.isin(windows["recording"], part)) for name, part in zip(("train", "validation", "test"), members)}
-        notes.append(f"split: by patient, {', '.join(f'{len(np.unique(patients[part]))} {name}' for name, part in zip(rows, members))}, "
-                     "none on two sides")
-        rows = {name: part for (name, part), member in zip(rows.items(), members) if len(member)}
-    for name, part in rows.items():
-        if len(part) == 0:
-            raise ValueError(f"no window of the {name} split has a label: change --seed or the ratios")
+    rows, note = ppg_split(windows, rows, recordings, args)
+    notes.append(note)
     content = np.array([zlib.crc32(each["ppg"].tobytes()) for each in recordings])[windows["recording"]]
-    held_out = np.concatenate([part for name, part in rows.items() if name != "train"] or [rows["train"][:0]])
-    facts |= {"split": zlib.crc32(np.concatenate([part for rows_of in rows.values() for part in (rows_of, [-1])]).tobytes()),
-              "seen": np.unique(content[rows["train"]]).tolist(), "held_out": np.unique(content[held_out]).tolist()}
+    seen = content[rows["train"]]
+    facts |= {"split": zlib.crc32(np.concatenate([part for each in rows.values() for part in (each, [-1])]).tobytes()),
+              "seen": np.unique(seen).tolist(), "held_out": sorted({int(each) for each in content} - {int(each) for each in seen})}
     scaler = None
     if rate:
         train_labels = labels[rows["train"]]
@@ -408,9 +413,6 @@ def ppg_load(path, args):
     stretch = 1.0 if args.mode == "probe" else args.stretch
     splits = {name: data.PPGSplit(windows, part, prepare, scaler=scaler, stretch=stretch, device=args.device) for name, part in rows.items()}
     return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
-
-
-PPG_UNITS = {"rr": "breaths per minute", "hr": "beats per minute"}
 
 
 def ppg_scaler(args):
