@@ -626,7 +626,7 @@ RUN_FLAGS = {
     "overwrite": (False, "replace the run in --out"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
 }
-ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",)}
+ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",), "pretrained": ("--pretrained-ckpt",)}
 
 
 def spelled(name):
