@@ -1049,9 +1049,11 @@ def respiratory_signals(windows, rate_hz):
 
         baseline   x, the window itself: breathing moves its level
         amplitude  |z|, the height of the pulse: breathing changes the stroke volume
-        frequency  the turn of arg z from sample to sample: the pulse quickens as one breathes in
+        frequency  the turn of arg z from sample to sample, over 1 s: the pulse quickens as one breathes in
 
     with z the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest frequency f0 of the hr band.
+    The turn is the angle of the mean of z(t + 1) conj z(t): weighted by the height of the pulse, so that the phase, which means
+    nothing where the pulse fades, does not spike there.
 
     windows (n, t) float tensor of any scale, rate_hz samples per second -> (n, 3, t), each signal of mean 0 and sd 1
     A flat window gives zeros.
@@ -1063,8 +1065,10 @@ def respiratory_signals(windows, rate_hz):
     frequency = torch.fft.fftfreq(x.shape[-1], 1 / rate_hz).to(x)
     in_band = (frequency - pulse_hz).abs() <= 0.65
     z = torch.fft.ifft(2 * torch.fft.fft(x) * in_band)
-    turn = torch.angle(z[:, 1:] * z[:, :-1].conj())
-    turn = torch.cat([turn, turn[:, -1:]], 1)  # as long as the others
+    turn = torch.view_as_real(z[:, 1:] * z[:, :-1].conj()).transpose(1, 2)
+    second = 2 * round(rate_hz / 2) + 1  # odd, so that the mean is centred
+    turn = F.avg_pool1d(F.pad(turn, (0, 1), mode="replicate"), second, stride=1, padding=second // 2, count_include_pad=False)
+    turn = torch.atan2(turn[:, 1], turn[:, 0])
     return standardise(torch.stack([x, z.abs(), turn], 1))
 
 
