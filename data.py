@@ -813,7 +813,7 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     if not names:
         raise ValueError(f"{folder} holds no bidmc_NN_Signals.csv: give PhysioNet's folder bidmc_csv")
     if cache:
-        digest = hashlib.sha256(repr(need_labels).encode())
+        digest = hashlib.sha256(repr((1, need_labels)).encode())  # 1: raise it when the parsing changes
         for file in files:
             digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
         kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
@@ -831,12 +831,15 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
             progress(f"reading {name} ({i + 1} of {len(names)})")
         recordings.append(read_bidmc_recording(folder, name, need_labels=need_labels))
     if cache:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as stream:
-            np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
-                                for field, value in recording.items()})
-        os.replace(temporary, kept)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as stream:
+                np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
+                                    for field, value in recording.items()})
+            os.replace(temporary, kept)
+        except OSError as error:
+            warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they will be parsed again")
     return recordings
 
 

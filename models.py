@@ -126,7 +126,7 @@ def load_backbone(backbone, state, *, prefix="encoder."):
     Only names under `prefix` are taken. What else the state holds (the pretraining head) is left out by name, never silently.
 
     backbone  the module to fill; state: {name: tensor} of the pretrained network, as saved by state_dict()
-    returns   (tensors loaded, scalars loaded, names left out)
+    returns   {"tensors", "scalars", "missing", "unexpected": counts, "left_out": names}
     Errors: ValueError, and nothing is changed, if a tensor of the backbone is missing, one under the prefix is unexpected, or a
             shape differs (another width, patch or depth): with the counts and the names
     Check:  a backbone saved as `model.encoder` and loaded into another is bit-equal to it
@@ -142,8 +142,9 @@ def load_backbone(backbone, state, *, prefix="encoder."):
         named = [f"{title} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                  for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
         raise ValueError(f"{fits} of {len(own)} tensors fit under {prefix!r}: {'; '.join(named) or 'there is nothing to load'}")
-    backbone.load_state_dict(found)
-    return len(own), sum(tensor.numel() for tensor in own.values()), left_out
+    result = backbone.load_state_dict(found)
+    return {"tensors": len(found), "scalars": sum(tensor.numel() for tensor in found.values()), "missing": len(result.missing_keys),
+            "unexpected": len(result.unexpected_keys), "left_out": left_out}
 
 
 def freeze_backbone(backbone, *, unfreeze_last=0):

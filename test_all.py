@@ -1567,9 +1567,9 @@ def test_models_load_backbone_takes_the_whole_encoder_or_nothing():
     source, target = models.MaskedPatchModel(small_encoder()), models.PPGRegressor(small_encoder())
     source.encoder.apply(lambda module: [nn.init.normal_(p) for p in module.parameters(recurse=False)])
     state = source.state_dict()
-    tensors, scalars, left_out = models.load_backbone(target.encoder, state)
-    assert (tensors, scalars) == (28, models.count_parameters(target.encoder))
-    assert left_out == ["mask_token", "decoder.weight", "decoder.bias"]
+    assert models.load_backbone(target.encoder, state) == {
+        "tensors": 28, "scalars": models.count_parameters(target.encoder), "missing": 0, "unexpected": 0,
+        "left_out": ["mask_token", "decoder.weight", "decoder.bias"]}
     assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in target.encoder.state_dict().items())
     before = copy.deepcopy(target.state_dict())
     lacking = {name: value for name, value in state.items() if name != "encoder.layers.1.qkv.bias"}
@@ -2803,6 +2803,15 @@ def test_train_resolved_command_says_the_same_again():
     assert args.typed == {"lr", "batch_size", "epochs", "size", "channels_last"}
 
 
+def test_train_resolved_command_of_every_variant_and_mode_is_accepted():
+    for task, entry in train.TASKS.items():
+        for variant in ("default", *entry.variants):
+            for mode in entry.defaults["mode"].choices if "mode" in entry.defaults else ("scratch",):
+                args = train.parse_args(["--task", task, "--variant", variant] + ["--mode", mode] * ("mode" in entry.defaults))
+                again = train.parse_args(train.command_line(args, entry.defaults).split()[2:])
+                assert all(getattr(args, name) == getattr(again, name) for name, flag in entry.defaults.items() if not flag.unmet(args))
+
+
 def test_train_help_shows_the_defaults_of_the_variant():
     for variant, lr, batch in (("current", "0.0001", 4096), ("conservative", "0.0002", 4096), ("aggressive", "0.0003", 2048)):
         code, out, _ = call("--task", "ocec", "--variant", variant, "--help")
@@ -3404,17 +3413,82 @@ def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say()
             assert rates == ([1e-3] if mode == "probe" else [1e-3, 3e-4]), (mode, rates)
 
 
+def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_only():
+    with folder() as f:
+        args = train.parse_args([*PPG, "--mode", "pretrain", "--mask-ratio", "0.25", "--data", str(ppg_folder(f))])
+        split = train.ppg_load(args.data, args).test
+
+        class Zero(nn.Module):  # guesses 7 for what is visible and 0 for what is hidden
+            encoder = small_encoder(channels=1)
+
+            def forward(self, signals, mask):
+                return 7.0 * (~mask)[..., None].expand_as(self.encoder.patches(signals))
+
+        inputs, mask = (torch.cat(parts) for parts in zip(*train.masked_patches(split, args)))
+        assert (mask.sum(1) == 1).all()  # a quarter of 4 patches
+        again = torch.cat([mask for _, mask in train.masked_patches(split, args, chunk=5)])
+        assert torch.equal(mask, again)
+        targets, mean, line, shape = [], [], [], []
+        for signal, hidden in zip(inputs[:, 0].numpy().astype(float), mask):
+            i = int(hidden.nonzero()) * 4
+            seen = np.delete(np.arange(16), range(i, i + 4))
+            targets += list(signal[i : i + 4])
+            mean += [np.mean(signal[seen])] * 4
+            line += [np.interp(j, seen, signal[seen]) for j in range(i, i + 4)]
+            shape += [float(inputs[:, 0, j].double().mean()) for j in range(i, i + 4)]
+        targets = np.array(targets)
+        rows = {"model": train.masked_evaluate(Zero(), split, args)} | train.masked_floor(split, args)
+        for name, guess in (("model", 0), ("constant mean", mean), ("interpolation", line), ("constant shape", shape)):
+            assert math.isclose(rows[name]["mae"], np.abs(guess - targets).mean(), rel_tol=1e-4), name
+            assert math.isclose(rows[name]["loss"], np.square(guess - targets).mean(), rel_tol=1e-4), name
+        batch = split.batch(np.arange(len(split)))
+        loss, _ = train.masked_loss(Zero(), batch, 0, args)
+        torch.manual_seed(0)
+        loss, _ = train.masked_loss(Zero(), batch, 0, args)
+        torch.manual_seed(0)
+        drawn = models.random_patch_mask(len(split), 4, 0.25)
+        assert math.isclose(float(loss), float(Zero.encoder.patches(batch["inputs"])[drawn].square().mean()), rel_tol=1e-5)
+
+
+def test_train_loss_of_the_regressor_is_what_the_flag_says():
+    with folder() as f:
+        values = {}
+        for name, oracle in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss)):
+            args = train.parse_args([*PPG, "--loss", name, "--data", str(ppg_folder(f))])
+            sets = train.ppg_load(args.data, args)
+            args.facts, model = sets.facts, train.ppg_network(args).eval()
+            batch = sets.train.batch(np.arange(30))
+            assert torch.equal(train.ppg_loss(model, batch, 0, args)[0], oracle(model(batch["inputs"]), batch["targets"]))
+
+
+def test_train_frozen_layers_have_no_dropout_in_the_loop():
+    with folder() as f:
+        ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
+        args = train.parse_args([*PPG, "--mode", "partial", "--pretrained", str(f / "pre"), "--dropout", "0.5", "--data", str(f / "bidmc")])
+        args.out, seen, loss = str(f / "new"), [], train.ppg_loss
+        with contextlib.redirect_stdout(io.StringIO()):
+            state, sets, _ = train.prepare(args)
+        layers = state.raw_model.encoder.layers
+        layers[0].register_forward_hook(lambda module, *_: seen.append((layers[0].training, layers[0].mlp[2].training, layers[1].mlp[2].training)))
+        train.train_epoch(state, sets.train, 1, args, types.SimpleNamespace(check=lambda: None))
+        assert set(seen) == {(False, False, True)}, seen
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.find_lr(state, sets, args)
+        assert set(seen) == {(False, False, True)}, seen
+
+
 def test_train_probe_on_cached_features_scores_what_the_whole_network_scores():
     with folder() as f:
         ppg_run(f / "pre", "--mode", "pretrain")
-        ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--lr", "0.03", "--dropout", "0.5")
+        ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--lr", "0.03")
         value = json.loads((f / "probe" / "scores.json").read_text())["test"]["model"]
         code, out, err = call("--task", "bidmc_hr", "--eval", f / "probe" / "best.pt", "--split", "test")  # no features there
         [line] = [line for line in out.splitlines() if line.startswith("model")]
         assert code == 0 and line.split()[1:] == [f"{each:.4f}" for each in value.values()], (out, err)
-        args = train.parse_args([*PPG, "--mode", "probe", "--pretrained", str(f / "pre"), "--data", str(f / "bidmc"), "--dropout", "0.5"])
+        args = train.parse_args([*PPG, "--mode", "probe", "--pretrained", str(f / "pre"), "--data", str(f / "bidmc")])
         args.out = str(f / "new")
-        state, sets, _ = train.prepare(args)
+        with contextlib.redirect_stdout(io.StringIO()):
+            state, sets, _ = train.prepare(args)
         features = sets.train.features.clone()
         assert not features.requires_grad and features.shape == (len(sets.train), 16)
         sets.train.features = None
@@ -3486,12 +3560,34 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
         assert code == 0 and (f / "cv" / "scores.json").read_text() == before, err
         assert same_bits(torch.load(f / "third.pt", weights_only=True)["model"], result_of(f / "cv" / "fold-3")["model"])
+        code, _, err = call(*PPG, "--data", f / "bidmc", "--out", f / "cv")
+        assert code == 2 and "holds the folds of a cross-validation" in err
         ppg_run(f / "one", "--folds", "3", "--fold", "2", "--epochs", "1")
         assert (f / "one" / "scores.json").read_text() == (f / "cv" / "fold-2" / "scores.json").read_text()
         # an encoder for each fold
         ppg_run(f / "pre", "--mode", "pretrain", "--folds", "3", "--epochs", "1")
         out = ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--folds", "3", "--epochs", "1")
         assert all(f"loaded from {f / 'pre' / f'fold-{k}' / 'best.pt'}" in out for k in (1, 2, 3))
+        (f / "pre" / "fold-3" / "best.pt").unlink()  # told before the first fold is trained
+        code, out, err = call(*PPG, "--data", f / "bidmc", "--out", f / "late", "--mode", "probe", "--pretrained", f / "pre", "--folds", "3")
+        assert code == 2 and "fold-3/best.pt does not exist" in err and "epoch" not in out and not (f / "late" / "fold-1").exists()
+        ppg_run(f / "cv", "--folds", "2", "--overwrite", "--epochs", "1")
+        assert not list((f / "cv" / "fold-3").iterdir()) and json.loads((f / "cv" / "scores.json").read_text())["folds"] == 2
+
+
+def test_train_interrupted_folds_say_how_to_go_on_with_all_of_them():
+    with folder() as f:
+        words = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "30", "--patience", "0", "--out", f / "cv"]
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)], stdout=subprocess.PIPE, text=True)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("epoch   1/") and "fold 2 of 2\n" in lines:
+                process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+        assert lines[-1].split()[2:] == ["--task", "bidmc_hr", "--out", str(f / "cv"), "--resume", "--device", "cpu"], lines[-1]
+        code, out, err = call(*lines[-1].split()[2:])
+        assert code == 0 and "2 folds, " in out, err
 
 
 def test_train_folds_work_for_the_eyes_too():
@@ -3518,6 +3614,12 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
         for each in flat:
             each["hr"][:] = 80
         constant = ["--data", write_bidmc(f / "constant", flat, columns=("PLETH",))]
+        args = train.parse_args([*PPG, "--data", str(bidmc)])
+        [validation] = set(train.ppg_load(args.data, args).validation.groups)
+        quiet = data.synthetic_ppg(10, seconds=90)
+        for each in quiet:
+            each["hr"][:] = 80 if each["patient"] == validation else each["hr"]
+        quiet = ["--data", write_bidmc(f / "quiet", quiet, columns=("PLETH",))]
         nan = lambda text: "\n".join([text.splitlines()[0]] + ["NaN"] * (len(text.splitlines()) - 1))
         half = lambda text: "".join(text.splitlines(keepends=True)[: text.count("\n") // 2])
         cases = [
@@ -3526,6 +3628,7 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
             ("no column 'HR'", damaged("c", "bidmc_04_Numerics.csv", lambda text: text.replace(" HR", " XX"))),
             ("PLETH holds 11251 NaN in 11251 rows", damaged("d", "bidmc_04_Signals.csv", nan)),
             ("training labels are 80: there is nothing to learn", constant),
+            ("--monitor r2 is not defined on the 42 validation rows", ["--monitor", "r2", *quiet]),
             ("holds no bidmc_NN_Signals.csv", ["--data", f / "pre"]),
             ("the encoder in", ["--mode", "probe", "--pretrained", f / "pre", "--width", "32"]),
             ("--width 32: the encoder in", ["--mode", "finetune", "--pretrained", f / "pre", "--width", "32"]),
@@ -3535,6 +3638,17 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
             ("starts from an encoder: give --pretrained", ["--mode", "partial"]),
             ("does not exist", ["--mode", "probe", "--pretrained", f / "nowhere.pt"]),
             ("--pretrained is read only with --mode probe or finetune or partial, not with scratch", ["--pretrained", f / "pre"]),
+            ("--dropout is read only with --mode", ["--mode", "probe", "--pretrained", f / "pre", "--dropout", "0.3"]),
+            ("--compile is read only with --mode", ["--mode", "probe", "--pretrained", f / "pre", "--compile"]),
+            ("--folds is read only with --protocol patients", ["--variant", "original", "--folds", "3"]),
+            ("needs BIDMC's own recordings, 11, 19", ["--variant", "original"]),
+            ("needs BIDMC's own recordings, 11, 19", ["--variant", "original", "--mode", "pretrain"]),
+            ("whose encoder has seen labels", ["--mode", "probe", "--pretrained", f / "run"]),
+            ("holds no 'epoch'", ["--mode", "probe", "--pretrained", f / "pre" / "last.pt"]),
+            ("--overwrite would delete the encoder", ["--mode", "probe", "--pretrained", f / "pre", "--out", f / "pre", "--overwrite"]),
+            ("fold-1/best.pt does not exist", ["--mode", "probe", "--pretrained", f / "pre", "--folds", "3"]),
+            ("holds a run without --folds", ["--folds", "3", "--out", f / "run"]),
+            ("holds a run without --folds", ["--folds", "3", "--out", f / "run", "--overwrite"]),
             ("--stretch is read only with --mode", ["--mode", "probe", "--pretrained", f / "pre", "--stretch", "1.1"]),
             ("--backbone-lr is read only with --mode finetune or partial", ["--mode", "probe", "--pretrained", f / "pre", "--backbone-lr", "1"]),
             ("unfreeze_last 3 must be between 0 and 2", ["--mode", "partial", "--pretrained", f / "pre", "--unfreeze-last", "3"]),
@@ -3561,7 +3675,7 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
                 base = ["--task", "bidmc_hr"]
             else:
                 base = ["--task", "bidmc_hr"] if "original" in words else PPG
-                words += ["--out", f / "new"] + ([] if "--data" in words else ["--data", bidmc])
+                words += (["--out", f / "new"] if "--out" not in words else []) + ([] if "--data" in words else ["--data", bidmc])
             before = {file: file.read_bytes() for file in (f / "run").iterdir()}
             code, out, err = call(*base, *words)
             assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
@@ -3590,6 +3704,12 @@ def test_train_real_original_run_prints_its_statistics_and_what_a_constant_score
         assert [f"{scores[name]['constant median']['mae']:.3f}" for name in ("validation", "test")] == ["2.222", "2.352"]
         assert scores["test"]["true rate"] == {"mae": 2.0} and scores["test"]["its best count"] == {"mae": 1.5}
         assert result_of(f / "rr", "best.pt")["facts"]["median"] == 18
+        for words in (["--variant", "original", "--mode", "pretrain", "--out", f / "pre"], ["--variant", "A", "--pretrained", f / "pre"],
+                      ["--variant", "B", "--pretrained", f / "pre"], ["--variant", "C", "--pretrained", f / "pre"]):
+            words = words if "--out" in words else [*words, "--out", f / words[1]]
+            code, out, err = call("--task", "bidmc_rr", "--data", bidmc, "--epochs", "1", "--width", "16", "--depth", "1", "--device", "cpu", *words)
+            assert code == 0, err
+        assert [result_of(f / name)["schedule"]["base_lrs"] for name in "ABC"] == [[1e-4, 1e-5], [1e-4], [5e-5, 5e-6]]
         code, out, err = call("--task", "bidmc_hr", "--variant", "original", "--data", bidmc, "--epochs", "1", "--width", "16", "--depth", "1",
                               "--out", f / "hr", "--device", "cpu")
         [line] = [line for line in out.splitlines() if line.startswith("train: ")]
@@ -3667,7 +3787,7 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "time_stretch": f"time_stretch(torch.zeros(2, 9), torch.ones(2), limit=1.2, {GEN})[0].shape == (2, 9)",
     "ppg_inputs": "ppg_inputs(torch.randn(2, 500), 31.25, kind='spectrum', rate='rr').shape == (2, 3, 64)",
     "PPGSplit": "len(PPGSplit(dict(inputs=torch.zeros(4, 9), labels=np.ones(4), ceiling=np.ones(4), groups=np.ones(4)), [1, 2], None, stretch=2)) == 2",
-    "load_backbone": "load_backbone(m := nn.Linear(1, 1), {f'encoder.{k}': v for k, v in m.state_dict().items()})[1] == 2",
+    "load_backbone": "load_backbone(m := nn.Linear(1, 1), {f'encoder.{k}': v for k, v in m.state_dict().items()})['scalars'] == 2",
     "freeze_backbone": "callable(freeze_backbone)",
     "train_mode": "train_mode(nn.Linear(1, 1)) is None",
     "PPGEncoder": "PPGEncoder()(torch.zeros(2, 1, 12)).shape == (2, 3, 64)",

@@ -19,6 +19,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -57,11 +58,12 @@ class Flag:
     above: float = -math.inf  # value > above
     high: float = math.inf  # value <= high
     choices: tuple = ()
-    when: tuple = ()  # (another flag, the values of it with which this one is read); () is always
+    when: dict = dataclasses.field(default_factory=dict)  # another flag -> the values of it with which this one is read, for all of them
     backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
 
-    def is_read(self, args):
-        return not self.when or getattr(args, self.when[0]) in self.when[1:]
+    def unmet(self, args):
+        """The first (flag, values) of `when` that the settings do not meet; None if the flag is read."""
+        return next(((name, values) for name, values in self.when.items() if getattr(args, name) not in values), None)
 
     def check(self, name, value):
         """ValueError with value, bound and remedy for a number outside the bounds."""
@@ -86,27 +88,27 @@ def engine_flags(**defaults):
         "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
                          choices=("cosine", "restarts", "cyclic", "plateau", "none")),
         "warmup_epochs": dict(help="linear warm-up before any schedule but cyclic (0 = off)", low=0,
-                              when=("schedule", "cosine", "restarts", "plateau", "none")),
+                              when={"schedule": ("cosine", "restarts", "plateau", "none")}),
         "warmup_start_lr": dict(help="learning rate of the very first step, if there is a warm-up", low=0,
-                                when=("schedule", "cosine", "restarts", "plateau", "none")),
+                                when={"schedule": ("cosine", "restarts", "plateau", "none")}),
         "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0,
-                       when=("schedule", "cosine", "restarts", "plateau")),
-        "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999, when=("schedule", "plateau")),
-        "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0, when=("schedule", "plateau")),
-        "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0, when=("schedule", "restarts")),
-        "restart_mult": dict(help="restarts: each cycle is this many times longer", low=1, when=("schedule", "restarts")),
-        "cyclic_base_lr": dict(help="cyclic: lower rate; --lr is the upper one", above=0, when=("schedule", "cyclic")),
-        "cyclic_steps_up": dict(help="cyclic: optimizer steps from the lower to the upper rate", low=1, when=("schedule", "cyclic")),
+                       when={"schedule": ("cosine", "restarts", "plateau")}),
+        "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999, when={"schedule": ("plateau",)}),
+        "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0, when={"schedule": ("plateau",)}),
+        "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0, when={"schedule": ("restarts",)}),
+        "restart_mult": dict(help="restarts: each cycle is this many times longer", low=1, when={"schedule": ("restarts",)}),
+        "cyclic_base_lr": dict(help="cyclic: lower rate; --lr is the upper one", above=0, when={"schedule": ("cyclic",)}),
+        "cyclic_steps_up": dict(help="cyclic: optimizer steps from the lower to the upper rate", low=1, when={"schedule": ("cyclic",)}),
         "clip": dict(help="largest gradient norm (0 = no clipping)", low=0),
         "ema_decay": dict(help="average of the weights, horizon 1 / (1 - decay) steps, warmed up (0 = off)", low=0, high=0.99999),
         "patience": dict(help="stop after this many epochs without a new best (0 = never)", low=0),
         "amp": dict(help="autocast precision of forward and loss", choices=("off", "bf16", "fp16")),
         "compile": dict(help="torch.compile the network"),
         "seed": dict(help="fixes the split, the initial weights, the order and the augmentation", low=0),
-        "train_ratio": dict(help="share of the training split", above=0, high=1, when=("folds", 0)),
+        "train_ratio": dict(help="share of the training split", above=0, high=1, when={"folds": (0,)}),
         "val_ratio": dict(help="share of the validation split, which picks the epoch (0 = the training loss does); with --folds: of "
                                "the rows that a fold leaves", low=0, high=0.99),
-        "test_ratio": dict(help="share of the test split, scored at the end only (0 = none)", low=0, high=1, when=("folds", 0)),
+        "test_ratio": dict(help="share of the test split, scored at the end only (0 = none)", low=0, high=1, when={"folds": (0,)}),
         "folds": dict(help="cross-validation: each group is in one of so many test splits; a run each, in OUT/fold-1, OUT/fold-2, "
                            "... (0 = one split by the ratios)", low=0),
         "fold": dict(help="with --folds: train this fold alone, in --out itself (0 = all, one after the other)", low=0),
@@ -116,16 +118,15 @@ def engine_flags(**defaults):
 
 def mode_flags(**defaults):
     """The flags of a task whose network has an `encoder` that can be pretrained, one with `layers` and a `norm` behind them."""
-    pretrained = ("mode", "probe", "finetune", "partial")
     texts = {
         "mode": dict(help="scratch: train everything from random weights; pretrain: the encoder, without labels; and from an encoder "
                           "given as --pretrained: probe trains the head alone, on features computed once, finetune everything, "
                           "partial the head and the last layers", choices=("scratch", "pretrain", "probe", "finetune", "partial")),
         "pretrained": dict(help="best.pt of a --mode pretrain run on the same split, or the run's folder (with --folds: the folder of "
-                                "all its folds)", when=pretrained),
+                                "all its folds)", when={"mode": ("probe", "finetune", "partial")}),
         "backbone_lr": dict(help="peak learning rate of the pretrained encoder; --lr is the head's", above=0,
-                            when=("mode", "finetune", "partial")),
-        "unfreeze_last": dict(help="layers of the encoder that are trained, the last ones", low=1, when=("mode", "partial")),
+                            when={"mode": ("finetune", "partial")}),
+        "unfreeze_last": dict(help="layers of the encoder that are trained, the last ones", low=1, when={"mode": ("partial",)}),
     }
     return {name: Flag(defaults.pop(name), **text) for name, text in texts.items()} | defaults
 
@@ -298,15 +299,15 @@ OCEC = Task(
         head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
                   choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
         token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1,
-                        when=("head", "auto", "transformer", "mlp_mixer")),
-        token_layers=Flag(2, "layers of those heads", low=1, when=("head", "auto", "transformer", "mlp_mixer")),
+                        when={"head": ("auto", "transformer", "mlp_mixer")}),
+        token_layers=Flag(2, "layers of those heads", low=1, when={"head": ("auto", "transformer", "mlp_mixer")}),
         dropout=Flag(0.3, "in the head", low=0, high=0.95),
         stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first", low=0, high=0.95),
         loss=Flag("bce", "bce with pos_weight, or focal loss with label smoothing", choices=("bce", "focal")),
         pos_weight=Flag(0.0, "weight of open eyes (0 = closed / open of the training rows; 1 with the stratified sampler, which "
-                        "balances already)", low=0, when=("loss", "bce")),
-        smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99, when=("loss", "focal")),
-        gamma=Flag(2.0, "exponent of the focal loss", low=0, when=("loss", "focal")),
+                        "balances already)", low=0, when={"loss": ("bce",)}),
+        smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99, when={"loss": ("focal",)}),
+        gamma=Flag(2.0, "exponent of the focal loss", low=0, when={"loss": ("focal",)}),
         flip=Flag(0.5, "probability of a horizontal flip", low=0, high=1),
         photometric=Flag(0.5, "probability of each of the five photometric operations", low=0, high=1),
         clahe=Flag(0.01, "probability of CLAHE", low=0, high=1),
@@ -348,7 +349,6 @@ def ppg_windows(recordings, args, rate):
     """Windows at the reduced rate, and the function that makes the network's input of them."""
     if args.protocol == "original":
         windows, rows = data.bidmc_original(recordings, rate=rate)
-        windows["groups"] = np.array([recordings[index]["number"] for index in windows["recording"]])  # what it split by
     else:
         windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride), None
     windows["inputs"] = data.reduce_rate(windows["inputs"], args.reduce)
@@ -363,9 +363,11 @@ def ppg_windows(recordings, args, rate):
 def ppg_split(windows, rows, recordings, args):
     """{split: rows of the windows}, without a split that has no share, and a line that says how it was done."""
     if args.protocol == "original":
-        unread = sorted(args.typed & {"train_ratio", "val_ratio", "test_ratio", "folds", "fold"})
-        if unread:
-            raise ValueError(f"{spelled(unread[0])} is read only with --protocol patients: the original split is a list of recordings")
+        missing = [str(number) for numbers in data.ORIGINAL_SPLIT.values() for number in numbers
+                   if number not in {each["number"] for each in recordings}]
+        if missing:
+            raise ValueError(f"--protocol original needs BIDMC's own recordings, {', '.join(missing)} of its validation and test splits are "
+                             "not there: give the whole folder bidmc_csv, or leave the variant out")
         return rows, "split: the original one, by recording; patients of validation and test recordings are in training too"
     patients = np.array([each["patient"] for each in recordings])
     members = {name: part for name, part in zip(("train", "validation", "test"), split_rows(patients, args)) if len(part)}
@@ -380,7 +382,7 @@ def ppg_split(windows, rows, recordings, args):
 def ppg_load(path, args):
     rate = None if args.mode == "pretrain" else ppg_rate(args)  # pretraining takes the windows without a label too
     if path:
-        recordings = ppg_recordings(path, args.cache or (str(Path(args.out).parent) if args.out else ""))
+        recordings = ppg_recordings(path, args.cache or (str(Path(args.home).parent) if args.home else ""))
     elif args.protocol == "original":
         raise ValueError("--protocol original splits BIDMC by the numbers of its recordings: give --data, PhysioNet's bidmc_csv")
     else:
@@ -569,33 +571,38 @@ PPG_C = PPG_A | dict(lr=5e-5, backbone_lr=5e-6, weight_decay=1e-3)
 
 def ppg_task(*, bins):
     """The entry of either rate; they differ in their labels and bands, and in how many bins the wider band needs."""
+    trained = ("scratch", "pretrain", "finetune", "partial")  # a probe's encoder is not
+    flags = engine_flags(
+        epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=0.5,
+        warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
+        cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
+        train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
+        **mode_flags(mode="scratch", pretrained="", backbone_lr=3e-4, unfreeze_last=1),
+        monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights", choices=("mae", "rmse", "r2", "loss")),
+        protocol=Flag("patients", "patients: labels and split as they should be; original: windows of 10 s every 2 s, breaths "
+                      "counted, the original list of recordings", choices=("patients", "original")),
+        seconds=Flag(32.0, "length of a window", low=5, high=480, when={"protocol": ("patients",)}),
+        stride=Flag(4.0, "seconds from one window to the next", above=0, when={"protocol": ("patients",)}),
+        reduce=Flag(4, "keep a mean of this many samples of the 125 a second", low=1, high=12, backbone=True),
+        inputs=Flag("spectrum", "spectrum: log power in the band of the task, phase left out; waveform: the samples",
+                    choices=("spectrum", "waveform"), backbone=True),
+        bins=Flag(bins, "frequencies of the spectrum", low=4, when={"inputs": ("spectrum",)}, backbone=True),
+        patch=Flag(4, "samples or bins of a token", low=1, backbone=True),
+        width=Flag(64, "of a token", low=2, backbone=True),
+        depth=Flag(2, "transformer layers", low=1, backbone=True),
+        heads=Flag(4, "attention heads, must divide --width", low=1, backbone=True),
+        dropout=Flag(0.1, "in the encoder, while it is trained", low=0, high=0.95, when={"mode": trained}),
+        stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label (1 = off)", low=1, high=1.99,
+                     when={"mode": trained}),
+        loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
+                  when={"mode": ("scratch", "probe", "finetune", "partial")}),
+        mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95, when={"mode": ("pretrain",)}),
+    )
+    for name in ("train_ratio", "val_ratio", "test_ratio", "folds", "fold"):  # the original split is a list of recordings
+        flags[name] = dataclasses.replace(flags[name], when=flags[name].when | {"protocol": ("patients",)})
+    flags["compile"] = dataclasses.replace(flags["compile"], when={"mode": trained})
     return Task(
-        defaults=engine_flags(
-            epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=0.5,
-            warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
-            cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
-            train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
-            **mode_flags(mode="scratch", pretrained="", backbone_lr=3e-4, unfreeze_last=1),
-            monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights", choices=("mae", "rmse", "r2", "loss")),
-            protocol=Flag("patients", "patients: labels and split as they should be; original: windows of 10 s every 2 s, breaths "
-                          "counted, the original list of recordings", choices=("patients", "original")),
-            seconds=Flag(32.0, "length of a window", low=5, high=480, when=("protocol", "patients")),
-            stride=Flag(4.0, "seconds from one window to the next", above=0, when=("protocol", "patients")),
-            reduce=Flag(4, "keep a mean of this many samples of the 125 a second", low=1, high=12, backbone=True),
-            inputs=Flag("spectrum", "spectrum: log power in the band of the task, phase left out; waveform: the samples",
-                        choices=("spectrum", "waveform"), backbone=True),
-            bins=Flag(bins, "frequencies of the spectrum", low=4, when=("inputs", "spectrum"), backbone=True),
-            patch=Flag(4, "samples or bins of a token", low=1, backbone=True),
-            width=Flag(64, "of a token", low=2, backbone=True),
-            depth=Flag(2, "transformer layers", low=1, backbone=True),
-            heads=Flag(4, "attention heads, must divide --width", low=1, backbone=True),
-            dropout=Flag(0.1, "in the encoder, while it is trained", low=0, high=0.95),
-            stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label (1 = off)", low=1, high=1.99,
-                         when=("mode", "scratch", "pretrain", "finetune", "partial")),
-            loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
-                      when=("mode", "scratch", "probe", "finetune", "partial")),
-            mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95, when=("mode", "pretrain")),
-        ),
+        defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
         evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict)
@@ -608,7 +615,7 @@ PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, lo
 
 def task_of(args):
     """What a run trains: its task's entry, or with --mode pretrain the one that trains the task's encoder without labels."""
-    return (PRETRAINING if getattr(args, "mode", "") == "pretrain" else TASKS)[args.task]
+    return (PRETRAINING if args.mode == "pretrain" else TASKS)[args.task]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,7 +624,8 @@ def task_of(args):
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK); with --predict the file to write"),
-    "cache": ("", "folder that keeps the decoded data, memory-mapped instead of in memory"),
+    "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
+                  "beside --out"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
@@ -626,6 +634,7 @@ RUN_FLAGS = {
     "overwrite": (False, "replace the run in --out"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
 }
+ABSENT = {"mode": "scratch", "sampler": "shuffled", "channels_last": False}  # what the loop takes where a task has no such flag
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",), "pretrained": ("--pretrained-ckpt",)}
 
 
@@ -685,14 +694,15 @@ def parse_args(argv):
     for name, (default, text) in RUN_FLAGS.items():
         add_flag(group, name, default, text)
     typed = vars(parser.parse_args(argv))
-    settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
-    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={})
+    settings = ABSENT | {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
+    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={}, home="")  # home: main sets it, the --out to resume
     for name in recipe:
         flag = task.defaults[name]
         flag.check(name, settings[name])
-        if name in args.typed and not args.resume and not flag.is_read(args):
-            raise ValueError(f"{spelled(name)} is read only with --{flag.when[0]} {' or '.join(map(show, flag.when[1:]))}, not with "
-                             f"{getattr(args, flag.when[0])}: leave it out, or change --{flag.when[0]}")
+        unmet = flag.unmet(args)
+        if name in args.typed and not args.resume and unmet:
+            raise ValueError(f"{spelled(name)} is read only with {spelled(unmet[0])} {' or '.join(map(show, unmet[1]))}, not with "
+                             f"{show(getattr(args, unmet[0]))}: leave it out, or change {spelled(unmet[0])}")
     check_mode(args)
     return args
 
@@ -735,7 +745,7 @@ def command_line(args, names):
     """The command that this run resolves to, as it can be typed again; what it would not read is left out."""
     words = ["train.py", "--task", args.task]
     flags = TASKS[args.task].defaults
-    for name in (name for name in names if name not in flags or flags[name].is_read(args)):
+    for name in (name for name in names if name not in flags or not flags[name].unmet(args)):
         value, flag = getattr(args, name), spelled(name)
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
@@ -829,6 +839,8 @@ def open_run_folder(args):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
             return folder, False
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
+    if (folder / "fold-1").is_dir() and not args.resume:
+        raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
     if any((folder / name).exists() for name in RUN_FILES) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
     return folder, args.resume
@@ -889,7 +901,7 @@ def seed_of(*numbers):
 
 
 def plan_batches(split, epoch, args):
-    if getattr(args, "sampler", "shuffled") == "stratified":
+    if args.sampler == "stratified":
         return data.stratified_batches(split.labels, args.batch_size, seed=args.seed, epoch=epoch)
     return data.shuffled_batches(len(split), args.batch_size, seed=args.seed, epoch=epoch)
 
@@ -900,7 +912,7 @@ def make_schedule(optimizer, args, steps_per_epoch):
         raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below --epochs {args.epochs}: train longer or warm up less")
     peak = max(group["lr"] for group in optimizer.param_groups)
     for name in ("warmup_start_lr", "min_lr"):
-        if TASKS[args.task].defaults[name].is_read(args) and getattr(args, name) > peak:
+        if not TASKS[args.task].defaults[name].unmet(args) and getattr(args, name) > peak:
             raise ValueError(f"{spelled(name)} {show(getattr(args, name))} must not be above the peak rate, {show(peak)}: lower it")
     steps = lambda epochs: round(epochs * steps_per_epoch)
     warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=args.warmup_start_lr)
@@ -919,16 +931,20 @@ def make_schedule(optimizer, args, steps_per_epoch):
 
 def pretrained_encoder(args):
     """The content of the checkpoint that --pretrained names, checked against this run's settings; None for a mode without one."""
-    if getattr(args, "mode", "scratch") in ("scratch", "pretrain"):
+    if args.mode in ("scratch", "pretrain"):
         return None
     if not args.pretrained:
         raise ValueError(f"--mode {args.mode} starts from an encoder: give --pretrained, the best.pt of a run with --mode pretrain")
     path = Path(args.pretrained)
     if path.is_dir():
         path = path / (f"fold-{args.fold}" if args.fold else "") / "best.pt"
-    content = load_checkpoint(path, args.task)
+    content = load_checkpoint(path, args.task, needs=("model", "epoch"))
+    if content["recipe"]["mode"] != "pretrain":
+        raise ValueError(f"{path} is a run with --mode {content['recipe']['mode']}, whose encoder has seen labels: give one of --mode pretrain")
+    if args.overwrite and path.resolve().parent == Path(args.out).resolve():
+        raise ValueError(f"--overwrite would delete the encoder that --pretrained names, {path}: choose another --out")
     for name, flag in TASKS[args.task].defaults.items():
-        if flag.backbone and flag.is_read(args) and content["recipe"][name] != getattr(args, name):
+        if flag.backbone and not flag.unmet(args) and content["recipe"][name] != getattr(args, name):
             raise ValueError(f"{spelled(name)} {show(getattr(args, name))}: the encoder in {path} was pretrained with "
                              f"{show(content['recipe'][name])}; give that, or pretrain another one")
     leaked = set(content["facts"]["seen"]) & set(args.facts["held_out"])
@@ -940,17 +956,17 @@ def pretrained_encoder(args):
 
 def set_up_backbone(model, args, pretrained):
     """Fill the encoder, freeze what --mode freezes; returns the optimizer's parameter groups, each with its share of --lr."""
-    mode = getattr(args, "mode", "scratch")
     if pretrained:
         try:
-            tensors, scalars, left_out = models.load_backbone(model.encoder, pretrained["model"])
+            report = models.load_backbone(model.encoder, pretrained["model"])
         except ValueError as error:
             raise ValueError(f"{pretrained['path']}: {error}") from error
-        print(f"encoder: {tensors} tensors, {scalars:,} scalars loaded from {pretrained['path']} (epoch {pretrained['epoch']}), 0 missing, "
-              f"0 unexpected; left there: {', '.join(left_out) or 'nothing'}")
-    if mode in ("probe", "partial"):
-        models.freeze_backbone(model.encoder, unfreeze_last=args.unfreeze_last if mode == "partial" else 0)
-    backbone = list(model.encoder.parameters()) if mode in ("finetune", "partial") else []
+        print(f"encoder: {report['tensors']} tensors, {report['scalars']:,} scalars loaded from {pretrained['path']} (epoch "
+              f"{pretrained['epoch']}), {report['missing']} missing, {report['unexpected']} unexpected; left there: "
+              f"{', '.join(report['left_out']) or 'nothing'}")
+    if args.mode in ("probe", "partial"):
+        models.freeze_backbone(model.encoder, unfreeze_last=args.unfreeze_last if args.mode == "partial" else 0)
+    backbone = list(model.encoder.parameters()) if args.mode in ("finetune", "partial") else []
     members = {id(p) for p in backbone}
     groups = [([p for p in model.parameters() if id(p) not in members], 1.0)]
     groups += [(backbone, args.backbone_lr / args.lr)] if backbone else []
@@ -963,7 +979,7 @@ def build(args, steps_per_epoch, pretrained=None):
     torch.manual_seed(seed_of(args.seed))
     run.raw_model = task_of(args).network(args).to(args.device)
     groups = set_up_backbone(run.raw_model, args, pretrained)
-    if getattr(args, "channels_last", False):
+    if args.channels_last:
         run.raw_model.to(memory_format=torch.channels_last)
     run.model = torch.compile(run.raw_model) if args.compile else run.raw_model
     rows = args.batch_size * args.accumulate
@@ -1237,12 +1253,13 @@ def cache_features(model, sets, chunk=512):
 
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
-    task, folder, content = TASKS[args.task], None, None
+    folder, content = None, None
     if not args.find_lr:
         folder, resuming = open_run_folder(args)
         if resuming:
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
             adopt_recipe(args, content)
+    task = task_of(args)
     args.device = resolve_device(args.device)
     print(command_line(args, [*task.defaults, "data", "cache", "out", "device"] + ["find_lr"] * args.find_lr), flush=True)
     if args.resume and not content:
@@ -1257,15 +1274,20 @@ def prepare(args):
         raise ValueError(f"the data or their split are not those of the run in {folder}: they differ in "
                          f"{', '.join(key for key in sets.facts if content['facts'].get(key) != sets.facts[key])}; restore them, or start "
                          "a new run in another --out")
+    floor = {} if sets.validation is None else task.floor(sets.validation, args)
+    if math.isnan(best_constant(floor).get(args.monitor, 0.0)):
+        raise ValueError(f"--monitor {args.monitor} is not defined on the {len(sets.validation)} validation rows (labels of one value or one "
+                         "class): choose another, or other rows with --seed or the ratios")
     batches = plan_batches(sets.train, 1, args)
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
+    run.floor = floor
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
-    if getattr(args, "mode", "") == "probe":
+    if args.mode == "probe":
         cache_features(run.raw_model, sets)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
     weights = models.count_parameters(run.raw_model)
@@ -1293,16 +1315,14 @@ def report(sets, args, folder, seconds):
 
 def train(run, sets, folder, args):
     """Train to the end and report; returns the exit code."""
-    floor, start = {}, time.perf_counter()
+    start = time.perf_counter()
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
-    again = "python " + shlex.join(["train.py", "--task", args.task, "--out", str(folder), "--resume", *kept])
-    if sets.validation is not None:
-        rows = task_of(args).floor(sets.validation, args)
-        floor = best_constant(rows)
-        print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(rows)}", flush=True)
+    again = "python " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
+    if run.floor:
+        print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
         with StopSignal() as stop:
-            fit(run, sets, args, folder, floor, stop)
+            fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(sets, args, folder, time.perf_counter() - start)
     except Interrupted as error:
         print(f"\n{error}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
@@ -1322,6 +1342,7 @@ def find_lr(run, sets, args):
         group["lr"] = lr  # as before the schedule was built
 
     def loss(model, batch):
+        models.train_mode(model)
         with autocast(args):
             return task_of(args).loss(model, batch, 0, args)[0]
 
@@ -1359,20 +1380,35 @@ def apply_checkpoint(args):
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
 
+def fold_runs(args, folder):
+    """The settings of every fold's run, in OUT/fold-1, OUT/fold-2, ..., checked as far as prepare does before the first is trained."""
+    if any((folder / name).exists() for name in ("last.pt", "best.pt")):
+        raise ValueError(f"{folder} holds a run without --folds: choose another --out")
+    if args.resume and (folder / "fold-1" / "last.pt").is_file():
+        adopt_recipe(args, load_checkpoint(folder / "fold-1" / "last.pt", args.task))
+    runs = []
+    for fold in range(1, args.folds + 1):
+        one = copy.copy(args)
+        one.fold, one.out, one.facts = fold, str(folder / f"fold-{fold}"), {}
+        one.resume = args.resume and (fold == 1 or (Path(one.out) / "last.pt").is_file())
+        runs.append(one)
+    for one in runs:
+        print(f"checking fold {one.fold} of {args.folds}", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(copy.copy(one))
+    return runs
+
+
 def cross_validate(args):
     """--folds: a run for each fold, then mean and standard deviation of their test scores. Resumed, it goes on where it ended."""
-    folder, runs = Path(args.out), []
+    folder = Path(args.out)
     with refusals():
-        if args.resume:
-            adopt_recipe(args, load_checkpoint(folder / "fold-1" / "last.pt", args.task))
-        for fold in range(1, args.folds + 1):
-            one = copy.copy(args)
-            one.fold, one.out, one.facts = fold, str(folder / f"fold-{fold}"), {}
-            one.resume = args.resume and (Path(one.out) / "last.pt").is_file()
-            open_run_folder(one)  # all of them before the first is trained
-            runs.append(one)
+        runs = fold_runs(args, folder)
+        for stale in [folder / "scores.json", *folder.glob("fold-*/*")] if args.overwrite else []:
+            if stale.name in RUN_FILES:
+                stale.unlink(missing_ok=True)
     for one in runs:
-        print(f"{chr(10) * (one.fold > 1)}fold {one.fold} of {args.folds}")
+        print(f"\nfold {one.fold} of {args.folds}")
         code = train_once(one)
         if code:
             return code
@@ -1417,8 +1453,9 @@ def main(argv=None):
         if args.find_lr:
             args.fold = args.fold or min(args.folds, 1)
             return train_once(args)
-        args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
-        many = args.folds and not args.fold or args.resume and (Path(args.out) / "fold-1").is_dir()
+        args.home = args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
+        begun = (Path(args.out) / "fold-1").is_dir() and not (Path(args.out) / "last.pt").is_file()
+        many = begun if args.resume and not args.folds else args.folds and not args.fold
         return cross_validate(args) if many else train_once(args)
     except Refused as error:
         print(f"train.py: error: {error}", file=sys.stderr)
