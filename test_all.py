@@ -3397,8 +3397,8 @@ def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say()
         out = ppg_run(f / "pre", "--mode", "pretrain")
         assert "interpolation" in out and "constant shape" in out and "PULSE" not in out
         source = {name: value for name, value in result_of(f / "pre", "best.pt")["model"].items() if name.startswith("encoder.")}
-        for mode, words, moved in (("probe", (), ()), ("partial", ("--unfreeze-last", "1"), ("layers.1.", "norm.")),
-                                   ("finetune", (), ("embed.", "layers.0.", "layers.1.", "norm."))):
+        for mode, words, moved in (("probe", (), ()), ("partial", ("--unfreeze-last", "1", "--backbone-lr", "2e-4"), ("layers.1.", "norm.")),
+                                   ("finetune", ("--backbone-lr", "2e-4"), ("embed.", "layers.0.", "layers.1.", "norm."))):
             out = ppg_run(f / mode, "--mode", mode, "--pretrained", f / "pre" / "best.pt", *words)
             scalars = sum(value.numel() for value in source.values())
             assert f"encoder: 28 tensors, {scalars:,} scalars loaded" in out and "0 missing, 0 unexpected; left there: mask_token, decoder.weight" in out
@@ -3410,7 +3410,7 @@ def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say()
                 if not expected:
                     assert torch.equal(last["ema"]["module"][name], value)
             rates = last["schedule"]["base_lrs"]
-            assert rates == ([1e-3] if mode == "probe" else [1e-3, 3e-4]), (mode, rates)
+            assert rates == ([1e-3] if mode == "probe" else [1e-3, 2e-4]), (mode, rates)
 
 
 def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_only():

@@ -577,7 +577,7 @@ def ppg_task(*, bins):
         warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
         cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
         train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
-        **mode_flags(mode="scratch", pretrained="", backbone_lr=3e-4, unfreeze_last=1),
+        **mode_flags(mode="scratch", pretrained="", backbone_lr=1e-3, unfreeze_last=1),
         monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights", choices=("mae", "rmse", "r2", "loss")),
         protocol=Flag("patients", "patients: labels and split as they should be; original: windows of 10 s every 2 s, breaths "
                       "counted, the original list of recordings", choices=("patients", "original")),
