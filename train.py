@@ -337,12 +337,12 @@ def ppg_seconds(args):
 
 def ppg_recordings(path, cache, need_labels=True):
     """The recordings of a folder; on a terminal a line says which file is parsed."""
-    on_terminal = sys.stdout.isatty()
-    progress = (lambda text: print(f"\r{text}", end="", flush=True)) if on_terminal else None
-    recordings = data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
-    if on_terminal:
-        print("\r" + " " * 60 + "\r", end="")
-    return recordings
+    clear = "\r" + " " * 60 + "\r" if sys.stdout.isatty() else ""
+    progress = (lambda text: print(clear + text, end="", flush=True)) if clear else None
+    try:
+        return data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
+    finally:
+        print(clear, end="", flush=True)
 
 
 def ppg_windows(recordings, args, rate):

@@ -4,8 +4,9 @@
     $ python benchmarks/bidmc_table.py runs/rr-scratch runs/rr-finetune
 
 For each run the mean over the folds and their standard deviation, beside every floor and ceiling. Then, for each patient (every
-one of them is tested in one fold), the mean absolute error of a run minus that of the spectral peak, of the best constant and of
-the first run named: mean over the patients, with a 95 % interval from 10,000 bootstrap samples of patients.
+one of them is tested in one fold), the mean absolute error of a run minus that of the spectral peak, of the constants and of the
+first run named: mean over the patients, with a 95 % interval from 10,000 bootstrap samples of patients. Runs of several seeds
+joined by commas are averaged patient by patient first.
 """
 
 import json
@@ -19,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 
 
-def patient_errors(folder):
-    """{patient: mean absolute error} of the run, of the spectral peak and of the training median, over all folds' test windows."""
-    errors = {"model": {}, "spectral peak": {}, "constant median": {}}
-    for best in sorted(folder.glob("fold-*/best.pt")):
+def patient_errors(folder, folds):
+    """{name: {patient: mean absolute error}} of the run and of what learns nothing, over the test windows of all folds."""
+    errors = {"model": {}, "spectral peak": {}, "constant mean": {}, "constant median": {}}
+    for fold in range(1, folds + 1):
+        best = folder / f"fold-{fold}" / "best.pt"
         content = torch.load(best, map_location="cpu", weights_only=True)
-        args = train.parse_args(["--task", content["task"], "--eval", str(best), "--cache", str(folder)])
+        args = train.parse_args(["--task", content["task"], "--eval", str(best), "--cache", str(folder.parent)])
         train.adopt_recipe(args, content)
         args.device = "cpu"
         split = train.task_of(args).load(args.data, args).test
@@ -32,34 +34,39 @@ def patient_errors(folder):
         train.load_weights(model, content, best)
         with torch.inference_mode():
             predictions = {"model": train.ppg_prediction(train.ppg_all_outputs(model, split), args).numpy()}
-        predictions |= {"spectral peak": train.ppg_spectral(split, args), "constant median": args.facts["median"]}
+        predictions |= {"spectral peak": train.ppg_spectral(split, args), "constant mean": args.facts["scaler"]["mean"],
+                        "constant median": args.facts["median"]}
         for name, prediction in predictions.items():
             for patient in np.unique(split.groups):
                 errors[name][patient] = np.abs(prediction - split.labels)[split.groups == patient].mean()
     return errors
 
 
-def interval(differences, rng=np.random.default_rng(0)):
+def interval(differences):
     """Mean of the differences and its 95 % percentile bootstrap interval."""
     differences = np.asarray(differences)
-    means = differences[rng.integers(0, len(differences), (10_000, len(differences)))].mean(1)
-    return differences.mean(), *np.percentile(means, (2.5, 97.5))
+    rows = np.random.default_rng(0).integers(0, len(differences), (10_000, len(differences)))
+    return differences.mean(), *np.percentile(differences[rows].mean(1), (2.5, 97.5))
 
 
-folders = [Path(name) for name in sys.argv[1:]]
-if not folders:
+if len(sys.argv) < 2:
     sys.exit(__doc__)
 first = None
-for folder in folders:
-    scores = json.loads((folder / "scores.json").read_text())
-    print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, mean +- sd over the folds")
-    for name, row in scores["test"].items():
-        if name != "rows":
-            cells = [f"{key} {value:7.3f} +- {scores['test_sd'][name][key]:.3f}" for key, value in row.items() if value is not None]
-            print(f"  {name:<16}" + "   ".join(cells))
-    errors = patient_errors(folder)
-    first = first or errors
-    for title, other in (("spectral peak", errors["spectral peak"]), ("constant median", errors["constant median"]), (str(folders[0]), first["model"])):
-        if other is not errors["model"]:
-            mean, low, high = interval([errors["model"][patient] - other[patient] for patient in errors["model"]])
-            print(f"  MAE by patient minus that of {title}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(other)} patients")
+for joined in sys.argv[1:]:
+    of_seeds = []
+    for folder in map(Path, joined.split(",")):
+        scores = json.loads((folder / "scores.json").read_text())
+        if "folds" not in scores:
+            sys.exit(f"{folder} is a run without --folds")
+        print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, mean +- sd over the folds")
+        for name, row in scores["test"].items():
+            if name != "rows":
+                cells = [f"{key} {value:7.3f} +- {scores['test_sd'][name][key]:.3f}" for key, value in row.items() if value is not None]
+                print(f"  {name:<16}" + "   ".join(cells))
+        of_seeds.append(patient_errors(folder, scores["folds"]))
+    errors = {name: {patient: np.mean([each[name][patient] for each in of_seeds]) for patient in of_seeds[0][name]} for name in of_seeds[0]}
+    first = first or errors["model"]
+    others = {name: errors[name] for name in errors if name != "model"} | ({sys.argv[1]: first} if first is not errors["model"] else {})
+    for title, other in others.items():
+        mean, low, high = interval([errors["model"][patient] - other[patient] for patient in other])
+        print(f"  {joined}: MAE by patient minus that of {title}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(other)} patients")

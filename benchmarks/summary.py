@@ -1,4 +1,4 @@
-"""Mean and standard deviation over the seeds of finished runs, each score beside the constant's: README's results table.
+"""Mean and standard deviation over the seeds of finished runs, cross-validated or not, with every floor and ceiling.
 
     $ for seed in 0 1 2; do python train.py --task ocec --lr 2e-4 --data eyes_cew --seed $seed --out runs/cew-$seed; done
     $ python benchmarks/summary.py runs/cew-0 runs/cew-1 runs/cew-2
@@ -15,9 +15,10 @@ if not folders:
 runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
 for folder, run in zip(folders, runs):
     scores = "  ".join(f"{name} {value:.4f}" for name, value in run["test"]["model"].items())
-    print(f"{folder}: epoch {run['epoch']} ({run['weights']}), {run['test']['rows']} test rows  {scores}")
-for row in ("model", "constant"):
+    which = f"{run['folds']} folds" if "folds" in run else f"epoch {run['epoch']} ({run['weights']})"
+    print(f"{folder}: {which}, {run['test']['rows']} test rows  {scores}")
+for row in (name for name in runs[0]["test"] if name != "rows"):
     for name in runs[0]["test"][row]:
         values = [run["test"][row][name] for run in runs]
         spread = f" sd {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"{row:<8} {name:<9} mean {statistics.fmean(values):.4f}{spread}  ({len(values)} runs)")
+        print(f"{row:<16} {name:<12} mean {statistics.fmean(values):.4f}{spread}  ({len(values)} runs)")
