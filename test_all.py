@@ -2994,7 +2994,7 @@ def test_train_scores_do_not_depend_on_the_batch_size_and_weights_come_from_trai
         assert sets.facts["pos_weight"] == (len(sets.train) - positives) / positives != losses.auto_pos_weight(sets.whole.labels)
         model = train.build(args, 1).raw_model.eval()
         with torch.no_grad():
-            few, many = (train.eyes_logits(model, sets.whole, args, chunk=chunk) for chunk in (7, 512))
+            few, many = (train.eyes_logits(model, sets.whole, chunk=chunk) for chunk in (7, 512))
         assert (few - many).abs().max() < 1e-5
 
 
@@ -3597,40 +3597,62 @@ def test_train_folds_work_for_the_eyes_too():
         assert "2 folds, 60 test rows in all" in out
 
 
-def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
+def ppg_refuses(f, cases):
+    """Each (message, words) must end with code 2 and that message, once, and leave no trace."""
+    state = lambda: {file: file.read_bytes() for name in ("run", "pre") for file in sorted((f / name).iterdir())}
+    before = state()
+    for message, words in cases:
+        words = list(words)
+        if "--predict" in words or "--resume" in words:
+            base = ["--task", "bidmc_hr"]
+        else:
+            base = ["--task", "bidmc_hr"] if "original" in words else PPG
+            words += ([] if "--out" in words else ["--out", f / "new"]) + ([] if "--data" in words else ["--data", f / "bidmc"])
+        code, _, err = call(*base, *words)
+        assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
+        assert not (f / "new").exists() and state() == before, message
+
+
+def damaged(f, name, file, change):
+    """--data with a copy of the recordings in which one file is changed, or gone."""
+    path = f / name
+    path.mkdir()
+    for each in ppg_folder(f).iterdir():
+        (path / each.name).write_bytes(each.read_bytes())
+    edit(path / file, change) if change else (path / file).unlink()
+    return ["--data", path]
+
+
+def test_train_ppg_refuses_bad_data_with_exit_code_2_and_one_message():
     with folder() as f:
-        bidmc = ppg_folder(f)
         ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
         ppg_run(f / "run", "--epochs", "1")
-
-        def damaged(name, file, change):
-            folder_ = f / name
-            folder_.mkdir()
-            for each in bidmc.iterdir():
-                (folder_ / each.name).write_bytes(each.read_bytes())
-            edit(folder_ / file, change) if change else (folder_ / file).unlink()
-            return ["--data", folder_]
-
-        flat = data.synthetic_ppg(10, seconds=90)
-        for each in flat:
-            each["hr"][:] = 80
-        constant = ["--data", write_bidmc(f / "constant", flat, columns=("PLETH",))]
-        args = train.parse_args([*PPG, "--data", str(bidmc)])
+        args = train.parse_args([*PPG, "--data", str(f / "bidmc")])
         [validation] = set(train.ppg_load(args.data, args).validation.groups)
-        quiet = data.synthetic_ppg(10, seconds=90)
-        for each in quiet:
-            each["hr"][:] = 80 if each["patient"] == validation else each["hr"]
-        quiet = ["--data", write_bidmc(f / "quiet", quiet, columns=("PLETH",))]
+        constant, quiet = data.synthetic_ppg(10, seconds=90), data.synthetic_ppg(10, seconds=90)
+        for one, other in zip(constant, quiet):
+            one["hr"][:] = 80
+            other["hr"][:] = 80 if other["patient"] == validation else other["hr"]
+        constant, quiet = (write_bidmc(f / name, each, columns=("PLETH",)) for name, each in (("constant", constant), ("quiet", quiet)))
         nan = lambda text: "\n".join([text.splitlines()[0]] + ["NaN"] * (len(text.splitlines()) - 1))
         half = lambda text: "".join(text.splitlines(keepends=True)[: text.count("\n") // 2])
-        cases = [
-            ("bidmc_04_Numerics.csv is missing", damaged("a", "bidmc_04_Numerics.csv", None)),
-            ("the signals last 45.0 s, the numerics 90.0 s: one of the two files is cut off", damaged("b", "bidmc_04_Signals.csv", half)),
-            ("no column 'HR'", damaged("c", "bidmc_04_Numerics.csv", lambda text: text.replace(" HR", " XX"))),
-            ("PLETH holds 11251 NaN in 11251 rows", damaged("d", "bidmc_04_Signals.csv", nan)),
-            ("training labels are 80: there is nothing to learn", constant),
-            ("--monitor r2 is not defined on the 42 validation rows", ["--monitor", "r2", *quiet]),
+        ppg_refuses(f, [
+            ("bidmc_04_Numerics.csv is missing", damaged(f, "a", "bidmc_04_Numerics.csv", None)),
+            ("the signals last 45.0 s, the numerics 90.0 s: one of the two files is cut off", damaged(f, "b", "bidmc_04_Signals.csv", half)),
+            ("no column 'HR'", damaged(f, "c", "bidmc_04_Numerics.csv", lambda text: text.replace(" HR", " XX"))),
+            ("PLETH holds 11251 NaN in 11251 rows", damaged(f, "d", "bidmc_04_Signals.csv", nan)),
+            ("training labels are 80: there is nothing to learn", ["--data", constant]),
+            ("--monitor r2 is not defined on the 42 validation rows", ["--monitor", "r2", "--data", quiet]),
             ("holds no bidmc_NN_Signals.csv", ["--data", f / "pre"]),
+            ("differ in data", ["--out", f / "run", "--resume", *damaged(f, "e", "bidmc_04_Signals.csv", lambda text: text.replace("0.5", "0.6"))]),
+        ])
+
+
+def test_train_ppg_refuses_bad_calls_with_exit_code_2_and_one_message():
+    with folder() as f:
+        ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
+        ppg_run(f / "run", "--epochs", "1")
+        ppg_refuses(f, [
             ("the encoder in", ["--mode", "probe", "--pretrained", f / "pre", "--width", "32"]),
             ("--width 32: the encoder in", ["--mode", "finetune", "--pretrained", f / "pre", "--width", "32"]),
             ("--reduce 2: the encoder in", ["--mode", "finetune", "--pretrained", f / "pre", "--reduce", "2"]),
@@ -3666,21 +3688,9 @@ def test_train_ppg_refuses_bad_input_with_exit_code_2_and_one_message():
             ("--seconds is read only with --protocol patients", ["--variant", "original", "--seconds", "10"]),
             ("invalid choice: 'huber'", ["--loss", "huber"]),
             ("invalid choice: 'linear'", ["--mode", "linear"]),
-            ("predicts no rate", ["--predict", f / "pre" / "best.pt", "--data", bidmc, "--out", f / "p.csv"]),
+            ("predicts no rate", ["--predict", f / "pre" / "best.pt", "--data", f / "bidmc", "--out", f / "p.csv"]),
             ("contradicts the run that is resumed", ["--out", f / "run", "--resume", "--mode", "pretrain"]),
-            ("differ in data", ["--out", f / "run", "--resume", *damaged("e", "bidmc_04_Signals.csv", lambda text: text.replace("0.5", "0.6"))]),
-        ]
-        for message, words in cases:
-            words = list(words)
-            if "--predict" in words or "--resume" in words:
-                base = ["--task", "bidmc_hr"]
-            else:
-                base = ["--task", "bidmc_hr"] if "original" in words else PPG
-                words += (["--out", f / "new"] if "--out" not in words else []) + ([] if "--data" in words else ["--data", bidmc])
-            before = {file: file.read_bytes() for file in (f / "run").iterdir()}
-            code, out, err = call(*base, *words)
-            assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
-            assert not (f / "new").exists() and before == {file: file.read_bytes() for file in (f / "run").iterdir()}, message
+        ])
 
 
 def test_train_pretrained_checkpoint_that_lacks_tensors_is_refused_with_its_counts():

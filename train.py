@@ -172,6 +172,20 @@ def split_rows(groups, args):
     return [rest[rows] for rows in inner] + [test]
 
 
+def batches_in_order(split, chunk=512):
+    """The whole of a split as batches for scoring: in order, none left out, not augmented."""
+    for start in range(0, len(split), chunk):
+        yield split.batch(np.arange(start, min(start + chunk, len(split))))
+
+
+def all_outputs(forward, split, chunk=512):
+    """forward(batch) over a whole split, float32 on the CPU; NonFinite if any of it is not a finite number."""
+    outputs = torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu()
+    if not torch.isfinite(outputs).all():
+        raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are not finite")
+    return outputs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Task ocec: is the eye open?
 
@@ -237,17 +251,12 @@ def eyes_probability(logits, args):
     return torch.sigmoid(logits)
 
 
-def eyes_logits(model, split, args, chunk=512):
-    rows = np.arange(len(split))
-    parts = [model(split.batch(rows[start : start + chunk])["inputs"]) for start in range(0, len(rows), chunk)]
-    logits = torch.cat(parts).float().cpu()
-    if not torch.isfinite(logits).all():
-        raise NonFinite(f"{int((~torch.isfinite(logits)).sum())} of {len(logits)} logits are not finite")
-    return logits
+def eyes_logits(model, split, chunk=512):
+    return all_outputs(lambda batch: model(batch["inputs"]), split, chunk)
 
 
 def eyes_evaluate(model, split, args):
-    logits = eyes_logits(model, split, args)
+    logits = eyes_logits(model, split)
     report = losses.binary_report(logits.numpy(), split.labels)
     loss = eyes_criterion(logits, torch.from_numpy(split.labels).float(), args)
     return {"loss": float(loss)} | {name: report[name] for name in ("f1", "accuracy", "precision", "recall", "auroc", "auprc")}
@@ -264,7 +273,7 @@ def eyes_floor(split, args):
 def eyes_predict(model, path, out, args):
     images, _, _, names = data.read_eyes(path, size=args.size, cache=args.cache, need_labels=False)
     split = data.EyeSplit(images, None, np.arange(len(names)), device=args.device)
-    logits = eyes_logits(model, split, args)
+    logits = eyes_logits(model, split)
     with atomic_write(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "logit", "prob_open"])
@@ -453,12 +462,8 @@ def ppg_prediction(outputs, args):
     return ppg_scaler(args).inverse(outputs.double())
 
 
-def ppg_all_outputs(model, split, chunk=512):
-    parts = [ppg_outputs(model, split.batch(np.arange(start, min(start + chunk, len(split))))) for start in range(0, len(split), chunk)]
-    outputs = torch.cat(parts).cpu()
-    if not torch.isfinite(outputs).all():
-        raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {len(outputs)} predictions are not finite")
-    return outputs
+def ppg_all_outputs(model, split):
+    return all_outputs(lambda batch: ppg_outputs(model, batch), split)
 
 
 def ppg_scores(prediction, split, args, rows=slice(None)):
@@ -518,10 +523,10 @@ def masked_loss(model, batch, step, args):
 
 
 def masked_patches(split, args, chunk=512):
-    """The inputs of a split and its masks, in chunks; a split's masks are always the same ones."""
+    """The inputs of a split in batches, each with its mask; a split's masks are always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(split), chunk):
-        inputs = split.batch(np.arange(start, min(start + chunk, len(split))))["inputs"]
+    for batch in batches_in_order(split, chunk):
+        inputs = batch["inputs"]
         yield inputs, models.random_patch_mask(len(inputs), inputs.shape[-1] // args.patch, args.mask_ratio, generator=generator)
 
 
@@ -1241,14 +1246,12 @@ def check_one_row_batch(run, sets, batches, args):
                          f"train on ({error}): try --batch-size {fits}") from error
 
 
-def cache_features(model, sets, chunk=512):
+def cache_features(model, sets):
     """A frozen encoder makes the same features of a row in every epoch: make them once, in eval mode."""
     model.eval()
     with torch.no_grad():
         for split in sets.splits().values():
-            rows = np.arange(len(split))
-            split.features = torch.cat([model.features(split.batch(rows[start : start + chunk])["inputs"])
-                                        for start in range(0, len(rows), chunk)])
+            split.features = torch.cat([model.features(batch["inputs"]) for batch in batches_in_order(split)])
 
 
 def prepare(args):
