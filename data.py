@@ -1112,8 +1112,9 @@ def time_stretch(windows, labels, *, limit, generator):
     windows   (b, t) float tensor; labels (b,) rates, in any unit that is proportional to frequency (not yet z-scored)
     limit     >= 1; 1 is off
     generator a CPU torch.Generator; nothing is changed in place
-    Errors: ValueError for a limit below 1, or of 2 and more (the mirror would be longer than the window).
-    Source: resampling as augmentation: Um et al. 2017, arXiv:1706.00527 (there "time-warping", without the label)
+    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror image).
+    Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
+    Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
     """
     if not 1 <= limit < 2:
         raise ValueError(f"limit {limit:g} must be at least 1 (off) and below 2")
@@ -1135,9 +1136,10 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
         spectrum   log power in the band of the task, a quarter wider at both ends: hr 1 channel, the window's; rr 3 channels,
                    of the baseline, the amplitude and the frequency of the pulse
 
-    From 41 patients no network here learnt breathing from the waveform; the spectrum has no phase to overfit to.
+    The spectrum has no phase to overfit to: of some thirty patients, breathing was learnt from it and not from the waveform.
 
     Errors: ValueError for another kind or rate.
+    Check:  4 * x + 1 gives what x gives, but for rounding
     Needs:  RATE_BANDS, standardise, respiratory_signals, spectral_rate, band_spectrum
     """
     if kind not in ("waveform", "spectrum") or rate not in RATE_BANDS:
