@@ -805,7 +805,7 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
               annotators (1-based samples, sorted, as they are otherwise), time, hr, pulse float64 (one a second, NaN = none)
     Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
-    Needs:  read_bidmc_recording
+    Needs:  read_bidmc_recording, read_bidmc_cache
     """
     folder = Path(folder)
     files = sorted(folder.glob("bidmc_[0-9]*_*"))
@@ -818,13 +818,10 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
             digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
         kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
         if kept.exists():
-            recordings = {name: {} for name in names}
-            with np.load(kept, allow_pickle=False) as archive:
-                for entry in archive.files:
-                    name, field = entry.split("/")
-                    value = archive[entry]
-                    recordings[name][field] = value if value.ndim else value.item()
-            return list(recordings.values())
+            try:
+                return read_bidmc_cache(kept, names)
+            except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
     recordings = []
     for i, name in enumerate(names):
         if progress:
@@ -841,6 +838,17 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
         except OSError as error:
             warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they will be parsed again")
     return recordings
+
+
+def read_bidmc_cache(file, names):
+    """The recordings that read_bidmc kept in an .npz."""
+    recordings = {name: {} for name in names}
+    with np.load(file, allow_pickle=False) as archive:
+        for entry in archive.files:
+            name, field = entry.split("/")
+            value = archive[entry]
+            recordings[name][field] = value if value.ndim else value.item()
+    return list(recordings.values())
 
 
 def read_bidmc_recording(folder, name, *, need_labels=True):

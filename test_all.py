@@ -2344,10 +2344,17 @@ def test_data_bidmc_cache_parses_once_per_content():
             os.utime(file, (1, 1))  # another time, the same content
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert len(told) == 2
+        kept.write_bytes(kept.read_bytes()[:500])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert "cannot be read" in str(caught[0].message) and len(told) == 4
+        assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert len(told) == 4
         recordings[1]["patient"] = "patient009"  # as long as the old one
         write_bidmc(f / "bidmc", recordings[1:])
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
-        assert len(told) == 4
+        assert len(told) == 6
 
 
 def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
@@ -3340,7 +3347,8 @@ def ppg_folder(f, n=10, seconds=90):
 
 
 def ppg_run(path, *words):
-    code, out, err = call(*PPG, "--data", ppg_folder(path.parent), "--out", path, *words)
+    words = words if "--data" in words else ["--data", ppg_folder(path.parent), *words]
+    code, out, err = call(*PPG, "--out", path, *words)
     assert code == 0, err
     return out
 
@@ -3576,6 +3584,23 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         assert not list((f / "cv" / "fold-3").iterdir()) and json.loads((f / "cv" / "scores.json").read_text())["folds"] == 2
 
 
+def test_train_folds_of_different_recipes_are_never_averaged():
+    with folder() as f:
+        for fold, words in ((1, ("--folds", "3")), (2, ("--folds", "4")), (3, ("--folds", "3"))):
+            ppg_run(f / "cv" / f"fold-{fold}", *words, "--fold", fold, "--epochs", "1", "--data", ppg_folder(f))
+        code, _, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
+        assert code == 2 and "--folds 3 contradicts the run that is resumed (4 there)" in err and not (f / "cv" / "scores.json").exists(), err
+        ppg_run(f / "cv" / "fold-2", "--folds", "3", "--fold", "2", "--epochs", "1", "--data", f / "bidmc", "--overwrite")
+        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
+        assert code == 0 and "3 folds, " in out, err
+        (f / "cv" / "fold-1" / "last.pt").unlink()
+        code, _, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
+        assert code == 2 and "there is no run in" in err, err
+        ppg_run(f / "single", "--epochs", "1", "--data", f / "bidmc")
+        code, _, err = call(*PPG, "--data", f / "bidmc", "--folds", "3", "--fold", "1", "--out", f / "single" / "fold-1")
+        assert code == 2 and "holds a run without --folds" in err, err
+
+
 def test_train_interrupted_folds_say_how_to_go_on_with_all_of_them():
     with folder() as f:
         words = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "30", "--patience", "0", "--out", f / "cv"]
@@ -3682,6 +3707,7 @@ def test_train_ppg_refuses_bad_calls_with_exit_code_2_and_one_message():
             ("heads must divide channels", ["--heads", "3"]),
             ("lasts 90.0 s, a window 91 s", ["--seconds", "91"]),
             ("there must be at least 2 folds", ["--folds", "1"]),
+            ("there must be at least 2 folds", ["--folds", "3", "--fold", "5", "--resume", "--out", f / "run"]),
             ("--folds 3 --fold 4: there must be", ["--folds", "3", "--fold", "4"]),
             ("--test-ratio is read only with --folds 0", ["--folds", "3", "--test-ratio", "0.1"]),
             ("--protocol original splits BIDMC by the numbers", ["--variant", "original", "--data", ""]),

@@ -547,9 +547,9 @@ def masked_evaluate(model, split, args):
 def masked_floor(split, args):
     """What needs no learning: the mean of a window's visible patches, the mean of these rows, a line between visible neighbours."""
     parts = {"constant mean": [], "constant shape": [], "interpolation": []}
-    targets, everything = [], torch.cat([inputs for inputs, _ in masked_patches(split, args)]).cpu().double().numpy()
-    masks = torch.cat([mask for _, mask in masked_patches(split, args)]).numpy().repeat(args.patch, 1)
-    everything = everything[..., : masks.shape[1]]
+    inputs, masks = (torch.cat(each) for each in zip(*masked_patches(split, args)))
+    masks, targets = masks.numpy().repeat(args.patch, 1), []
+    everything = inputs.cpu().double().numpy()[..., : masks.shape[1]]
     shape, place = everything.mean(0), np.arange(masks.shape[1])
     for signals, hidden in zip(everything, masks):
         for channel, signal in enumerate(signals):
@@ -628,7 +628,7 @@ def task_of(args):
 
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
-    "out": ("", "folder of the run (default: runs/TASK); with --predict the file to write"),
+    "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write"),
     "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
                   "beside --out"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
@@ -700,7 +700,8 @@ def parse_args(argv):
         add_flag(group, name, default, text)
     typed = vars(parser.parse_args(argv))
     settings = ABSENT | {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
-    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={}, home="")  # home: main sets it, the --out to resume
+    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={}, home="",  # home: main sets it, the --out to resume
+                                 given={name: typed.get(name, "") for name in ("device", "cache")})
     for name in recipe:
         flag = task.defaults[name]
         flag.check(name, settings[name])
@@ -728,7 +729,7 @@ def check_mode(args):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    if not args.resume and (args.folds == 1 or args.fold > args.folds):
+    if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, this version trains in one process: use --nproc-per-node 1")
@@ -846,6 +847,8 @@ def open_run_folder(args):
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
     if (folder / "fold-1").is_dir() and not args.resume:
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
+    if args.fold and folder.name == f"fold-{args.fold}":
+        refuse_single_run(folder.parent)
     if any((folder / name).exists() for name in RUN_FILES) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
     return folder, args.resume
@@ -1220,7 +1223,7 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 
 
 class Refused(Exception):
-    """The call cannot be carried out, and nothing was trained; the message is for the user."""
+    """The call cannot be carried out, or a later fold of it; the message is for the user."""
 
 
 @contextlib.contextmanager
@@ -1316,11 +1319,16 @@ def report(sets, args, folder, seconds):
     print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, scores.json")
 
 
+def resume_command(args):
+    """The command that goes on with a run, or with all of a run's folds."""
+    kept = [word for name in ("device", "cache") if args.given[name] for word in (f"--{name}", args.given[name])]
+    return "python " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
+
+
 def train(run, sets, folder, args):
     """Train to the end and report; returns the exit code."""
     start = time.perf_counter()
-    kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
-    again = "python " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
+    again = resume_command(args)
     if run.floor:
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
@@ -1383,16 +1391,22 @@ def apply_checkpoint(args):
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
 
-def fold_runs(args, folder):
-    """The settings of every fold's run, in OUT/fold-1, OUT/fold-2, ..., checked as far as prepare does before the first is trained."""
+def refuse_single_run(folder):
+    """A folder of folds is no folder of a single run: their files would be taken for each other's."""
     if any((folder / name).exists() for name in ("last.pt", "best.pt")):
         raise ValueError(f"{folder} holds a run without --folds: choose another --out")
+
+
+def fold_runs(args, folder):
+    """The settings of every fold's run, in OUT/fold-1, OUT/fold-2, ..., checked as far as prepare does before the first is trained."""
+    refuse_single_run(folder)
     if args.resume and (folder / "fold-1" / "last.pt").is_file():
         adopt_recipe(args, load_checkpoint(folder / "fold-1" / "last.pt", args.task))
     runs = []
     for fold in range(1, args.folds + 1):
         one = copy.copy(args)
         one.fold, one.out, one.facts = fold, str(folder / f"fold-{fold}"), {}
+        one.typed = args.typed | {"variant", *TASKS[args.task].defaults} - {"fold"}  # a fold begun with another recipe is refused
         one.resume = args.resume and (fold == 1 or (Path(one.out) / "last.pt").is_file())
         runs.append(one)
     for one in runs:
@@ -1412,7 +1426,11 @@ def cross_validate(args):
                 stale.unlink(missing_ok=True)
     for one in runs:
         print(f"\nfold {one.fold} of {args.folds}")
-        code = train_once(one)
+        try:
+            code = train_once(one)
+        except (Refused, KeyboardInterrupt):
+            print(f"the folds before fold {one.fold} are finished; go on with\n    {resume_command(args)}", flush=True)
+            raise
         if code:
             return code
     folds = [json.loads((Path(one.out) / "scores.json").read_text())["test"] for one in runs]
@@ -1457,7 +1475,7 @@ def main(argv=None):
             args.fold = args.fold or min(args.folds, 1)
             return train_once(args)
         args.home = args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
-        begun = (Path(args.out) / "fold-1").is_dir() and not (Path(args.out) / "last.pt").is_file()
+        begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
         many = begun if args.resume and not args.folds else args.folds and not args.fold
         return cross_validate(args) if many else train_once(args)
     except Refused as error:

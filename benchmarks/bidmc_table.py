@@ -26,6 +26,8 @@ def patient_errors(folder, folds):
     for fold in range(1, folds + 1):
         best = folder / f"fold-{fold}" / "best.pt"
         content = torch.load(best, map_location="cpu", weights_only=True)
+        if not content["task"].startswith("bidmc_") or content["recipe"]["mode"] == "pretrain":
+            sys.exit(f"{folder} is no run of bidmc_rr or bidmc_hr that predicts a rate")
         args = train.parse_args(["--task", content["task"], "--eval", str(best), "--cache", str(folder.parent)])
         train.adopt_recipe(args, content)
         args.device = "cpu"
@@ -61,7 +63,7 @@ for joined in sys.argv[1:]:
         print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, mean +- sd over the folds")
         for name, row in scores["test"].items():
             if name != "rows":
-                cells = [f"{key} {value:7.3f} +- {scores['test_sd'][name][key]:.3f}" for key, value in row.items() if value is not None]
+                cells = [f"{key} {value:8.4f} +- {scores['test_sd'][name][key]:.4f}" for key, value in row.items() if value is not None]
                 print(f"  {name:<16}" + "   ".join(cells))
         of_seeds.append(patient_errors(folder, scores["folds"]))
     errors = {name: {patient: np.mean([each[name][patient] for each in of_seeds]) for patient in of_seeds[0][name]} for name in of_seeds[0]}

@@ -5,20 +5,21 @@
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
+
+import numpy as np
 
 folders = [Path(name) for name in sys.argv[1:]]
 if not folders:
     sys.exit(__doc__)
 runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
 for folder, run in zip(folders, runs):
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in run["test"]["model"].items())
+    scores = "  ".join(f"{name} {np.nan if value is None else value:.4f}" for name, value in run["test"]["model"].items())
     which = f"{run['folds']} folds" if "folds" in run else f"epoch {run['epoch']} ({run['weights']})"
     print(f"{folder}: {which}, {run['test']['rows']} test rows  {scores}")
 for row in (name for name in runs[0]["test"] if name != "rows"):
     for name in runs[0]["test"][row]:
-        values = [run["test"][row][name] for run in runs]
-        spread = f" sd {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"{row:<16} {name:<12} mean {statistics.fmean(values):.4f}{spread}  ({len(values)} runs)")
+        values = np.array([run["test"][row][name] for run in runs], dtype=float)  # an undefined score is null, NaN here
+        spread = f" sd {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+        print(f"{row:<16} {name:<12} mean {values.mean():.4f}{spread}  ({len(values)} runs)")
