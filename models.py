@@ -48,13 +48,14 @@ def init_kaiming_xavier(module):
         nn.init.zeros_(module.bias)
 
 
-def conv_bn(inputs, outputs, kernel, *, stride=1, groups=1, act=nn.Identity):
+def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.Identity):
     """Convolution (odd kernel, padded, no bias since the norm has one), batch norm, activation.
 
     Shape: (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
     Check: conv_bn(3, 32, 3) has 928 parameters
     """
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), act())
 
 
@@ -102,16 +103,18 @@ class SqueezeExcite(nn.Module):
 
         y = x * sigmoid(W2 relu(W1 mean_hw(x) + b1) + b2)        W1 maps to max(1, C // reduction)
 
+    bias=False leaves b1 and b2 out.
+
     Shape:  (B, C, H, W) -> the same
     Source: Hu et al. 2018, arXiv:1709.01507
     Check:  SqueezeExcite(128) has 4,240 parameters
     """
 
-    def __init__(self, channels, *, reduction=8):
+    def __init__(self, channels, *, reduction=8, bias=True):
         super().__init__()
         hidden = max(1, channels // reduction)
         self.gate = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1), nn.Sigmoid())
+            nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=bias), nn.Sigmoid())
 
     def forward(self, x):
         return x * self.gate(x.mean((2, 3), keepdim=True))
@@ -477,6 +480,318 @@ class EyeNet(nn.Module):
 
     def forward(self, images_bchw):
         return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)
+
+
+# ------------------------------------------------------------------------------ faces: the logits of a class per pixel
+
+FACE_PARAMETER_LIMIT = 1_821_085  # a network of the challenge has fewer: NTU CE7454 / AI6126, face parsing
+
+
+def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
+    """Refuses a network that does not have fewer than `limit` parameters, and says how many are too many.
+
+    Errors: ValueError
+    Check:  check_parameter_limit(nn.Linear(3, 2), 9) passes, with 8 it is refused
+    Needs:  FACE_PARAMETER_LIMIT, count_parameters
+    """
+    count = count_parameters(model)
+    if count >= limit:
+        raise ValueError(f"{type(model).__name__} has {count:,} parameters and must have fewer than {limit:,}: "
+                         f"make it narrower, by {count - limit + 1:,} or more")
+
+
+def check_stride_fits(size, stride):
+    """Refuses rows and columns that a network of this total stride cannot divide, and names the nearest that it can.
+
+    Errors: ValueError
+    Check:  (100, 128) with stride 32: the nearest sizes that fit are 96x128 and 128x128
+    """
+    if any(n < stride or n % stride for n in size):
+        down = "x".join(str(max(stride, n // stride * stride)) for n in size)
+        up = "x".join(str(max(stride, -(-n // stride) * stride)) for n in size)
+        nearest = f"size that fits is {up}" if up == down else f"sizes that fit are {down} and {up}"
+        raise ValueError(f"rows and columns must be multiples of {stride}, got {size[0]}x{size[1]}: the nearest {nearest}")
+
+
+class ReducedAttention(nn.Module):
+    """Self-attention among the pixels of a map; keys and values are taken from a map `reduction` times smaller.
+
+        r = layernorm(convolution(x)), kernel = stride = reduction; without reduction r = x
+        y = out(softmax(q k^T / sqrt(C / heads)) v)        q = linear(x), (k, v) = linear(r)
+
+    Dropout falls on the attention weights and on y. The key bias has no effect: it adds the same to all scores of a query.
+    Rows or columns left over by the reduction are seen by no key.
+
+    Shape:  (B, H, W, C) -> the same
+    Errors: ValueError if heads does not divide channels
+    Source: Wang et al. 2021 (PVT), arXiv:2102.12122; Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 2
+    Check:  ReducedAttention(32, reduction=8) has 69,856 parameters; with reduction 1 it is nn.MultiheadAttention
+    Needs:  ChannelLayerNorm
+    """
+
+    def __init__(self, channels, *, reduction, heads=1, dropout=0.0):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+        self.heads, self.dropout = heads, dropout
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.reduce = nn.Identity()
+        if reduction > 1:
+            self.reduce = nn.Sequential(
+                nn.Conv2d(channels, channels, kernel_size=reduction, stride=reduction), ChannelLayerNorm(channels, eps=1e-5))
+        self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
+
+    def forward(self, x_bhwc):
+        b, h, w, c = x_bhwc.shape
+
+        def split(x):  # (B, rows, columns, C) -> (B, heads, T, C / heads)
+            return x.flatten(1, 2).unflatten(2, (self.heads, c // self.heads)).transpose(1, 2)
+
+        r_bhwc = self.reduce(x_bhwc.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        k, v = self.kv(r_bhwc).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(
+            split(self.q(x_bhwc)), split(k), split(v), dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(b, h, w, c))
+
+
+class MixMLP(nn.Module):
+    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN): linear, 3x3, GELU, linear.
+
+    The zeros around the map tell the convolution where the border is: it stands in for position codes. depthwise=False
+    leaves it out. Dropout follows GELU and the second linear layer.
+
+    Shape:  (B, H, W, C) -> the same, hidden width ratio * C
+    Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 3
+    Check:  MixMLP(32) has 4,832 parameters, 4,192 without the depthwise convolution
+    """
+
+    def __init__(self, channels, *, ratio=2, depthwise=True, dropout=0.0):
+        super().__init__()
+        hidden = ratio * channels
+        self.widen = nn.Linear(channels, hidden)
+        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if depthwise else nn.Identity()
+        self.narrow = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, channels), nn.Dropout(dropout))
+
+    def forward(self, x_bhwc):
+        return self.narrow(self.mix(self.widen(x_bhwc).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class SegFormerLayer(nn.Module):
+    """Transformer layer for maps, norm first: x = x + attention(layernorm(x)), y = x + mlp(layernorm(x)).
+
+    Shape:  (B, H, W, C) -> the same
+    Check:  SegFormerLayer(32, reduction=8) has 74,816 parameters
+    Needs:  ReducedAttention, MixMLP, ChannelLayerNorm
+    """
+
+    def __init__(self, channels, *, reduction, mix_ffn=True, dropout=0.0):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(channels)
+        self.attention = ReducedAttention(channels, reduction=reduction, dropout=dropout)
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp = MixMLP(channels, depthwise=mix_ffn, dropout=dropout)
+
+    def forward(self, x_bhwc):
+        x_bhwc = x_bhwc + self.attention(self.attention_norm(x_bhwc))
+        return x_bhwc + self.mlp(self.mlp_norm(x_bhwc))
+
+
+class SegFormerStage(nn.Module):
+    """A convolution whose patches overlap and LayerNorm make the pixels of a smaller map, then layers, then LayerNorm.
+
+    Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last layout
+    Check:  SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8) has 79,680 parameters
+    Needs:  SegFormerLayer, ReducedAttention, MixMLP, ChannelLayerNorm
+    """
+
+    def __init__(self, inputs, outputs, *, kernel, stride, layers, reduction, mix_ffn=True, dropout=0.0):
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2), ChannelLayerNorm(outputs, eps=1e-5))
+        self.layers = nn.Sequential(*[SegFormerLayer(outputs, reduction=reduction, mix_ffn=mix_ffn, dropout=dropout)
+                                      for _ in range(layers)])
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, x):
+        x_bhwc = self.embed(x).permute(0, 2, 3, 1)
+        return self.norm(self.layers(x_bhwc)).permute(0, 3, 1, 2)
+
+
+class AllMLPDecoder(nn.Module):
+    """Brings maps of several sizes to one width and to the size of the first, and mixes them pixel by pixel.
+
+        y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))        upsample: bilinear; linear: 1x1 convolution
+
+    Shape:  [(B, widths[i], H_i, W_i)] -> (B, channels, H_0, W_0)
+    Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 4
+    Check:  AllMLPDecoder((32, 64, 128, 192)) has 135,936 parameters
+    """
+
+    def __init__(self, widths, channels=128):
+        super().__init__()
+        self.project = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in widths])
+        self.fuse = nn.Sequential(
+            nn.Conv2d(len(widths) * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, maps):
+        size = maps[0].shape[2:]
+        maps = [F.interpolate(project(x), size, mode="bilinear", align_corners=False)
+                for project, x in zip(self.project, maps)]
+        return self.fuse(torch.cat(maps, dim=1))
+
+
+class LMSA(nn.Module):
+    """The recipe's local attention, without any bias: y = x + squeeze_excite(BN(1x1(depthwise 3x3(x)))).
+
+    Shape:  (B, C, H, W) -> the same
+    Check:  LMSA(128) has 25,984 parameters
+    Needs:  conv_bn, SqueezeExcite
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            conv_bn(channels, channels, 1),
+            SqueezeExcite(channels, reduction=4, bias=False))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class MicroSegFormer(nn.Module):
+    """Which part of the face is each pixel? Four transformer stages, a decoder at 1/4 size, a linear classifier.
+
+        stage   size   width   layers   reduction   dropout
+        1       1/4    32      1        8           0.5  x dropout
+        2       1/8    64      2        4           0.75 x dropout
+        3       1/16   128     2        2           1    x dropout
+        4       1/32   192     2        1           1.25 x dropout
+
+        logits = upsample(classify(lmsa(decoder(maps))))
+
+    The class logits are upsampled, bilinearly, not the 128 channels before them: a 1x1 convolution commutes with it, so the
+    result is the same for 6.7 times less memory. On CUDA the backward of the upsampling may add in any order.
+
+    Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 32
+    Errors: ValueError for a size that is not (names the nearest), for dropout outside [0, 0.8), and when built with as many
+            parameters as FACE_PARAMETER_LIMIT or more
+    Source: after Xie et al. 2021 (SegFormer), arXiv:2105.15203
+    Check:  1,763,923 parameters; without Mix-FFN 1,747,923, without LMSA too 1,721,939
+    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits, conv_bn, ChannelLayerNorm,
+            SqueezeExcite, ReducedAttention, MixMLP, SegFormerLayer, SegFormerStage, AllMLPDecoder, LMSA
+    """
+
+    def __init__(self, classes=19, *, lmsa=True, mix_ffn=True, dropout=0.15):
+        super().__init__()
+        if not 0 <= dropout < 0.8:
+            raise ValueError(f"dropout must be in [0, 0.8), got {dropout}: the last stage drops 1.25 times as much")
+        self.stages = nn.ModuleList([
+            SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8, mix_ffn=mix_ffn, dropout=0.5 * dropout),
+            SegFormerStage(32, 64, kernel=3, stride=2, layers=2, reduction=4, mix_ffn=mix_ffn, dropout=0.75 * dropout),
+            SegFormerStage(64, 128, kernel=3, stride=2, layers=2, reduction=2, mix_ffn=mix_ffn, dropout=dropout),
+            SegFormerStage(128, 192, kernel=3, stride=2, layers=2, reduction=1, mix_ffn=mix_ffn, dropout=1.25 * dropout)])
+        self.decoder = AllMLPDecoder((32, 64, 128, 192))
+        self.lmsa = LMSA(128) if lmsa else nn.Identity()
+        self.classify = nn.Conv2d(128, classes, 1)
+        check_parameter_limit(self)
+
+    def features(self, images_bchw):
+        """What is classified: (B, 128, H / 4, W / 4)."""
+        check_stride_fits(images_bchw.shape[2:], 32)
+        maps = [images_bchw]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return self.lmsa(self.decoder(maps[1:]))
+
+    def forward(self, images_bchw):
+        logits = self.classify(self.features(images_bchw))
+        return F.interpolate(logits, images_bchw.shape[2:], mode="bilinear", align_corners=False)
+
+
+class DilatedBlock(nn.Module):
+    """Residual block of two 3x3 convolutions that look `dilation` pixels far: y = relu(x + BN(conv(relu(BN(conv(x)))))).
+
+    Shape:  (B, C, H, W) -> the same
+    Source: He et al. 2016 (ResNet), arXiv:1512.03385; Yu and Koltun 2016 (dilation), arXiv:1511.07122
+    Check:  DilatedBlock(128, dilation=2) has 295,424 parameters
+    Needs:  conv_bn
+    """
+
+    def __init__(self, channels, *, dilation):
+        super().__init__()
+        self.branch = nn.Sequential(
+            conv_bn(channels, channels, 3, dilation=dilation, act=nn.ReLU),
+            conv_bn(channels, channels, 3, dilation=dilation))
+
+    def forward(self, x):
+        return F.relu(x + self.branch(x))
+
+
+class UpBlock(nn.Module):
+    """One step up in a U-Net: narrow, double the size, put the encoder's map beside it, 3x3 convolution.
+
+        y = relu(BN(conv(concat(upsample(relu(BN(1x1(x)))), skip))))        upsample: bilinear
+
+    Shape:  x (B, inputs, H, W), skip (B, outputs, 2H, 2W) -> (B, outputs, 2H, 2W)
+    Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597
+    Check:  UpBlock(128, 64) has 82,176 parameters
+    Needs:  conv_bn
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.narrow = conv_bn(inputs, outputs, 1, act=nn.ReLU)
+        self.mix = conv_bn(2 * outputs, outputs, 3, act=nn.ReLU)
+
+    def forward(self, x, skip):
+        x = F.interpolate(self.narrow(x), skip.shape[2:], mode="bilinear", align_corners=False)
+        return self.mix(torch.cat([x, skip], dim=1))
+
+
+class FaceCNN(nn.Module):
+    """A plain U-Net with a dilated bottleneck, for the task and under the parameter limit of MicroSegFormer.
+
+        encoder      two 3x3 each at 1/2 (width), 1/4 (2 width) and 1/8 (4 width), the first of them with stride 2
+        bottleneck   at 1/8, a DilatedBlock per entry of dilations; channel dropout
+        decoder      UpBlock to 1/4, UpBlock to 1/2, 1x1 to the classes, logits upsampled bilinearly
+
+    BN follows every convolution but the last, so they keep torch's own start. A pixel of the bottleneck sees itself and
+    2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of the image: left and right are told from a wide view.
+    On CUDA the backward of the upsampling may add in any order.
+
+    Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 8
+    Errors: ValueError for a size that is not (names the nearest), and when built with as many parameters as
+            FACE_PARAMETER_LIMIT or more
+    Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Yu and Koltun 2016 (dilation), arXiv:1511.07122
+    Check:  1,572,563 parameters
+    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits, conv_bn, DilatedBlock, UpBlock
+    """
+
+    def __init__(self, classes=19, *, width=32, dilations=(1, 2, 4, 8), dropout=0.0):
+        super().__init__()
+
+        def down(inputs, outputs):
+            return nn.Sequential(
+                conv_bn(inputs, outputs, 3, stride=2, act=nn.ReLU), conv_bn(outputs, outputs, 3, act=nn.ReLU))
+
+        self.down2, self.down4, self.down8 = down(3, width), down(width, 2 * width), down(2 * width, 4 * width)
+        self.bottleneck = nn.Sequential(*[DilatedBlock(4 * width, dilation=d) for d in dilations], nn.Dropout2d(dropout))
+        self.up4, self.up2 = UpBlock(4 * width, 2 * width), UpBlock(2 * width, width)
+        self.classify = nn.Conv2d(width, classes, 1)
+        check_parameter_limit(self)
+
+    def features(self, images_bchw):
+        """What is classified: (B, width, H / 2, W / 2)."""
+        check_stride_fits(images_bchw.shape[2:], 8)
+        half = self.down2(images_bchw)
+        quarter = self.down4(half)
+        x = self.bottleneck(self.down8(quarter))
+        return self.up2(self.up4(x, quarter), half)
+
+    def forward(self, images_bchw):
+        logits = self.classify(self.features(images_bchw))
+        return F.interpolate(logits, images_bchw.shape[2:], mode="bilinear", align_corners=False)
 
 
 # ------------------------------------------------------------------------------------- PPG: a rate from a short signal

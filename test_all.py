@@ -1199,6 +1199,19 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.TransformerLayer(64, heads=8, hidden=128), 33472),
             (models.TokenHead(64, mixer="transformer"), 67137),
             (models.TokenHead(64, mixer="mlp_mixer"), 34181),
+            (models.ReducedAttention(32, reduction=8), 69856),
+            (models.MixMLP(32), 4832),
+            (models.MixMLP(32, depthwise=False), 4192),
+            (models.SegFormerLayer(32, reduction=8), 74816),
+            (models.SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8), 79680),
+            (models.AllMLPDecoder((32, 64, 128, 192)), 135936),
+            (models.LMSA(128), 25984),
+            (models.MicroSegFormer(), 1763923),
+            (models.MicroSegFormer(mix_ffn=False), 1747923),
+            (models.MicroSegFormer(mix_ffn=False, lmsa=False), 1721939),
+            (models.DilatedBlock(128, dilation=2), 295424),
+            (models.UpBlock(128, 64), 82176),
+            (models.FaceCNN(), 1572563),
             (models.PPGEncoder(channels=3, patch=4, width=64, depth=2), 100928)):
         assert models.count_parameters(piece) == count, count
     assert doctest.testmod(models) == (0, 5)
@@ -1392,6 +1405,10 @@ def test_models_squeeze_excite_is_the_formula():
     gate = 1 / (1 + torch.exp(-(hidden @ p["gate.2.weight"].flatten(1).T + p["gate.2.bias"])))
     assert hidden.shape == (2, 2) and torch.allclose(se(x), x * gate[:, :, None, None], atol=1e-6)
     assert models.SqueezeExcite(4).gate[0].out_channels == 1
+    plain, bare = models.SqueezeExcite(16), models.SqueezeExcite(16, bias=False)
+    bare.load_state_dict({name: p[name] for name in ("gate.0.weight", "gate.2.weight")})
+    plain.load_state_dict({name: value * (value.ndim == 4) for name, value in p.items()})
+    assert torch.equal(plain(x), bare(x)) and not torch.allclose(se(x), bare(x), atol=1e-3)
 
 
 def test_models_conv_blocks_are_their_formulas():
@@ -1483,6 +1500,238 @@ def test_models_eye_net_is_stem_then_blocks_then_head():
     pooled = net.blocks(net.stem(x)).mean((2, 3))
     assert torch.allclose(net(x), net.head[4](net.head[2](pooled))[:, 0], atol=1e-5)
     assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
+
+
+FACES = (  # every face network, and the multiple that its images need
+    (models.MicroSegFormer, 32),
+    (lambda *args, **options: models.MicroSegFormer(*args, mix_ffn=False, lmsa=False, **options), 32),
+    (models.FaceCNN, 8))
+
+
+def face_net(build, **options):
+    torch.manual_seed(0)
+    return build(**options)
+
+
+def test_models_face_networks_have_the_parameters_of_the_recipe_and_stay_below_its_limit():
+    count = lambda **options: models.count_parameters(models.MicroSegFormer(**options))
+    assert [count(lmsa=False, mix_ffn=False), count(mix_ffn=False), count()] == [1721939, 1747923, 1763923]
+    assert models.FACE_PARAMETER_LIMIT == 1821085 and 1_500_000 < models.count_parameters(models.FaceCNN()) < 1_750_000
+    assert count(classes=462) == 1821070  # 15 below the limit, one class has 129
+    raises(ValueError, "MicroSegFormer has 1,821,199 parameters and must have fewer than 1,821,085: make it narrower, by 115",
+           lambda: models.MicroSegFormer(463))
+    raises(ValueError, "FaceCNN has", lambda: models.FaceCNN(width=36))
+    models.check_parameter_limit(nn.Linear(3, 2), 9)
+    raises(ValueError, "Linear has 8 parameters and must have fewer than 8: make it narrower, by 1 or more",
+           lambda: models.check_parameter_limit(nn.Linear(3, 2), 8))
+
+
+def test_models_face_logits_have_the_size_of_the_image_for_every_size_that_fits():
+    for build, stride in FACES:
+        net = face_net(build, classes=5).eval()
+        for rows, columns in ((1, 1), (1, 3), (4, 2), (3, 3)):
+            with torch.no_grad():
+                assert net(torch.zeros(2, 3, rows * stride, columns * stride)).shape == (2, 5, rows * stride, columns * stride)
+
+
+def test_models_face_sizes_that_do_not_fit_are_refused_and_the_sizes_named_fit():
+    for build, stride in FACES:
+        net = face_net(build).eval()
+        for rows, columns in ((100, 128), (64, stride + 1), (stride - 1, 64), (1, 1), (0, 64)):
+            message = f"rows and columns must be multiples of {stride}, got {rows}x{columns}: the nearest"
+            raises(ValueError, message, lambda: net(torch.zeros(1, 3, rows, columns)))
+    for size, nearest in (((100, 128), "sizes that fit are 96x128 and 128x128"), ((33, 95), "sizes that fit are 32x64 and 64x96"),
+                          ((31, 64), "size that fits is 32x64"), ((0, 0), "size that fits is 32x32")):
+        raises(ValueError, f"the nearest {nearest}", lambda: models.check_stride_fits(size, 32))
+        for fitting in re.findall(r"(\d+)x(\d+)", nearest):
+            models.check_stride_fits(tuple(map(int, fitting)), 32)
+
+
+def test_models_face_logits_are_the_same_whether_upsampled_after_or_before_the_classifier():
+    for build, stride in FACES:
+        net, x = lived_in(face_net(build)), torch.randn(2, 3, 2 * stride, 3 * stride)
+        with torch.no_grad():
+            upsampled = F.interpolate(net.features(x), x.shape[2:], mode="bilinear", align_corners=False)
+            before = torch.einsum("kc,bchw->bkhw", net.classify.weight[:, :, 0, 0], upsampled) + net.classify.bias[:, None, None]
+            assert upsampled.shape[2] // net.features(x).shape[2] == (2 if build is models.FaceCNN else 4)
+            assert (net(x) - before).abs().max() <= 1e-5 * before.abs().max() and before.std() > 1e-2
+
+
+def test_models_every_parameter_of_the_face_networks_has_a_nonzero_gradient():
+    for build, _ in FACES:
+        net = face_net(build)
+        net(torch.randn(2, 3, 64, 64)).square().sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+def test_models_face_networks_train_and_a_few_steps_lower_the_loss():
+    for build, _ in FACES:
+        net = face_net(build, classes=3, dropout=0.0)
+        images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        targets = F.avg_pool2d(images, 9, 1, 4).argmax(1)  # the strongest colour around a pixel
+        optimizer, losses_seen = torch.optim.AdamW(net.parameters(), lr=1e-3), []
+        for _ in range(10):
+            loss = F.cross_entropy(net(images), targets)
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            losses_seen.append(loss.item())
+        assert losses_seen[-1] < 0.9 * losses_seen[0], losses_seen
+
+
+def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_nearly_of_bf16():
+    for build, _ in FACES:
+        net, x = lived_in(face_net(build, dropout=0.5)), torch.randn(3, 3, 64, 32)
+        with torch.no_grad():
+            whole = net(x)
+            alone = torch.cat([net(x[i : i + 1]) for i in range(3)])
+            with torch.autocast("cpu", torch.bfloat16):
+                half = net(x)
+            last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert torch.allclose(whole, alone, rtol=1e-4, atol=1e-4) and torch.allclose(whole, last, rtol=1e-4, atol=1e-4)
+        assert (half - whole).abs().max() < 0.1 * whole.abs().max() and net(x[:0]).shape == (0, 19, 64, 32)
+
+
+def test_models_face_dropout_has_the_promised_rate_in_each_stage_and_acts_in_training_only():
+    net = models.MicroSegFormer(dropout=0.25)
+    for stage, factor, layers in zip(net.stages, (0.5, 0.75, 1, 1.25), (1, 2, 2, 2), strict=True):
+        rates = [m.p for m in stage.modules() if isinstance(m, nn.Dropout)]
+        assert rates == [factor * 0.25] * 3 * layers and [layer.attention.dropout for layer in stage.layers] == rates[:layers]
+    assert not any(isinstance(m, nn.Dropout) for part in (net.decoder, net.lmsa, net.classify) for m in part.modules())
+    assert models.MicroSegFormer().stages[2].layers[0].attention.dropout == 0.15
+    for bad in (-0.1, 0.8, 1.0):
+        raises(ValueError, f"dropout must be in [0, 0.8), got {bad}", lambda: models.MicroSegFormer(dropout=bad))
+    attention, x = models.ReducedAttention(8, reduction=2, dropout=0.5), torch.randn(2, 4, 4, 8)
+    attention.out[1].p = 0.0  # what still drops is the attention
+    assert not torch.equal(attention(x), attention(x)) and torch.equal(attention.eval()(x), attention(x))
+    net, x = models.FaceCNN(width=4, dropout=0.5), torch.randn(2, 16, 8, 8)
+    dropped = net.bottleneck[-1](x)
+    assert ((dropped == 0).all(3).all(2) | (dropped == 2 * x).all(3).all(2)).all() and (dropped == 0).any()  # whole channels
+    assert models.FaceCNN(width=4).bottleneck[-1].p == 0.0
+
+
+def test_models_reduced_attention_without_reduction_equals_torchs():
+    for heads in (1, 3):
+        ours = lived_in(models.ReducedAttention(12, reduction=1, heads=heads))
+        theirs, p = nn.MultiheadAttention(12, heads, batch_first=True), ours.state_dict()
+        theirs.load_state_dict({
+            "in_proj_weight": torch.cat([p["q.weight"], p["kv.weight"]]), "in_proj_bias": torch.cat([p["q.bias"], p["kv.bias"]]),
+            "out_proj.weight": p["out.0.weight"], "out_proj.bias": p["out.0.bias"]})
+        x = torch.randn(2, 3, 5, 12)
+        tokens = x.flatten(1, 2)
+        assert torch.allclose(ours(x).flatten(1, 2), theirs(tokens, tokens, tokens, need_weights=False)[0], atol=1e-5)
+    raises(ValueError, "heads must divide channels, got 4 heads for 6", lambda: models.ReducedAttention(6, reduction=1, heads=4))
+
+
+def test_models_reduced_attention_is_the_formula_pixel_by_pixel():
+    attention, x = lived_in(models.ReducedAttention(8, reduction=2, heads=2)), torch.randn(1, 5, 6, 8)  # row 5 is a rest
+    p, small = attention.state_dict(), torch.zeros(2, 3, 8)
+    for i, j, a, b in itertools.product(range(2), range(3), range(2), range(2)):
+        small[i, j] += p["reduce.0.weight"][:, :, a, b] @ x[0, 2 * i + a, 2 * j + b]
+    small = small.flatten(0, 1) + p["reduce.0.bias"]
+    small = (small - small.mean(1, keepdim=True)) / (small.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    kv = (small * p["reduce.1.weight"] + p["reduce.1.bias"]) @ p["kv.weight"].T + p["kv.bias"]
+    for i, j in itertools.product(range(5), range(6)):
+        q, y = p["q.weight"] @ x[0, i, j] + p["q.bias"], []
+        for head in range(2):
+            k, v = kv[:, 4 * head : 4 * head + 4], kv[:, 8 + 4 * head : 12 + 4 * head]
+            y.append((k @ q[4 * head : 4 * head + 4] / 2).softmax(0) @ v)
+        expected = p["out.0.weight"] @ torch.cat(y) + p["out.0.bias"]
+        assert torch.allclose(attention(x)[0, i, j], expected, atol=1e-5)
+
+
+def test_models_mix_mlp_is_the_formula_pixel_by_pixel_with_zeros_around_the_map():
+    for depthwise in (True, False):
+        mlp, x = lived_in(models.MixMLP(4, ratio=3, depthwise=depthwise)), torch.randn(1, 3, 4, 4)
+        p = mlp.state_dict()
+        wide = x[0] @ p["widen.weight"].T + p["widen.bias"]
+        assert wide.shape == (3, 4, 12)
+        mixed = torch.zeros_like(wide) + p["mix.bias"] if depthwise else wide
+        for i, j, a, b in itertools.product(range(3), range(4), range(3), range(3)):
+            if depthwise and 0 <= i + a - 1 < 3 and 0 <= j + b - 1 < 4:
+                mixed[i, j] += p["mix.weight"][:, 0, a, b] * wide[i + a - 1, j + b - 1]
+        expected = F.gelu(mixed) @ p["narrow.2.weight"].T + p["narrow.2.bias"]
+        assert torch.allclose(mlp(x)[0], expected, atol=1e-5)
+
+
+def test_models_segformer_stage_is_patches_norm_then_residual_layers_then_norm():
+    def norm(x, module):
+        assert module.eps == 1e-5
+        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, 1e-5)
+
+    for kernel, stride in ((7, 4), (3, 2)):
+        stage = lived_in(models.SegFormerStage(3, 8, kernel=kernel, stride=stride, layers=2, reduction=2))
+        images = torch.randn(2, 3, 16, 24)
+        x = F.conv2d(images, stage.embed[0].weight, stage.embed[0].bias, stride=stride, padding=kernel // 2)
+        x = norm(x.permute(0, 2, 3, 1), stage.embed[1])
+        assert len(stage.layers) == 2
+        for layer in stage.layers:
+            x = x + layer.attention(norm(x, layer.attention_norm))
+            x = x + layer.mlp(norm(x, layer.mlp_norm))
+        x = norm(x, stage.norm).permute(0, 3, 1, 2)
+        assert x.shape == (2, 8, 16 // stride, 24 // stride) and torch.allclose(stage(images), x, atol=1e-5)
+        assert stage(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_all_mlp_decoder_is_the_formula_with_upsampling_before_the_linear_layers():
+    decoder, maps = lived_in(models.AllMLPDecoder((4, 6), 5)), [torch.randn(2, 4, 8, 12), torch.randn(2, 6, 2, 3)]
+    linear = lambda x, conv: torch.einsum("kc,bchw->bkhw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
+    large = F.interpolate(maps[1], scale_factor=4, mode="bilinear", align_corners=False)
+    both = torch.cat([linear(maps[0], decoder.project[0]), linear(large, decoder.project[1])], 1)
+    assert torch.allclose(decoder(maps), linear(F.gelu(linear(both, decoder.fuse[0])), decoder.fuse[2]), atol=1e-5)
+
+
+def test_models_face_conv_blocks_are_their_formulas():
+    def conv_bn(x, p, name, dilation=1):
+        w = p[name + ".0.weight"]
+        y = F.conv2d(x, w, padding=dilation * (w.shape[-1] // 2), dilation=dilation)
+        return F.batch_norm(y, *(p[f"{name}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    x = torch.randn(2, 8, 5, 6)
+    block = lived_in(models.LMSA(8))
+    p = block.state_dict()
+    assert not any(isinstance(m, nn.Conv2d) and m.bias is not None for m in block.modules())
+    y = conv_bn(F.conv2d(x, p["branch.0.weight"], padding=1, groups=8), p, "branch.1")
+    gate = (y.mean((2, 3)) @ p["branch.2.gate.0.weight"].flatten(1).T).relu() @ p["branch.2.gate.2.weight"].flatten(1).T
+    assert p["branch.2.gate.0.weight"].shape[0] == 2  # 8 / 4
+    assert torch.allclose(block(x), x + y * gate.sigmoid()[:, :, None, None], atol=1e-5)
+
+    block = lived_in(models.DilatedBlock(8, dilation=3))
+    p = block.state_dict()
+    y = conv_bn(F.relu(conv_bn(x, p, "branch.0", 3)), p, "branch.1", 3)
+    assert torch.allclose(block(x), F.relu(x + y), atol=1e-5)
+
+    block, skip = lived_in(models.UpBlock(8, 4)), torch.randn(2, 4, 10, 12)
+    p = block.state_dict()
+    y = F.interpolate(F.relu(conv_bn(x, p, "narrow")), scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.allclose(block(x, skip), F.relu(conv_bn(torch.cat([y, skip], 1), p, "mix")), atol=1e-5)
+
+
+def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
+    net, x = lived_in(models.MicroSegFormer()), torch.randn(2, 3, 64, 96)
+    maps = list(itertools.accumulate(net.stages, lambda x, stage: stage(x), initial=x))[1:]
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 24), (64, 8, 12), (128, 4, 6), (192, 2, 3)]
+    assert [len(stage.layers) for stage in net.stages] == [1, 2, 2, 2]
+    assert torch.allclose(net.features(x), net.lmsa(net.decoder(maps)), atol=1e-5)
+    keys = [stage.layers[0].attention.reduce(m).shape[2:].numel() for stage, m in zip(net.stages, maps)]
+    assert keys == [6, 6, 6, 6]  # every query of every stage sees the image as H / 32 x W / 32 keys
+
+    net = lived_in(models.FaceCNN(width=4))
+    half = net.down2(x)
+    quarter = net.down4(half)
+    eighth = net.down8(quarter)
+    assert [tuple(m.shape[1:]) for m in (half, quarter, eighth)] == [(4, 32, 48), (8, 16, 24), (16, 8, 12)]
+    assert torch.allclose(net.features(x), net.up2(net.up4(net.bottleneck(eighth), quarter), half), atol=1e-5)
+    for part in net.modules():
+        if isinstance(part, nn.Sequential) and isinstance(part[0], nn.Conv2d):
+            assert isinstance(part[1], nn.BatchNorm2d) and isinstance(part[2], (nn.ReLU, nn.Identity))
+
+
+def test_models_face_cnn_bottleneck_sees_thirty_pixels_to_each_side():
+    net = face_net(models.FaceCNN, width=2).double().eval()
+    x = torch.randn(1, 8, 81, 81, dtype=torch.float64, requires_grad=True)
+    net.bottleneck(x)[0, :, 40, 40].sum().backward()
+    seen = x.grad[0].abs().amax(0) > 0
+    assert seen[40].nonzero().flatten().tolist()[:: 60] == [10, 70] and seen[:, 40].sum() <= 61 and not seen[9].any()
 
 
 def signals_of(n, channels=3, length=24, seed=0):
@@ -1623,6 +1872,18 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "AvgMaxPool": lambda f: f()(x),
         "eye_map_size": lambda f: f((32, 64), "baseline", 4),
         "EyeNet": lambda f: [f(block=block, channels=4, head=head) for block in EYE_BLOCKS for head in EYE_HEADS],
+        "check_parameter_limit": lambda f: f(nn.Linear(1, 1)),
+        "check_stride_fits": lambda f: f((64, 32), 32),
+        "ReducedAttention": lambda f: f(6, reduction=2)(x),
+        "MixMLP": lambda f: f(6)(x),
+        "SegFormerLayer": lambda f: f(6, reduction=2)(x),
+        "SegFormerStage": lambda f: f(4, 8, kernel=3, stride=2, layers=1, reduction=2)(x),
+        "AllMLPDecoder": lambda f: f((4, 4), 8)([x, x[:, :, :2]]),
+        "LMSA": lambda f: f(4)(x),
+        "MicroSegFormer": lambda f: f()(torch.zeros(2, 3, 32, 32)),
+        "DilatedBlock": lambda f: f(4, dilation=2)(x),
+        "UpBlock": lambda f: f(4, 4)(x[:, :, :2, :3], x),
+        "FaceCNN": lambda f: f(width=4)(torch.zeros(2, 3, 16, 16)),
         "load_backbone": lambda f: f(nn.Linear(1, 1), {"encoder.weight": torch.ones(1, 1), "encoder.bias": torch.ones(1)}),
         "freeze_backbone": lambda f: f(small_encoder()),
         "train_mode": lambda f: f(nn.Linear(1, 1)),
@@ -1632,11 +1893,12 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "MaskedPatchModel": lambda f: f(small_encoder())(signals_of(1), models.random_patch_mask(1, 6, 0.5)),
         "random_patch_mask": lambda f: f(2, 4, 0.5),
     }
+    source = lambda value, name: inspect.getsource(value) if callable(value) else f"{name} = {value!r}"
     for name, call in use.items():
         needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
         space = {"math": math, "torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
         for wanted in needs + [name]:
-            exec(inspect.getsource(getattr(models, wanted)), space)
+            exec(source(getattr(models, wanted), wanted), space)
         call(space[name])
 
 
@@ -3814,6 +4076,18 @@ USES = {  # an expression that is true, for every name in README's table and mor
                 "['flip', 'clahe', 'crop', 'photometric', 'mixup', 'cutmix'], 1)).batch(np.arange(2), torch.Generator())"
                 "['targets'].tolist() == [1, 1]",
     "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
+    "check_parameter_limit": "check_parameter_limit(torch.nn.Linear(3, 2)) is None and FACE_PARAMETER_LIMIT == 1_821_085",
+    "check_stride_fits": "check_stride_fits((64, 96), 32) is None",
+    "ReducedAttention": "ReducedAttention(8, reduction=2)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "MixMLP": "MixMLP(8)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "SegFormerLayer": "SegFormerLayer(8, reduction=2)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "SegFormerStage": "SegFormerStage(3, 8, kernel=3, stride=2, layers=1, reduction=2)(torch.zeros(2, 3, 8, 12)).shape == (2, 8, 4, 6)",
+    "AllMLPDecoder": "AllMLPDecoder((4, 6), 8)([torch.zeros(2, 4, 4, 4), torch.zeros(2, 6, 2, 2)]).shape == (2, 8, 4, 4)",
+    "LMSA": "LMSA(8)(torch.zeros(2, 8, 4, 6)).shape == (2, 8, 4, 6)",
+    "MicroSegFormer": "MicroSegFormer()(torch.zeros(2, 3, 32, 64)).shape == (2, 19, 32, 64)",
+    "DilatedBlock": "DilatedBlock(8, dilation=2)(torch.zeros(2, 8, 4, 6)).shape == (2, 8, 4, 6)",
+    "UpBlock": "UpBlock(8, 4)(torch.zeros(2, 8, 2, 3), torch.zeros(2, 4, 4, 6)).shape == (2, 4, 4, 6)",
+    "FaceCNN": "FaceCNN()(torch.zeros(2, 3, 32, 64)).shape == (2, 19, 32, 64)",
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
     "read_bidmc": "callable(read_bidmc)",
     "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
