@@ -10,6 +10,10 @@ Dimensions: b batch, c class, n flattened (all samples of a split)
     binary_report(scores, labels)["f1"]                       # 0.8
     binary_floor(labels)["f1"]                                # 0.667: what "always 1" scores, having learnt nothing
     regression_report([12, 20], [14, 18])["mae"]              # 2.0, in the unit of the labels
+
+    confusion = confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2)      # [[1, 1], [0, 1]]: rows are the truth, 255 is ignored
+    f_score_pooled(confusion)                                          # 0.667, 0.667: F of each class
+    ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())  # 1.193, {"ce": 0.693, "dice": 0.333}
 """
 
 import math
@@ -119,6 +123,168 @@ class FocalLabelSmoothCE(nn.Module):
                                      class_weights=self.class_weights, ignore_index=self.ignore_index)
 
 
+def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class_weights=None, ignore_index=None):
+    """One minus the overlap of prediction and truth, class by class, so that a small class counts as much as a large one.
+
+        dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)      loss = 1 - mean_c dice_c
+
+    p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) is the usual p * t; for soft ones it makes
+    p = t the minimum, 0. per "image" takes the mean of the images' losses, "batch" pools the sums of all images first.
+
+    A class without target pixels (in the image, or in the batch): "skip" leaves it out of the mean over classes; "count"
+    keeps its term, close to 1 for the least probability on it; "zero" takes its loss as 0, which only dilutes the others.
+    class_weights weigh the classes in that mean. Pixels whose class index is ignore_index are left out and may hold NaN logits. An image
+    in which nothing counts is left out of the mean over images; if none is left the loss is 0, connected to the graph.
+    Half-precision logits are computed, and the loss returned, in float32. Index targets are never expanded to one-hot.
+
+    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities  ->  scalar in [0, 1]
+    Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range. Probabilities passed as
+            logits look like logits and cannot be refused: their softmax is nearly flat, and so is the loss.
+    Source: Sudre et al. 2017, arXiv:1707.03237; min for soft targets: Wang et al. 2023, arXiv:2303.16296
+    Needs:  _flat_pixels, _HardDiceSums
+    Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
+    """
+    if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
+        raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
+                         f"got per={per!r}, absent={absent!r}, smooth={smooth}")
+    logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
+    classes = logits.shape[1]
+    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights must be ({classes},), one for each class, got {tuple(weights.shape)}")
+
+    if targets.shape == logits.shape:
+        p = logits.softmax(1)
+        sums = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
+    else:
+        sums = _HardDiceSums.apply(logits, targets, kept)
+    overlap, sum_p, sum_t = sums if per == "image" else (each.sum(0, keepdim=True) for each in sums)
+
+    dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
+    present = sum_t > 0
+    if absent == "zero":
+        dice = dice.masked_fill(~present, 1)
+    share = weights.to(dice) * (present if absent == "skip" else present.any(1, keepdim=True))
+    total = share.sum(1)
+    loss = (share * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
+    return loss.sum() / (total > 0).sum().clamp_min(1)
+
+
+class _HardDiceSums(torch.autograd.Function):
+    """Of class indices, each (b, c) over the kept pixels: sum of p at the target class, sum of p, number of pixels.
+
+    By hand because autograd passes several arrays of the size of the logits; this keeps the softmax and makes the gradient.
+    The definition in plain torch is its oracle in the tests. Differentiable once; a second time is an error.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, kept):
+        p = logits.softmax(1).masked_fill_(~kept.unsqueeze(1), 0)  # also what NaN logits left under ignored pixels
+        index = targets.masked_fill(~kept, 0)
+        ctx.save_for_backward(p, index)
+        zeros = p.new_zeros(p.shape[:2], dtype=torch.float64)  # a running float32 sum of 2^18 terms rounds the last ones off
+        overlap = zeros.scatter_add(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
+        sum_t = zeros.scatter_add(1, index, kept.double())
+        return overlap.to(p.dtype), p.sum(2), sum_t.to(p.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_overlap, grad_sum_p, _):
+        p, index = ctx.saved_tensors
+        grad_p = grad_sum_p.unsqueeze(2)  # of every pixel; at its target class grad_overlap comes on top
+        at_target = p.gather(1, index.unsqueeze(1)) * grad_overlap.gather(1, index).unsqueeze(1)
+        grad = grad_p - ((p * grad_p).sum(1, keepdim=True) + at_target)  # of softmax: p * (grad_p - sum_c p grad_p)
+        return grad.mul_(p).scatter_add_(1, index.unsqueeze(1), at_target), None, None
+
+
+class DiceLoss(nn.Module):
+    """dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
+
+    Needs:  dice_loss, _flat_pixels, _HardDiceSums
+    """
+
+    def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None, ignore_index=None):
+        super().__init__()
+        self.per, self.absent, self.smooth, self.ignore_index = per, absent, smooth, ignore_index
+        self.register_buffer("class_weights", None if class_weights is None else torch.as_tensor(class_weights))
+
+    def forward(self, logits, targets):
+        return dice_loss(logits, targets, per=self.per, absent=self.absent, smooth=self.smooth,
+                         class_weights=self.class_weights, ignore_index=self.ignore_index)
+
+
+def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, gamma=0.0, class_weights=None,
+                 ignore_index=-100, per="image", absent="skip", smooth=1e-5):
+    """Cross-entropy, which judges every pixel, plus Dice, which judges every class.
+
+        loss = ce_weight * CE + dice_weight * Dice
+
+    CE is F.cross_entropy, or with gamma > 0 focal_label_smooth_ce; label_smoothing is its own, Dice sees the targets as they
+    are. class_weights and ignore_index hold for both. Ignored pixels may hold NaN logits; with all of them ignored the loss
+    is 0, connected to the graph, where torch has NaN. Computed and returned in float32, or float64 for such logits.
+
+    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
+            ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
+    Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
+    Needs:  dice_loss, focal_label_smooth_ce, _flat_pixels, _HardDiceSums
+    Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
+    """
+    if not ce_weight >= 0 or not dice_weight >= 0 or not 0 <= label_smoothing <= 1 or not gamma >= 0:
+        raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; got "
+                         f"ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, label_smoothing={label_smoothing}")
+    logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
+    dice = dice_loss(logits, targets, per=per, absent=absent, smooth=smooth, class_weights=class_weights, ignore_index=ignore_index)
+    logits = logits.masked_fill(~kept.unsqueeze(1), 0)  # NaN there would reach the gradient
+    if not kept.any():
+        ce = 0 * logits.sum()
+    elif gamma:
+        ce = focal_label_smooth_ce(logits, targets, gamma=gamma, smoothing=label_smoothing, class_weights=class_weights,
+                                   ignore_index=ignore_index)
+    else:
+        weights = None if class_weights is None else torch.as_tensor(class_weights).to(logits)
+        ce = F.cross_entropy(logits, targets, weights, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return ce_weight * ce + dice_weight * dice, {"ce": ce.detach(), "dice": dice.detach()}
+
+
+class CEDiceLoss(nn.Module):
+    """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
+
+    Needs:  ce_dice_loss, dice_loss, focal_label_smooth_ce, _flat_pixels, _HardDiceSums
+    """
+
+    def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0, class_weights=None, ignore_index=-100,
+                 per="image", absent="skip", smooth=1e-5):
+        super().__init__()
+        self.ce_weight, self.dice_weight, self.label_smoothing, self.gamma = ce_weight, dice_weight, label_smoothing, gamma
+        self.ignore_index, self.per, self.absent, self.smooth = ignore_index, per, absent, smooth
+        self.register_buffer("class_weights", None if class_weights is None else torch.as_tensor(class_weights))
+
+    def forward(self, logits, targets):
+        return ce_dice_loss(logits, targets, ce_weight=self.ce_weight, dice_weight=self.dice_weight, gamma=self.gamma,
+                            label_smoothing=self.label_smoothing, class_weights=self.class_weights, ignore_index=self.ignore_index,
+                            per=self.per, absent=self.absent, smooth=self.smooth)[0]
+
+
+def _flat_pixels(logits, targets, ignore_index):
+    """Checked logits (b, c, n) in float32 or 64, targets int64 (b, n) or probabilities (b, c, n), kept (b, n)."""
+    got = f"got logits {tuple(logits.shape)} of {logits.dtype}, targets {tuple(targets.shape)} of {targets.dtype}"
+    if logits.ndim < 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be real (B, C, ...) with C > 1; {got}")
+    if targets.shape != logits.shape and (targets.shape != logits[:, 0].shape or targets.is_floating_point()):
+        raise ValueError(f"logits (B, C, ...) need integer targets (B, ...) or probabilities (B, C, ...); {got}")
+    soft, classes = targets.shape == logits.shape, logits.shape[1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(-1).flatten(2)
+    if soft:
+        return logits, targets.to(logits.dtype).unsqueeze(-1).flatten(2), torch.ones_like(logits[:, 0], dtype=torch.bool)
+    targets = targets.long().unsqueeze(-1).flatten(1)  # before the comparison: -100 as uint8 would be class 156
+    kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    wrong = targets[kept & ((targets < 0) | (targets >= classes))]
+    if len(wrong):
+        raise ValueError(f"class indices must be in 0..{classes - 1} or ignore_index={ignore_index}, got {wrong.min()} to "
+                         f"{wrong.max()} in {len(wrong)} pixels; for void pixels pass their value as ignore_index")
+    return logits, targets, kept
+
+
 def auto_pos_weight(labels):
     """Weight of the positive class that balances binary labels, for F.binary_cross_entropy_with_logits(pos_weight=...).
 
@@ -139,6 +305,31 @@ def auto_pos_weight(labels):
         warnings.warn(f"auto_pos_weight: {negatives} negatives, {positives} positives; using 1.0", stacklevel=2)
         return 1.0
     return negatives / positives
+
+
+def median_frequency_weights(counts):
+    """Class weights that lift rare classes, the square root of median frequency balancing.
+
+        weight_c = sqrt(median(counts) / counts_c)
+
+    The root keeps a class 10,000 times rarer from weighing 10,000 times more. Count the pixels of the training masks only.
+    A class without pixels is left out of the median and weighs 1.0, as the median class does, with a warning.
+
+    Shape:  counts (C,), tensor, array or list  ->  float32 tensor (C,), for class_weights=...
+    Errors: ValueError for other shapes, negative or non-finite counts
+    Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only images that hold the class
+    Check:  counts 1, 4, 16 give 2, 1, 0.5
+    """
+    counts = np.asarray(counts.detach().cpu() if torch.is_tensor(counts) else counts, dtype=np.float64)
+    if counts.ndim != 1 or not counts.size or not (np.isfinite(counts) & (counts >= 0)).all():
+        raise ValueError(f"counts must be (C,), finite and >= 0, one for each class; got {counts.shape}: {counts.reshape(-1)[:5]}")
+    present = counts > 0
+    if not present.all():
+        warnings.warn(f"median_frequency_weights: classes {np.flatnonzero(~present).tolist()} have no pixels; using 1.0", stacklevel=2)
+    weights = np.ones(counts.size)
+    if present.any():
+        weights[present] = np.sqrt(np.median(counts[present]) / counts[present])
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 # Metrics
@@ -276,6 +467,98 @@ def regression_report(predictions, targets, groups=None):
         raise ValueError(f"{n} targets need one group each, got {member.size}")
     group_mae = np.bincount(member, np.abs(error), len(names)) / np.bincount(member, minlength=len(names))
     return report | {"group_mae": mean(group_mae), "group_sd": float(group_mae.std(ddof=1)) if len(names) > 1 else math.nan}
+
+
+def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
+    """How many pixels of each true class (row) were predicted as each class (column).
+
+        confusion[t, p] = number of kept pixels with target t and prediction p
+
+    Counts add up: one matrix per image, stacked, serves f_score_per_image; their sum serves f_score_pooled and mean_iou, the
+    same for any batch size and number of processes. Pixels whose target is ignore_index are left out, whatever was predicted.
+
+    Shape:  predictions, targets integer, any equal shapes, tensor, array or list  ->  int64 array (classes, classes)
+    Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
+    Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
+    Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
+    """
+    predictions, targets = (np.asarray(each.detach().cpu() if torch.is_tensor(each) else each) for each in (predictions, targets))
+    if predictions.shape != targets.shape or predictions.dtype.kind not in "biu" or targets.dtype.kind not in "biu":
+        raise ValueError("predictions and targets must be class indices of equal shapes (of logits take argmax(1)); got predictions "
+                         f"{predictions.shape} of {predictions.dtype}, targets {targets.shape} of {targets.dtype}")
+    kept = targets != ignore_index
+    predictions, targets = predictions[kept].astype(np.int64), targets[kept].astype(np.int64)
+    for name, each in ("predictions", predictions), ("targets", targets):
+        if each.size and not 0 <= each.min() <= each.max() < classes:
+            raise ValueError(f"{name} must be in 0..{classes - 1}, got {each.min()} to {each.max()}; ignore_index is {ignore_index}")
+    return np.bincount(classes * targets + predictions, minlength=classes * classes).reshape(classes, classes)
+
+
+def f_score_per_image(confusions):
+    """The face-parsing challenge's own score, one number per image: the mean F over the classes that the truth holds.
+
+        P = TP / (TP + FP + e)   R = TP / (TP + FN + e)   F_c = 2 P R / (P + R + e)   e = 1e-7
+        score = mean of F_c over the classes with target pixels
+
+    A class that is only predicted is skipped: it costs just what it takes from the others. The official number is the mean
+    over images; the scores are returned singly, so that an interval can be had too. NaN for an image without target pixels.
+
+    Shape:  confusions (n, C, C) counts, rows the truth, one matrix per image  ->  float64 array (n,), in [0, 1)
+    Errors: ValueError for other shapes
+    Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
+    Needs:  _counts
+    Check:  [[3, 1], [0, 4]] scores (6/7 + 8/9) / 2 = 0.8730
+    """
+    tp, predicted, truth = _counts(confusions, 3)
+    precision, recall = tp / (predicted + 1e-7), tp / (truth + 1e-7)
+    f = 2 * precision * recall / (precision + recall + 1e-7)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+        return np.where(truth > 0, f, 0).sum(1) / (truth > 0).sum(1)
+
+
+def f_score_pooled(confusion):
+    """F of each class over a whole split, from one pooled confusion matrix.
+
+        F_c = 2 TP / (2 TP + FP + FN)
+
+    NaN for a class that neither truth nor prediction holds; 0 if only one of them does. np.nanmean of it is the macro F. Large
+    objects dominate here, each image counts the same in f_score_per_image: say which one is meant.
+
+    Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
+    Errors: ValueError for other shapes
+    Source: equal to sklearn.metrics.f1_score(average=None) but for the NaN
+    Needs:  _counts
+    Check:  [[3, 1], [0, 4]] gives 6/7, 8/9
+    """
+    tp, predicted, truth = _counts(confusion, 2)
+    with np.errstate(invalid="ignore"):
+        return 2 * tp / (predicted + truth)
+
+
+def mean_iou(confusion):
+    """Intersection over union, the mean over the classes that truth or prediction holds, from one pooled confusion matrix.
+
+        IoU_c = TP / (TP + FP + FN) = F_c / (2 - F_c)
+
+    NaN for a matrix without counts.
+
+    Shape:  confusion (C, C) counts, rows the truth  ->  float in [0, 1]
+    Errors: ValueError for other shapes
+    Needs:  _counts
+    Check:  [[3, 1], [0, 4]] gives (3/4 + 4/5) / 2 = 0.775
+    """
+    tp, predicted, truth = _counts(confusion, 2)
+    union = predicted + truth - tp
+    held = union > 0
+    return float((tp[held] / union[held]).mean()) if held.any() else math.nan
+
+
+def _counts(confusion, ndim):
+    """Of each class of (..., C, C) counts, rows the truth: true positives, pixels predicted, pixels in the truth; float64."""
+    confusion = np.asarray(confusion, dtype=np.float64)
+    if confusion.ndim != ndim or confusion.shape[-1] != confusion.shape[-2]:
+        raise ValueError(f"confusion counts must be {'(n, C, C), one per image' if ndim == 3 else '(C, C)'}; got {confusion.shape}")
+    return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-2), confusion.sum(-1)
 
 
 def _is_positive(labels):

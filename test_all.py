@@ -572,7 +572,7 @@ def test_schedulers_find_lr_refuses_bad_input_by_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# losses: the focal loss, class weights, metrics
+# losses: focal loss, Dice, class weights, metrics
 
 
 # Focal cross-entropy
@@ -749,6 +749,236 @@ def test_losses_focal_module_is_the_function_with_weights_as_a_buffer():
     assert torch.equal(default(logits[:4], targets[:4]), losses.focal_label_smooth_ce(logits[:4], targets[:4]))
 
 
+# Dice, cross-entropy + Dice
+
+
+def slow_dice(logits, one_hot, kept, *, per, absent, smooth, weights):
+    """The definition, one class of one image (or of the batch) at a time, on selected pixels of (b, c, n) and (b, n)."""
+    p, images = logits.softmax(1), []
+    for rows in [[b] for b in range(len(p))] if per == "image" else [list(range(len(p)))]:
+        terms, share = [], []
+        for c, weight in enumerate(weights):
+            p_c, t_c = p[rows, c][kept[rows]], one_hot[rows, c][kept[rows]]
+            term = 1 - (2 * torch.minimum(p_c, t_c).sum() + smooth) / (p_c.sum() + t_c.sum() + smooth)
+            counts = len(t_c) and (absent != "skip" or t_c.sum() > 0)
+            terms.append(0 * term if absent == "zero" and t_c.sum() == 0 else term)
+            share.append(weight if counts else 0.0)
+        if sum(share):
+            images.append(sum(w * term for w, term in zip(share, terms)) / sum(share))
+    return sum(images) / len(images) if images else 0 * p.sum()
+
+
+def segmentation_cases(dtype=torch.float64):
+    """Logits and targets of every kind with gaps in the classes: (logits, targets, ignore_index, one_hot (b, c, n), kept (b, n))."""
+    g = torch.Generator().manual_seed(0)
+    for shape in (3, 4), (2, 4, 6), (3, 4, 2, 5):
+        logits = 2 * torch.randn(shape, generator=g, dtype=dtype)
+        indices = torch.randint(0, 3, shape[:1] + shape[2:], generator=g)  # class 3 is absent
+        void = indices.masked_fill(torch.rand(indices.shape, generator=g) < 0.3, 255)
+        void[0] = 255  # an image with nothing to learn from
+        soft = torch.randn(shape, generator=g, dtype=dtype).softmax(1)
+        for targets, ignore_index in (indices, None), (void, 255), (indices, 1), (soft, None):
+            flat = targets.reshape(shape[0], 4, -1) if targets is soft else targets.reshape(shape[0], -1)
+            kept = torch.ones_like(logits[:, 0], dtype=torch.bool).reshape(shape[0], -1) if targets is soft or ignore_index is None \
+                else flat != ignore_index
+            one_hot = flat if targets is soft else F.one_hot(flat.masked_fill(~kept, 0), 4).transpose(1, 2).to(dtype)
+            yield logits, targets, ignore_index, one_hot, kept
+
+
+def test_losses_dice_equals_the_definition_in_value_and_gradient():
+    for logits, targets, ignore_index, one_hot, kept in segmentation_cases():
+        for per, absent, smooth, weights in itertools.product(
+                ("image", "batch"), ("skip", "count", "zero"), (1e-5, 1.0), (None, [1.0, 2.0, 0.5, 3.0], [0.0, 0.0, 2.0, 0.0])):
+            options = dict(per=per, absent=absent, smooth=smooth)
+            want = value_and_gradient(lambda z: slow_dice(
+                z.reshape(len(z), 4, -1), one_hot, kept, weights=weights or [1.0] * 4, **options), logits)
+            got = value_and_gradient(lambda z: losses.dice_loss(
+                z, targets, class_weights=weights, ignore_index=ignore_index, **options), logits)
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_losses_dice_gradient_equals_finite_differences():
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([[0, 1, 9, 0], [2, 2, 2, 9]])
+    for per, absent in itertools.product(("image", "batch"), ("skip", "count", "zero")):
+        assert torch.autograd.gradcheck(lambda z: losses.dice_loss(z, targets, per=per, absent=absent, ignore_index=9), logits)
+
+
+def confident(targets, classes):
+    """Logits of a perfect prediction."""
+    return 100 * F.one_hot(targets, classes).movedim(-1, 1).float()
+
+
+def test_losses_dice_of_a_perfect_prediction_is_zero_also_with_absent_classes():
+    targets = torch.tensor([[[0, 0], [1, 4]], [[4, 4], [4, 4]]])
+    for per, absent in itertools.product(("image", "batch"), ("skip", "count", "zero")):
+        assert losses.dice_loss(confident(targets, 6), targets, per=per, absent=absent) == 0
+        assert abs(losses.ce_dice_loss(confident(targets, 6), targets, per=per, absent=absent)[0]) < 1e-6
+
+
+def test_losses_dice_absent_class_is_skipped_counted_or_zero():
+    targets = torch.zeros(1, 10, dtype=torch.long)  # class 1 has one false positive, class 2 is nowhere
+    logits = confident(torch.tensor([[0] * 9 + [1]]), 3)
+    for absent, want in ("skip", 1 / 19), ("count", (1 / 19 + 1 + 0) / 3), ("zero", 1 / 57):
+        assert abs(losses.dice_loss(logits, targets, absent=absent).item() - want) < 1e-5, absent
+    pair = torch.stack([targets[0], torch.ones(10, dtype=torch.long)])  # pooled over the batch, class 1 is there
+    logits = logits.expand(2, -1, -1)
+    assert abs(losses.dice_loss(logits, pair, per="batch").item() - ((1 - 18 / 28) + (1 - 2 / 12)) / 2) < 1e-6
+
+
+def test_losses_dice_per_image_is_independent_of_the_rest_of_the_batch():
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(3, 5, 8, 8, generator=g), torch.randint(0, 4, (3, 8, 8), generator=g)
+    logits[0] *= 4
+    alone = torch.stack([losses.dice_loss(logits[i:i + 1], targets[i:i + 1]) for i in range(3)])
+    torch.testing.assert_close(losses.dice_loss(logits, targets), alone.mean())
+    assert abs(losses.dice_loss(logits, targets, per="batch") - alone.mean()) > 1e-3
+    for i in range(3):
+        assert torch.equal(losses.dice_loss(logits[i:i + 1], targets[i:i + 1], per="batch"), alone[i])
+    one = losses.dice_loss(logits.requires_grad_(), targets.where(torch.tensor([True, False, False])[:, None, None], 255),
+                           ignore_index=255)  # two images all void: left out, not scored 0
+    assert torch.equal(one, alone[0])
+
+
+def test_losses_dice_of_soft_targets_is_least_at_the_targets_themselves():
+    q = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).softmax(1)
+    logits = q.log()
+    for per, absent in itertools.product(("image", "batch"), ("skip", "count", "zero")):
+        assert losses.dice_loss(logits, logits.softmax(1), per=per, absent=absent) == 0
+        assert losses.dice_loss(logits, q, per=per, absent=absent) < 1e-6 < losses.dice_loss(2 * logits, q, per=per, absent=absent)
+
+
+def test_losses_dice_takes_one_hot_targets_of_any_dtype_as_the_indices_they_are():
+    logits, targets = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16).reshape(2, 8) % 3
+    want = losses.dice_loss(logits, targets)
+    for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float64):
+        torch.testing.assert_close(losses.dice_loss(logits, F.one_hot(targets).transpose(1, 2).to(dtype)), want)
+    for dtype in (torch.uint8, torch.int32, torch.int16):
+        assert torch.equal(losses.dice_loss(logits, targets.to(dtype), ignore_index=-100), want)
+    wide = torch.randn(1, 160, 1, generator=torch.Generator().manual_seed(0))  # -100 as uint8 is 156
+    for loss in losses.ce_dice_loss, lambda z, t: [losses.dice_loss(z, t, ignore_index=-100)]:
+        assert loss(wide, torch.full((1, 1), 156, dtype=torch.uint8))[0] == loss(wide, torch.full((1, 1), 156))[0]
+
+
+def test_losses_dice_ignored_pixels_may_hold_nan_and_get_zero_gradient():
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 4, (2, 6, 6), generator=g)
+    logits = torch.randn(2, 4, 6, 6, generator=g)
+    targets[:, 2:4], void = 255, torch.zeros(2, 4, 6, 6, dtype=torch.bool).index_fill_(2, torch.tensor([2, 3]), True)
+    kept = [0, 1, 4, 5]
+    for per, smoothing, gamma in itertools.product(("image", "batch"), (0.0, 0.1), (0.0, 2.0)):
+        for call in (lambda z, t: losses.dice_loss(z, t, per=per, ignore_index=255),
+                     lambda z, t: losses.ce_dice_loss(z, t, per=per, label_smoothing=smoothing, gamma=gamma, ignore_index=255)[0]):
+            want, gradient = value_and_gradient(lambda z: call(z, targets[:, kept]), logits[:, :, kept])
+            for garbage in math.nan, math.inf, -math.inf:
+                got, full = value_and_gradient(lambda z: call(z, targets), logits.masked_fill(void, garbage))
+                torch.testing.assert_close((got, full[:, :, kept]), (want, gradient))
+                assert (full[void] == 0).all()
+
+
+def test_losses_dice_with_nothing_that_counts_is_zero_and_connected():
+    logits, void = torch.randn(2, 4, 3, requires_grad=True), torch.full((2, 3), 255)
+    nan = torch.full((2, 4, 3), math.nan, requires_grad=True)
+
+    def check(loss, z):
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert loss == 0 and torch.equal(gradient, torch.zeros(2, 4, 3))
+
+    for z in logits, nan:
+        for per, absent in itertools.product(("image", "batch"), ("skip", "count", "zero")):
+            check(losses.dice_loss(z, void, per=per, absent=absent, ignore_index=255), z)
+        for gamma, weights in itertools.product((0.0, 2.0), (None, [1.0, 2.0, 3.0, 4.0])):
+            check(losses.ce_dice_loss(z, void, gamma=gamma, label_smoothing=0.1, class_weights=weights, ignore_index=255)[0], z)
+    check(losses.dice_loss(logits, torch.zeros(2, 3, dtype=torch.long), class_weights=[0, 1, 1, 1]), logits)
+    for empty in void[:0], torch.zeros(0, 4, 3):
+        check(losses.dice_loss(logits[:0], empty), logits)
+        check(losses.ce_dice_loss(logits[:0], empty)[0], logits)
+
+
+def test_losses_dice_sums_large_images_in_half_precision_and_loses_no_small_terms():
+    targets = (torch.arange(512 * 512).reshape(1, 512, 512) % 512 < 300).long()
+    logits = torch.stack([torch.zeros_like(targets), torch.full_like(targets, 3)], 1).half()
+    p = 1 / (1 + math.exp(-3))  # of class 1, everywhere: 157,286 pixels of it lie beyond the range of float16
+    want = 1 - ((2 * (1 - p) * 212) / ((1 - p) * 512 + 212) + (2 * p * 300) / (p * 512 + 300)) / 2
+    for dtype in (torch.float16, torch.bfloat16):
+        got, gradient = value_and_gradient(lambda z: losses.dice_loss(z, targets), logits.to(dtype))
+        assert abs(got.item() - want) < 1e-6 and got.dtype == torch.float32 and gradient.isfinite().all()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert losses.dice_loss(logits.to(dtype), targets) == got
+        soft = losses.dice_loss(logits.to(dtype), F.one_hot(targets).movedim(-1, 1).to(dtype))
+        assert abs(soft.item() - want) < 1e-6 and soft.dtype == torch.float32
+    assert losses.dice_loss(logits.double(), targets).dtype == torch.float64
+
+
+def test_losses_ce_dice_is_cross_entropy_plus_dice_in_value_and_gradient():
+    for logits, targets, ignore_index, *_ in segmentation_cases():
+        options = dict(ignore_index=-100 if ignore_index is None else ignore_index, class_weights=[1.0, 2.0, 0.5, 3.0])
+        weights = torch.tensor(options["class_weights"], dtype=torch.float64)
+        for e, gamma, per, absent in itertools.product((0.0, 0.1), (0.0, 2.0), ("image", "batch"), ("skip", "count")):
+            def parts(z):
+                ce = (losses.focal_label_smooth_ce(z, targets, gamma=gamma, smoothing=e, **options) if gamma else
+                      F.cross_entropy(z, targets, weights, ignore_index=options["ignore_index"], label_smoothing=e))
+                return ce, losses.dice_loss(z, targets, per=per, absent=absent, smooth=0.1, **options)
+
+            want = value_and_gradient(lambda z: torch.dot(torch.stack(parts(z)), torch.tensor([0.7, 2.5], dtype=torch.float64)), logits)
+            keywords = dict(ce_weight=0.7, dice_weight=2.5, label_smoothing=e, gamma=gamma, per=per, absent=absent, smooth=0.1, **options)
+            got = value_and_gradient(lambda z: losses.ce_dice_loss(z, targets, **keywords)[0], logits)
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            named = losses.ce_dice_loss(logits.requires_grad_(), targets, **keywords)[1]
+            torch.testing.assert_close(named, dict(zip(("ce", "dice"), parts(logits))), rtol=1e-10, atol=1e-12)
+            assert not any(part.requires_grad for part in named.values())
+            module = losses.CEDiceLoss(**keywords)
+            assert torch.equal(module(logits, targets), losses.ce_dice_loss(logits, targets, **keywords)[0])
+
+
+def test_losses_dice_modules_are_the_functions_with_weights_as_a_buffer():
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    targets = (torch.arange(16).reshape(2, 8) % 2).index_fill(1, torch.tensor([3]), 9)
+    for options in (dict(per="batch", absent="count", smooth=1.0, class_weights=[1.0, 2.0, 3.0], ignore_index=9),
+                    dict(ignore_index=9)):
+        dice, both = losses.DiceLoss(**options), losses.CEDiceLoss(0.5, 2.0, 0.1, **options)
+        assert torch.equal(dice(logits, targets), losses.dice_loss(logits, targets, **options))
+        want = losses.ce_dice_loss(logits, targets, ce_weight=0.5, dice_weight=2.0, label_smoothing=0.1, **options)[0]
+        assert torch.equal(both(logits, targets), want)
+        assert not list(both.parameters()) and not list(dice.parameters())
+        for module in dice, both:
+            assert "class_weights" not in options or module.double().class_weights.dtype == torch.float64
+    default = targets.masked_fill(targets == 9, -100)
+    assert torch.equal(losses.CEDiceLoss()(logits, default), losses.ce_dice_loss(logits, default)[0])
+    assert torch.equal(losses.DiceLoss()(logits, default.clamp_min(0)), losses.dice_loss(logits, default.clamp_min(0)))
+
+
+def test_losses_dice_refuses_what_does_not_fit():
+    zeros = torch.zeros
+    long = lambda *shape: zeros(shape, dtype=torch.long)
+    for loss in losses.dice_loss, losses.ce_dice_loss:
+        for logits, targets in ((zeros(2, 3, 5, 5), long(2, 1, 5, 5)), (zeros(2, 3, 5, 5), long(2, 5)), (zeros(2, 3, 5), zeros(2, 5)),
+                                (zeros(2, 3, 4, 4), long(2, 8, 8)), (zeros(2, 1, 5), long(2, 5)), (zeros(4), long(4)),
+                                (long(2, 3, 5), long(2, 5))):
+            for text in (*(str(tuple(each.shape)) for each in (logits, targets)), *(str(each.dtype) for each in (logits, targets))):
+                raises(ValueError, text, lambda: loss(logits, targets))
+        raises(ValueError, "0..2 or ignore_index=7, got -1 to 255 in 3 pixels; for void pixels",
+               lambda: loss(zeros(1, 3, 5), torch.tensor([[0, 255, -1, 3, 7]]), ignore_index=7))
+        raises(ValueError, "got 255 to 255 in 2 pixels", lambda: loss(zeros(1, 3, 2), torch.tensor([[255, 255]])))
+        raises(ValueError, "class_weights must be (3,), one for each class, got (2,)",
+               lambda: loss(zeros(1, 3, 2), long(1, 2), class_weights=[1.0, 2.0]))
+        for option, text in ((dict(per="pixel"), "per='pixel'"), (dict(absent="drop"), "absent='drop'"), (dict(smooth=0), "smooth=0"),
+                             (dict(smooth=math.nan), "smooth=nan")):
+            raises(ValueError, text, lambda: loss(zeros(1, 3, 2), long(1, 2), **option))
+    for option, text in ((dict(ce_weight=-1), "ce_weight=-1"), (dict(dice_weight=-1), "dice_weight=-1"), (dict(gamma=-1), "gamma=-1"),
+                         (dict(label_smoothing=1.5), "label_smoothing=1.5")):
+        raises(ValueError, text, lambda: losses.ce_dice_loss(zeros(1, 3, 2), long(1, 2), **option))
+
+
+def test_losses_dice_of_one_pixel_is_the_number_in_its_docstring():
+    logits, targets = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
+    assert abs(losses.dice_loss(logits, targets).item() - 1 / 3) < 1e-5
+    loss, parts = losses.ce_dice_loss(logits, targets)
+    assert round(loss.item(), 4) == round(math.log(2) + 0.5, 4) == 1.1931
+    loss, parts = losses.ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())
+    assert [round(each.item(), 3) for each in (loss, parts["ce"], parts["dice"])] == [1.193, 0.693, 0.333]
+
+
 # Class balance
 
 
@@ -768,6 +998,23 @@ def test_losses_auto_pos_weight_of_one_class_is_finite_with_a_warning():
             warnings.simplefilter("always")
             assert losses.auto_pos_weight(labels) == 1.0
         assert f"{labels.count(0)} negatives, {labels.count(1)} positives" in str(caught[0].message)
+
+
+def test_losses_median_frequency_weights_are_the_root_of_median_over_count():
+    for counts in [1, 4, 16], np.array([100, 400, 1600]), torch.tensor([3, 12, 48]):
+        weights = losses.median_frequency_weights(counts)
+        assert weights.dtype == torch.float32 and weights.tolist() == [2, 1, 0.5]
+    np.testing.assert_allclose(losses.median_frequency_weights([1, 4, 12, 16]), np.sqrt([8, 2, 8 / 12, 0.5]), rtol=1e-6)
+
+
+def test_losses_median_frequency_weights_of_a_class_without_pixels_are_one_with_a_warning():
+    for counts, missing, want in ([1, 0, 4, 16], [1], [2, 1, 1, 0.5]), ([0, 0], [0, 1], [1, 1]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert losses.median_frequency_weights(counts).tolist() == want
+        assert len(caught) == 1 and f"classes {missing} have no pixels" in str(caught[0].message)
+    for counts, text in ([1, -1], "[ 1. -1.]"), ([1, math.nan], "nan"), ([[1, 2]], "(1, 2)"), ([], "(0,)"), (3, "()"):
+        raises(ValueError, text, lambda: losses.median_frequency_weights(counts))
 
 
 # Binary metrics
@@ -900,6 +1147,112 @@ def test_losses_regression_report_refuses_what_it_cannot_score():
     raises(ValueError, "predictions must be (2,) or (2, 1), got (3,)", lambda: losses.regression_report([1, 2, 3], [1, 2]))
     raises(ValueError, "predictions must be (2,) or (2, 1), got (2, 2)", lambda: losses.regression_report(np.zeros((2, 2)), [1, 2]))
     raises(ValueError, "2 targets need one group each, got 3", lambda: losses.regression_report([1, 2], [1, 2], ["a", "b", "c"]))
+
+
+# Segmentation metrics
+
+
+def label_maps(n=4, classes=5, seed=0):
+    """Predictions and targets of n images, with void pixels, classes only predicted, only true, and nowhere (the last)."""
+    rng = np.random.default_rng(seed)
+    predictions, targets = rng.integers(0, classes - 1, (2, n, 8, 9))
+    targets[rng.random(targets.shape) < 0.2] = 255
+    targets[0][targets[0] == 1] = 0
+    predictions[1][predictions[1] == 2] = 0
+    return predictions, targets
+
+
+def slow_scores(prediction, target, classes):
+    """The challenge's loop for one image, and (tp, fp, fn) of every class."""
+    counts = []
+    for c in range(classes):
+        pairs = [(p == c, t == c) for p, t in zip(prediction.flat, target.flat) if t != 255]
+        counts.append([pairs.count(kind) for kind in ((True, True), (True, False), (False, True))])
+    scores = []
+    for tp, fp, fn in counts:
+        if tp + fn:
+            precision, recall = tp / (tp + fp + 1e-7), tp / (tp + fn + 1e-7)
+            scores.append(2 * precision * recall / (precision + recall + 1e-7))
+    return sum(scores) / len(scores), counts
+
+
+def test_losses_segmentation_metrics_equal_the_slow_loop():
+    for seed in range(5):
+        predictions, targets = label_maps(seed=seed)
+        stack = np.stack([losses.confusion_matrix(p, t, 5) for p, t in zip(predictions, targets)])
+        want = [slow_scores(p, t, 5)[0] for p, t in zip(predictions, targets)]
+        np.testing.assert_allclose(losses.f_score_per_image(stack), want, rtol=1e-12)
+        pooled = slow_scores(predictions, targets, 5)[1]
+        f = [2 * tp / (2 * tp + fp + fn) if tp + fp + fn else math.nan for tp, fp, fn in pooled]
+        np.testing.assert_allclose(losses.f_score_pooled(stack.sum(0)), f, rtol=1e-12)
+        assert math.isnan(f[4]) and not any(map(math.isnan, f[:4]))
+        iou = [tp / (tp + fp + fn) for tp, fp, fn in pooled if tp + fp + fn]
+        assert abs(losses.mean_iou(stack.sum(0)) - sum(iou) / len(iou)) < 1e-12
+
+
+def test_losses_confusion_matrix_counts_pairs_with_the_truth_in_rows():
+    predictions, targets = label_maps()
+    want = np.zeros((5, 5), dtype=np.int64)
+    for p, t in zip(predictions.flat, targets.flat):
+        if t != 255:
+            want[t, p] += 1
+    torch_maps = torch.from_numpy(predictions), torch.from_numpy(targets)
+    for given in ((predictions, targets), torch_maps, (predictions.tolist(), targets.tolist()),
+                  [each.to(torch.uint8) for each in torch_maps], (predictions[:, ::-1], targets[:, ::-1])):
+        got = losses.confusion_matrix(*given, 5)
+        assert got.dtype == np.int64 and np.array_equal(got, want)
+    assert losses.confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2).tolist() == [[1, 1], [0, 1]]
+    assert losses.confusion_matrix([7, 1], [1, 0], 2, ignore_index=1).tolist() == [[0, 1], [0, 0]]  # under void: anything
+    assert losses.confusion_matrix([1], [0], 2, ignore_index=None).tolist() == [[0, 1], [0, 0]]
+    many = losses.confusion_matrix(np.full(1000, 299, np.uint16), np.full(1000, 299, np.uint16), 300, ignore_index=None)
+    assert many[299, 299] == many.sum() == 1000
+    assert not losses.confusion_matrix(np.zeros(0, int), np.zeros(0, int), 2).any()
+
+
+def test_losses_segmentation_scores_by_hand():
+    confusion = [[3, 1], [0, 4]]
+    np.testing.assert_allclose(losses.f_score_pooled(confusion), [6 / 7, 8 / 9])
+    assert abs(losses.mean_iou(confusion) - 0.775) < 1e-12
+    np.testing.assert_allclose(losses.f_score_per_image([confusion]), [(6 / 7 + 8 / 9) / 2], rtol=1e-6)
+    assert losses.f_score_per_image([confusion])[0] < (6 / 7 + 8 / 9) / 2  # by the challenge's eps
+    only_predicted = [[3, 0, 1], [0, 4, 0], [0, 0, 0]]  # class 2: skipped by the challenge, 0 when pooled
+    np.testing.assert_allclose(losses.f_score_per_image([only_predicted]), [(6 / 7 + 1) / 2], rtol=1e-6)
+    np.testing.assert_allclose(losses.f_score_pooled(only_predicted), [6 / 7, 1, 0])
+    missed = [[3, 0], [2, 0]]
+    np.testing.assert_allclose(losses.f_score_per_image([missed]), [(6 / 8 + 0) / 2], rtol=1e-6)
+    assert losses.mean_iou([[1, 0], [0, 0]]) == 1
+
+
+def test_losses_segmentation_scores_are_nan_where_undefined_and_never_zero():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(losses.f_score_per_image(np.stack([np.zeros((2, 2)), np.eye(2)])) > 0.99, [False, True])
+        assert np.isnan(losses.f_score_per_image(np.zeros((1, 2, 2)))).all() and losses.f_score_per_image(np.zeros((0, 2, 2))).shape == (0,)
+        assert np.isnan(losses.f_score_pooled(np.zeros((2, 2)))).all() and math.isnan(losses.mean_iou(np.zeros((2, 2))))
+
+
+def test_losses_segmentation_metrics_do_not_depend_on_the_batch_size():
+    predictions, targets = label_maps(n=7)
+    whole = losses.confusion_matrix(predictions, targets, 5)
+    for size in 1, 2, 3, 7:
+        parts = [losses.confusion_matrix(predictions[i:i + size], targets[i:i + size], 5) for i in range(0, 7, size)]
+        assert np.array_equal(sum(parts), whole)
+    stack = np.stack([losses.confusion_matrix(p, t, 5) for p, t in zip(predictions, targets)])
+    alone = np.concatenate([losses.f_score_per_image(stack[i:i + 1]) for i in range(7)])
+    assert np.array_equal(losses.f_score_per_image(stack), alone)
+    assert np.array_equal(losses.f_score_per_image(torch.from_numpy(stack)), alone)
+
+
+def test_losses_segmentation_metrics_refuse_what_they_cannot_count():
+    matrix = losses.confusion_matrix
+    raises(ValueError, "(2, 3) of float32, targets (2, 3) of int64", lambda: matrix(torch.zeros(2, 3), torch.zeros(2, 3).long(), 2))
+    raises(ValueError, "predictions (2,) of int64, targets (3,)", lambda: matrix([0, 1], [0, 1, 1], 2))
+    raises(ValueError, "predictions must be in 0..1, got 0 to 2; ignore_index is 255", lambda: matrix([0, 2], [0, 1], 2))
+    raises(ValueError, "targets must be in 0..1, got -1 to 1", lambda: matrix([0, 1], [-1, 1], 2))
+    raises(ValueError, "targets must be in 0..1, got 0 to 255; ignore_index is None",
+           lambda: matrix([0, 1], [0, 255], 2, ignore_index=None))
+    for score, shape in (losses.f_score_per_image, (3, 3)), (losses.f_score_pooled, (4, 3, 3)), (losses.mean_iou, (2, 3)):
+        raises(ValueError, str(shape), lambda: score(np.zeros(shape)))
 
 
 def test_losses_numbers_in_the_docstrings_are_right():
@@ -4055,6 +4408,15 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "EMA": "EMA(torch.nn.Linear(2, 1)).update(torch.nn.Linear(2, 1)) is None",
     "focal_label_smooth_ce": "focal_label_smooth_ce(torch.zeros(3), torch.ones(3)) > 0",
     "FocalLabelSmoothCE": "FocalLabelSmoothCE()(torch.zeros(3, 4), torch.arange(3)) > 0",
+    "dice_loss": "dice_loss(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) < 0.34",
+    "DiceLoss": "DiceLoss(per='batch')(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) < 0.34",
+    "ce_dice_loss": "ce_dice_loss(torch.zeros(1, 2, 4), torch.ones(1, 4).long(), gamma=2.0)[1]['dice'] < 0.34",
+    "CEDiceLoss": "CEDiceLoss()(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) > 1.19",
+    "median_frequency_weights": "median_frequency_weights([1, 4, 16]).tolist() == [2, 1, 0.5]",
+    "confusion_matrix": "confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2).tolist() == [[1, 1], [0, 1]]",
+    "f_score_per_image": "len(f_score_per_image(np.ones((3, 2, 2)))) == 3",
+    "f_score_pooled": "f_score_pooled([[2, 0], [0, 3]]).tolist() == [1, 1]",
+    "mean_iou": "mean_iou([[3, 1], [0, 4]]) == 0.775",
     "auto_pos_weight": "auto_pos_weight([0, 0, 0, 1]) == 3",
     "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",
     "average_precision": "average_precision([2.0, 1.0], [1, 0]) == 1",
