@@ -845,10 +845,10 @@ def open_run_folder(args):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
             return folder, False
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
-    if (folder / "fold-1").is_dir() and not args.resume:
+    if (folder / "fold-1").is_dir() and not args.resume:  # the files of folds and of a single run would be taken for each other's
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
-    if args.fold and folder.name == f"fold-{args.fold}":
-        refuse_single_run(folder.parent)
+    if args.fold and folder.name == f"fold-{args.fold}" and any((folder.parent / name).exists() for name in ("last.pt", "best.pt")):
+        raise ValueError(f"{folder.parent} holds a run without --folds: choose another --out")
     if any((folder / name).exists() for name in RUN_FILES) and not (args.resume or args.overwrite):
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
     return folder, args.resume
@@ -1391,15 +1391,8 @@ def apply_checkpoint(args):
     print_scores(name, splits[name], evaluate(model, splits[name], args), args)
 
 
-def refuse_single_run(folder):
-    """A folder of folds is no folder of a single run: their files would be taken for each other's."""
-    if any((folder / name).exists() for name in ("last.pt", "best.pt")):
-        raise ValueError(f"{folder} holds a run without --folds: choose another --out")
-
-
 def fold_runs(args, folder):
     """The settings of every fold's run, in OUT/fold-1, OUT/fold-2, ..., checked as far as prepare does before the first is trained."""
-    refuse_single_run(folder)
     if args.resume and (folder / "fold-1" / "last.pt").is_file():
         adopt_recipe(args, load_checkpoint(folder / "fold-1" / "last.pt", args.task))
     runs = []
