@@ -375,8 +375,8 @@ def ppg_split(windows, rows, recordings, args):
         missing = [str(number) for numbers in data.ORIGINAL_SPLIT.values() for number in numbers
                    if number not in {each["number"] for each in recordings}]
         if missing:
-            raise ValueError(f"--protocol original needs BIDMC's own recordings, {', '.join(missing)} of its validation and test splits are "
-                             "not there: give the whole folder bidmc_csv, or leave the variant out")
+            raise ValueError(f"--protocol original needs BIDMC's own recordings, {', '.join(missing)} of its validation and test splits "
+                             "are not there: give the whole folder bidmc_csv, or leave the variant out")
         return rows, "split: the original one, by recording; patients of validation and test recordings are in training too"
     patients = np.array([each["patient"] for each in recordings])
     members = {name: part for name, part in zip(("train", "validation", "test"), split_rows(patients, args)) if len(part)}
@@ -422,7 +422,8 @@ def ppg_load(path, args):
         notes += [f"{name}: {len(part):,} windows, {PPG_UNITS[rate]} mean {labels[part].mean():.3f}, sd {labels[part].std(ddof=1):.3f}, "
                   f"{labels[part].min():.1f} to {labels[part].max():.1f}" for name, part in rows.items()]
     stretch = 1.0 if args.mode == "probe" else args.stretch
-    splits = {name: data.PPGSplit(windows, part, prepare, scaler=scaler, stretch=stretch, device=args.device) for name, part in rows.items()}
+    splits = {name: data.PPGSplit(windows, part, prepare, scaler=scaler, stretch=stretch, device=args.device)
+              for name, part in rows.items()}
     return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
 
 
@@ -437,7 +438,8 @@ def ppg_scaler(args):
 
 def ppg_encoder(args):
     channels = 3 if args.inputs == "spectrum" and ppg_rate(args) == "rr" else 1
-    return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dropout=args.dropout)
+    return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width, depth=args.depth, heads=args.heads,
+                             dropout=args.dropout)
 
 
 def ppg_network(args):
@@ -537,7 +539,8 @@ def masked_scores(guesses, targets):
 
 def masked_evaluate(model, split, args):
     """Scores of the hidden samples or bins, in the unit of the input."""
-    pairs = [(model(inputs, mask.to(inputs.device))[mask], model.encoder.patches(inputs)[mask]) for inputs, mask in masked_patches(split, args)]
+    pairs = [(model(inputs, mask.to(inputs.device))[mask], model.encoder.patches(inputs)[mask])
+             for inputs, mask in masked_patches(split, args)]
     guesses, targets = (torch.cat(parts).float().cpu().numpy().reshape(-1) for parts in zip(*pairs))
     if not np.isfinite(guesses).all():
         raise NonFinite(f"{(~np.isfinite(guesses)).sum()} of {len(guesses)} guesses are not finite")
@@ -948,7 +951,8 @@ def pretrained_encoder(args):
         path = path / (f"fold-{args.fold}" if args.fold else "") / "best.pt"
     content = load_checkpoint(path, args.task, needs=("model", "epoch"))
     if content["recipe"]["mode"] != "pretrain":
-        raise ValueError(f"{path} is a run with --mode {content['recipe']['mode']}, whose encoder has seen labels: give one of --mode pretrain")
+        raise ValueError(f"{path} is a run with --mode {content['recipe']['mode']}, whose encoder has seen labels: give one of "
+                         "--mode pretrain")
     if args.overwrite and path.resolve().parent == Path(args.out).resolve():
         raise ValueError(f"--overwrite would delete the encoder that --pretrained names, {path}: choose another --out")
     for name, flag in TASKS[args.task].defaults.items():
@@ -957,8 +961,8 @@ def pretrained_encoder(args):
                              f"{show(content['recipe'][name])}; give that, or pretrain another one")
     leaked = set(content["facts"]["seen"]) & set(args.facts["held_out"])
     if leaked:
-        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the recordings that this run holds out: pretrain with the "
-                         "same --seed, ratios, --folds and --fold")
+        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the recordings that this run holds out: pretrain "
+                         "with the same --seed, ratios, --folds and --fold")
     return content | {"path": path}
 
 
@@ -1282,8 +1286,8 @@ def prepare(args):
                          "a new run in another --out")
     floor = {} if sets.validation is None else task.floor(sets.validation, args)
     if math.isnan(best_constant(floor).get(args.monitor, 0.0)):
-        raise ValueError(f"--monitor {args.monitor} is not defined on the {len(sets.validation)} validation rows (labels of one value or one "
-                         "class): choose another, or other rows with --seed or the ratios")
+        raise ValueError(f"--monitor {args.monitor} is not defined on the {len(sets.validation)} validation rows (labels of one value "
+                         "or one class): choose another, or other rows with --seed or the ratios")
     batches = plan_batches(sets.train, 1, args)
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
@@ -1296,9 +1300,9 @@ def prepare(args):
     if args.mode == "probe":
         cache_features(run.raw_model, sets)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
-    weights = models.count_parameters(run.raw_model)
-    trained = models.count_parameters(run.raw_model, trainable_only=True)
-    print(f"{args.task} | {', '.join(sizes)} | {weights:,} parameters{f', {trained:,} trained' * (trained < weights)} | {steps_per_epoch} steps/epoch | "
+    weights, trained = (models.count_parameters(run.raw_model, trainable_only=only) for only in (False, True))
+    counts = f"{weights:,} parameters" + f", {trained:,} trained" * (trained < weights)
+    print(f"{args.task} | {', '.join(sizes)} | {counts} | {steps_per_epoch} steps/epoch | "
           f"{args.device}, amp {args.amp}")
     return run, sets, folder
 
