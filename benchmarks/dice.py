@@ -1,0 +1,75 @@
+"""Cross-entropy plus Dice, forward and backward: time and memory of ce_dice_loss beside MONAI's DiceCELoss and a one-hot version.
+
+    $ pip install monai && OMP_NUM_THREADS=1 python benchmarks/dice.py          # 8 x 19 x 512 x 512
+    $ OMP_NUM_THREADS=1 python benchmarks/dice.py 2 19 256 256
+
+Each contestant runs in a process of its own: the second of two passes is timed, memory is the peak of the whole process minus its
+peak before the loss, as a multiple of the logits (their gradient, 1.0, is part of it). The contestants take turns, three rounds;
+the median is printed. MALLOC_MMAP_THRESHOLD_ is set, for all of them alike, so that freed memory goes back at once and the peak
+is what is needed at one time.
+"""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def contestant(name):
+    import torch
+    import torch.nn.functional as F
+
+    import losses
+
+    def one_hot(logits, targets):
+        p, t = logits.softmax(1), F.one_hot(targets, logits.shape[1]).movedim(-1, 1).float()
+        dice = (2 * (p * t).sum((2, 3)) + 1e-5) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-5)
+        return F.cross_entropy(logits, targets) + 1.5 * (1 - dice).mean()
+
+    if name == "monai":
+        from monai.losses import DiceCELoss
+        monai = DiceCELoss(softmax=True, to_onehot_y=True, lambda_ce=1.0, lambda_dice=1.5, smooth_nr=1e-5, smooth_dr=1e-5)
+    return {"ce_dice_loss": lambda logits, targets: losses.ce_dice_loss(logits, targets, absent="count")[0], "one-hot": one_hot,
+            "monai": lambda logits, targets: monai(logits, targets.unsqueeze(1))}[name]
+
+
+def measure(name, shape):
+    """Prints loss, seconds of the second pass, peak memory over the logits; run in a process of its own."""
+    import torch
+
+    loss_fn = contestant(name)
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(2, shape[1], 16, 16, generator=generator, requires_grad=True)
+    loss_fn(small, torch.zeros(2, 16, 16, dtype=torch.long)).backward()  # libraries and thread pools are loaded
+    logits = torch.randn(shape, generator=generator, requires_grad=True)
+    targets = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    for _ in range(2):
+        logits.grad = None
+        start = time.perf_counter()
+        loss = loss_fn(logits, targets)
+        loss.backward()
+        seconds = time.perf_counter() - start
+    print(float(loss), seconds, (peak() - before) / (logits.numel() * 4))
+
+
+if sys.argv[1:2] == ["measure"]:
+    measure(sys.argv[2], [int(word) for word in sys.argv[3:]])
+    sys.exit()
+shape = sys.argv[1:] or ["8", "19", "512", "512"]
+names, rounds = ("ce_dice_loss", "monai", "one-hot"), {}
+for _ in range(3):
+    for name in names:
+        out = subprocess.run([sys.executable, __file__, "measure", name, *shape], capture_output=True, text=True, check=True,
+                             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+        rounds.setdefault(name, []).append([float(word) for word in out.stdout.split()])
+print(f"{' x '.join(shape)}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), median of 3")
+for name, values in rounds.items():
+    loss, seconds, memory = (statistics.median(column) for column in zip(*values))
+    print(f"{name:<13} loss {loss:.5f}   {seconds:6.3f} s   peak {memory:5.2f} x logits")
