@@ -178,12 +178,16 @@ def batches_in_order(split, chunk=512):
         yield split.batch(np.arange(start, min(start + chunk, len(split))))
 
 
-def all_outputs(forward, split, chunk=512):
-    """forward(batch) over a whole split, float32 on the CPU; NonFinite if any of it is not a finite number."""
-    outputs = torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu()
+def finite(outputs):
+    """The outputs, or NonFinite if any of them is not a finite number."""
     if not torch.isfinite(outputs).all():
         raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are not finite")
     return outputs
+
+
+def all_outputs(forward, split, chunk=512):
+    """forward(batch) over a whole split, finite, float32 on the CPU."""
+    return finite(torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,10 +545,8 @@ def masked_evaluate(model, split, args):
     """Scores of the hidden samples or bins, in the unit of the input."""
     pairs = [(model(inputs, mask.to(inputs.device))[mask], model.encoder.patches(inputs)[mask])
              for inputs, mask in masked_patches(split, args)]
-    guesses, targets = (torch.cat(parts).float().cpu().numpy().reshape(-1) for parts in zip(*pairs))
-    if not np.isfinite(guesses).all():
-        raise NonFinite(f"{(~np.isfinite(guesses)).sum()} of {len(guesses)} guesses are not finite")
-    return masked_scores(guesses, targets)
+    guesses, targets = (torch.cat(parts).float().cpu().flatten() for parts in zip(*pairs))
+    return masked_scores(finite(guesses), targets)
 
 
 def masked_floor(split, args):
@@ -703,8 +705,7 @@ def parse_args(argv):
         add_flag(group, name, default, text)
     typed = vars(parser.parse_args(argv))
     settings = ABSENT | {name: default for name, (default, _) in RUN_FLAGS.items()} | recipe | {"variant": chosen.variant} | typed
-    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={}, home="",  # home: main sets it, the --out to resume
-                                 given={name: typed.get(name, "") for name in ("device", "cache")})
+    args = types.SimpleNamespace(**settings, typed=set(typed) - {"task"}, facts={}, home="")  # home: main sets it, the --out to resume
     for name in recipe:
         flag = task.defaults[name]
         flag.check(name, settings[name])
@@ -933,8 +934,7 @@ def make_schedule(optimizer, args, steps_per_epoch):
         return schedulers.WarmRestarts(optimizer, max(1, steps(args.restart_epochs)), cycle_mult=args.restart_mult,
                                        min_lr=args.min_lr, **warmup)
     if args.schedule == "cyclic":
-        return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=peak,
-                                 steps_up=args.cyclic_steps_up)
+        return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=peak, steps_up=args.cyclic_steps_up)
     if args.schedule == "none":
         return schedulers.Plateau(optimizer, **warmup)  # never fed a metric: warm-up, then constant
     return schedulers.Plateau(optimizer, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr, **warmup)
@@ -978,11 +978,11 @@ def set_up_backbone(model, args, pretrained):
               f"{', '.join(report['left_out']) or 'nothing'}")
     if args.mode in ("probe", "partial"):
         models.freeze_backbone(model.encoder, unfreeze_last=args.unfreeze_last if args.mode == "partial" else 0)
-    backbone = list(model.encoder.parameters()) if args.mode in ("finetune", "partial") else []
-    members = {id(p) for p in backbone}
-    groups = [([p for p in model.parameters() if id(p) not in members], 1.0)]
-    groups += [(backbone, args.backbone_lr / args.lr)] if backbone else []
-    return [([p for p in parameters if p.requires_grad], share) for parameters, share in groups]
+    backbone, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (backbone if args.mode in ("finetune", "partial") and name.startswith("encoder.") else rest).append(p)
+    return [(rest, 1.0)] + ([(backbone, args.backbone_lr / args.lr)] if backbone else [])
 
 
 def build(args, steps_per_epoch, pretrained=None):
@@ -1245,7 +1245,9 @@ def check_one_row_batch(run, sets, batches, args):
     if row is None:
         return
     try:
-        task_of(args).loss(copy.deepcopy(run.raw_model).train(), sets.train.batch(row), 0, args)
+        model = copy.deepcopy(run.raw_model)
+        models.train_mode(model)
+        task_of(args).loss(model, sets.train.batch(row), 0, args)
     except ValueError as error:
         n = len(sets.train)
         fits = next(size for size in itertools.count(args.batch_size + 1) if n % size != 1)
@@ -1325,7 +1327,7 @@ def report(sets, args, folder, seconds):
 
 def resume_command(args):
     """The command that goes on with a run, or with all of a run's folds."""
-    kept = [word for name in ("device", "cache") if args.given[name] for word in (f"--{name}", args.given[name])]
+    kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
     return "python " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
 
 
