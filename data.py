@@ -1027,6 +1027,17 @@ def reduce_rate(windows, factor):
     return windows[..., : windows.shape[-1] // factor * factor].unflatten(-1, (-1, factor)).mean(-1)
 
 
+def hann_power(x, rate_hz, frequencies):
+    """Power of signals at any frequencies, under a Hann window: |sum_t hann(t) x(t) exp(-2 pi i f t)|^2.
+
+    x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
+    """
+    t = x.shape[-1]
+    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * frequencies
+    x = x * torch.hann_window(t, periodic=False, dtype=x.dtype, device=x.device)
+    return (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+
+
 def spectral_rate(windows, rate_hz, band):
     """The classical estimate: where in the band the spectrum of a window is highest, per minute.
 
@@ -1038,7 +1049,7 @@ def spectral_rate(windows, rate_hz, band):
     returns (n,) inside the band; NaN for a flat window
     Errors: ValueError for a band that is empty, or not between 0 and half the rate.
     Check:  a sine of 0.3 Hz gives 18.0
-    Needs:  standardise
+    Needs:  standardise, hann_power
     """
     low, high = band
     if not 0 < low < high <= rate_hz / 2:
@@ -1046,9 +1057,8 @@ def spectral_rate(windows, rate_hz, band):
     t = windows.shape[-1]
     step = rate_hz / t / 4
     grid = low + step * torch.arange(-1, round((high - low) / step) + 2, dtype=torch.float64)
-    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * grid
-    x = standardise(windows) * torch.hann_window(t, periodic=False, dtype=windows.dtype, device=windows.device)
-    power = (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+    x = standardise(windows)
+    power = hann_power(x, rate_hz, grid)
     peak = power[:, 1:-1].argmax(1, keepdim=True) + 1
     left, top, right = (power.log().gather(1, peak + k)[:, 0] for k in (-1, 0, 1))
     offset = ((left - right) / (2 * (left - 2 * top + right))).clamp(-0.5, 0.5)
@@ -1094,17 +1104,16 @@ def band_spectrum(signals, rate_hz, band, bins):
     returns (..., bins); log 0.001 everywhere for a flat signal
     Errors: ValueError for a band that is not between 0 and half the rate, or for fewer than 2 bins.
     Check:  a sine is largest at its own frequency
-    Needs:  standardise
+    Needs:  standardise, hann_power
     """
     low, high = band
     if not 0 <= low < high <= rate_hz / 2 or bins < 2:
         raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 and half the rate, "
                          f"{rate_hz / 2:g} Hz, with at least 2 bins")
     t = signals.shape[-1]
-    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * torch.linspace(low, high, bins, dtype=torch.float64)
     x, line = standardise(signals), torch.linspace(-1, 1, t).to(signals)
-    x = (x - (x @ line)[..., None] / line.square().sum() * line) * torch.hann_window(t, periodic=False).to(x)
-    power = (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+    x = x - (x @ line)[..., None] / line.square().sum() * line
+    power = hann_power(x, rate_hz, torch.linspace(low, high, bins, dtype=torch.float64))
     mean = power.mean(-1, keepdim=True)
     return (power / torch.where(mean > 0, mean, 1) + 1e-3).log()
 
