@@ -3,7 +3,9 @@
 What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
-    augmentation         horizontal_flip, photometric_distort, clahe, random_crop, mixup, cutmix
+    faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
+                         sides_reversed, swap_labels, encode_png, FaceSplit
+    augmentation         horizontal_flip, photometric_distort, clahe, random_affine, random_crop, mixup, cutmix
     breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
                          respiratory_signals, band_spectrum, time_stretch, ppg_inputs, PPGSplit
     labels               LabelScaler
@@ -24,8 +26,10 @@ import lzma
 import math
 import os
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -204,27 +208,27 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
         load = lambda start, stop: torch.cat([resize_uint8(read_image(path / name)[None], size) for name in names[start:stop]])
     files = [path] if path.is_file() else [path / name for name in names]
     key = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    images = decode_once(load, len(names), size, key=key, cache=cache)
+    images = decode_once(load, (len(names), 3, *size), key=key, cache=cache)
     return images, labels, groups, names
 
 
-def decode_once(load, n, size, *, key, cache="", chunk=256):
-    """Fill one contiguous uint8 array (n, 3, h, w) by load(start, stop); with `cache`, once per key, then memory-mapped."""
+def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
+    """Fill one contiguous uint8 array of this shape by load(start, stop); with `cache`, once per key, then memory-mapped."""
 
     def fill(images):
-        for start in range(0, n, chunk):
-            images[start : start + chunk] = load(start, min(start + chunk, n))
+        for start in range(0, shape[0], chunk):
+            images[start : start + chunk] = load(start, min(start + chunk, shape[0]))
         return images
 
     if not cache:
-        return fill(torch.empty((n, 3, *size), dtype=torch.uint8))
-    digest = hashlib.sha256(repr((size, key)).encode()).hexdigest()[:16]
-    file = Path(cache) / f"eyes-{digest}.npy"
+        return fill(torch.empty(shape, dtype=torch.uint8))
+    digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
+    file = Path(cache) / f"{kind}-{digest}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(n, 3, *size))
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
             fill(torch.from_numpy(images))
             images.flush()
             os.replace(temporary, file)
@@ -438,6 +442,415 @@ class EyeSplit:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Faces: one uint8 array of images, one of masks that hold a class id per pixel
+
+FACE_CLASSES = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
+                "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")  # eye_g glasses, ear_r earring, neck_l necklace
+FACE_PAIRS = ((4, 5), (6, 7), (8, 9))  # eyes, brows, ears: l_ is the person's left, on the RIGHT side of the image
+FACE_COLOURS = ((0, 0, 0), (204, 0, 0), (76, 153, 0), (204, 204, 0), (51, 51, 255), (204, 0, 204), (0, 255, 255), (255, 204, 204),
+                (102, 51, 0), (255, 0, 0), (102, 204, 0), (255, 255, 0), (0, 0, 153), (0, 0, 204), (255, 51, 153), (0, 204, 204),
+                (0, 51, 0), (255, 153, 51), (0, 204, 0))  # RGB by class id, as CelebAMask-HQ is usually shown
+
+
+def read_faces(path, *, size, cache="", need_masks=True):
+    """Read a face-parsing set: a folder with images/ and masks/ of the same stems, or an .npz with `images` and `masks`.
+
+        folder/images/*.jpg|png|...  RGB or grey            folder/masks/*.png  palette or grey, holding class ids
+        file.npz                     images uint8 (n, h, w, 3) or (n, h, w), masks uint8 (n, h, w)
+        folder of images             only with need_masks=False, for prediction
+
+    An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with antialiasing); masks are
+    kept as they are, so that a prediction can be scored at their own resolution.
+
+    cache   a folder: the decoded arrays are kept there as .npy and memory-mapped, decoded once per content
+    returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w) or None, names: list of n str
+    Errors: ValueError naming the file for an image without a mask or the reverse, another size than that of its image or of
+            the other masks, an RGB mask, an id of 19 or more other than 255, a file that cannot be read; ImportError with the
+            install command when image files need Pillow and it is missing.
+    Needs:  IMAGE_SUFFIXES, list_face_files, read_faces_npz, read_image, read_mask, check_face_ids, resize_uint8, decode_once
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an .npz file")
+    if path.is_file():
+        arrays, masks = read_faces_npz(path, need_masks=need_masks)
+        names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
+        key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
+        images = decode_once(lambda start, stop: resize_uint8(arrays[start:stop], size), (len(names), 3, *size), key=key, cache=cache,
+                             kind="faces")
+        return images, masks, names
+
+    files, mask_files = list_face_files(path, need_masks=need_masks)
+    stamps = lambda paths: [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
+    load = lambda start, stop: torch.cat([resize_uint8(read_image(file)[None], size) for file in files[start:stop]])
+    images = decode_once(load, (len(files), 3, *size), key=stamps(files), cache=cache, kind="faces", chunk=16)
+    masks = None
+    if need_masks:
+        shape = read_mask(mask_files[0], files[0]).shape
+        load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
+            mask_files[start:stop], files[start:stop])])
+        masks = decode_once(load, (len(files), *shape), key=stamps(mask_files), cache=cache, kind="masks", chunk=16)
+    return images, masks, [file.stem for file in files]
+
+
+def list_face_files(folder, *, need_masks=True):
+    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for what has no counterpart.
+
+    Needs:  IMAGE_SUFFIXES
+    """
+    listed = lambda place, suffixes: {file.stem: file for file in sorted(place.iterdir()) if file.suffix.lower() in suffixes}
+    place = folder / "images" if need_masks or (folder / "images").is_dir() else folder
+    for each in [place] + [folder / "masks"] * need_masks:
+        if not each.is_dir():
+            raise ValueError(f"{each} does not exist: a face-parsing folder holds images/ and masks/ with files of the same stems")
+    images = listed(place, IMAGE_SUFFIXES)
+    if not images:
+        raise ValueError(f"{place} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+    if not need_masks:
+        return list(images.values()), None
+    masks = listed(folder / "masks", (".png",))
+    for have, lack, what in (images, masks, "mask"), (masks, images, "image"):
+        alone = [file for stem, file in have.items() if stem not in lack]
+        if alone:
+            raise ValueError(f"{alone[0]} has no {what} of the same stem, {len(alone)} of {len(have)} files are alone: add the "
+                             f"{what}s, or take the files away")
+    return list(images.values()), [masks[stem] for stem in images]
+
+
+def read_mask(path, image=None, shape=None):
+    """Class ids of a palette or grey PNG as uint8 (h, w), checked against its image file and the shape of the other masks.
+
+    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit, or whose ids or size are wrong.
+    Needs:  check_face_ids
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
+    try:
+        with Image.open(path) as file:
+            mode, mask = file.mode, np.array(file)
+        image_size = mask.shape[1::-1] if image is None else Image.open(image).size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable mask ({error}): repair or remove it, and its image") from error
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path} is a {mode} image: a mask is a palette or 8-bit grey PNG whose values are class ids, not colours")
+    if image_size != mask.shape[1::-1]:
+        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but its image is {image_size[0]}x{image_size[1]} (width x height): "
+                         "a mask has the size of its image")
+    if shape is not None and mask.shape != shape:
+        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but the first mask is {shape[1]}x{shape[0]} (width x height): all "
+                         "masks of a set have one size; resize image and mask (nearest) beforehand")
+    check_face_ids(mask, path)
+    return mask
+
+
+def check_face_ids(masks, where):
+    """ValueError for an id other than 0..18 and 255."""
+    wrong = masks[(masks > 18) & (masks != 255)]
+    if wrong.size:
+        raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not count; got {wrong.max()} in {wrong.size} "
+                         "pixels")
+
+
+def read_faces_npz(path, *, need_masks=True):
+    """Images and masks (None without need_masks) of an .npz file, checked.
+
+    Needs:  check_face_ids
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {name: file[name] for name in ("images", "masks") if name in file}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error})") from error
+    images, masks = content.get("images"), content.get("masks")
+    if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or not len(images):
+        raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "
+                         f"{'none' if images is None else f'{images.dtype} {images.shape}'}")
+    if not need_masks:
+        return images, None
+    if masks is None or masks.dtype != np.uint8 or masks.shape != images.shape[:3]:
+        raise ValueError(f"{path}: masks must be uint8 class ids {images.shape[:3]}, the size of the images, got "
+                         f"{'none' if masks is None else f'{masks.dtype} {masks.shape}'}")
+    check_face_ids(masks, path)
+    return images, torch.from_numpy(masks)
+
+
+def sides_reversed(masks, pairs, *, chunk=64):
+    """Which masks have the person's left and right labelled the wrong way round, told by where the parts lie.
+
+    (left, right) are labels of the person's own left and right, and the left one lies further right in the image. Each pair
+    whose two parts are there has a vote, by the mean column of either; a mask is reversed if most votes say so.
+
+    masks   (n, h, w) uint8
+    returns int8 array (n,): 1 reversed, 0 in order, -1 cannot be told (no pair is complete, or a tie)
+    Check:  label 5 left of label 4 is in order for pairs ((4, 5),)
+    """
+    votes, counts = np.zeros(len(masks), dtype=int), np.zeros(len(masks), dtype=int)
+    columns = torch.arange(masks.shape[2], dtype=torch.float64)
+    for start in range(0, len(masks), chunk):
+        part, rows = masks[start : start + chunk], slice(start, start + chunk)
+        for left, right in pairs:
+            sums = [(part == label).sum(1).double() for label in (left, right)]  # pixels of each column
+            x_left, x_right = (each @ columns / each.sum(1) for each in sums)  # NaN where the part is absent
+            votes[rows] += (torch.sign(torch.nan_to_num(x_right - x_left))).int().numpy()
+            counts[rows] += (~torch.isnan(x_right - x_left)).numpy()
+    return np.where((counts == 0) | (votes == 0), -1, votes > 0).astype(np.int8)
+
+
+def swap_labels(masks, pairs):
+    """Masks with the two labels of every pair in each other's place; a label in no pair, such as 255, is kept.
+
+    masks   any shape, integers in [0, 255]
+    Errors: ValueError for a paired label outside [0, 255] or in two pairs
+    Check:  twice is the identity
+    """
+    labels = [label for pair in pairs for label in pair]
+    if len(set(labels)) < len(labels) or not all(0 <= label <= 255 for label in labels):
+        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], none of them twice")
+    becomes = torch.arange(256)
+    for left, right in pairs:
+        becomes[left], becomes[right] = right, left
+    return becomes.to(masks).index_select(0, masks.flatten().long()).view_as(masks)
+
+
+def encode_png(pixels, palette=None):
+    """The bytes of an 8-bit PNG: grey or RGB, or class ids with a palette of colours, which every viewer shows in colour.
+
+    pixels  uint8 array (h, w), or (h, w, 3) for RGB
+    palette uint8 (k, 3) with (h, w) ids below k: the file then holds the ids themselves, as the masks of read_faces do
+    Errors: ValueError for other shapes, types or ids
+    Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT, IEND; filter 0 on every row
+    """
+    pixels = np.ascontiguousarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.ndim == 3 and (pixels.shape[2] != 3 or palette is not None):
+        raise ValueError(f"a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from (h, w); got {pixels.dtype} {pixels.shape}")
+    if palette is not None and pixels.max() >= len(palette):
+        raise ValueError(f"id {pixels.max()} has no colour: the palette has {len(palette)}")
+    height, width = pixels.shape[:2]
+    colour_type = 2 if pixels.ndim == 3 else 0 if palette is None else 3
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)  # filter type 0 before each row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
+    chunks += [] if palette is None else [(b"PLTE", np.asarray(palette, dtype=np.uint8).tobytes())]
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
+    content = b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+def synthetic_faces(n=200, *, size=(128, 128), seed=0):
+    """Drawn faces and the class of each pixel. For running and teaching, never for a result.
+
+    Shift, scale, tilt and turn of the head, light, noise and every colour vary by face. Skin, nose, ears and neck share one
+    colour, hair and brows another, any colour can be that of a hat, of cloth or behind the head, and both sides of a pair are
+    painted alike: place and shape tell the classes apart. Glasses, hats, jewellery, open mouths and, under hair or turned
+    away, ears are in some images only. Parts that are narrower than a pixel of a small `size` are missing.
+
+    returns images uint8 tensor (n, 3, h, w), masks uint8 tensor (n, h, w) of ids in FACE_CLASSES, names: list of n str
+    Needs:  draw_face_settings, draw_face_masks, draw_face_colours, paint_faces, FACE_CLASSES
+    Check:  200 faces hold all 19 classes, one face 14 of them on average
+    """
+    rng = np.random.default_rng(seed)
+    settings = draw_face_settings(n, rng)
+    colours = draw_face_colours(n, rng)
+    images, masks = torch.empty((n, 3, *size), dtype=torch.uint8), torch.empty((n, *size), dtype=torch.uint8)
+    v, u = (axis.astype(np.float32) / min(size) for axis in np.mgrid[1 - size[0] : size[0] : 2, 1 - size[1] : size[1] : 2])
+    for start in range(0, n, 8):  # 8 faces stay in a CPU's cache
+        rows = slice(start, start + 8)
+        p = {name: values[rows, None, None].astype(np.float32) for name, values in settings.items()}
+        right, down = (u - p["dx"]) / p["scale"], (v - p["dy"]) / p["scale"]
+        x = np.cos(p["tilt"]) * right + np.sin(p["tilt"]) * down
+        y = np.cos(p["tilt"]) * down - np.sin(p["tilt"]) * right
+        mask = draw_face_masks(p, x, y)
+        masks[rows] = torch.from_numpy(mask)
+        images[rows] = torch.from_numpy(paint_faces(mask, colours[rows], p, x, y, rng))
+    return images, masks, [f"synthetic/{i:05d}" for i in range(n)]
+
+
+def draw_face_settings(n, rng):
+    """What differs between n faces, but for their colours: arrays (n,) by name, in the coordinates of draw_face_masks."""
+    p = {name: rng.uniform(low, high, n) for name, (low, high) in {
+        "dx": (-0.12, 0.12), "dy": (-0.15, 0.05), "scale": (0.54, 0.7), "tilt": (-0.25, 0.25), "turn": (-1, 1),
+        "width": (0.7, 0.84), "jaw": (0.05, 0.22), "eye_gap": (0.31, 0.37), "eye_width": (0.13, 0.17), "eye_open": (0.05, 0.1),
+        "gaze": (-0.05, 0.05), "brow_y": (-0.36, -0.26), "brow_arch": (0.03, 0.1), "brow_thick": (0.04, 0.08),
+        "nose_width": (0.17, 0.25), "nose_y": (0.38, 0.48), "mouth_y": (0.68, 0.78), "mouth_width": (0.24, 0.36),
+        "smile": (-0.3, 1.0), "lip": (0.06, 0.12), "open": (-0.15, 0.25), "ear_y": (0.05, 0.2), "neck_width": (0.42, 0.58),
+        "collar": (0.05, 0.7), "shoulder": (1.2, 1.45), "hair_volume": (0.05, 0.3), "hair_length": (0.4, 2.4),
+        "hair_line": (-0.85, -0.55), "parting": (-0.3, 0.3), "brim": (-0.5, 0.5), "light": (0.65, 1.15),
+        "light_x": (-0.2, 0.2), "light_y": (-0.15, 0.1), "texture": (0, 2 * np.pi), "blur": (0.1, 0.7), "noise": (3, 14)}.items()}
+    for name, share in {"glasses": 0.15, "sunglasses": 0.3, "hat": 0.1, "earring": 0.35, "necklace": 0.12, "bald": 0.05,
+                        "hidden_ears": 0.35}.items():
+        p[name] = rng.random(n) < share
+    for side, name in ((1, "l"), (-1, "r")):  # the person's left is at x > 0; so is the far side where turn > 0
+        p[f"{name}_far"] = np.maximum(side * p["turn"], 0)
+        p[f"{name}_eye_x"] = 0.18 * p["turn"] + side * p["eye_gap"] * (1 - 0.25 * p[f"{name}_far"])
+    return p
+
+
+def draw_face_masks(p, x, y):
+    """Lay the parts of faces over one another, back to front, for synthetic_faces: a uint8 mask (c, h, w) of class ids.
+
+    When the head turns, what is in front moves with it, the nose most, and the far side gets narrower until its ear is gone.
+
+    p     the settings of draw_face_settings, each of shape (c, 1, 1)
+    x, y  (c, h, w) where a pixel is in the face: x to the right of the image, y down, eyes at -0.1, chin at 1.1
+    Needs: FACE_CLASSES
+    """
+    mask = np.zeros(x.shape, dtype=np.uint8)
+
+    def lay(name, region):
+        np.putmask(mask, region, FACE_CLASSES.index(name))
+
+    def oval(centre_x, centre_y, width, height, power=2):
+        return np.abs((x - centre_x) / width) ** power + np.abs((y - centre_y) / height) ** power < 1
+
+    turn, width, glasses, hat = p["turn"], p["width"], p["glasses"] > 0, p["hat"] > 0
+    hidden_ears = p["hidden_ears"] > 0
+    hair_bottom = np.where(hidden_ears, p["hair_length"] + 0.3, 0.5 * p["hair_length"])
+    in_hair = oval(0, -0.25, width + p["hair_volume"], np.where(y < -0.25, 1.05 + p["hair_volume"], hair_bottom), 2.5)
+    in_hair &= (p["bald"] == 0) & (~hat | (y > -0.6))
+    lay("hair", in_hair)
+    lay("cloth", y > p["shoulder"] + 0.2 * x**2)
+    neck_edge = np.abs(x) - p["neck_width"] - 0.5 * np.maximum(y - 1.1, 0) ** 2
+    lay("neck", (y > 0.3) & (neck_edge < 0) & (y < p["shoulder"] + p["collar"] * (1 - (x / p["neck_width"]) ** 2)))
+    chain = np.abs(y - p["shoulder"] - 0.15 * (1 - 4 * x**2)) < 0.035
+    lay("neck_l", chain & (neck_edge < 0) & (p["necklace"] > 0))
+    lay("skin", oval(0, 0, width * (1 - p["jaw"] * y), 1.1, 2.2))
+    for side, name, other in ((1, "l", "r"), (-1, "r", "l")):
+        ear_x = side * (width + 0.06 - 0.1 * p[f"{other}_far"])
+        visible = p[f"{name}_far"] < 0.5
+        lay(f"{name}_ear", visible & oval(ear_x, p["ear_y"], 0.13 * np.maximum(1 - 1.3 * p[f"{name}_far"], 0.1), 0.24))
+        lay("ear_r", visible & (p["earring"] > 0) & oval(ear_x + 0.02 * side, p["ear_y"] + 0.28, 0.06, 0.09))
+    face_x, nose_top = 0.18 * turn, -0.08
+    along = np.clip((y - nose_top) / (p["nose_y"] - nose_top), 0, 1)
+    bottom = p["nose_y"] - 2 * (x - 0.3 * turn) ** 2
+    half_nose = 0.06 + (p["nose_width"] - 0.06) * along**1.5
+    lay("nose", (np.abs(x - (0.2 + 0.1 * along) * turn) < half_nose) & (y > nose_top) & (y < bottom))
+    for name in "lr":
+        lay("eye_g", glasses & oval(p[f"{name}_eye_x"], -0.06, 0.26, 0.2, 4))
+    lay("eye_g", glasses & (np.abs(y + 0.12) < 0.035) & (np.abs(x - face_x) < p["eye_gap"] - 0.2))
+    for name in "lr":
+        across = (x - p[f"{name}_eye_x"]) / (1 - 0.3 * p[f"{name}_far"])
+        arch = 1 - (across / p["eye_width"]) ** 2
+        lay(f"{name}_eye", (np.abs(y + 0.1) < p["eye_open"] * arch) & ~(glasses & (p["sunglasses"] > 0)))
+        arch = 1 - (across / 0.24) ** 2
+        lay(f"{name}_brow", np.abs(y - p["brow_y"] + p["brow_arch"] * arch) < p["brow_thick"] * arch)
+    across = x - 0.22 * turn
+    arch = 1 - (across / (p["mouth_width"] * (1 - 0.15 * np.abs(turn)))) ** 2
+    down = y - p["mouth_y"] + p["smile"] * across**2
+    gap = np.maximum(p["open"], 0) * arch
+    lay("u_lip", (down <= -gap / 2) & (down > -gap / 2 - p["lip"] * arch))
+    lay("l_lip", (down >= gap / 2) & (down < gap / 2 + 1.3 * p["lip"] * arch))
+    lay("mouth", (np.abs(down) < gap / 2) & (gap > 0.02))
+    line = p["hair_line"] + p["parting"] * x + np.where(hidden_ears, 3, 0.3) * np.abs((x - 0.15 * turn) / width) ** 6
+    lay("hair", in_hair & (y < line))
+    brim = oval(face_x, -0.55, width + 0.2 + np.maximum(p["brim"], 0), 0.09, 4)
+    lay("hat", hat & (brim | (y < -0.55) & oval(0, -0.5, width + 0.28, 0.95, 2.5)))
+    return mask
+
+
+def draw_face_colours(n, rng):
+    """RGB of every class of n faces, float32 (n, 19, 3): both sides of a pair alike, any colour for what is not the body.
+
+    Needs: FACE_CLASSES
+    """
+    colour = dict(zip(FACE_CLASSES, rng.uniform(15, 240, (19, n, 3))))
+    tone = lambda low, high, power=1: low + (high - low) * rng.random((n, 1)) ** power
+    warm = lambda low, high: tone(low, high) ** np.arange(3)  # green and blue are each this part of the channel before
+    skin = tone(70, 245) * warm(0.72, 0.9)
+    hair = tone(15, 220, 2) * warm(0.65, 1)
+    lips = skin * [1, 0.75, 0.8] + tone(-10, 40) * [1, 0, 0.2]
+    colour |= dict.fromkeys(("skin", "nose", "l_ear", "r_ear"), skin) | {"neck": skin * tone(0.7, 1)}
+    colour |= {"hair": hair} | dict.fromkeys(("l_brow", "r_brow"), 0.75 * hair + 0.15 * skin)
+    colour |= dict.fromkeys(("l_eye", "r_eye"), 0.3 * skin + 0.7 * tone(170, 245))
+    colour |= {"u_lip": lips * 0.9, "l_lip": lips, "mouth": tone(40, 240) * [1, 0.8, 0.75]}  # dark to teeth
+    colour |= {name: tone(110, 250) * warm(0.7, 1) for name in ("ear_r", "neck_l")}  # silver to gold
+    return np.stack([colour[name] for name in FACE_CLASSES], axis=1).astype(np.float32)
+
+
+def paint_faces(mask, colours, p, x, y, rng):
+    """Colour, shade, blur and noise of one chunk for synthetic_faces: uint8 (c, 3, h, w). Arguments as in draw_face_masks.
+
+    Needs: FACE_CLASSES
+    """
+    within = lambda *names: np.isin(FACE_CLASSES, names).astype(np.float32)[mask]
+    flat = colours.reshape(-1, 3).T  # (3, c * 19): channels come first until the end, so that (c, h, w) broadcasts
+    rgb = flat[:, mask + len(FACE_CLASSES) * np.arange(len(mask))[:, None, None]]
+    lens = within("eye_g") * (p["sunglasses"] == 0) * (np.abs(y + 0.06) < 0.15)
+    rgb += 0.7 * lens * (colours[:, FACE_CLASSES.index("skin")].T[:, :, None, None] - rgb)
+    shade = 1 + p["light_x"] * x + p["light_y"] * y - 0.15 * within("skin", "nose", "neck") * (x / p["width"]) ** 2
+    shade += 0.12 * within("hair", "l_brow", "r_brow") * np.sin(30 * x + 4 * np.sin(3 * y + p["texture"]))
+    shade += 0.2 * within("background") * np.sin(2 * x + p["texture"]) * np.sin(3 * y - p["texture"])
+    shade += 0.1 * within("cloth", "hat") * np.sin(14 * y + 3 * np.sin(4 * x + p["texture"]))
+    nose, eyes = within("nose"), within("l_eye", "r_eye")
+    from_ridge = (x - 0.3 * p["turn"]) / p["nose_width"]
+    shade += nose * (0.08 + 2 * p["light_x"] * from_ridge - 0.15 * from_ridge**2)
+    nostrils = np.hypot(np.abs(from_ridge) - 0.5, 6 * (y - p["nose_y"] + 0.07)) < 0.35
+    shade *= 1 - 0.5 * nose * nostrils
+    for side in "lr":
+        from_pupil = np.hypot(x - p[f"{side}_eye_x"] - p["gaze"], y + 0.1)
+        shade *= (1 - 0.55 * eyes * (from_pupil < 0.085)) * (1 - 0.7 * eyes * (from_pupil < 0.04))
+    rgb *= p["light"] * np.maximum(shade, 0.05)
+    wide = np.pad(rgb, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    around = (wide[..., :-2, 1:-1] + wide[..., 2:, 1:-1] + wide[..., 1:-1, :-2] + wide[..., 1:-1, 2:]) / 4
+    rgb += p["blur"] * (around - rgb)
+    rgb += rng.standard_normal(rgb.shape, dtype=np.float32) * p["noise"]
+    return np.clip(rgb, 0, 255).astype(np.uint8).swapaxes(0, 1)
+
+
+class FaceSplit:
+    """Some rows of a face-parsing set as a training loop sees them: `batch(rows)` to train on, with masks to score by.
+
+    images  uint8 (n, 3, h, w), masks uint8 (n, H, W) or None, of the whole set (never copied); rows (m,) of this split
+    augment {} or what batch does with a generator: degrees, zoom, crop, flip ("swap", "naive", "none"), photometric, mixup, cutmix
+    pairs   labels that change places when a face is mirrored
+    Needs:  random_affine, affine, random_crop, horizontal_flip, swap_labels, photometric_distort, soft_targets, mixup, cutmix
+    """
+
+    def __init__(self, images, masks, rows, *, device="cpu", augment=None, pairs=(), classes=19):
+        self.images, self.masks, self.rows = images, masks, np.asarray(rows)
+        self.device, self.augment, self.pairs, self.classes = torch.device(device), augment or {}, pairs, classes
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, rows, generator=None):
+        """Gather rows: inputs float (b, 3, h, w) in [-1, 1], targets at the same size: ids (b, h, w), or after mixup probabilities.
+
+        Not augmented without a generator, and then `masks` (b, H, W) holds the ids at their own resolution.
+        """
+        index = torch.from_numpy(self.rows[rows])
+        images = self.images[index].to(self.device, non_blocking=True)
+        masks = None if self.masks is None else self.masks[index].to(self.device, non_blocking=True)
+        scale = lambda images: images.float().sub_(127.5).div_(127.5)
+        if generator is None:
+            batch = {"inputs": scale(images)}
+            if masks is not None:
+                batch |= {"masks": masks, "targets": F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0].long()}
+            return batch
+        on = self.augment
+        images, masks = random_affine(images, degrees=on["degrees"], zoom=on["zoom"], generator=generator, masks=masks)
+        if on["crop"]:
+            images, masks = random_crop(images, padding=on["crop"], generator=generator, masks=masks)
+        if on["flip"] != "none":
+            pairs = self.pairs if on["flip"] == "swap" else ()
+            images, masks = horizontal_flip(images, generator=generator, masks=masks, pairs=pairs)
+        if on["photometric"]:
+            images = photometric_distort(images, p=on["photometric"], generator=generator)
+        inputs, targets = scale(images), masks
+        if on["mixup"]:
+            inputs, targets = mixup(inputs, soft_targets(masks, self.classes), alpha=on["mixup"], generator=generator)
+            targets = targets / targets.sum(1, keepdim=True).clamp_min(1e-6)  # where one of the two is ignored, the other counts
+        inputs, targets = cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
+        return {"inputs": inputs, "targets": targets if on["mixup"] else targets.long()}
+
+
+def soft_targets(masks, classes, *, ignore=255):
+    """Class ids (b, h, w) as probabilities (b, classes, h, w): 1 at the id, and 0 for every class in an ignored pixel."""
+    kept = masks != ignore
+    return F.one_hot(masks.long().masked_fill(~kept, 0), classes).movedim(-1, 1) * kept.unsqueeze(1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in place
 
 
@@ -450,27 +863,19 @@ def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
     masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as the ignore value 255, is kept
     pairs   ((left, right), ...) labels that change places in a flipped mask
     returns images, or (images, masks) if masks were given
-    Errors: ValueError for p outside [0, 1], a paired label outside [0, 255] or in two pairs.
+    Needs:  swap_labels
+    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or in two pairs
     Check:  p=1 twice is the identity, for images and masks
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p {p} must be in [0, 1]: it is the probability that an image is flipped")
-    labels = [label for pair in pairs for label in pair]
-    if len(set(labels)) < len(labels) or not all(0 <= label <= 255 for label in labels):
-        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], none of them twice")
     n = len(images)
     # Row i of the doubled batch is image i, row n + i its mirror image.
     pick = (torch.arange(n) + n * (torch.rand(n, generator=generator) < p)).to(images.device)
     flipped = torch.cat([images, images.flip(-1)]).index_select(0, pick)
     if masks is None:
         return flipped
-    mirrored = masks.flip(-1)
-    if pairs:
-        becomes = torch.arange(256)
-        for left, right in pairs:
-            becomes[left], becomes[right] = right, left
-        mirrored = becomes.to(masks).index_select(0, mirrored.flatten().long()).view_as(mirrored)
-    return flipped, torch.cat([masks, mirrored]).index_select(0, pick)
+    return flipped, torch.cat([masks, swap_labels(masks.flip(-1), pairs) if pairs else masks.flip(-1)]).index_select(0, pick)
 
 
 def photometric_distort(images, *, p=0.5, generator):
@@ -691,6 +1096,54 @@ def lab_to_rgb(lab):
     light = (xyz @ to_rgb.T).clamp(0, 1)
     rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (255 * rgb).round().to(torch.uint8).movedim(-1, 1).contiguous()
+
+
+def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fill_mask=255):
+    """Turn each image about its centre by U(-degrees, degrees) and enlarge it by exp(U(-ln zoom, ln zoom)); its mask likewise.
+
+    images  (B, C, H, W) uint8 or float
+    masks   (B, h, w) integers, of any size: they come out in the size of the images
+    returns images, or (images, masks) if masks were given, as `affine` makes them
+    Needs:  affine
+    Errors: ValueError for degrees outside [0, 180], zoom below 1
+    Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
+    """
+    if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
+        raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at least 1 (1 = off)")
+    angle, size = torch.empty(2, len(images)).uniform_(-1, 1, generator=generator)
+    return affine(images, angle * math.radians(degrees), (size * math.log(zoom)).exp(), masks=masks, fill_mask=fill_mask)
+
+
+def affine(images, angle, scale, *, masks=None, fill_mask=255):
+    """Turn and enlarge images about their centre; masks go through the same geometry with nearest sampling.
+
+        source pixel of output pixel x = R(angle) x / scale, from the centre; a positive angle turns counter-clockwise
+
+    What lies outside is the image mirrored, as in random_crop, and fill_mask in a mask: mirrored pixels are not graded.
+
+    images  (B, C, H, W) uint8 (rounded at the end) or float; bilinear
+    angle, scale (B,) in radians, and as a factor
+    masks   (B, h, w) integers of any size: sampled once, straight into the size of the images
+    returns images, or (images, masks) if masks were given
+    Check:  angle pi / 2 on a square is torch.rot90
+    """
+    height, width = images.shape[2:]
+    if not len(images):
+        return images if masks is None else (images, masks.new_empty((0, height, width)))
+    c, s = ((each / scale).to(images.device)[:, None, None] for each in (angle.cos(), angle.sin()))
+    y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
+    source_x, source_y = c * x - s * y[:, None], s * x + c * y[:, None]  # (B, H, W), pixels from the centre
+    grid = torch.stack([source_x * (2 / width), source_y * (2 / height)], -1)
+    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    turned = turned.to(images.dtype) if images.is_floating_point() else turned.round_().to(torch.int32).to(images.dtype)
+    if masks is None:
+        return turned
+    rows, columns = masks.shape[1:]
+    column = ((source_x + width / 2) * (columns / width)).floor().long()
+    row = ((source_y + height / 2) * (rows / height)).floor().long()
+    outside = (column < 0) | (column >= columns) | (row < 0) | (row >= rows)
+    source = (row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)).flatten(1)
+    return turned, masks.flatten(1).gather(1, source).view_as(outside).masked_fill(outside, fill_mask)
 
 
 def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):

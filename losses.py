@@ -129,7 +129,8 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
         dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)      loss = 1 - mean_c dice_c
 
     p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) is the usual p * t; for soft ones it makes
-    p = t the minimum, 0. per "image" takes the mean of the images' losses, "batch" pools the sums of all images first.
+    p = t the minimum, 0; a pixel whose probabilities are all 0 is left out. per "image" takes the mean of the images' losses,
+    "batch" pools the sums of all images first.
 
     A class without target pixels (in the image, or in the batch): "skip" leaves it out of the mean over classes; "count"
     keeps its term, close to 1 for the least probability on it; "zero" takes its loss as 0, which only dilutes the others.
@@ -154,7 +155,7 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
         raise ValueError(f"class_weights must be ({classes},), one for each class, got {tuple(weights.shape)}")
 
     if targets.shape == logits.shape:
-        p = logits.softmax(1)
+        p = logits.masked_fill(~kept.unsqueeze(1), 0).softmax(1) * kept.unsqueeze(1)
         sums = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
     else:
         sums = _HardDiceSums.apply(logits, targets, kept)
@@ -220,8 +221,9 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
         loss = ce_weight * CE + dice_weight * Dice
 
     CE is F.cross_entropy, or with gamma > 0 focal_label_smooth_ce; label_smoothing is its own, Dice sees the targets as they
-    are. class_weights and ignore_index hold for both. Ignored pixels may hold NaN logits; with all of them ignored the loss
-    is 0, connected to the graph, where torch has NaN. Computed and returned in float32, or float64 for such logits.
+    are. class_weights and ignore_index hold for both, and probabilities that are all 0 are an ignored pixel too. Ignored pixels
+    may hold NaN logits; with all of them ignored the loss is 0, connected to the graph, where torch has NaN. Computed and
+    returned in float32, or float64 for such logits.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
@@ -234,7 +236,11 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
                          f"ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, label_smoothing={label_smoothing}")
     logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
     dice = dice_loss(logits, targets, per=per, absent=absent, smooth=smooth, class_weights=class_weights, ignore_index=ignore_index)
-    logits = logits.masked_fill(~kept.unsqueeze(1), 0)  # NaN there would reach the gradient
+    if targets.shape == logits.shape:
+        logits, targets = (each.movedim(1, 2)[kept] for each in (logits, targets))
+        ignore_index = -100  # of indices only: torch refuses another one beside probabilities
+    else:
+        logits = logits.masked_fill(~kept.unsqueeze(1), 0)  # NaN there would reach the gradient
     if not kept.any():
         ce = 0 * logits.sum()
     elif gamma:
@@ -275,7 +281,8 @@ def _flat_pixels(logits, targets, ignore_index):
     soft, classes = targets.shape == logits.shape, logits.shape[1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(-1).flatten(2)
     if soft:
-        return logits, targets.to(logits.dtype).unsqueeze(-1).flatten(2), torch.ones_like(logits[:, 0], dtype=torch.bool)
+        targets = targets.to(logits.dtype).unsqueeze(-1).flatten(2)
+        return logits, targets, targets.sum(1) > 0
     targets = targets.long().unsqueeze(-1).flatten(1)  # before the comparison: -100 as uint8 would be class 156
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     wrong = targets[kept & ((targets < 0) | (targets >= classes))]
@@ -551,6 +558,24 @@ def mean_iou(confusion):
     union = predicted + truth - tp
     held = union > 0
     return float((tp[held] / union[held]).mean()) if held.any() else math.nan
+
+
+def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
+    """Percentile bootstrap interval of the mean of n values, such as one score per image: how far n cases can tell.
+
+    Draws n of the n values with replacement, `resamples` times, and takes the middle `level` of the means. NaN are left out.
+
+    Shape:  values (n,)  ->  (low, high) floats; NaN for no values
+    Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
+    Check:  equal values give that value twice
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
 
 
 def _counts(confusion, ndim):

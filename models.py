@@ -682,6 +682,8 @@ class MicroSegFormer(nn.Module):
             SqueezeExcite, ReducedAttention, MixMLP, SegFormerLayer, SegFormerStage, AllMLPDecoder, LMSA
     """
 
+    stride = 32
+
     def __init__(self, classes=19, *, lmsa=True, mix_ffn=True, dropout=0.15):
         super().__init__()
         if not 0 <= dropout < 0.8:
@@ -698,7 +700,7 @@ class MicroSegFormer(nn.Module):
 
     def features(self, images_bchw):
         """What is classified: (B, 128, H / 4, W / 4)."""
-        check_stride_fits(images_bchw.shape[2:], 32)
+        check_stride_fits(images_bchw.shape[2:], self.stride)
         maps = [images_bchw]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
@@ -768,6 +770,8 @@ class FaceCNN(nn.Module):
     Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits, conv_bn, DilatedBlock, UpBlock
     """
 
+    stride = 8
+
     def __init__(self, classes=19, *, width=32, dilations=(1, 2, 4, 8), dropout=0.0):
         super().__init__()
 
@@ -783,7 +787,7 @@ class FaceCNN(nn.Module):
 
     def features(self, images_bchw):
         """What is classified: (B, width, H / 2, W / 2)."""
-        check_stride_fits(images_bchw.shape[2:], 8)
+        check_stride_fits(images_bchw.shape[2:], self.stride)
         half = self.down2(images_bchw)
         quarter = self.down4(half)
         x = self.bottleneck(self.down8(quarter))
@@ -792,6 +796,21 @@ class FaceCNN(nn.Module):
     def forward(self, images_bchw):
         logits = self.classify(self.features(images_bchw))
         return F.interpolate(logits, images_bchw.shape[2:], mode="bilinear", align_corners=False)
+
+
+def flip_average(model, images, pairs):
+    """Mean of the logits of an image and of its mirror image, the latter mirrored back with left and right channels swapped.
+
+        y = (f(x) + swap(mirror(f(mirror(x))))) / 2
+
+    Shape:  images (B, C, H, W), pairs ((left, right), ...) channels  ->  logits as of model(images), (B, classes, h, w)
+    Check:  flip_average of the mirror image is flip_average of the image, mirrored and swapped
+    """
+    logits, mirrored = model(images), model(images.flip(-1)).flip(-1)
+    order = list(range(logits.shape[1]))
+    for left, right in pairs:
+        order[left], order[right] = right, left
+    return (logits + mirrored[:, order]) / 2
 
 
 # ------------------------------------------------------------------------------------- PPG: a rate from a short signal

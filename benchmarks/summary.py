@@ -15,9 +15,12 @@ if not folders:
     sys.exit(__doc__)
 runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
 for folder, run in zip(folders, runs):
+    run["test"] = {row: {name: value for name, value in scores.items() if not isinstance(value, dict)}  # without scores by class
+                   if row != "rows" else scores for row, scores in run["test"].items()}
     scores = "  ".join(f"{name} {np.nan if value is None else value:.4f}" for name, value in run["test"]["model"].items())
     which = f"{run['folds']} folds" if "folds" in run else f"epoch {run['epoch']} ({run['weights']})"
-    print(f"{folder}: {which}, {run['test']['rows']} test rows  {scores}")
+    last = run.get("last") and f"  validation, last {run['last']['epochs']} epochs {run['last']['mean']:.4f} +- {run['last']['sd']:.4f}"
+    print(f"{folder}: {which}, {run['test']['rows']} test rows  {scores}{last or ''}")
 for row in (name for name in runs[0]["test"] if name != "rows"):
     for name in runs[0]["test"][row]:
         values = np.array([run["test"][row][name] for run in runs], dtype=float)  # an undefined score is null, NaN here
