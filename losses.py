@@ -142,13 +142,17 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range. Probabilities passed as
             logits look like logits and cannot be refused: their softmax is nearly flat, and so is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237; min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  _flat_pixels, _HardDiceSums
+    Needs:  _dice_and_log_p, _flat_pixels, _HardDiceSums
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
+    return _dice_and_log_p(*_flat_pixels(logits, targets, ignore_index), per, absent, smooth, class_weights)[0]
+
+
+def _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights):
+    """dice_loss of flat pixels; of class indices also log p at the target, (b, n), for a cross-entropy from the same softmax."""
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
-    logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
     classes = logits.shape[1]
     weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
     if weights.shape != (classes,):
@@ -156,9 +160,9 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
 
     if targets.shape == logits.shape:
         p = logits.masked_fill(~kept.unsqueeze(1), 0).softmax(1) * kept.unsqueeze(1)
-        sums = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
+        *sums, log_p = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2), None
     else:
-        sums = _HardDiceSums.apply(logits, targets, kept)
+        *sums, log_p = _HardDiceSums.apply(logits, targets, kept)
     overlap, sum_p, sum_t = sums if per == "image" else (each.sum(0, keepdim=True) for each in sums)
 
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
@@ -168,11 +172,12 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
     share = weights.to(dice) * (present if absent == "skip" else present.any(1, keepdim=True))
     total = share.sum(1)
     loss = (share * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
-    return loss.sum() / (total > 0).sum().clamp_min(1)
+    return loss.sum() / (total > 0).sum().clamp_min(1), log_p
 
 
 class _HardDiceSums(torch.autograd.Function):
-    """Of class indices, each (b, c) over the kept pixels: sum of p at the target class, sum of p, number of pixels.
+    """Of class indices, each (b, c) over the kept pixels: sum of p at the target class, sum of p, number of pixels;
+    and log p at the target class of each pixel, (b, n), 0 if not kept.
 
     By hand because autograd passes several arrays of the size of the logits; this keeps the softmax and makes the gradient.
     The definition in plain torch is its oracle in the tests. Differentiable once; a second time is an error.
@@ -180,20 +185,21 @@ class _HardDiceSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, kept):
-        p = logits.softmax(1).masked_fill_(~kept.unsqueeze(1), 0)  # also what NaN logits left under ignored pixels
-        index = targets.masked_fill(~kept, 0)
+        log_p, index = logits.log_softmax(1), targets.masked_fill(~kept, 0)
+        log_p_t = log_p.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill_(~kept, 0)
+        p = log_p.exp_().masked_fill_(~kept.unsqueeze(1), 0)  # also what NaN logits left under ignored pixels
         ctx.save_for_backward(p, index)
         zeros = p.new_zeros(p.shape[:2], dtype=torch.float64)  # a running float32 sum of 2^18 terms rounds the last ones off
         overlap = zeros.scatter_add(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
         sum_t = zeros.scatter_add(1, index, kept.double())
-        return overlap.to(p.dtype), p.sum(2), sum_t.to(p.dtype)
+        return overlap.to(p.dtype), p.sum(2), sum_t.to(p.dtype), log_p_t
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_overlap, grad_sum_p, _):
+    def backward(ctx, grad_overlap, grad_sum_p, _, grad_log_p):
         p, index = ctx.saved_tensors
         grad_p = grad_sum_p.unsqueeze(2)  # of every pixel; at its target class grad_overlap comes on top
-        at_target = p.gather(1, index.unsqueeze(1)) * grad_overlap.gather(1, index).unsqueeze(1)
+        at_target = p.gather(1, index.unsqueeze(1)) * grad_overlap.gather(1, index).unsqueeze(1) + grad_log_p.unsqueeze(1)
         grad = grad_p - ((p * grad_p).sum(1, keepdim=True) + at_target)  # of softmax: p * (grad_p - sum_c p grad_p)
         return grad.mul_(p).scatter_add_(1, index.unsqueeze(1), at_target), None, None
 
@@ -201,7 +207,7 @@ class _HardDiceSums(torch.autograd.Function):
 class DiceLoss(nn.Module):
     """dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
 
-    Needs:  dice_loss, _flat_pixels, _HardDiceSums
+    Needs:  dice_loss, _dice_and_log_p, _flat_pixels, _HardDiceSums
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None, ignore_index=None):
@@ -228,34 +234,34 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  dice_loss, focal_label_smooth_ce, _flat_pixels, _HardDiceSums
+    Needs:  focal_label_smooth_ce, _dice_and_log_p, _flat_pixels, _HardDiceSums
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     if not ce_weight >= 0 or not dice_weight >= 0 or not 0 <= label_smoothing <= 1 or not gamma >= 0:
         raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; got "
                          f"ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, label_smoothing={label_smoothing}")
     logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
-    dice = dice_loss(logits, targets, per=per, absent=absent, smooth=smooth, class_weights=class_weights, ignore_index=ignore_index)
-    if targets.shape == logits.shape:
-        logits, targets = (each.movedim(1, 2)[kept] for each in (logits, targets))
-        ignore_index = -100  # of indices only: torch refuses another one beside probabilities
-    else:
-        logits = logits.masked_fill(~kept.unsqueeze(1), 0)  # NaN there would reach the gradient
-    if not kept.any():
-        ce = 0 * logits.sum()
-    elif gamma:
-        ce = focal_label_smooth_ce(logits, targets, gamma=gamma, smoothing=label_smoothing, class_weights=class_weights,
-                                   ignore_index=ignore_index)
-    else:
-        weights = None if class_weights is None else torch.as_tensor(class_weights).to(logits)
-        ce = F.cross_entropy(logits, targets, weights, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    dice, log_p = _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights)
+    soft = targets.shape == logits.shape
+    weights = torch.ones(logits.shape[1]).to(logits) if class_weights is None else torch.as_tensor(class_weights).to(logits)
+    if not (soft or gamma or label_smoothing):  # plain cross-entropy of indices: the softmax of Dice serves it
+        share = weights[targets.masked_fill(~kept, 0)] * kept
+        ce = -(share * log_p).sum() / torch.where(kept.any(), share.sum(), 1)
+    elif not kept.any():
+        ce = 0 * dice
+    else:  # the kept pixels alone, in one row: NaN elsewhere would reach the gradient
+        logits, targets = logits.movedim(1, 2)[kept], targets.movedim(1, 2)[kept] if soft else targets[kept]
+        if gamma:
+            ce = focal_label_smooth_ce(logits, targets, gamma=gamma, smoothing=label_smoothing, class_weights=class_weights)
+        else:
+            ce = F.cross_entropy(logits, targets, weights, label_smoothing=label_smoothing)
     return ce_weight * ce + dice_weight * dice, {"ce": ce.detach(), "dice": dice.detach()}
 
 
 class CEDiceLoss(nn.Module):
     """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
 
-    Needs:  ce_dice_loss, dice_loss, focal_label_smooth_ce, _flat_pixels, _HardDiceSums
+    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_log_p, _flat_pixels, _HardDiceSums
     """
 
     def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0, class_weights=None, ignore_index=-100,
