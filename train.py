@@ -516,8 +516,8 @@ FACES_COMBINED = FACES_RESTARTS | dict(
 
 FACEPARSE = Task(
     defaults=engine_flags(
-        epochs=100, batch_size=8, base_batch=0, accumulate=1, lr=2e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=1.0, warmup_start_lr=1e-6, min_lr=2e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0,
+        epochs=60, batch_size=8, base_batch=0, accumulate=1, lr=4e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=1.0, warmup_start_lr=1e-6, min_lr=4e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0,
         restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
         train_ratio=0.8, val_ratio=0.1, test_ratio=0.1, folds=0, fold=0,
         channels_last=Flag(True, "memory format of images"),
