@@ -5,7 +5,7 @@ What is here
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
                          sides_reversed, swap_labels, encode_png, FaceSplit
-    augmentation         horizontal_flip, photometric_distort, clahe, random_affine, random_crop, mixup, cutmix
+    augmentation         horizontal_flip, color_jitter, photometric_distort, clahe, random_affine, random_crop, mixup, cutmix
     breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
                          respiratory_signals, band_spectrum, time_stretch, ppg_inputs, PPGSplit
     labels               LabelScaler
@@ -330,6 +330,8 @@ def read_image(path):
         raise ImportError("reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")  # converted to RGB it would be clipped to white
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a readable image ({error}): repair or remove it") from error
@@ -452,18 +454,17 @@ FACE_COLOURS = ((0, 0, 0), (204, 0, 0), (76, 153, 0), (204, 204, 0), (51, 51, 25
                 (0, 51, 0), (255, 153, 51), (0, 204, 0))  # RGB by class id, as CelebAMask-HQ is usually shown
 
 
-def read_faces(path, *, size, cache="", need_masks=True):
+def read_faces(path, *, size, cache=""):
     """Read a face-parsing set: a folder with images/ and masks/ of the same stems, or an .npz with `images` and `masks`.
 
         folder/images/*.jpg|png|...  RGB or grey            folder/masks/*.png  palette or grey, holding class ids
         file.npz                     images uint8 (n, h, w, 3) or (n, h, w), masks uint8 (n, h, w)
-        folder of images             only with need_masks=False, for prediction
 
     An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with antialiasing); masks are
     kept as they are, so that a prediction can be scored at their own resolution.
 
     cache   a folder: the decoded arrays are kept there as .npy and memory-mapped, decoded once per content
-    returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w) or None, names: list of n str
+    returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
     Errors: ValueError naming the file for an image without a mask or the reverse, another size than that of its image or of
             the other masks, an RGB mask, an id of 19 or more other than 255, a file that cannot be read; ImportError with the
             install command when image files need Pillow and it is missing.
@@ -473,32 +474,37 @@ def read_faces(path, *, size, cache="", need_masks=True):
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an .npz file")
     if path.is_file():
-        arrays, masks = read_faces_npz(path, need_masks=need_masks)
+        arrays, masks = read_faces_npz(path)
         names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
         key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
         images = decode_once(lambda start, stop: resize_uint8(arrays[start:stop], size), (len(names), 3, *size), key=key, cache=cache,
                              kind="faces")
         return images, masks, names
 
-    files, mask_files = list_face_files(path, need_masks=need_masks)
+    files, mask_files = list_face_files(path)
     stamps = lambda paths: [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     load = lambda start, stop: torch.cat([resize_uint8(read_image(file)[None], size) for file in files[start:stop]])
     images = decode_once(load, (len(files), 3, *size), key=stamps(files), cache=cache, kind="faces", chunk=16)
-    masks = None
-    if need_masks:
-        shape = read_mask(mask_files[0], files[0]).shape
-        load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
-            mask_files[start:stop], files[start:stop])])
-        masks = decode_once(load, (len(files), *shape), key=stamps(mask_files), cache=cache, kind="masks", chunk=16)
+    shape = read_mask(mask_files[0], files[0]).shape
+    load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
+        mask_files[start:stop], files[start:stop])])
+    masks = decode_once(load, (len(files), *shape), key=stamps(mask_files + files), cache=cache, kind="masks", chunk=16)
     return images, masks, [file.stem for file in files]
 
 
 def list_face_files(folder, *, need_masks=True):
-    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for what has no counterpart.
+    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for a stem that occurs once, or twice.
 
     Needs:  IMAGE_SUFFIXES
     """
-    listed = lambda place, suffixes: {file.stem: file for file in sorted(place.iterdir()) if file.suffix.lower() in suffixes}
+
+    def listed(place, suffixes):
+        files = {}
+        for file in sorted(place.iterdir()):
+            if file.suffix.lower() in suffixes and files.setdefault(file.stem, file) != file:
+                raise ValueError(f"{file} and {files[file.stem].name} have the same stem: remove or rename one of them")
+        return files
+
     place = folder / "images" if need_masks or (folder / "images").is_dir() else folder
     for each in [place] + [folder / "masks"] * need_masks:
         if not each.is_dir():
@@ -520,7 +526,8 @@ def list_face_files(folder, *, need_masks=True):
 def read_mask(path, image=None, shape=None):
     """Class ids of a palette or grey PNG as uint8 (h, w), checked against its image file and the shape of the other masks.
 
-    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit, or whose ids or size are wrong.
+    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit (Pillow would stretch the ids of
+    fewer bits to 0..255), or whose ids or size are wrong.
     Needs:  check_face_ids
     """
     try:
@@ -530,11 +537,17 @@ def read_mask(path, image=None, shape=None):
     try:
         with Image.open(path) as file:
             mode, mask = file.mode, np.array(file)
-        image_size = mask.shape[1::-1] if image is None else Image.open(image).size
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]  # of a PNG's first chunk, IHDR
+        image_size = mask.shape[1::-1]
+        if image is not None:
+            with Image.open(image) as file:
+                image_size = file.size
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a readable mask ({error}): repair or remove it, and its image") from error
-    if mode not in ("P", "L"):
-        raise ValueError(f"{path} is a {mode} image: a mask is a palette or 8-bit grey PNG whose values are class ids, not colours")
+    if mode != "P" and (mode != "L" or bits != 8):
+        raise ValueError(f"{path} is a {mode} image of {bits} bits: a mask is a palette or 8-bit grey PNG whose values are class ids, "
+                         "not colours")
     if image_size != mask.shape[1::-1]:
         raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but its image is {image_size[0]}x{image_size[1]} (width x height): "
                          "a mask has the size of its image")
@@ -561,10 +574,10 @@ def read_faces_npz(path, *, need_masks=True):
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in ("images", "masks") if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
     images, masks = content.get("images"), content.get("masks")
-    if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or not len(images):
+    if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or 0 in images.shape:
         raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "
                          f"{'none' if images is None else f'{images.dtype} {images.shape}'}")
     if not need_masks:
@@ -580,16 +593,18 @@ def sides_reversed(masks, pairs, *, chunk=64):
     """Which masks have the person's left and right labelled the wrong way round, told by where the parts lie.
 
     (left, right) are labels of the person's own left and right, and the left one lies further right in the image. Each pair
-    whose two parts are there has a vote, by the mean column of either; a mask is reversed if most votes say so.
+    whose two parts are there has a vote, by the mean column of either; a mask is reversed if most votes say so. Of large masks
+    every (w // 128)-th row and column is looked at.
 
     masks   (n, h, w) uint8
     returns int8 array (n,): 1 reversed, 0 in order, -1 cannot be told (no pair is complete, or a tie)
     Check:  label 5 left of label 4 is in order for pairs ((4, 5),)
     """
     votes, counts = np.zeros(len(masks), dtype=int), np.zeros(len(masks), dtype=int)
-    columns = torch.arange(masks.shape[2], dtype=torch.float64)
+    step = max(1, masks.shape[2] // 128)
+    columns = torch.arange(0, masks.shape[2], step, dtype=torch.float64)
     for start in range(0, len(masks), chunk):
-        part, rows = masks[start : start + chunk], slice(start, start + chunk)
+        part, rows = masks[start : start + chunk, ::step, ::step], slice(start, start + chunk)
         for left, right in pairs:
             sums = [(part == label).sum(1).double() for label in (left, right)]  # pixels of each column
             x_left, x_right = (each @ columns / each.sum(1) for each in sums)  # NaN where the part is absent
@@ -801,13 +816,14 @@ class FaceSplit:
     """Some rows of a face-parsing set as a training loop sees them: `batch(rows)` to train on, with masks to score by.
 
     images  uint8 (n, 3, h, w), masks uint8 (n, H, W) or None, of the whole set (never copied); rows (m,) of this split
-    augment {} or what batch does with a generator: degrees, zoom, crop, flip ("swap", "naive", "none"), photometric, mixup, cutmix
+    augment {} or all of degrees, zoom, crop, flip ("swap", "naive", "none"), jitter, photometric, mixup, cutmix
     pairs   labels that change places when a face is mirrored
-    Needs:  random_affine, affine, random_crop, horizontal_flip, swap_labels, photometric_distort, soft_targets, mixup, cutmix
+    wrong   (n,) bool or None: masks whose paired labels change places in augmented batches; what is scored keeps them
+    Needs:  random_affine, affine, random_crop, horizontal_flip, swap_labels, color_jitter, photometric_distort, soft_targets, mixup, cutmix
     """
 
-    def __init__(self, images, masks, rows, *, device="cpu", augment=None, pairs=(), classes=19):
-        self.images, self.masks, self.rows = images, masks, np.asarray(rows)
+    def __init__(self, images, masks, rows, *, device="cpu", augment=None, pairs=(), wrong=None, classes=19):
+        self.images, self.masks, self.rows, self.wrong = images, masks, np.asarray(rows), wrong
         self.device, self.augment, self.pairs, self.classes = torch.device(device), augment or {}, pairs, classes
 
     def __len__(self):
@@ -816,24 +832,29 @@ class FaceSplit:
     def batch(self, rows, generator=None):
         """Gather rows: inputs float (b, 3, h, w) in [-1, 1], targets at the same size: ids (b, h, w), or after mixup probabilities.
 
-        Not augmented without a generator, and then `masks` (b, H, W) holds the ids at their own resolution.
+        Not augmented without a generator, and then `masks` (b, H, W) holds the ids as they are, at their own resolution.
         """
         index = torch.from_numpy(self.rows[rows])
         images = self.images[index].to(self.device, non_blocking=True)
         masks = None if self.masks is None else self.masks[index].to(self.device, non_blocking=True)
         scale = lambda images: images.float().sub_(127.5).div_(127.5)
-        if generator is None:
+        if generator is None or not self.augment:
             batch = {"inputs": scale(images)}
             if masks is not None:
                 batch |= {"masks": masks, "targets": F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0].long()}
             return batch
         on = self.augment
+        if self.wrong is not None:
+            wrong = torch.from_numpy(self.wrong[index.numpy()]).to(self.device)
+            masks = torch.where(wrong[:, None, None], swap_labels(masks, self.pairs), masks)
         images, masks = random_affine(images, degrees=on["degrees"], zoom=on["zoom"], generator=generator, masks=masks)
         if on["crop"]:
             images, masks = random_crop(images, padding=on["crop"], generator=generator, masks=masks)
         if on["flip"] != "none":
             pairs = self.pairs if on["flip"] == "swap" else ()
             images, masks = horizontal_flip(images, generator=generator, masks=masks, pairs=pairs)
+        if on["jitter"]:
+            images = color_jitter(images, strength=on["jitter"], generator=generator)
         if on["photometric"]:
             images = photometric_distort(images, p=on["photometric"], generator=generator)
         inputs, targets = scale(images), masks
@@ -846,8 +867,9 @@ class FaceSplit:
 
 def soft_targets(masks, classes, *, ignore=255):
     """Class ids (b, h, w) as probabilities (b, classes, h, w): 1 at the id, and 0 for every class in an ignored pixel."""
-    kept = masks != ignore
-    return F.one_hot(masks.long().masked_fill(~kept, 0), classes).movedim(-1, 1) * kept.unsqueeze(1).float()
+    kept = (masks != ignore).unsqueeze(1)
+    soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
+    return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~kept, 0), kept.float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,6 +920,26 @@ def photometric_distort(images, *, p=0.5, generator):
     chunks = [slice(i, i + step) for i in range(0, max(len(images), 1), step)]
     return torch.cat([photometric_apply(images[chunk], **{name: value[chunk] for name, value in settings.items()})
                       for chunk in chunks])
+
+
+def color_jitter(images, *, strength, generator):
+    """Multiply brightness, contrast and saturation of each image by its own U(1 - strength, 1 + strength), in this order.
+
+    images  (B, 3, H, W) uint8 RGB  ->  the same
+    Needs:  photometric_apply, turn_hue
+    Errors: ValueError for a strength outside [0, 1], for anything but uint8 RGB
+    Source: torchvision's ColorJitter(strength, strength, strength), there in random order
+    Check:  strength=0 returns equal values
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength} must be in [0, 1]: a factor is at least 0")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"color_jitter needs uint8 RGB (B, 3, H, W), got {images.dtype} {tuple(images.shape)}: jitter before you "
+                         "normalise")
+    n = len(images)
+    brightness, contrast, saturation = torch.empty(3, n).uniform_(1 - strength, 1 + strength, generator=generator)
+    return photometric_apply(images, brightness=brightness, contrast_before=contrast, saturation=saturation, hue=torch.zeros(n),
+                             contrast_after=torch.ones(n), order=torch.arange(3).expand(n, 3))
 
 
 def photometric_draw(n, *, p, generator):
@@ -1119,7 +1161,7 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
 
         source pixel of output pixel x = R(angle) x / scale, from the centre; a positive angle turns counter-clockwise
 
-    What lies outside is the image mirrored, as in random_crop, and fill_mask in a mask: mirrored pixels are not graded.
+    What lies outside is the image mirrored at its edge, and fill_mask in a mask: mirrored pixels are not graded.
 
     images  (B, C, H, W) uint8 (rounded at the end) or float; bilinear
     angle, scale (B,) in radians, and as a factor

@@ -571,13 +571,13 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
     Draws n of the n values with replacement, `resamples` times, and takes the middle `level` of the means. NaN are left out.
 
-    Shape:  values (n,)  ->  (low, high) floats; NaN for no values
+    Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which tell nothing of their spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
     Check:  equal values give that value twice
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
-    if not len(values):
+    if len(values) < 2:
         return math.nan, math.nan
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[drawn].mean(1), ((1 - level) / 2, (1 + level) / 2))

@@ -28,6 +28,7 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -146,21 +147,22 @@ class Task:
     network: Callable  # (args) -> nn.Module
     loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}, the parts of a sum
     probability: Callable  # (network output, args) -> what is reported and written: a probability, or the predicted number
-    evaluate: Callable  # (model, split, args) -> {score: float} over the whole split; "loss" is one of them
-    floor: Callable  # (split, args) -> {name: {score: float}}: what learns nothing, and the ceiling
-    predict: Callable  # (model, path, out, args) -> number of rows written to out
+    evaluate: Callable  # (model, split, args) -> {score: float} over the whole split, "loss" is one of them; {row: {column: number}}
+    #                     in place of a float is a table of its own, such as a score of every class
+    floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
+    predict: Callable  # (model, path, out, args) -> number of rows written to out, a file or for faces a folder
 
 
 @dataclasses.dataclass
 class Data:
-    train: object  # splits have len(), .labels, .batch(rows, generator); what a call does not need may be None
+    train: object  # splits have len(), .batch(rows, generator), and .labels if batches go by them; what a call does not need may be None
     validation: object
     test: object
     whole: object  # all rows, for --eval on data that the run did not see
     facts: dict  # plain values measured on training rows (class weights, label scale), kept in every checkpoint; seen and held_out
     #              are the groups of the training and of the other rows: a pretrained encoder must not have seen the latter
     notes: list  # lines to print: what was read, how it was split, what cannot be excluded
-    check: object = None  # some training rows, as many as in validation, scored like it after every epoch: the gap is overfitting
+    train_eval: object = None  # some training rows, as many as in validation, scored like it after every epoch: the gap is overfitting
 
     def splits(self):
         """The splits there are, by the names that --split takes."""
@@ -359,29 +361,26 @@ def faces_load(path, args):
     n, sides = len(masks), data.sides_reversed(masks, data.FACE_PAIRS)
     notes = [f"data: {path or 'SYNTHETIC faces, drawn by the script: a score on them is no result'}, {n:,} images at {show(args.size)}, "
              f"masks at {show(tuple(masks.shape[1:]))}"]
-    some = [each[:: max(1, n // 100)].numpy().tobytes() for each in (images, masks)]  # enough pixels to tell this set from another
-    facts = {"data": zlib.crc32(b"".join(some))}
+    told = f"left and right: reversed in {np.sum(sides == 1)} of {n:,} masks, {np.sum(sides < 0)} cannot be told"
+    facts = {"data": zlib.crc32(masks[:: max(1, n // 100)].numpy().tobytes())}  # enough masks to tell this set from another
     split = functools.partial(data.FaceSplit, images, masks, device=args.device, pairs=data.FACE_PAIRS)
     if args.split == "all":
-        return Data(None, None, None, split(np.arange(n)), facts, notes)
+        return Data(None, None, None, split(np.arange(n)), facts, notes + [told])
 
     parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(n), args)))
     reversed_in = ", ".join(f"{np.sum(sides[rows] == 1)} {name}" for name, rows in parts.items())
-    notes += ["split: by image; whether a person has several is not known",
-              f"left and right: reversed in {np.sum(sides == 1)} of {n:,} masks ({reversed_in}), {np.sum(sides < 0)} cannot be told; "
-              + ("set right in training" if args.fix_reversed else "kept, --fix-reversed sets them right in training")]
-    if args.fix_reversed:
-        wrong = torch.from_numpy(parts["train"][sides[parts["train"]] == 1])
-        masks[wrong] = data.swap_labels(masks[wrong], data.FACE_PAIRS)  # in memory only, a cache is mapped copy-on-write
+    notes += ["split: by image; whether a person has several is not known", f"{told}; reversed in {reversed_in}: "
+              + ("set right for training" if args.fix_reversed else "kept, --fix-reversed sets them right for training")]
     counts = faces_pixel_counts(masks, parts["train"])
     facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
               "position": pack_map(counts.argmax(0)), "class_weights": []}
     if args.class_weights == "median":
         facts["class_weights"] = losses.median_frequency_weights(counts.sum((1, 2))).tolist()
-    augment = {name: getattr(args, name) for name in ("degrees", "zoom", "crop", "flip", "photometric", "mixup", "cutmix")}
-    checked = parts["train"][np.linspace(0, len(parts["train"]) - 1, min(len(parts["train"]), len(parts["validation"]))).astype(int)]
-    train, *others = (split(rows, augment=augment) if len(rows) else None for rows in (*parts.values(), checked))
-    return Data(train, *others[:2], split(np.arange(n)), facts, notes, check=others[2])
+    augment = {name: getattr(args, name) for name in ("degrees", "zoom", "crop", "flip", "jitter", "photometric", "mixup", "cutmix")}
+    train = split(parts["train"], augment=augment, wrong=sides == 1 if args.fix_reversed else None)
+    validation, test = (split(parts[name]) if len(parts[name]) else None for name in ("validation", "test"))
+    some = np.linspace(0, len(train) - 1, min(len(train), len(parts["validation"]))).astype(int)
+    return Data(train, validation, test, split(np.arange(n)), facts, notes, train_eval=split(parts["train"][some]))
 
 
 def faces_pixel_counts(masks, rows):
@@ -452,64 +451,87 @@ def faces_scores(confusions):
 
 def faces_evaluate(model, split, args):
     """The loss is the mean over images of each one's own, at --size; the scores are counted at the masks' own resolution."""
-    confusions, sums = [], {}
+    confusions, kept = [], []
     for batch in batches_in_order(split, chunk=16):
         logits = finite(faces_logits(model, batch["inputs"], args))
         for one, target, mask in zip(logits.split(1), batch["targets"].split(1), batch["masks"]):
-            loss, parts = faces_criterion(one, target, args)
-            for name, value in ({"loss": loss} | parts).items():
-                sums[name] = sums.get(name, 0.0) + float(value) / len(split)
             confusions.append(losses.confusion_matrix(faces_labels(one, mask.shape), mask, 19))
-    return sums | faces_scores(np.stack(confusions))
+            if (target != 255).any():
+                loss, parts = faces_criterion(one, target, args)
+                kept.append({"loss": float(loss)} | {name: float(value) for name, value in parts.items()})
+    if not kept:
+        raise NonFinite(f"all pixels of the {len(split)} masks are ignored, there is no score")
+    return {name: float(np.mean([each[name] for each in kept])) for name in kept[0]} | faces_scores(np.stack(confusions))
 
 
 def faces_floor(split, args):
-    """Two constants, fitted on training masks, and two ceilings: the masks seen at --size only, and with left and right set right."""
-    masks = split.masks[torch.from_numpy(split.rows)]
-    position = resize_ids(unpack_map(args.facts["position"])[None], masks.shape[1:])[0]
-    reduced = resize_ids(resize_ids(masks, args.size), masks.shape[1:])
-    right = masks.clone()
-    wrong = torch.from_numpy(data.sides_reversed(masks, data.FACE_PAIRS) == 1)
-    right[wrong] = data.swap_labels(masks[wrong], data.FACE_PAIRS)
-    guesses = {"constant background": torch.zeros_like(masks), "constant by position": position.expand_as(masks),
-               f"masks at {show(args.size)}": reduced, "sides set right": right}
-    return {name: faces_scores(np.stack([losses.confusion_matrix(guess.masked_fill(guess == 255, 0), mask, 19)
-                                         for guess, mask in zip(each, masks)])) for name, each in guesses.items()}
+    """Two constants, fitted on the training masks, and three ways to be nearly right: the masks themselves, reduced to --size as the
+    training targets are and brought back; reduced by area and brought back as the network's output is; with left and right set right,
+    which disagrees with the reversed masks.
+    """
+    position = unpack_map(args.facts["position"])[None]
+    confusions = {}
+    for row in split.rows:
+        mask = split.masks[row]
+        reduced = resize_ids(mask[None], args.size)
+        by_area = F.interpolate(data.soft_targets(mask[None], 19), args.size, mode="area")
+        swapped = data.sides_reversed(mask[None], data.FACE_PAIRS)[0] == 1
+        guesses = {"constant background": torch.zeros_like(mask), "constant by position": resize_ids(position, mask.shape)[0],
+                   f"at {show(args.size)}, nearest": resize_ids(reduced, mask.shape)[0],
+                   f"at {show(args.size)}, by area": faces_labels(by_area, mask.shape),
+                   "sides set right": data.swap_labels(mask, data.FACE_PAIRS) if swapped else mask}
+        for name, guess in guesses.items():
+            guess = guess.masked_fill(guess == 255, 0)
+            confusions.setdefault(name, []).append(losses.confusion_matrix(guess, mask, 19))
+    return {name: faces_scores(np.stack(each)) for name, each in confusions.items()}
+
+
+def faces_images(path):
+    """(name, uint8 array (h, w, 3)) of each image of a folder, of its images/, of an .npz, or of one file."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a folder of images, an image or an .npz")
+    if path.suffix == ".npz":
+        images, _ = data.read_faces_npz(path, need_masks=False)
+        for i, image in enumerate(images):
+            yield f"{path.stem}-{i:05d}", np.array(np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3)))
+    else:
+        for file in [path] if path.is_file() else data.list_face_files(path, need_masks=False)[0]:
+            yield file.stem, data.read_image(file)
 
 
 def faces_predict(model, path, out, args):
     """Masks of the images' own sizes: OUT/masks holds class ids, in the format that training reads, OUT/colour the coloured faces."""
-    folder, path = Path(out), Path(path)
+    folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {folder} exists and is not an empty folder: choose another one")
-    if path.is_file():
-        images, _ = data.read_faces_npz(path, need_masks=False)
-        named = ((f"{path.stem}-{i:05d}", np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3)))
-                 for i, image in enumerate(images))
-    else:
-        files, _ = data.list_face_files(path, need_masks=False)
-        named = ((file.stem, data.read_image(file)) for file in files)
-    palette = np.array(data.FACE_COLOURS, dtype=np.uint8)
-    for name in ("masks", "colour"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    count = 0
-    for name, image in named:
-        inputs = data.FaceSplit(data.resize_uint8(image[None], args.size), None, [0], device=args.device).batch([0])["inputs"]
-        labels = faces_labels(finite(faces_logits(model, inputs, args)), image.shape[:2]).cpu().numpy()
-        blend = (0.5 * image + 0.5 * palette[labels]).astype(np.uint8)
-        for place, content in ("masks", data.encode_png(labels, palette)), ("colour", data.encode_png(blend)):
-            with atomic_write(folder / place / f"{name}.png", "wb") as file:
-                file.write(content)
-        count += 1
+    if args.cache:
+        raise ValueError("--cache is not read by --predict of this task: leave it out")
+    palette, count = np.array(data.FACE_COLOURS, dtype=np.uint8), 0
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name in ("masks", "colour"):
+            (temporary / name).mkdir(parents=True)
+        for name, image in faces_images(path):
+            inputs = data.FaceSplit(data.resize_uint8(image[None], args.size), None, [0], device=args.device).batch([0])["inputs"]
+            labels = faces_labels(finite(faces_logits(model, inputs, args)), image.shape[:2]).cpu().numpy()
+            (temporary / "masks" / f"{name}.png").write_bytes(data.encode_png(labels, palette))
+            (temporary / "colour" / f"{name}.png").write_bytes(data.encode_png((0.5 * image + 0.5 * palette[labels]).astype(np.uint8)))
+            count += 1
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # still there only if an image could not be read
     return count
 
 
 # The note's recipe as it was run, with its faults: left and right keep their labels when a face is mirrored, absent classes keep their
 # Dice term, and the cosine is planned for 300 epochs although early stopping ended it at 112. The other variants change what they name.
+# Two things are ours: the score that picks the epoch, and one seeded split.
 FACES_ORIGINAL = dict(
     network="segformer", mix_ffn=False, size=(512, 512), batch_size=32, epochs=300, patience=20, lr=8e-4, weight_decay=1e-4,
     warmup_epochs=5.0, warmup_start_lr=8e-5, min_lr=0.0, ema_decay=0.0, clip=1.0, dropout=0.15, dice_weight=1.5, dice_per="image",
-    dice_absent="count", flip="naive", degrees=15.0, zoom=1.0, crop=0, photometric=0.5, train_ratio=0.9, val_ratio=0.1, test_ratio=0.0)
+    dice_absent="count", flip="naive", degrees=15.0, zoom=1.0, crop=0, jitter=0.2, photometric=0.0, train_ratio=0.9,
+    val_ratio=0.1, test_ratio=0.0)
 FACES_RESTARTS = FACES_ORIGINAL | dict(epochs=200, schedule="restarts", restart_epochs=30.0, restart_mult=2, min_lr=1e-6)
 FACES_COMBINED = FACES_RESTARTS | dict(
     dice_weight=2.5, dropout=0.2, weight_decay=2e-4, lr=6e-4, warmup_start_lr=6e-5, smoothing=0.1, patience=100)
@@ -517,7 +539,7 @@ FACES_COMBINED = FACES_RESTARTS | dict(
 FACEPARSE = Task(
     defaults=engine_flags(
         epochs=60, batch_size=8, base_batch=0, accumulate=1, lr=4e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=1.0, warmup_start_lr=1e-6, min_lr=4e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=4e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0,
         restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
         train_ratio=0.8, val_ratio=0.1, test_ratio=0.1, folds=0, fold=0,
         channels_last=Flag(True, "memory format of images"),
@@ -537,12 +559,13 @@ FACEPARSE = Task(
         smoothing=Flag(0.0, "label smoothing of cross-entropy", low=0, high=0.99),
         gamma=Flag(0.0, "exponent of the focal loss in place of cross-entropy (0 = off)", low=0),
         class_weights=Flag("none", "median: square root of median frequency, counted on training masks", choices=("none", "median")),
-        fix_reversed=Flag(False, "set right the training masks whose left and right are reversed; never those that are scored"),
+        fix_reversed=Flag(False, "train on masks with left and right set right where they are reversed; what is scored is kept as it is"),
         flip=Flag("swap", "swap: mirror half of the faces, left and right labels change places; naive: they do not; none: no mirroring",
                   choices=("swap", "naive", "none")),
         degrees=Flag(15.0, "rotate by up to so much (0 = off)", low=0, high=180),
         zoom=Flag(1.25, "enlarge by a factor between 1 / zoom and zoom (1 = off)", low=1, high=10),
         crop=Flag(0, "random crop after padding by this many pixels (0 = off)", low=0),
+        jitter=Flag(0.2, "multiply brightness, contrast and saturation by up to 1 +- this (0 = off)", low=0, high=1),
         photometric=Flag(0.0, "probability of each of the five photometric operations", low=0, high=1),
         mixup=Flag(0.0, "alpha of mixup (0 = off)", low=0),
         cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
@@ -857,7 +880,8 @@ def task_of(args):
 
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
-    "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write"),
+    "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write (faceparse: the "
+            "folder)"),
     "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
                   "beside --out"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
@@ -957,7 +981,7 @@ def check_mode(args):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval and --predict take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr writes nothing)")
     if args.predict and not (args.data and args.out):
-        raise ValueError("--predict needs --data (what to apply it to) and --out (the file to write)")
+        raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.predict and not Path(args.out).parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist; create it, or choose another --out")
     if args.split not in ("", "train", "validation", "test", "all"):
@@ -1153,7 +1177,7 @@ def plan_batches(split, epoch, args):
 
 def make_schedule(optimizer, args, steps_per_epoch):
     """The schedule of --schedule; epochs become optimizer steps here and nowhere else."""
-    limit = "cosine_epochs" if args.schedule == "cosine" and args.cosine_epochs else "epochs"
+    limit = "cosine_epochs" if args.schedule == "cosine" and 0 < args.cosine_epochs < args.epochs else "epochs"
     if args.warmup_epochs >= getattr(args, limit):
         raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below {spelled(limit)} {show(getattr(args, limit))}: "
                          "train longer or warm up less")
@@ -1331,8 +1355,8 @@ def score_epoch(run, row, sets, args):
         row["ema"] = evaluate(run.ema.module, split, args)
         if not better(row["score"], row["ema"][args.monitor], args):  # a tie goes to the average
             row |= {"score": row["ema"][args.monitor], "weights": "ema"}
-    if sets.check is not None:
-        row["check"] = evaluate(run.ema.module if row["weights"] == "ema" else run.raw_model, sets.check, args)
+    if sets.train_eval is not None:
+        row["train_eval"] = evaluate(run.ema.module if row["weights"] == "ema" else run.raw_model, sets.train_eval, args)
     return row
 
 
@@ -1407,7 +1431,7 @@ def epoch_line(history, args, floor):
         parts += [f"val {row['raw']['loss']:.4f}"]
         for name in dict.fromkeys((headline, args.monitor)):
             parts += [f"{name} {row['raw'][name]:.4f}"] + ([f"ema {row['ema'][name]:.4f}"] if "ema" in row else [])
-            parts += [f"train {row['check'][name]:.4f}"] if "check" in row else []
+            parts += [f"train {name} {row['train_eval'][name]:.4f}"] if "train_eval" in row else []
             parts += [f"floor {floor[name]:.4f}"]
     if row["epoch"]:
         parts += [f"grad {row['grad_norm']:6.2f}", f"{row['rows_per_s']:5.0f} rows/s"]
@@ -1568,8 +1592,8 @@ def report(history, sets, args, folder, seconds):
     load_weights(model, best, folder / "best.pt")
     print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
-    last = [row["score"] for row in history[1:][-10:]]
-    if sets.validation and len(last) > 1:  # a best far above them is luck
+    last = [row[best["weights"]][args.monitor] for row in history[1:][-10:]] if sets.validation else []
+    if len(last) > 1:  # of the same kind of weights; a best far above them is luck
         mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
         scores["last"] = {"epochs": len(last), "mean": mean, "sd": sd}
         print(f"validation {args.monitor}: best {best['score']:.4f}, last {len(last)} epochs {mean:.4f} +- {sd:.4f}")
@@ -1690,7 +1714,8 @@ def cross_validate(args):
         if code:
             return code
     folds = [json.loads((Path(one.out) / "scores.json").read_text())["test"] for one in runs]
-    rows = {name: {key: [math.nan if fold[name][key] is None else fold[name][key] for fold in folds] for key in plain(folds[0][name])}
+    rows = {name: {key: [math.nan if fold[name][key] is None else fold[name][key] for fold in folds] for key in plain(folds[0][name])
+                   if not key.endswith(("_low", "_high"))}  # a mean of intervals is no interval
             for name in folds[0] if name != "rows" and all(name in fold for fold in folds)}
     mean, sd = ({name: {key: float(of(values)) for key, values in scores.items()} for name, scores in rows.items()}
                 for of in (np.mean, lambda values: np.std(values, ddof=1)))

@@ -26,7 +26,7 @@ def columns(folder):
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     mean_of = lambda names: np.mean([test["classes"][name]["f"] for name in names])
     return {"F": test["f"], "F pooled": test["f_pooled"], "mean IoU": test["miou"], "sided": mean_of(SIDED), "middle": mean_of(MIDDLE),
-            "gap": last["check"]["f"] - last[last["weights"]]["f"]}
+            "gap": last["train_eval"]["f"] - last[last["weights"]]["f"]}
 
 
 if len(sys.argv) < 2:

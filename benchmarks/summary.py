@@ -14,15 +14,18 @@ folders = [Path(name) for name in sys.argv[1:]]
 if not folders:
     sys.exit(__doc__)
 runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+part = "test" if "test" in runs[0] else "validation"  # a run without a test split has picked its epoch on what it reports
+number = lambda value: np.nan if value is None else value  # an undefined score is null
 for folder, run in zip(folders, runs):
-    run["test"] = {row: {name: value for name, value in scores.items() if not isinstance(value, dict)}  # without scores by class
-                   if row != "rows" else scores for row, scores in run["test"].items()}
-    scores = "  ".join(f"{name} {np.nan if value is None else value:.4f}" for name, value in run["test"]["model"].items())
+    rows = run[part].pop("rows")
+    run[part] = {row: {name: number(value) for name, value in scores.items() if not isinstance(value, dict)}  # without tables by class
+                 for row, scores in run[part].items()}
+    if "last" in run:
+        run[part][f"last {run['last']['epochs']} epochs"] = {"validation": run["last"]["mean"], "their sd": run["last"]["sd"]}
     which = f"{run['folds']} folds" if "folds" in run else f"epoch {run['epoch']} ({run['weights']})"
-    last = run.get("last") and f"  validation, last {run['last']['epochs']} epochs {run['last']['mean']:.4f} +- {run['last']['sd']:.4f}"
-    print(f"{folder}: {which}, {run['test']['rows']} test rows  {scores}{last or ''}")
-for row in (name for name in runs[0]["test"] if name != "rows"):
-    for name in runs[0]["test"][row]:
-        values = np.array([run["test"][row][name] for run in runs], dtype=float)  # an undefined score is null, NaN here
+    print(f"{folder}: {which}, {rows} {part} rows  " + "  ".join(f"{name} {value:.4f}" for name, value in run[part]["model"].items()))
+for row in runs[0][part]:
+    for name in runs[0][part][row]:
+        values = np.array([run[part][row][name] for run in runs])
         spread = f" sd {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-        print(f"{row:<16} {name:<12} mean {values.mean():.4f}{spread}  ({len(values)} runs)")
+        print(f"{row:<20} {name:<12} mean {values.mean():.4f}{spread}  ({len(values)} runs)")
