@@ -4889,10 +4889,11 @@ def test_train_faces_training_batches_do_what_the_flags_say():
         faces_npz(f / "faces.npz")
         off = ["--degrees", "0", "--zoom", "1", "--flip", "none", "--jitter", "0"]
         loaded = {}
-        for name, words in (("off", []), ("swap", ["--flip", "swap"]), ("naive", ["--flip", "naive"]), *((each, [f"--{each}", value]) for (
-                each, value) in (("degrees", "15"), ("zoom", "1.25"), ("crop", "3"), ("jitter", "0.5"), ("photometric", "1"), ("mixup", "1"),
-                                 ("cutmix", "1")))):
-            args = train.parse_args([*FACEPARSE, "--data", str(f / "faces.npz"), *off, *words])
+        cases = (("off", ""), ("swap", "--flip swap"), ("naive", "--flip naive"), ("degrees", "--degrees 15"), ("zoom", "--zoom 1.25"),
+                 ("crop", "--crop 3"), ("jitter", "--jitter 0.5"), ("photometric", "--photometric 1"), ("mixup", "--mixup 1"),
+                 ("cutmix", "--cutmix 1"))
+        for name, words in cases:
+            args = train.parse_args([*FACEPARSE, "--data", str(f / "faces.npz"), *off, *words.split()])
             loaded[name] = train.faces_load(args.data, args).train.batch(np.arange(24), seeded(2))
     plain = loaded.pop("off")
     for name, batch in loaded.items():
