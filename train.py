@@ -361,7 +361,7 @@ def faces_load(path, args):
     n, sides = len(masks), data.sides_reversed(masks, data.FACE_PAIRS)
     notes = [f"data: {path or 'SYNTHETIC faces, drawn by the script: a score on them is no result'}, {n:,} images at {show(args.size)}, "
              f"masks at {show(tuple(masks.shape[1:]))}"]
-    told = f"left and right: reversed in {np.sum(sides == 1)} of {n:,} masks, {np.sum(sides < 0)} cannot be told"
+    told = f"left and right: {np.sum(sides < 0)} of {n:,} masks cannot be told, reversed in {np.sum(sides == 1)}"
     facts = {"data": zlib.crc32(masks[:: max(1, n // 100)].numpy().tobytes())}  # enough masks to tell this set from another
     split = functools.partial(data.FaceSplit, images, masks, device=args.device, pairs=data.FACE_PAIRS)
     if args.split == "all":
@@ -369,7 +369,7 @@ def faces_load(path, args):
 
     parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(n), args)))
     reversed_in = ", ".join(f"{np.sum(sides[rows] == 1)} {name}" for name, rows in parts.items())
-    notes += ["split: by image; whether a person has several is not known", f"{told}; reversed in {reversed_in}: "
+    notes += ["split: by image; whether a person has several is not known", f"{told}: {reversed_in}; "
               + ("set right for training" if args.fix_reversed else "kept, --fix-reversed sets them right for training")]
     counts = faces_pixel_counts(masks, parts["train"])
     facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
