@@ -4859,6 +4859,22 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
     assert skin.split() == ["skin", "3"] + [f"{test[name]['classes']['skin']['f']:.4f}" for name in list(test)[1:]]
 
 
+def test_train_faces_training_rows_are_scored_by_the_weights_that_count():
+    with folder() as f:
+        args = train.parse_args([*FACEPARSE, "--data", str(faces_npz(f / "faces.npz"))])
+        sets = train.faces_load(args.data, args)
+    args.facts, nets = sets.facts, []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(train.faces_network(args))
+    scores = [train.evaluate(net, sets.validation, args)["f"] for net in nets]
+    for raw, averaged in (nets, nets[::-1]):
+        row = train.score_epoch(types.SimpleNamespace(raw_model=raw, ema=types.SimpleNamespace(module=averaged)), {}, sets, args)
+        winner = nets[scores.index(max(scores))]
+        assert row["weights"] == ("raw" if winner is raw else "ema") and row["score"] == max(scores) != min(scores)
+        assert row["train_eval"] == train.evaluate(winner, sets.train_eval, args)
+
+
 def test_train_reports_the_last_ten_epochs_of_the_kind_of_weights_that_won():
     with folder() as f:
         run(f / "a", "--epochs", "12", "--lr", "3e-3")

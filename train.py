@@ -891,7 +891,10 @@ RUN_FLAGS = {
     "resume": (False, "go on from the last finished epoch in --out"),
     "overwrite": (False, "replace the run in --out"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
+    "show_schedule": (False, "print the learning rate of every epoch instead of training"),
+    "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead of training"),
 }
+LOOKS = ("find_lr", "show_schedule", "check_sampler")  # calls that prepare a run, print something about it, and write nothing
 ABSENT = {"mode": "scratch", "sampler": "shuffled", "channels_last": False}  # what the loop takes where a task has no such flag
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",), "pretrained": ("--pretrained-ckpt",)}
 
@@ -972,14 +975,19 @@ def late_flags(args):
     return {name for name in args.typed & set(TASKS[args.task].defaults) if TASKS[args.task].defaults[name].late}
 
 
+def look_of(args):
+    """Which of LOOKS this call is, or None."""
+    return next((look for look in LOOKS if getattr(args, look)), None)
+
+
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
-             "find_lr": args.typed - {"out", "resume", "overwrite", "split"}}
+             **{look: args.typed - {"out", "resume", "overwrite", "split"} - set(LOOKS) | {look} for look in LOOKS}}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval and --predict take the recipe "
-                         "from the checkpoint, --split goes with --eval, --find-lr writes nothing)")
+                         "from the checkpoint, --split goes with --eval, --find-lr and its like write nothing)")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.predict and not Path(args.out).parent.is_dir():
@@ -1542,14 +1550,14 @@ def cache_features(model, sets):
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
     folder, content = None, None
-    if not args.find_lr:
+    if not look_of(args):
         folder, resuming = open_run_folder(args)
         if resuming:
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
             adopt_recipe(args, content)
     task = task_of(args)
     args.device = resolve_device(args.device)
-    print(command_line(args, [*task.defaults, "data", "cache", "out", "device"] + ["find_lr"] * args.find_lr), flush=True)
+    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *filter(None, [look_of(args)])]), flush=True)
     if args.resume and not content:
         print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
     sets = task.load(args.data, args)
@@ -1569,7 +1577,7 @@ def prepare(args):
     batches = plan_batches(sets.train, 1, args)
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
-    run.floor = floor
+    run.floor, run.steps_per_epoch = floor, steps_per_epoch
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
@@ -1645,6 +1653,23 @@ def find_lr(run, sets, args):
             return task_of(args).loss(model, batch, 0, args)[0]
 
     print_lr_curve(*schedulers.find_lr(run.raw_model, run.optimizer, loss, batches))
+
+
+def show_schedule(run, sets, args, width=50):
+    """First and last rate of every epoch, and the curve as text; plateau and its reductions depend on the scores to come."""
+    steps, base = run.steps_per_epoch, max(run.schedule.base_lrs)
+    rates = [[run.schedule.lr_at(step, base) for step in (epoch * steps, (epoch + 1) * steps - 1)] for epoch in range(args.epochs)]
+    for epoch, (first, last) in enumerate(rates, 1):
+        bar = "#" * round(width * last / max(map(max, rates)))
+        print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | {bar}")
+
+
+def check_sampler(run, sets, args):
+    """What the batches of the first epoch hold, all of them."""
+    labels = getattr(sets.train, "labels", None)
+    if labels is None or labels.dtype.kind not in "iu":
+        raise ValueError("--check-sampler counts the classes of the rows: this task has none")
+    print_sampler(data.sampler_report(plan_batches(sets.train, 1, args), labels))
 
 
 def apply_checkpoint(args):
@@ -1732,8 +1757,8 @@ def train_once(args):
     """One run, or --find-lr, from its settings to its exit code."""
     with refusals():
         run, sets, folder = prepare(args)
-        if args.find_lr:
-            find_lr(run, sets, args)
+        if look_of(args):
+            {"find_lr": find_lr, "show_schedule": show_schedule, "check_sampler": check_sampler}[look_of(args)](run, sets, args)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES if args.overwrite else ():
@@ -1752,7 +1777,7 @@ def main(argv=None):
             if args.eval or args.predict:
                 apply_checkpoint(args)
                 return 0
-        if args.find_lr:
+        if look_of(args):
             args.fold = args.fold or min(args.folds, 1)
             return train_once(args)
         args.home = args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
