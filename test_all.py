@@ -2347,7 +2347,8 @@ def test_data_stratified_batches_keep_quota_and_length():
 
 
 def test_data_stratified_batches_repeat_a_row_only_when_they_must():
-    for counts, size in (((97, 13, 5), 7), ((50, 3), 9), ((550, 10, 8, 6, 5, 4), 32), ((9, 9), 4), ((40, 1), 6)):
+    for counts, size in (((97, 13, 5), 7), ((50, 3), 9), ((9, 9), 4), ((40, 1), 6),
+                         *(((550, 10, 8, 6, 5, 4), size) for size in (32, 31, 37, 5))):
         labels = np.repeat(np.arange(len(counts)), counts)
         for epoch in range(4):
             plan = data.stratified_batches(labels, size, seed=5, epoch=epoch)
@@ -2361,6 +2362,73 @@ def test_data_stratified_batches_repeat_a_row_only_when_they_must():
                 mine = order[labels[order] == c]
                 for start in range(0, len(mine), n):  # one pass over the class after the other
                     assert len(set(mine[start : start + n])) == len(mine[start : start + n])
+
+
+def test_data_stratified_batches_hold_two_classes_whatever_their_size():
+    for counts in ((550, 10, 8, 6, 5, 4), (583, 2), (40, 1), (300, 1, 1), (9, 9, 9)):
+        labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+        for size in (2, 3, 5, 7, 13, 31, 32, 37):  # a size below the number of classes as well
+            for ranks in (1, 2):
+                full = min(size, len(labels) // ranks)
+                plans = [data.stratified_batches(labels, full, seed=1, epoch=2, rank=rank, world_size=ranks) for rank in range(ranks)]
+                for rows in itertools.chain(*plans):
+                    assert len(rows) == full and len(set(labels[rows])) == min(full, len(counts)), (counts, size, ranks)
+    labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))  # the note's sampler: 16 of its 18 batches held one class
+    present = [len(set(labels[rows])) for epoch in range(3) for rows in data.stratified_batches(labels, 32, seed=0, epoch=epoch)]
+    assert len(present) == 3 * 19 and min(present) == np.mean(present) == 6
+
+
+def test_data_stratified_batches_of_one_class_are_shuffled_batches_that_are_full():
+    for labels in (np.zeros(23, int), np.full(23, 4), np.array(["walk"] * 23)):  # all classes but one are empty
+        plan = data.stratified_batches(labels, 7, seed=0, epoch=0)
+        assert [len(rows) for rows in plan] == [7] * 4 and all(len(set(rows)) == 7 for rows in plan)
+        assert set(np.concatenate(plan)) == set(range(23))
+
+
+def slow_stratified(labels, size, seed, epoch):
+    """Slot by slot: a row for class s % k from its queue, which is refilled with those last that the batch holds already."""
+    classes, rng = np.unique(labels), np.random.default_rng([seed, epoch])
+    slots = -(-len(labels) // size) * size
+    plan = [None] * slots
+    for c, label in enumerate(classes):
+        queue = []
+        for s in range(c, slots, len(classes)):
+            if not queue:
+                again, batch = rng.permutation(np.flatnonzero(labels == label)).tolist(), plan[s - s % size : s - s % size + size]
+                queue = [row for row in again if row not in batch] + [row for row in again if row in batch]
+            plan[s] = queue.pop(0)
+    return np.reshape(plan, (-1, size))
+
+
+def test_data_stratified_batches_equal_the_slow_version():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        labels = rng.choice(rng.integers(1, 9), size=rng.integers(40, 120)) ** 2
+        size, seed, epoch = (int(x) for x in rng.integers(1, 40, 3))
+        plan = data.stratified_batches(labels, size, seed=seed, epoch=epoch)
+        assert np.array_equal(plan, slow_stratified(labels, size, seed, epoch)), (labels, size)
+
+
+def test_data_sampler_report_equals_counting_by_hand():
+    labels = ["a", "b", "b", "c", "d"]
+    assert data.sampler_report([[0, 1], torch.tensor([2, 2]), np.array([1, 2, 3, 1])], labels) == {
+        "batches": 3, "rows": 8, "class_counts": {"a": 1, "b": 6, "c": 1, "d": 0}, "largest_share": 0.75, "largest_batch_share": 1.0,
+        "classes_min": 1, "classes_mean": 5 / 3, "single_class": 1, "repeats": 2, "never_drawn": 1}
+    for batches in ([], [[0], []]):
+        raises(ValueError, "nothing to report", lambda: data.sampler_report(batches, labels))
+
+
+def test_data_sampler_report_sees_a_sorted_epoch_and_a_tail_of_one_class():
+    labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))
+    balanced = data.sampler_report(data.stratified_batches(labels, 32, seed=0, epoch=0), labels)
+    assert balanced["single_class"] == 0 and balanced["classes_min"] == balanced["classes_mean"] == 6
+    assert balanced["rows"] == 19 * 32 and 0.16 < balanced["largest_share"] < 0.17 and balanced["largest_batch_share"] == 6 / 32
+    # quotas of 5 and 6 of classes of 5 and 4: the last repeats one or two rows in every batch, the last but one in some
+    assert 19 <= balanced["repeats"] <= 3 * 19 and balanced["never_drawn"] == 550 - balanced["class_counts"][0]
+    in_order = [np.arange(start, min(start + 32, 583)) for start in range(0, 583, 32)]
+    report = data.sampler_report(in_order, labels)
+    assert report["single_class"] == 17 and report["classes_min"] == 1 and report["repeats"] == report["never_drawn"] == 0
+    assert report["largest_share"] == 550 / 583 and report["class_counts"] == dict(enumerate((550, 10, 8, 6, 5, 4)))
 
 
 def test_data_order_is_fixed_by_seed_and_epoch():
@@ -3768,6 +3836,296 @@ def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
         estimate = data.spectral_rate(data.reduce_rate(windows["inputs"], 4), 31.25, data.RATE_BANDS[rate]).numpy()
         for prediction, expected in ((np.median(labels), floor), (windows["ceiling"], ceiling), (estimate, spectral)):
             assert abs(np.abs(prediction - labels).mean() - expected) < 0.01, (rate, np.abs(prediction - labels).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: modalities
+
+
+def modal_arrays(n=12, seed=0):
+    """One small array per rank and type that a modality may have."""
+    rng = np.random.default_rng(seed)
+    return {"table": rng.integers(0, 9, (n, 5)), "stream": rng.normal(size=(n, 8, 3)).astype(np.float16),
+            "photo": rng.integers(0, 256, (n, 3, 6, 4), dtype=np.uint8), "film": rng.normal(size=(n, 2, 1, 4, 4)).astype(np.float32)}
+
+
+def write_modalities(path, changes=None, n=12):
+    """A good file of four modalities, three classes and four sessions, with changes; None leaves an array out."""
+    content = modal_arrays(n) | {"labels": np.arange(n) % 3, "groups": np.arange(n) // 3} | (changes or {})
+    np.savez(path, **{name: array for name, array in content.items() if array is not None})
+    return path
+
+
+def channels_last(array):
+    """A modality of any rank as float64 (rows, all but the channels, channels)."""
+    axis = -1 if array.ndim < 4 else -3
+    return np.moveaxis(array.astype(np.float64), axis, -1).reshape(len(array), -1, array.shape[axis])
+
+
+def test_data_modalities_are_read_as_they_were_saved_two_four_or_seven():
+    with folder() as f:
+        more = {f"extra {i}": np.arange(24.0).reshape(12, 2) for i in range(3)}
+        for change in ({"film": None, "photo": None}, {}, more):
+            expected = {name: array for name, array in (modal_arrays() | change).items() if array is not None}
+            arrays, labels, groups, names, present = data.read_modalities(write_modalities(f / "set.npz", change))
+            assert list(arrays) == list(expected) == list(present) and names == ["0", "1", "2"]
+            assert all(arrays[name].dtype == array.dtype and np.array_equal(arrays[name], array) for name, array in expected.items())
+            assert labels.dtype == np.int64 and labels.tolist() == [0, 1, 2] * 4 and groups.tolist() == [i // 3 for i in range(12)]
+            assert all(each.dtype == bool and each.all() and each.shape == (12,) for each in present.values())
+        path = write_modalities(f / "set.npz", {"groups": None, "label_names": np.array(["lie", "sit", "run", "fly"])})
+        assert data.read_modalities(path)[2] is None and data.read_modalities(path)[3] == ["lie", "sit", "run", "fly"]
+
+
+def test_data_modality_labels_may_be_strings_in_sorted_order_or_that_of_their_names():
+    words = np.array(["walk", "sit", "jog"] * 4)
+    with folder() as f:
+        for labels, names, expected, listed in (
+                (words, None, [2, 1, 0] * 4, ["jog", "sit", "walk"]), (words.astype("S"), None, [2, 1, 0] * 4, ["jog", "sit", "walk"]),
+                (words, ["walk", "fly", "jog", "sit"], [0, 3, 2] * 4, ["walk", "fly", "jog", "sit"]),
+                (np.arange(12, dtype=np.uint8) % 2 * 255, [f"{i}" for i in range(256)], [0, 255] * 6, [f"{i}" for i in range(256)]),
+                (np.arange(12) % 2 == 0, None, [1, 0] * 6, ["0", "1"])):
+            path = write_modalities(f / "set.npz", {"labels": labels, "label_names": None if names is None else np.array(names)})
+            _, read, _, shown, _ = data.read_modalities(path)
+            assert read.tolist() == expected and shown == listed and read.dtype == np.int64
+        write_modalities(f / "set.npz", {"labels": words[::-1]})
+        assert data.read_modalities(f / "set.npz")[1].tolist() == [0, 1, 2] * 4  # numbers belong to names, whatever the order of rows
+
+
+def test_data_modalities_absent_in_a_row_are_told_by_their_mask_alone():
+    film, here = modal_arrays()["film"], np.arange(12) % 4 != 1
+    film[~here] = np.nan
+    with folder() as f:
+        path = write_modalities(f / "set.npz", {"film": film, "present_film": here})
+        arrays, _, _, _, present = data.read_modalities(path)
+        assert list(arrays) == ["table", "stream", "photo", "film"] and np.array_equal(present["film"], here) and present["photo"].all()
+        film[4, 0, 0, 1, 1], here[9] = np.inf, True
+        write_modalities(f / "set.npz", {"film": film, "present_film": here})
+        raises(ValueError, "'film' holds 33 NaN or infinite values, the first in row 4", lambda: data.read_modalities(path))
+
+
+def test_data_modalities_name_what_is_wrong_with_a_file():
+    arrays, eye = modal_arrays(), np.arange(12)
+    alone, objects = np.array([0, 1, 2, 3] + [0, 1] * 4), np.array([None] * 12)
+    cases = [
+        ({"stream": arrays["stream"][:11]}, "'stream' has shape (11, 8, 3), 'table' has 12 rows"),
+        ({"labels": eye[:10] % 3}, "'labels' has shape (10,), the modalities have 12 rows"),
+        ({"groups": np.zeros((12, 1))}, "'groups' has shape (12, 1)"), ({"groups": np.where(eye == 5, np.nan, 1)}, "NaN in row 5"),
+        ({"table": eye}, "'table' has shape (12,), expected (n, F)"), ({"table": np.zeros((12, 0))}, "shape (12, 0)"),
+        ({"table": np.zeros((12,) + (1,) * 5)}, "'table' has shape"), ({"table": np.array(5.0)}, "'table' has shape ()"),
+        ({"ids": np.array([["a"]] * 12)}, "'ids' is <U1, numbers"), ({"table": np.zeros((12, 2), complex)}, "complex128"),
+        ({"stream": objects}, "no objects"), ({"labels": objects}, "no objects"),
+        (dict.fromkeys(arrays), "holds no modality"), ({"labels": None}, "no array 'labels'"),
+        ({"labels": eye % 3 - 1}, "row 0 has the label -1"), ({"labels": eye % 3 / 2}, "labels are float64"),
+        ({"labels": eye % 3 * 50}, "label 100 in 12 rows"), ({"labels": np.array(["a", "", "b"] * 4)}, "row 1 has no label"),
+        ({"label_names": np.array(["a", "b"])}, "row 2 has the label 2, which is none of the 2 label_names"),
+        ({"labels": np.array(["a", "c", "b"] * 4), "label_names": np.array(["a", "b"])}, "row 1 has the label c, which is none of"),
+        ({"label_names": np.array(["a", "b", "a"])}, "must differ"),
+        ({"labels": alone}, "class '2' has 1 sample, as have 2 of 4 classes"),
+        ({"labels": alone, "label_names": np.array(["a", "b", "c", "d"])}, "class 'c' has 1 sample"),
+        ({"present_stream": np.ones(12)}, "'present_stream' is float64"), ({"present_sound": eye > 0}, "'present_sound' belongs to no"),
+        ({"present_stream": eye[:9] > 0}, "'present_stream' has shape (9,)"),
+        (dict.fromkeys([f"present_{name}" for name in arrays], eye != 7), "1 rows have no modality at all, the first is 7")]
+    with folder() as f:
+        for change, message in cases:
+            write_modalities(f / "set.npz", change)
+            raises(ValueError, message, lambda: data.read_modalities(f / "set.npz"))
+        raises(ValueError, "is no file", lambda: data.read_modalities(f / "none.npz"))
+        whole = write_modalities(f / "set.npz").read_bytes()
+        for damaged in (b"", b"labels,table", whole[: len(whole) // 2], whole.replace(b"PK", b"KP", 1)):
+            (f / "set.npz").write_bytes(damaged)
+            raises(ValueError, "not a readable .npz", lambda: data.read_modalities(f / "set.npz"))
+        np.save(f / "set.npy", np.zeros(3))
+        raises(ValueError, "not a readable .npz", lambda: data.read_modalities(f / "set.npy"))
+
+
+def test_data_modalities_without_labels_are_read_for_prediction():
+    with folder() as f:
+        for change in ({"labels": None}, {"labels": np.array([f"new {i}" for i in range(12)])}):
+            arrays, labels, groups, names, _ = data.read_modalities(write_modalities(f / "set.npz", change), need_labels=False)
+            assert list(arrays) == list(modal_arrays()) and labels is None and names == [] and len(groups) == 12
+
+
+def test_data_modalities_with_their_channels_last_are_warned_of():
+    with folder() as f:
+        for array, warned in ((np.zeros((12, 6, 8, 3)), True), (np.zeros((12, 2, 6, 8, 3)), True), (np.zeros((12, 3, 6, 8)), False)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                data.read_modalities(write_modalities(f / "set.npz", {"photo": array}))
+            assert ["channels come last" in str(each.message) for each in caught] == [True] * warned
+
+
+def test_data_channel_statistics_equal_numpy_over_the_training_rows_only():
+    rows = np.array([7, 2, 3, 11, 5])
+    for name, array in modal_arrays().items():
+        expected = np.concatenate(channels_last(array[rows]))
+        for chunk in (1, 40, 2**21):
+            mean, sd = data.channel_statistics(array, rows, chunk=chunk)
+            assert mean.dtype == sd.dtype == torch.float64 and mean.shape == sd.shape == expected.shape[1:]
+            assert np.allclose(mean, expected.mean(0), rtol=1e-12, atol=1e-12) and np.allclose(sd, expected.std(0), rtol=1e-12)
+        other = array.copy()
+        other[np.setdiff1d(np.arange(12), rows)] = 99
+        assert same_bits(data.channel_statistics(other, rows), data.channel_statistics(array, rows)), name
+        present = np.ones(12, dtype=bool)
+        present[[3, 5, 6]] = False
+        assert same_bits(data.channel_statistics(array, rows, present), data.channel_statistics(array, [7, 2, 11])), name
+
+
+def test_data_channel_statistics_of_constant_huge_and_no_values():
+    array = np.random.default_rng(0).normal(1.7e9, 2.0, (500, 3))  # a clock in seconds: squares have 19 digits
+    array[:, 1] = 0.1
+    mean, sd = data.channel_statistics(array, np.arange(500), chunk=100)
+    assert sd[1] == 1 and abs(mean[1] - 0.1) < 1e-12 and np.allclose(sd[[0, 2]], array[:, [0, 2]].std(0), rtol=1e-6)
+    mean, sd = data.channel_statistics(np.full((4, 3), np.nan), np.arange(4), np.zeros(4, dtype=bool))
+    assert mean.tolist() == [0, 0, 0] and sd.tolist() == [1, 1, 1]
+
+
+def modal_split(rows=np.arange(12), **options):
+    arrays = modal_arrays()
+    scaler = {name: data.channel_statistics(array, rows) for name, array in arrays.items()}
+    return data.ModalSplit(arrays, np.arange(12) % 3, rows, **({"scaler": scaler} | options))
+
+
+def test_data_modal_split_standardises_each_channel_by_the_training_rows():
+    train, rest = np.array([8, 1, 4, 10, 6, 3]), np.array([0, 2, 5])
+    split = modal_split(train, groups=np.arange(12) // 3)
+    batch = split.batch(np.arange(6))
+    assert len(split) == 6 and split.labels.tolist() == (train % 3).tolist() and split.groups.tolist() == (train // 3).tolist()
+    assert batch["targets"].dtype == torch.int64 and batch["targets"].tolist() == (train % 3).tolist()
+    for name, array in modal_arrays().items():
+        x = batch["inputs"][name]
+        assert x.dtype == torch.float32 and x.shape == (6, *array.shape[1:]) and batch["present"][name].tolist() == [True] * 6
+        flat = np.concatenate(channels_last(x.numpy()))
+        assert np.abs(flat.mean(0)).max() < 1e-6 and np.abs(flat.std(0) - 1).max() < 1e-5, name
+    other = data.ModalSplit(modal_arrays(), None, rest, scaler=split.scaler).batch([2, 0])
+    assert sorted(other) == ["inputs", "present"]
+    mean, sd = (each[:, None, None].numpy() for each in split.scaler["photo"])
+    assert np.allclose(other["inputs"]["photo"], (modal_arrays()["photo"][[5, 0]] - mean) / sd, atol=1e-5)
+
+
+def test_data_modal_split_without_a_scaler_gives_the_values_and_keeps_a_large_offset_exact():
+    arrays = modal_arrays() | {"swapped": np.arange(24, dtype=">f4").reshape(12, 2), "wide": np.arange(12, dtype=np.uint16)[:, None]}
+    inputs = data.ModalSplit(arrays, None, np.arange(12)).batch([3, 5])["inputs"]
+    assert all(x.dtype == torch.float32 and np.array_equal(x, arrays[name][[3, 5]].astype(np.float32)) for name, x in inputs.items())
+    clock = 1.7e9 + np.random.default_rng(0).normal(size=(12, 6, 1))  # float32 counts 1.7e9 in steps of 128
+    scaler = {"clock": data.channel_statistics(clock, np.arange(12))}
+    x = data.ModalSplit({"clock": clock}, None, np.arange(12), scaler=scaler).batch(np.arange(12))["inputs"]["clock"]
+    assert np.allclose(x, (clock - clock.mean()) / clock.std(), atol=1e-5)
+
+
+def test_data_modal_split_shows_nothing_of_an_absent_row_and_says_that_it_is_absent():
+    present = {"film": np.arange(12) % 3 != 0, "table": np.arange(12) != 4}
+    for fill in (np.nan, 1e30):
+        arrays = modal_arrays()
+        arrays["film"][~present["film"]] = fill
+        scaler = {name: data.channel_statistics(array, np.arange(12), present.get(name)) for name, array in arrays.items()}
+        split = data.ModalSplit(arrays, None, np.arange(12), present=present, scaler=scaler, noise=0.5, scale=0.3, shift=2)
+        for generator in (None, seeded()):
+            batch = split.batch([0, 4, 5], generator)
+            assert {name: here.tolist() for name, here in batch["present"].items()} == {
+                "table": [True, False, True], "stream": [True] * 3, "photo": [True] * 3, "film": [False, True, True]}
+            for name, x in batch["inputs"].items():
+                assert torch.isfinite(x).all()
+                assert [bool((row == 0).all()) for row in x] == [not here for here in batch["present"][name].tolist()], name
+
+
+def test_data_modal_split_augments_with_a_generator_only_and_as_it_is_told():
+    n, every = 400, np.arange(400)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(1, 1, shape).astype(np.float32) for name, shape in {
+        "sound": (n, 20, 2), "motion": (n, 20, 3), "slow": (n, 5, 1), "table": (n, 4), "photo": (n, 2, 6, 6)}.items()}
+    kept = {name: array.copy() for name, array in arrays.items()}
+    of = lambda **options: data.ModalSplit(arrays, None, every, **options)
+    plain = of().batch(every)["inputs"]
+    for options in ({}, {"noise": 0.2, "scale": 0.1, "shift": 3}):
+        assert all(torch.equal(x, plain[name]) for name, x in of(**options).batch(every)["inputs"].items())
+    assert all(torch.equal(x, plain[name]) for name, x in of().batch(every, seeded())["inputs"].items())
+    first, again, other = (of(noise=0.2, scale=0.1, shift=3).batch(every, seeded(k))["inputs"] for k in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+
+    for name, x in of(noise=0.2).batch(every, seeded())["inputs"].items():
+        assert abs(float((x - plain[name]).std()) - 0.2) < 0.01 and abs(float((x - plain[name]).mean())) < 0.02
+    factors = {name: (x / plain[name]).flatten(1) for name, x in of(scale=0.3).batch(every, seeded())["inputs"].items()}
+    for factor in factors.values():  # one per row and modality
+        assert torch.allclose(factor, factor[:, :1].expand_as(factor), atol=1e-4)
+        assert 0.7 <= factor.min() < 0.72 and 1.28 < factor.max() <= 1.3001
+    assert abs(float(torch.corrcoef(torch.stack([factors["sound"][:, 0], factors["photo"][:, 0]]))[0, 1])) < 0.15
+
+    rolled, steps = of(shift=3).batch(every, seeded())["inputs"], []
+    for row in range(n):
+        fits = [k for k in range(-3, 4) if torch.equal(rolled["sound"][row], plain["sound"][row].roll(k, 0))]
+        assert len(fits) == 1 and torch.equal(rolled["motion"][row], plain["motion"][row].roll(fits[0], 0))
+        assert torch.equal(rolled["slow"][row], plain["slow"][row].roll(fits[0], 0))
+        steps += fits
+    assert set(steps) == set(range(-3, 4)) and np.bincount(np.array(steps) + 3).max() < 90
+    assert torch.equal(rolled["table"], plain["table"]) and torch.equal(rolled["photo"], plain["photo"])
+    assert all(np.array_equal(arrays[name], kept[name]) for name in arrays)  # the store is never written to
+    for wrong in ({"noise": -0.1}, {"scale": 1.0}, {"shift": -1}, {"shift": 1.5}, {"noise": math.nan}):
+        raises(ValueError, "0 is off", lambda: of(**wrong))
+
+
+def ridge_accuracy(arrays, labels, train, test):
+    """Of one-against-all ridge regression on mean and sd of each channel: the floor of four modalities."""
+    x = np.concatenate([f(array, 1) for array in map(channels_last, arrays) for f in (np.mean, np.std)], 1)
+    x = np.concatenate([(x - x[train].mean(0)) / x[train].std(0), np.ones((len(x), 1))], 1)
+    weights = np.linalg.solve(x[train].T @ x[train] + np.eye(x.shape[1]), x[train].T @ np.eye(labels.max() + 1)[labels[train]])
+    return float(((x[test] @ weights).argmax(1) == labels[test]).mean())
+
+
+def test_data_synthetic_modalities_tell_the_class_in_part_alone_and_well_together():
+    for seed in (0, 1):
+        arrays, labels, groups, _, _ = data.synthetic_modalities(seed=seed)
+        train, test = data.split_by_group(groups, (0.7, 0.3), seed=seed)
+        majority = np.bincount(labels[test]).max() / len(test)
+        alone = {name: ridge_accuracy([array], labels, train, test) for name, array in arrays.items()}
+        together = ridge_accuracy(arrays.values(), labels, train, test)
+        assert majority < 0.3 and min(alone.values()) > majority + 0.05 and max(alone.values()) < 0.6 and together > 0.82, (alone, together)
+
+
+def test_data_synthetic_modalities_are_fixed_by_their_seed_and_read_back_the_same():
+    twin = data.synthetic_modalities(100, classes=5, missing=0.4, seed=3)
+    arrays, labels, groups, names, present = twin
+    assert {name: (array.shape[1:], array.dtype.name) for name, array in arrays.items()} == {
+        "video": ((4, 3, 16, 16), "uint8"), "image": ((3, 24, 24), "uint8"), "audio": ((24, 16), "float32"), "sensor": ((64, 6), "float32")}
+    counts = np.bincount(labels)
+    assert labels.dtype == np.int64 and len(counts) == 5 and 1.8 < counts[0] / counts[-1] < 2.3 and len(names) == 5
+    assert np.unique(groups, return_counts=True)[1].tolist() == [25] * 4 and min(len(set(labels[groups == g])) for g in groups) > 1
+    lacking = 1 - np.mean(list(present.values()), axis=0)
+    assert set(lacking) == {0, 0.25} and 0.25 < (lacking > 0).mean() < 0.55
+    assert np.isnan(arrays["audio"][~present["audio"]]).all() and (arrays["video"][~present["video"]] == 0).all()
+    with folder() as f:
+        masks = {f"present_{name}": mask for name, mask in present.items()}
+        np.savez(f / "twin.npz", **arrays, **masks, labels=np.array(names)[labels], groups=groups, label_names=np.array(names))
+        read = data.read_modalities(f / "twin.npz")
+    again, other = (data.synthetic_modalities(100, classes=5, missing=0.4, seed=seed) for seed in (3, 4))
+    for same in (read, again):
+        assert all(np.array_equal(same[0][name], array, equal_nan=array.dtype != np.uint8) for name, array in arrays.items())
+        assert np.array_equal(same[1], labels) and np.array_equal(same[2], groups) and same[3] == names
+        assert all(np.array_equal(same[4][name], mask) for name, mask in present.items())
+    assert not np.array_equal(other[0]["image"], arrays["image"]) and not np.array_equal(other[1], labels)
+    assert all(each.all() for each in data.synthetic_modalities(100)[4].values())
+    for wrong in ({"classes": 1}, {"classes": 10}, {"missing": 1.5}, {"n": 20}):
+        raises(ValueError, "classes", lambda: data.synthetic_modalities(**wrong))
+
+
+def test_data_synthetic_sessions_differ_more_than_their_rows():
+    arrays, _, groups, _, _ = data.synthetic_modalities()
+    level = {"image": arrays["image"].mean((1, 2, 3)), "video": arrays["video"].mean((1, 2, 3, 4)), "audio": arrays["audio"].mean((1, 2)),
+             "sensor": arrays["sensor"][:, :, 0].mean(1)}
+    for name, values in level.items():  # the share of the variance that lies between sessions
+        means = {group: values[groups == group].mean() for group in np.unique(groups)}
+        assert np.var([means[group] for group in groups]) / np.var(values) > 0.5, name
+
+
+def test_data_real_motionsense_is_read_whole_and_one_stream_tells_half():
+    arrays, labels, groups, names, present = data.read_modalities(need_real("motionsense/motionsense_18_subjects.npz"))
+    assert {name: (array.shape, array.dtype.name) for name, array in arrays.items()} == dict.fromkeys(
+        ("attitude", "gravity", "rotation", "acceleration"), ((8106, 128, 3), "float16"))
+    assert names == ["dws", "ups", "wlk", "jog", "sit", "std"] and np.bincount(labels).tolist() == [747, 875, 1983, 758, 2026, 1717]
+    assert len(set(groups)) == 18 and all(each.all() for each in present.values())
+    train, validation, test = data.split_by_group(groups, (12 / 18, 3 / 18, 3 / 18), seed=0)
+    alone = [ridge_accuracy([array], labels, train, test) for array in arrays.values()]
+    together = ridge_accuracy(arrays.values(), labels, train, test)
+    assert max(alone) < 0.7 and together > max(alone) + 0.1, (alone, together)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5313,6 +5671,14 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "read_bidmc": "callable(read_bidmc)",
     "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
                      "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
+    "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",
+    "read_modalities": "callable(read_modalities)",
+    "check_modalities": "check_modalities({'a': np.ones((2, 3))}, {'present_a': np.ones(2, bool)}, 'here')['a'].all()",
+    "check_class_labels": "check_class_labels(np.array(['b', 'a', 'a', 'b']), None, 'here')[1] == ['a', 'b']",
+    "channel_statistics": "channel_statistics(np.array([[1.0], [5.0]]), [0, 1])[1].tolist() == [2]",
+    "ModalSplit": "ModalSplit({'a': np.ones((4, 3, 2))}, [0, 1, 1, 0], [2, 3], scaler={'a': (torch.ones(2), torch.ones(2))}, noise=1, "
+                  f"scale=0.5, shift=1).batch([0], {GEN})['targets'].tolist() == [1]",
+    "synthetic_modalities": "synthetic_modalities(24)[0]['sensor'].shape == (24, 64, 6)",
     "regression_report": "regression_report([12, 20], [14, 18])['mae'] == 2",
     "respiratory_signals": "respiratory_signals(torch.randn(2, 500), 31.25).shape == (2, 3, 500)",
     "band_spectrum": "band_spectrum(torch.randn(2, 500), 31.25, (0.1, 0.6), 8).shape == (2, 8)",
