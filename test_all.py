@@ -5222,15 +5222,16 @@ def test_train_faces_training_rows_are_scored_by_the_weights_that_count():
         args = train.parse_args([*FACEPARSE, "--data", str(faces_npz(f / "faces.npz"))])
         sets = train.faces_load(args.data, args)
     args.facts, nets = sets.facts, []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
+    for favourite in (0, 13):
         nets.append(train.faces_network(args))
+        with torch.no_grad():
+            nets[-1].classify.bias[favourite] += 9
     scores = [train.evaluate(net, sets.validation, args)["f"] for net in nets]
     for raw, averaged in (nets, nets[::-1]):
         row = train.score_epoch(types.SimpleNamespace(raw_model=raw, ema=types.SimpleNamespace(module=averaged)), {}, sets, args)
         winner = nets[scores.index(max(scores))]
         assert row["weights"] == ("raw" if winner is raw else "ema") and row["score"] == max(scores) != min(scores)
-        assert row["train_eval"] == train.evaluate(winner, sets.train_eval, args)
+        assert same_bits(row["train_eval"], train.evaluate(winner, sets.train_eval, args))  # NaN where a class is absent
 
 
 def test_train_reports_the_last_ten_epochs_of_the_kind_of_weights_that_won():
