@@ -892,6 +892,7 @@ RUN_FLAGS = {
     "overwrite": (False, "replace the run in --out"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
     "show_schedule": (False, "print the learning rate of every epoch instead of training"),
+    "debug": (False, "print labels of the first batches, output, gradients and rate of every epoch, and a checklist at the end"),
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead of training"),
 }
 LOOKS = ("find_lr", "show_schedule", "check_sampler")  # calls that prepare a run, print something about it, and write nothing
@@ -983,7 +984,7 @@ def look_of(args):
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
-             **{look: args.typed - {"out", "resume", "overwrite", "split"} - set(LOOKS) | {look} for look in LOOKS}}
+             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval and --predict take the recipe "
@@ -1302,6 +1303,8 @@ def train_epoch(run, split, epoch, args, stop):
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
     models.train_mode(run.model)
+    output = []
+    hook = run.raw_model.register_forward_hook(lambda *call: output.append(call[-1])) if args.debug else None
     for i, window in enumerate(windows):
         stop.check()
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
@@ -1313,6 +1316,9 @@ def train_epoch(run, split, epoch, args, stop):
                 raise NonFinite(f"the loss became {loss.item()} in epoch {epoch}, step {run.step}, at lr {lr:.3g} (gradient norm of "
                                 f"the step before: {norms[-1] if norms else math.nan:.3g})")
             run.scaler.scale(loss * (len(rows) / rows_in_window)).backward()  # a short window divides by its own size
+            if hook and i < 3 and rows is window[0]:
+                print_debug(epoch, i, batch, run, output[-1], lr)
+            output.clear()
             for name, value in ({"train_loss": loss.detach()} | parts).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
             seen += len(rows)
@@ -1335,6 +1341,8 @@ def train_epoch(run, split, epoch, args, stop):
         if sys.stdout.isatty():
             bar = "#" * (30 * (i + 1) // len(windows))
             print(f"\repoch {epoch:3d} [{bar:<30}] loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
+    if hook:
+        hook.remove()
     seconds = time.perf_counter() - start
     means = {name: value / seen for name, value in sums.items()}
     row |= {"step": run.step, "lr_end": lr, "train_loss": means.pop("train_loss"), "parts": means}
@@ -1507,6 +1515,83 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --debug: what a run that stands still is asked first
+
+
+def count_labels(targets):
+    """How often each label occurs in a batch, or the range of targets that are no classes."""
+    values, counts = targets.unique(return_counts=True)
+    if len(values) > 30:
+        return f"targets {describe(targets)}"
+    return "labels " + ", ".join(f"{value:.4g}: {count:,}" for value, count in zip(values.tolist(), counts.tolist())) + (
+        " | ONE CLASS ONLY" * (len(values) == 1))
+
+
+def describe(tensor):
+    """Shape, mean, standard deviation and the number of values that are not finite."""
+    kept = tensor.detach().float()[torch.isfinite(tensor)]
+    return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {tensor.numel() - len(kept)} not finite"
+
+
+def describe_gradients(model):
+    """Trainable tensors with a gradient that is not 0, and the gradient's norm, whole and of each top-level part."""
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    reached = [(name, grad.float().norm().item()) for name, grad in trained if grad is not None and grad.any()]
+    parts = {}
+    for name, norm in reached:
+        parts[name.split(".")[0]] = math.hypot(parts.get(name.split(".")[0], 0.0), norm)
+    return (f"{len(reached)} of {len(trained)} trainable tensors have a gradient, norm {math.hypot(*parts.values()):.3g} (healthy: 1 to "
+            "10): " + ", ".join(f"{part} {norm:.3g}" for part, norm in parts.items()))
+
+
+def print_debug(epoch, i, batch, run, output, lr):
+    """The first batches of an epoch, after backward and before the gradient is clipped."""
+    print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
+    if i == 0:
+        print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {describe_gradients(run.raw_model)}")
+
+
+def print_verdicts(run, sets, args):
+    """What a run that stands still is asked, each question with a verdict and with what was measured."""
+    rows, labels = run.history[1:], getattr(sets.train, "labels", None)
+    rates, norms, train = ([row[key] for row in rows] for key in ("lr", "grad_norm", "train_loss"))
+    warmup = [row["lr"] for row in rows[: math.ceil(args.warmup_epochs) + 1]] if args.schedule != "cyclic" else []
+    trained, whole = (models.count_parameters(run.raw_model, trainable_only=only) for only in (True, False))
+    found = []
+    if labels is not None and labels.dtype.kind in "iu":
+        report = data.sampler_report(plan_batches(sets.train, 1, args), labels)
+        held = len(np.unique(labels))
+        found += [("batches hold all classes", report["classes_min"] == held,
+                   f"{report['batches']} batches, {report['single_class']} of one class; of {held} classes each holds at least "
+                   f"{report['classes_min']}, {report['classes_mean']:.1f} on average"),
+                  ("no class above 90 %", report["largest_share"] <= 0.9,
+                   f"the largest is {report['largest_share']:.1%} of the rows drawn")]
+    found += [
+        ("warm-up rises", len(warmup) < 2 or all(a < b for a, b in zip(warmup, warmup[1:])), "lr at the start of each epoch "
+         + ", ".join(f"{rate:.2g}" for rate in warmup)),
+        ("loss falls", min(train[1:], default=math.inf) < train[0], f"{train[0]:.4f} in epoch 1, {min(train):.4f} at its lowest"),
+        ("no value is not finite", not any(row["skipped_steps"] for row in rows),
+         f"{sum(row['skipped_steps'] for row in rows)} steps skipped"),
+        ("gradient norm is 1 to 10", all(1 <= norm <= 10 for norm in norms), f"{min(norms):.3g} to {max(norms):.3g}, mean of each epoch"),
+        ("something is trained", trained > 0, f"{trained:,} of {whole:,} parameters"),
+        ("learning rate moves", max(rates) > min(rates) or args.schedule == "none", f"{min(rates):.2g} to {max(rates):.2g}")]
+    print("\nchecklist")
+    for question, good, evidence in found:
+        print(f"{'yes' if good else 'NO ':<3} | {question:<24} | {evidence}")
+
+
+def print_sampler(report):
+    """What data.sampler_report found, and what is wrong with it."""
+    shares = ", ".join(f"{name}: {count:,}" for name, count in report["class_counts"].items())
+    print(f"{report['batches']:,} batches, {report['rows']:,} rows | {shares}\nclasses per batch: at least {report['classes_min']}, "
+          f"{report['classes_mean']:.2f} on average | batches of one class: {report['single_class']} | repeats within a batch: "
+          f"{report['repeats']} | rows never drawn: {report['never_drawn']}")
+    for share, what in ((report["largest_share"], "of the rows drawn"), (report["largest_batch_share"], "of a batch")):
+        if share > 0.9:
+            print(f"WARNING: one class is {share:.1%} {what}: use --sampler stratified, or add rows of the others")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The kinds of call: train (or --find-lr), --eval, --predict
 
 
@@ -1630,6 +1715,8 @@ def train(run, sets, folder, args):
         with StopSignal() as stop:
             fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(run.history, sets, args, folder, time.perf_counter() - start)
+            if args.debug:
+                print_verdicts(run, sets, args)
     except Interrupted as error:
         print(f"\n{error}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
         return 128 + error.number
