@@ -1,9 +1,9 @@
 """Small networks, and the blocks that they are made of.
 
-Every piece can be pasted elsewhere: it needs the three torch imports below and what the "Needs" line of its docstring
-names. Layers take and return float tensors; networks return logits.
+Every piece can be pasted elsewhere: it needs the imports below and what the "Needs" line of its docstring names. Layers
+take and return float tensors; networks return logits, QuadModal an embedding.
 
-Letters in shapes: B batch, C channels, H W rows and columns, T tokens.
+Letters in shapes: B batch, C channels, F features, H W rows and columns, T tokens, or the steps and frames they are made of.
 
     >>> net = EyeNet((32, 64), block="baseline", channels=32, blocks=4)
     >>> net(torch.zeros(2, 3, 32, 64)).shape
@@ -13,9 +13,13 @@ Letters in shapes: B batch, C channels, H W rows and columns, T tokens.
     >>> net = PPGRegressor(PPGEncoder(channels=3, patch=4, width=64, depth=2))
     >>> net(torch.zeros(2, 3, 64)).shape
     torch.Size([2])
+    >>> net = QuadModal({"motion": (128, 3), "spectrogram": (1, 64, 50)})
+    >>> net({"motion": torch.zeros(2, 128, 3), "spectrogram": torch.zeros(2, 1, 64, 50)}).shape
+    torch.Size([2, 64])
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn as nn
@@ -926,3 +930,307 @@ def random_patch_mask(b, t, ratio, *, generator=None):
     hidden = min(max(round(ratio * t), 1), t - 1)
     order = torch.rand(b, t, generator=generator).argsort(1)
     return order < hidden
+
+
+# -------------------------------------------------------------------------- QuadModal: one embedding of several modalities
+
+
+def grid_positions(rows, columns, channels):
+    """Position codes of the pixels of a map, row by row: half of the channels tell the row, the other half the column.
+
+        p[r * columns + c] = concat(sinusoidal(r), sinusoidal(c)), each of channels / 2
+
+    Shape:  -> (rows * columns, channels)
+    Errors: ValueError if channels is not a multiple of 4
+    Check:  pixel 0 is 0, 1, 0, 1, ...
+    Needs:  sinusoidal_positions
+    """
+    if channels % 4:
+        raise ValueError(f"channels must be a multiple of 4, got {channels}: a pair of sine and cosine for the row, one for the column")
+    row, column = (sinusoidal_positions(n, channels // 2) for n in (rows, columns))
+    return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], 1)
+
+
+def strided_cnn(channels, size, *, width):
+    """Three 3x3 convolutions with BN and ReLU, to width / 4, width / 2 and width channels. Each halves the map, odd sides round up.
+
+    One that would leave fewer than 4 pixels does not halve: BN then has several values to average, even of a single image.
+
+    Shape:  (B, channels, *size) -> (B, width, about rows / 8, about columns / 8)
+    Errors: ValueError for an image of a single pixel
+    Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4, for (9, 9) of 2x2
+    Needs:  conv_bn
+    """
+    if size[0] * size[1] < 2:
+        raise ValueError(f"an image must have more than one pixel, got {size[0]}x{size[1]}: leave the two sides out of the shape")
+    layers = []
+    for outputs in (width // 4, width // 2, width):
+        half = [-(-n // 2) for n in size]
+        stride = 2 if half[0] * half[1] >= 4 else 1
+        layers.append(conv_bn(channels, outputs, 3, stride=stride, act=nn.ReLU))
+        channels, size = outputs, half if stride == 2 else size
+    return nn.Sequential(*layers)
+
+
+class VectorTokens(nn.Module):
+    """A feature vector, as another network has made it, to a few tokens: LayerNorm of a linear layer, which is one for each token.
+
+    Several, because attention to a single token has nothing to choose from.
+
+    Shape:  (B, features) -> (B, tokens, width)
+    Check:  VectorTokens(512, width=64) has 131,456 parameters
+    """
+
+    def __init__(self, features, *, width, tokens=4):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(features, tokens * width), nn.Unflatten(1, (tokens, width)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(self.embed(x))
+
+
+class SequenceTokens(PPGEncoder):
+    """PPGEncoder for a sequence with the time first: patches, linear, positions, transformer layers, LayerNorm.
+
+    Shape:  (B, n, channels) -> (B, n // patch, width); a rest shorter than a patch, at the end, is dropped
+    Check:  SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8) has 51,712 parameters
+    Needs:  TransformerLayer, sinusoidal_positions, PPGEncoder
+    """
+
+    def forward(self, x_btc):
+        return super().forward(x_btc.transpose(1, 2))
+
+
+class ImageTokens(nn.Module):
+    """An image to the pixels of a small map: layernorm(strided_cnn(x) + positions of rows and columns).
+
+    Shape:  (B, channels, H, W), with (H, W) = size -> (B, T, width), T about H / 8 * W / 8
+    Check:  ImageTokens(3, (32, 32), width=64) has 23,824 parameters
+    Needs:  conv_bn, strided_cnn, sinusoidal_positions, grid_positions
+    """
+
+    def __init__(self, channels, size, *, width):
+        super().__init__()
+        self.cnn = strided_cnn(channels, size, width=width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = self.cnn(x)
+        _, c, h, w = x.shape
+        return self.norm(x.flatten(2).transpose(1, 2) + grid_positions(h, w, c).to(x))
+
+
+class VideoTokens(nn.Module):
+    """A video to one token per frame: the mean of the frame's strided_cnn map, then SequenceTokens with patches of one frame.
+
+    Shape:  (B, T, channels, H, W), with (H, W) = size -> (B, T, width)
+    Check:  VideoTokens(3, (32, 32), width=64) has 77,968 parameters
+    Needs:  conv_bn, strided_cnn, TransformerLayer, sinusoidal_positions, PPGEncoder, SequenceTokens
+    """
+
+    def __init__(self, channels, size, *, width, depth=1, heads=8, dropout=0.1):
+        super().__init__()
+        self.cnn = strided_cnn(channels, size, width=width)
+        self.frames = SequenceTokens(channels=width, patch=1, width=width, depth=depth, heads=heads, dropout=dropout)
+
+    def forward(self, x_btchw):
+        means = self.cnn(x_btchw.flatten(0, 1)).mean((2, 3))
+        return self.frames(means.unflatten(0, x_btchw.shape[:2]))
+
+
+def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropout=0.1):
+    """The encoder for samples of this shape, and the one place that decides whether a shape can be encoded.
+
+        shape           taken for             encoder           tokens
+        (F,)            a feature vector      VectorTokens      `tokens`
+        (T, C)          a sequence            SequenceTokens    T // patch, the rest dropped
+        (C, H, W)       an image              ImageTokens       pixels of the last map
+        (T, C, H, W)    a video               VideoTokens       T
+
+    Shape:  (B, *shape) -> (B, tokens, width)
+    Errors: ValueError for another number of sides, a side of 0, a sequence shorter than a patch, an image of one pixel
+    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions, strided_cnn, VectorTokens,
+            SequenceTokens, ImageTokens, VideoTokens
+    """
+    shape = tuple(shape)
+    if not 1 <= len(shape) <= 4 or min(shape) < 1:
+        raise ValueError(f"a sample must be (F,), (T, C), (C, H, W) or (T, C, H, W), no side 0, got {shape}: give the shape without the "
+                         "batch, or reshape")
+    if len(shape) == 1:
+        return VectorTokens(shape[0], width=width, tokens=tokens)
+    if len(shape) == 2:
+        if shape[0] < patch:
+            raise ValueError(f"a sequence must have at least one patch of {patch} steps, got {shape[0]}: use a patch of {shape[0]} or less")
+        return SequenceTokens(channels=shape[1], patch=patch, width=width, depth=depth, heads=heads, dropout=dropout)
+    if len(shape) == 3:
+        return ImageTokens(shape[0], shape[1:], width=width)
+    return VideoTokens(shape[1], shape[2:], width=width, depth=depth, heads=heads, dropout=dropout)
+
+
+class ModalityReadout(nn.Module):
+    """What the fusion tokens read in one modality, or a learnt vector in the rows that lack it.
+
+        y = layernorm(tokens + attention(queries tokens, keys and values features)) where present, else missing
+
+    The features of an absent row, NaN or not, reach neither the output nor any gradient. Dropout falls on the attention weights.
+
+    Shape:  tokens (N, width), features (B, T, width), present bool (B,) -> (B, N, width)
+    Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learnt queries as in Jaegle et al. 2021 (Perceiver), arXiv:2103.03206
+    Check:  ModalityReadout(64, heads=8) has 16,832 parameters
+    """
+
+    def __init__(self, width, *, heads, dropout=0.0):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.missing = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, tokens, features_btc, present_b):
+        present = present_b[:, None, None]
+        features_btc = features_btc.masked_fill(~present, 0.0)  # the mask below would still let 0 * NaN into the gradients
+        queries = tokens.expand(len(features_btc), -1, -1)
+        read = self.norm(queries + self.attention(queries, features_btc, features_btc, need_weights=False)[0])
+        return torch.where(present, read, self.missing.to(read.dtype))
+
+
+def drop_modalities(present, rate):
+    """Marks each present modality absent with probability `rate`, but in every row keeps the one with the largest draw.
+
+    So no row loses everything, and of k present ones each is dropped with probability rate - rate^k / k. Draws from torch's
+    global generator.
+
+    Shape:  bool (B, modalities) -> the same; a row without any stays without
+    Check:  at rate 0.5 one of 2 modalities is dropped in 3 of 8 rows, a single one never
+    """
+    draw = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
+    return present & ((draw >= rate) | (draw == draw.amax(1, keepdim=True)))
+
+
+class QuadModal(nn.Module):
+    """One embedding of several modalities, four or any other number: an encoder for each, fusion by learnt tokens, an MLP.
+
+        features_m = modality_encoder(x_m)                                  its kind follows from the shape, channels first
+        fused_m    = ModalityReadout(tokens, features_m)                    (B, tokens, width), `missing` where m is absent
+        y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))        widths hidden, embed
+        forward    = y / |y|
+
+    `features` returns y, not normalised, `forward` and `fuse` the L2-normalised embedding. A row that lacks a modality says so in
+    `present`; its values there, NaN or not, are never encoded: they reach neither output nor gradients nor batch statistics.
+    In training each present modality is dropped with probability modality_dropout (drop_modalities). Rows without any modality
+    all have the same embedding. `dropout` falls in the transformer layers, on the attention weights and behind GELU.
+    The order of `shapes` plays no role: weights belong to names.
+
+    Encoders can be run once and their tokens kept: in eval mode forward(x) is fuse({name: encode(name, x[name])}).
+
+    Shape:  inputs {name: (B, *shapes[name])}, present {name: bool (B,)} (a name left out: all present), encoded {name: (B, T,
+            width)} in place of the inputs of some modalities  ->  (B, embed)
+    Errors: ValueError when built, for no or unusable names, shapes that fit no encoder, a width that heads or 4 does not divide,
+            numbers out of range; at forward for an unknown or missing modality, one given twice, other shapes
+    Check:  four modalities of (128, 3): 414,272 parameters
+    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions, strided_cnn, VectorTokens,
+            SequenceTokens, ImageTokens, VideoTokens, modality_encoder, ModalityReadout, drop_modalities
+    """
+
+    def __init__(self, shapes, *, width=64, tokens=4, heads=8, depth=1, hidden=128, embed=64, patch=8, dropout=0.1, modality_dropout=0.0):
+        super().__init__()
+        if not shapes:
+            raise ValueError("shapes must name at least one modality, got none: for example {'audio': (128, 3)}")
+        if min(width, tokens, heads, hidden, embed, patch) < 1 or depth < 0:
+            raise ValueError("width, tokens, heads, hidden, embed and patch must be at least 1 and depth at least 0, got "
+                             f"{width}, {tokens}, {heads}, {hidden}, {embed}, {patch} and {depth}")
+        if width % heads or width % 4:
+            step = math.lcm(heads, 4)
+            raise ValueError(f"width must be a multiple of heads and of 4, got width {width} with {heads} heads: the next width that fits "
+                             f"is {-(-width // step) * step}")
+        if not (0 <= dropout < 1 and 0 <= modality_dropout < 1):
+            raise ValueError(f"dropout and modality_dropout must be in [0, 1), got {dropout} and {modality_dropout}: 0 switches one off")
+        self.width, self.modality_dropout = width, modality_dropout
+        self.shapes = {name: tuple(shapes[name]) for name in sorted(shapes)}
+        self.encoders, self.readouts = nn.ModuleDict(), nn.ModuleDict()
+        for name, shape in self.shapes.items():
+            if not name or "." in name or hasattr(self.encoders, name):
+                raise ValueError(f"a modality cannot be called {name!r}: nn.ModuleDict takes no dots and no names of its own; rename it")
+            try:
+                self.encoders[name] = modality_encoder(
+                    shape, width=width, tokens=tokens, heads=heads, depth=depth, patch=patch, dropout=dropout)
+            except ValueError as error:
+                raise ValueError(f"modality {name!r}: {error}") from error
+            self.readouts[name] = ModalityReadout(width, heads=heads, dropout=dropout)
+        self.tokens = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
+        self.head = nn.Sequential(
+            nn.Linear(len(self.shapes) * tokens * width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(hidden, embed), nn.LayerNorm(embed))
+
+    def encode(self, name, x):
+        """One modality, whole rows of it: (B, *shapes[name]) -> (B, T, width)."""
+        if name not in self.shapes:
+            raise ValueError(f"unknown modality {name!r}: there are {', '.join(self.shapes)}")
+        if x.shape[1:] != self.shapes[name]:
+            raise ValueError(f"modality {name!r} must be (B, {', '.join(map(str, self.shapes[name]))}), got {tuple(x.shape)}: cut or "
+                             "pad it, or build the network for this shape")
+        return self.encoders[name](x)
+
+    def features(self, inputs, present=None, *, encoded=None):
+        """The embedding before the L2 norm, (B, embed)."""
+        encoded = encoded or {}
+        present = self._present(inputs, encoded, present or {})
+        fused = []
+        for name in self.shapes:
+            if name in encoded:
+                tokens = encoded[name]
+            else:  # only the rows that have it, so that the others stay out of gradients and batch statistics
+                some = self.encode(name, inputs[name][present[name]])
+                tokens = some.new_zeros(len(inputs[name]), *some.shape[1:]).index_put((present[name],), some)
+            fused.append(self.readouts[name](self.tokens, tokens, present[name]))
+        return self.head(torch.cat(fused, 1).flatten(1))
+
+    def forward(self, inputs, present=None, *, encoded=None):
+        return F.normalize(self.features(inputs, present, encoded=encoded), dim=1)
+
+    def fuse(self, features, present=None):
+        """The normalised embedding from the tokens of all modalities, {name: (B, T, width)} as `encode` returns them."""
+        return self(inputs={}, present=present, encoded=features)
+
+    def _present(self, inputs, encoded, present):
+        """Who has what, {name: bool (B,)}, after modality dropout; and every check of what was given."""
+        known, given = ", ".join(self.shapes), [*inputs, *encoded]
+        wrong = {"missing": [name for name in self.shapes if name not in given],
+                 "unknown": [name for name in [*given, *present] if name not in self.shapes],
+                 "given twice": [name for name in inputs if name in encoded]}
+        if any(wrong.values()):
+            found = "; ".join(f"{title}: {', '.join(map(str, names))}" for title, names in wrong.items() if names)
+            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {found}. For a modality that rows lack, give any "
+                             "values and present={name: False for these rows}")
+        rows = {name: len(x) for name, x in (inputs | encoded).items()}
+        n = rows[given[0]]
+        if set(rows.values()) != {n}:
+            raise ValueError(f"modalities must have the same number of rows, got {rows}")
+        for name, tokens in encoded.items():
+            if tokens.ndim != 3 or tokens.shape[2] != self.width:
+                raise ValueError(f"encoded {name!r} must be (B, T, {self.width}), as encode returns it, got {tuple(tokens.shape)}")
+        for name, mask in present.items():
+            if mask.dtype != torch.bool or mask.shape != (n,):
+                raise ValueError(f"present {name!r} must be a bool tensor of shape ({n},), got {mask.dtype} of {tuple(mask.shape)}")
+        every = torch.ones(n, dtype=torch.bool, device=(inputs | encoded)[given[0]].device)
+        mask = torch.stack([present.get(name, every) for name in self.shapes], 1)
+        if self.training and self.modality_dropout:
+            mask = drop_modalities(mask, self.modality_dropout)
+        return dict(zip(self.shapes, mask.unbind(1)))
+
+
+def freeze_encoders(model, names):
+    """No gradient and eval mode for these encoders of a QuadModal; train on with train_mode(model), which keeps them in eval mode.
+
+    Their dropout is then off and their running statistics stay: a row's tokens never change, so `model.encode` is needed once.
+
+    Warns:  if no encoder is left to train
+    Errors: ValueError, and nothing is frozen, for a name that the model does not have
+    """
+    unknown = [name for name in names if name not in model.shapes]
+    if unknown:
+        raise ValueError(f"cannot freeze {', '.join(map(repr, unknown))}: the modalities are {', '.join(model.shapes)}")
+    for name in names:
+        model.encoders[name].requires_grad_(False).eval()
+    if not any(p.requires_grad for p in model.encoders.parameters()):
+        warnings.warn(f"all {len(model.shapes)} encoders are frozen: only the fusion and the head are trained", stacklevel=2)

@@ -1597,9 +1597,16 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.DilatedBlock(128, dilation=2), 295424),
             (models.UpBlock(128, 64), 82176),
             (models.FaceCNN(), 1572563),
-            (models.PPGEncoder(channels=3, patch=4, width=64, depth=2), 100928)):
+            (models.PPGEncoder(channels=3, patch=4, width=64, depth=2), 100928),
+            (models.strided_cnn(3, (32, 32), width=64), 23696),
+            (models.VectorTokens(512, width=64), 131456),
+            (models.SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8), 51712),
+            (models.ImageTokens(3, (32, 32), width=64), 23824),
+            (models.VideoTokens(3, (32, 32), width=64), 77968),
+            (models.ModalityReadout(64, heads=8), 16832),
+            (models.QuadModal({name: (128, 3) for name in "abcd"}), 414272)):
         assert models.count_parameters(piece) == count, count
-    assert doctest.testmod(models) == (0, 5)
+    assert doctest.testmod(models) == (0, 7)
 
 
 def test_models_count_parameters_counts_tied_weights_once_and_no_buffers():
@@ -2241,6 +2248,341 @@ def test_models_frozen_backbone_has_no_dropout_and_no_gradient_in_training():
     assert norm[0].num_batches_tracked == 0 and norm[1].training
 
 
+QUAD = {  # every kind of encoder, sides odd
+    "film": (5, 3, 9, 7), "motion": (21, 3), "photo": (3, 13, 11), "text": (7,)}
+
+
+def quad(shapes=None, **changes):
+    torch.manual_seed(0)
+    small = {"width": 16, "heads": 4, "hidden": 24, "embed": 12, "patch": 4}
+    return models.QuadModal(QUAD if shapes is None else shapes, **small | changes)
+
+
+def quad_rows(n, shapes=QUAD, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_models_grid_positions_are_the_code_of_the_row_and_of_the_column():
+    table = models.grid_positions(3, 5, 8)
+    rows, columns = models.sinusoidal_positions(3, 4), models.sinusoidal_positions(5, 4)
+    for r, c in itertools.product(range(3), range(5)):
+        assert torch.equal(table[5 * r + c], torch.cat([rows[r], columns[c]]))
+    assert len(table.unique(dim=0)) == 15
+    raises(ValueError, "channels must be a multiple of 4, got 6", lambda: models.grid_positions(2, 2, 6))
+
+
+def test_models_strided_cnn_halves_while_four_pixels_are_left():
+    for size, strides, map_size in (((32, 32), [2, 2, 2], (4, 4)), ((64, 100), [2, 2, 2], (8, 13)), ((9, 7), [2, 2, 1], (3, 2)),
+                                    ((8, 8), [2, 2, 1], (2, 2)), ((1, 16), [2, 2, 1], (1, 4)), ((2, 3), [1, 1, 1], (2, 3)),
+                                    ((1, 2), [1, 1, 1], (1, 2))):
+        cnn = models.strided_cnn(2, size, width=8)
+        assert [part[0].stride[0] for part in cnn] == strides and [part[0].out_channels for part in cnn] == [2, 4, 8]
+        assert cnn(torch.randn(1, 2, *size)).shape == (1, 8, *map_size)  # training, with a single image
+    raises(ValueError, "more than one pixel, got 1x1", lambda: models.strided_cnn(2, (1, 1), width=8))
+    cnn, x = lived_in(models.strided_cnn(2, (9, 7), width=8)), torch.randn(2, 2, 9, 7)
+    p, y = cnn.state_dict(), x
+    for i, stride in enumerate((2, 2, 1)):
+        y = F.conv2d(y, p[f"{i}.0.weight"], stride=stride, padding=1)
+        y = F.batch_norm(y, *(p[f"{i}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))).relu()
+    assert torch.allclose(cnn(x), y, atol=1e-5)
+
+
+def test_models_modality_encoders_are_their_formulas():
+    def norm(x, module):
+        return F.layer_norm(x, (16,), module.weight, module.bias)
+
+    nets = {name: lived_in(models.modality_encoder(shape, width=16, heads=4, depth=2, patch=4)) for name, shape in QUAD.items()}
+    x = quad_rows(2)
+    net, p = nets["text"], nets["text"].state_dict()
+    each = [x["text"] @ p["embed.0.weight"][16 * i : 16 * i + 16].T + p["embed.0.bias"][16 * i : 16 * i + 16] for i in range(4)]
+    assert torch.allclose(net(x["text"]), norm(torch.stack(each, 1), net.norm), atol=1e-5)
+
+    net = nets["motion"]
+    patches = [torch.cat([x["motion"][:, t, c : c + 1] for c in range(3) for t in range(i, i + 4)], 1) for i in range(0, 20, 4)]
+    tokens = net.layers(net.embed(torch.stack(patches, 1)) + models.sinusoidal_positions(5, 16))  # the 21st step is a rest
+    assert len(net.layers) == 2 and torch.allclose(net(x["motion"]), norm(tokens, net.norm), atol=1e-5)
+
+    net, tokens = nets["photo"], []
+    for r, c in itertools.product(range(2), range(2)):
+        tokens.append(net.cnn(x["photo"])[:, :, r, c] + models.grid_positions(2, 2, 16)[2 * r + c])
+    assert torch.allclose(net(x["photo"]), norm(torch.stack(tokens, 1), net.norm), atol=1e-5)
+
+    net = nets["film"]
+    frames = torch.stack([net.cnn(x["film"][:, t]).mean(3).mean(2) for t in range(5)], 1)
+    tokens = net.frames.layers(net.frames.embed(frames) + models.sinusoidal_positions(5, 16))
+    assert len(net.frames.layers) == 2 and torch.allclose(net(x["film"]), norm(tokens, net.frames.norm), atol=1e-5)
+
+
+def test_models_quadmodal_has_the_encoder_and_the_tokens_of_every_shape():
+    for shape, kind, tokens in (
+            ((1,), models.VectorTokens, 4), ((300,), models.VectorTokens, 4),
+            ((4, 1), models.SequenceTokens, 1), ((23, 5), models.SequenceTokens, 5),
+            ((1, 64, 50), models.ImageTokens, 56), ((3, 5, 3), models.ImageTokens, 6), ((1, 1, 2), models.ImageTokens, 2),
+            ((1, 3, 5, 3), models.VideoTokens, 1), ((7, 1, 9, 16), models.VideoTokens, 7)):
+        net = quad({"x": shape})
+        assert type(net.encoders["x"]) is kind
+        assert net.encode("x", torch.randn(3, *shape)).shape == (3, tokens, 16), shape
+        for n in (1, 0):  # training, a single row and none
+            assert net({"x": torch.randn(n, *shape)}).shape == (n, 12), shape
+    net = quad().eval()
+    whole = net(quad_rows(3))
+    assert whole.shape == (3, 12) and torch.allclose(whole.norm(dim=1), torch.ones(3), atol=1e-6)
+    for m in range(1, 8):
+        shapes = {f"m{i}": (8, 2) for i in range(m)}
+        assert quad(shapes, tokens=3, depth=0)(quad_rows(2, shapes)).shape == (2, 12)
+
+
+def test_models_modality_readout_is_the_formula_head_by_head():
+    readout = lived_in(models.ModalityReadout(8, heads=2))
+    tokens, x, p = torch.randn(3, 8), torch.randn(2, 5, 8), readout.state_dict()
+    q, k, v = (y @ w.T + b for y, w, b in zip((tokens, x, x), p["attention.in_proj_weight"].chunk(3), p["attention.in_proj_bias"].chunk(3)))
+    y = readout(tokens, x, torch.tensor([True, False]))
+    for token in range(3):
+        read = [(k[0, :, h] @ q[token, h] / 2).softmax(0) @ v[0, :, h] for h in (slice(0, 4), slice(4, 8))]
+        read = p["attention.out_proj.weight"] @ torch.cat(read) + p["attention.out_proj.bias"] + tokens[token]
+        assert torch.allclose(y[0, token], F.layer_norm(read, (8,), p["norm.weight"], p["norm.bias"]), atol=1e-5)
+        assert torch.equal(y[1, token], p["missing"])
+
+
+def test_models_quadmodal_is_encoders_readouts_and_head_in_the_order_of_the_names():
+    net, x = lived_in(quad(tokens=3)), quad_rows(2)
+    present, both = {"photo": torch.tensor([True, False])}, torch.tensor([True, True])
+    fused = [net.readouts[name](net.tokens, net.encode(name, x[name]), present.get(name, both)) for name in sorted(x)]
+    flat = torch.cat([f[:, i] for f in fused for i in range(3)], 1)
+    p = net.head.state_dict()
+    hidden = F.gelu(F.layer_norm(flat @ p["0.weight"].T + p["0.bias"], (24,), p["1.weight"], p["1.bias"]))
+    expected = F.layer_norm(hidden @ p["4.weight"].T + p["4.bias"], (12,), p["5.weight"], p["5.bias"])
+    assert flat.shape == (2, 4 * 3 * 16) and torch.allclose(net.features(x, present), expected, atol=1e-5)
+    assert torch.allclose(net(x, present), expected / expected.square().sum(1, keepdim=True).sqrt(), atol=1e-6)
+    backwards = lived_in(quad(dict(reversed(QUAD.items())), tokens=3))
+    backwards.load_state_dict(net.state_dict())
+    assert torch.equal(backwards(dict(reversed(x.items())), present), net(x, present)) and net(x).std() > 1e-2
+
+
+def test_models_quadmodal_has_the_parameters_counted_by_hand():
+    encoders = {
+        "text": 7 * 3 * 16 + 3 * 16 + 2 * 16,  # one linear layer for all tokens, norm
+        "motion": 12 * 16 + 16 + 2 * 16,  # linear layer for a patch of 4 steps by 3 channels, norm; and a transformer layer
+        "photo": 9 * (3 * 4 + 4 * 8 + 8 * 16) + 2 * (4 + 8 + 16) + 2 * 16,  # three convolutions, three batch norms, norm
+        "film": 9 * (3 * 4 + 4 * 8 + 8 * 16) + 2 * (4 + 8 + 16) + 16 * 16 + 16 + 2 * 16}  # and a linear layer; and a transformer layer
+    layer = 2 * 2 * 16 + 4 * (16 * 16 + 16) + 16 * 64 + 64 + 64 * 16 + 16  # two norms, four linear layers 16 to 16, MLP 16, 64, 16
+    readout = 4 * (16 * 16 + 16) + 2 * 16 + 16  # attention, norm, missing
+    head = 4 * 3 * 16 * 24 + 24 + 2 * 24 + 24 * 12 + 12 + 2 * 12
+    net = quad(tokens=3)
+    assert models.count_parameters(net) == sum(encoders.values()) + 2 * layer + 4 * readout + 3 * 16 + head
+    assert models.count_parameters(quad(depth=3)) - models.count_parameters(quad()) == 2 * 2 * layer
+
+
+def test_models_every_parameter_of_quadmodal_has_a_nonzero_gradient():
+    for present in ({}, {name: torch.arange(8) != i for i, name in enumerate(QUAD)}):
+        net = quad(depth=2)
+        (net(quad_rows(8), present) * torch.randn(8, 12)).sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), name
+            assert (p.grad.abs().max() > 0) == (bool(present) or not name.endswith("missing")), name
+
+
+def test_models_quadmodal_never_sees_an_absent_value_nor_lets_it_into_gradients_or_statistics():
+    present = {"film": torch.tensor([True, False, True, False, True]), "photo": torch.tensor([False, True, True, True, False]),
+               "motion": torch.tensor([True, True, False, True, True]), "text": torch.zeros(5, dtype=torch.bool)}
+    seen = []
+    for value in (0.0, 1e30, float("nan"), float("inf")):
+        net, x = quad(dropout=0.0), quad_rows(5)
+        x = {name: torch.where(present[name].view(5, *[1] * (v.ndim - 1)), v, value).requires_grad_() for name, v in x.items()}
+        y = net(x, present)
+        (y * torch.arange(12)).sum().backward()
+        assert all((x[name].grad[~mask] == 0).all() for name, mask in present.items())
+        assert all((x[name].grad[mask] != 0).any() for name, mask in present.items() if mask.any())
+        seen.append({"y": y.detach(), "buffers": dict(net.named_buffers()), "gradients": {n: p.grad for n, p in net.named_parameters()}})
+    assert all(same_bits(seen[0], other) for other in seen[1:])
+    assert all(v.isfinite().all() for part in ("buffers", "gradients") for v in seen[0][part].values()) and seen[0]["y"].isfinite().all()
+
+    net, x = quad(dropout=0.0), quad_rows(5)  # tokens that were made before are masked as well
+    tokens = {name: net.encode(name, v).detach() for name, v in x.items()}
+    broken = {name: torch.where(present[name][:, None, None], v, math.nan).requires_grad_() for name, v in tokens.items()}
+    y = net.fuse(broken, present)
+    y[:, 0].sum().backward()
+    assert torch.equal(y, net.fuse(tokens, present)) and all(v.grad.isfinite().all() for v in broken.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_models_quadmodal_rows_are_independent_of_each_other_and_of_what_others_lack():
+    net, x = lived_in(quad(dropout=0.5, modality_dropout=0.5)), quad_rows(6)
+    present = {"photo": torch.tensor([True, False, True, True, False, True]), "text": torch.tensor([True, True, True, False, False, True])}
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    pick = lambda values, rows: {name: v[rows] for name, v in values.items()}
+    with torch.no_grad():
+        whole, full = net(x, present), net(x)
+        alone = torch.cat([net(pick(x, [i]), pick(present, [i])) for i in range(6)])
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(x, present)
+        assert torch.allclose(net(pick(x, order), pick(present, order)), whole[order], atol=1e-5)
+    assert torch.allclose(alone, whole, atol=1e-5) and (half - whole).abs().max() < 0.1
+    complete = present["photo"] & present["text"]
+    assert torch.allclose(whole[complete], full[complete], atol=1e-5)
+    changed = ((whole - full).abs().amax(1) > 1e-2)
+    assert torch.equal(changed, ~complete) and (whole - whole[:1]).abs().amax(1)[1:].min() > 1e-2
+
+    trained = quad(dropout=0.0).train()  # with batch norm: rows that lack a photo count in no mean
+    lacks = {"photo": torch.tensor([True, True, True, False, False, False]), "film": torch.arange(6) < 3}
+    few = trained(pick(x, slice(3)))
+    assert torch.allclose(trained(x, lacks)[:3], few, atol=1e-5) and not torch.allclose(trained(x)[:3], few, atol=1e-3)
+
+
+def test_models_quadmodal_rows_without_any_modality_share_one_embedding():
+    net, x = lived_in(quad()), quad_rows(3)
+    present = {name: torch.tensor([False, True, False]) for name in QUAD}
+    y = net(x, present)
+    assert torch.equal(y[0], y[2]) and not torch.allclose(y[0], y[1], atol=1e-2) and y.isfinite().all()
+
+
+def test_models_drop_modalities_drops_at_its_rate_and_never_all():
+    torch.manual_seed(0)
+    present = torch.ones(40000, 4, dtype=torch.bool)
+    for rate in (0.1, 0.5, 0.9):
+        kept = models.drop_modalities(present, rate)
+        assert kept.any(1).all() and (1 - kept.float().mean(0) - (rate - rate ** 4 / 4)).abs().max() < 0.01
+        assert abs((kept.sum(1) == 1).float().mean() - (4 * (1 - rate) * rate ** 3 + rate ** 4)) < 0.01  # four draws, each on its own
+    two = models.drop_modalities(present[:, :2], 0.5)
+    assert abs((~two).any(1).float().mean() - 2 * 3 / 8) < 0.01
+    some = torch.rand(40000, 4) < 0.5
+    kept = models.drop_modalities(some, 0.7)
+    assert not (kept & ~some).any() and torch.equal(kept.any(1), some.any(1))
+    assert torch.equal(kept[some.sum(1) == 1], some[some.sum(1) == 1])
+    assert torch.equal(models.drop_modalities(some, 0.0), some)
+
+
+def test_models_quadmodal_drops_modalities_in_training_only():
+    shapes = {"a": (3,), "b": (8, 2), "c": (5,)}
+    net, x = quad(shapes, dropout=0.0, modality_dropout=0.999), quad_rows(32, shapes)
+    torch.manual_seed(0)
+    y = net(x)
+    with torch.no_grad():
+        only = [net.eval()(x, {name: torch.full((32,), name == kept) for name in x}) for kept in x]
+    kept = torch.stack([(y - each).abs().amax(1) < 1e-5 for each in only])
+    assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 4).all()
+    z = net.train()(x, {"b": torch.zeros(32, dtype=torch.bool)})  # what a row lacks is not what it keeps
+    kept = torch.stack([(z - each).abs().amax(1) < 1e-5 for each in only])
+    assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 8).tolist() == [True, False, True]
+    torch.manual_seed(0)
+    tokens = {name: net.encode(name, v) for name, v in x.items()}
+    assert torch.allclose(net.train().fuse(tokens), y, atol=1e-6)  # the same draws for tokens that were made before
+    state = torch.get_rng_state()
+    assert torch.equal(net.eval()(x), net(x)) and torch.equal(state, torch.get_rng_state())
+    whole = quad({"a": (3,)}, dropout=0.0)
+    state = torch.get_rng_state()
+    whole({"a": x["a"]})
+    assert torch.equal(state, torch.get_rng_state())  # no modality dropout, no draw
+
+
+def test_models_quadmodal_dropout_has_its_rate_and_acts_in_training_only():
+    net, x = quad(dropout=0.25), quad_rows(4)
+    rates = [m.p for m in net.modules() if isinstance(m, nn.Dropout)]
+    attention = [part.dropout for part in net.modules() if isinstance(part, (models.TransformerLayer, nn.MultiheadAttention))]
+    assert rates == [0.25] * (2 * 3 + 1) and attention == [0.25] * (2 + 4)
+    assert not torch.equal(net(x), net(x)) and torch.equal(net.eval()(x), net(x))
+
+
+def test_models_quadmodal_from_encoded_tokens_equals_from_inputs():
+    net, x = lived_in(quad(modality_dropout=0.5)), quad_rows(4)
+    present = {"film": torch.tensor([True, False, True, True])}
+    tokens = {name: net.encode(name, v) for name, v in x.items()}
+    assert torch.equal(net.fuse(tokens), net(x)) and torch.equal(net.fuse(tokens, present), net(x, present))
+    for names in (["film"], ["motion", "text"]):
+        mixed = {name: v for name, v in x.items() if name not in names}, present
+        assert torch.equal(net(*mixed, encoded={name: tokens[name] for name in names}), net(x, present))
+        assert torch.equal(F.normalize(net.features(*mixed, encoded={name: tokens[name] for name in names})), net(x, present))
+
+
+def test_models_frozen_encoders_stay_bit_equal_in_training_and_the_rest_moves():
+    net, x = quad(dropout=0.5), quad_rows(8)
+    models.freeze_encoders(net, ["photo", "film"])
+    assert not any(m.training for name in ("photo", "film") for m in net.encoders[name].modules())
+    models.train_mode(net)
+    assert torch.equal(net.encode("film", x["film"]), net.encode("film", x["film"]))
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    lacks = {name: torch.arange(8) != i for i, name in enumerate(QUAD)}
+    (net(x, lacks) * torch.randn(8, 12)).sum().backward(), optimizer.step()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith(("encoders.photo.", "encoders.film.")), name
+    assert net.training and net.encoders["motion"].training and net.head.training and net.readouts["photo"].training
+
+
+def test_models_freeze_encoders_refuses_unknown_names_and_warns_when_none_is_left():
+    net = quad()
+    raises(ValueError, "cannot freeze 'vidoe': the modalities are film, motion, photo, text",
+           lambda: models.freeze_encoders(net, ["film", "vidoe"]))
+    assert all(p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert models.freeze_encoders(net, ["film", "motion"]) is None and models.freeze_encoders(net, []) is None
+        assert not caught
+        models.freeze_encoders(net, ["photo", "text"])
+    assert [str(w.message) for w in caught] == ["all 4 encoders are frozen: only the fusion and the head are trained"]
+    assert {name.split(".")[0] for name, p in net.named_parameters() if p.requires_grad} == {"readouts", "tokens", "head"}
+
+
+def test_models_quadmodal_refuses_what_does_not_fit_when_built():
+    build = lambda shapes=None, **changes: lambda: quad(shapes, **changes)
+    raises(ValueError, "at least one modality, got none", build({}))
+    for shape in ((), (1, 2, 3, 4, 5), (0, 3), (3, 0, 4)):
+        raises(ValueError, f"modality 'x': a sample must be (F,), (T, C), (C, H, W) or (T, C, H, W), no side 0, got {shape}",
+               build({"x": shape}))
+    raises(ValueError, "modality 'x': a sequence must have at least one patch of 4 steps, got 3: use a patch of 3 or less",
+           build({"x": (3, 2)}))
+    build({"x": (3, 2)}, patch=3)()
+    raises(ValueError, "modality 'x': an image must have more than one pixel, got 1x1", build({"x": (2, 5, 1, 1)}))
+    for width, heads, fits in ((18, 3, 24), (20, 8, 24), (12, 8, 16), (30, 5, 40)):
+        raises(ValueError, f"multiple of heads and of 4, got width {width} with {heads} heads: the next width that fits is {fits}",
+               build(width=width, heads=heads))
+        build(width=fits, heads=heads)()
+    for name in ("", "a.b", "values", "training"):
+        raises(ValueError, f"cannot be called {name!r}", build({name: (3,)}))
+    for bad in (dict(width=0), dict(tokens=0), dict(heads=0), dict(hidden=0), dict(embed=0), dict(patch=0), dict(depth=-1)):
+        raises(ValueError, "must be at least 1 and depth at least 0", build(**bad))
+    for bad in (dict(dropout=1.0), dict(modality_dropout=1.0), dict(modality_dropout=-0.1), dict(dropout=-0.1)):
+        raises(ValueError, "dropout and modality_dropout must be in [0, 1)", build(**bad))
+
+
+def test_models_quadmodal_refuses_inputs_that_do_not_fit():
+    net, x, yes = quad({"a": (3,), "b": (8, 2)}), quad_rows(2, {"a": (3,), "b": (8, 2)}), torch.ones(2, dtype=torch.bool)
+    tokens = net.encode("b", x["b"])
+    call = lambda *args, **options: lambda: net(*args, **options)
+    raises(ValueError, "each of a, b is needed once, in inputs or encoded, but missing: b.", call({"a": x["a"]}))
+    raises(ValueError, "missing: a, b.", call({}))
+    raises(ValueError, "unknown: c.", call(x | {"c": x["a"]}))
+    raises(ValueError, "missing: b; unknown: c.", call({"a": x["a"], "c": x["a"]}))
+    raises(ValueError, "unknown: c.", call(x, {"c": yes}))
+    raises(ValueError, "given twice: b.", call(x, encoded={"b": tokens}))
+    raises(ValueError, "missing: b.", lambda: net.fuse({"a": net.encode("a", x["a"])}))
+    raises(ValueError, "same number of rows, got {'a': 1, 'b': 2}", call({"a": x["a"][:1], "b": x["b"]}))
+    raises(ValueError, "modality 'b' must be (B, 8, 2), got (2, 9, 2): cut or pad it", call(x | {"b": torch.zeros(2, 9, 2)}))
+    raises(ValueError, "unknown modality 'c': there are a, b", lambda: net.encode("c", x["a"]))
+    for bad in (tokens[:, 0], torch.zeros(2, 2, 8)):
+        raises(ValueError, f"encoded 'b' must be (B, T, 16), as encode returns it, got {tuple(bad.shape)}",
+               call({"a": x["a"]}, encoded={"b": bad}))
+    for bad in (yes[:1], yes[:, None], yes.float()):
+        raises(ValueError, f"present 'a' must be a bool tensor of shape (2,), got {bad.dtype} of {tuple(bad.shape)}", call(x, {"a": bad}))
+
+
+def test_models_quadmodal_learns_a_class_that_takes_two_modalities_to_tell():
+    shapes, generator = {"a": (6,), "b": (16, 2)}, torch.Generator().manual_seed(0)
+    net = quad(shapes, dropout=0.0)
+    side = torch.randint(0, 2, (64, 2), generator=generator)
+    x = quad_rows(64, shapes)
+    x = {"a": x["a"] + 2 * side[:, :1] - 1, "b": x["b"] + (2 * side[:, 1] - 1)[:, None, None]}
+    same = (side[:, :1] ^ side[:, 1:]) == (side[:, :1] ^ side[:, 1:]).T  # one class: the two sides agree, the other: they do not
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        z = net(x)
+        cosine = z @ z.T
+        loss = (1 - cosine)[same].mean() + cosine[~same].mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < -0.5, loss  # -1 is the minimum, 1 what equal embeddings score
+
+
 def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
     x = torch.zeros(2, 4, 4, 6)
     use = {
@@ -2280,11 +2622,22 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "PPGRegressor": lambda f: f(small_encoder()),
         "MaskedPatchModel": lambda f: f(small_encoder())(signals_of(1), models.random_patch_mask(1, 6, 0.5)),
         "random_patch_mask": lambda f: f(2, 4, 0.5),
+        "grid_positions": lambda f: f(2, 3, 8),
+        "strided_cnn": lambda f: f(4, (4, 6), width=8)(x),
+        "VectorTokens": lambda f: f(6, width=8)(x[0, 0]),
+        "SequenceTokens": lambda f: f(channels=6, patch=2, width=8, depth=1)(x[0]),
+        "ImageTokens": lambda f: f(4, (4, 6), width=8)(x),
+        "VideoTokens": lambda f: f(4, (4, 6), width=8)(x[None]),
+        "modality_encoder": lambda f: [f(shape, width=8, patch=2) for shape in QUAD.values()],
+        "ModalityReadout": lambda f: f(6, heads=2)(x[0, 0], x[0], torch.ones(4, dtype=torch.bool)),
+        "drop_modalities": lambda f: f(torch.ones(4, 3, dtype=torch.bool), 0.5),
+        "QuadModal": lambda f: f(QUAD, patch=4)(quad_rows(3)),
+        "freeze_encoders": lambda f: f(quad(), ["film"]),
     }
     source = lambda value, name: inspect.getsource(value) if callable(value) else f"{name} = {value!r}"
     for name, call in use.items():
         needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
-        space = {"math": math, "torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
+        space = {"math": math, "warnings": warnings, "torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
         for wanted in needs + [name]:
             exec(source(getattr(models, wanted), wanted), space)
         call(space[name])
@@ -5694,6 +6047,18 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "PPGRegressor": "PPGRegressor(PPGEncoder())(torch.zeros(2, 1, 12)).shape == (2,)",
     "MaskedPatchModel": "MaskedPatchModel(PPGEncoder())(torch.zeros(2, 1, 12), torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 3, 4)",
     "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
+    "grid_positions": "grid_positions(2, 3, 8).shape == (6, 8)",
+    "strided_cnn": "strided_cnn(3, (9, 9), width=8)(torch.zeros(2, 3, 9, 9)).shape == (2, 8, 2, 2)",
+    "VectorTokens": "VectorTokens(5, width=8)(torch.zeros(2, 5)).shape == (2, 4, 8)",
+    "SequenceTokens": "SequenceTokens(channels=3, patch=4, width=8)(torch.zeros(2, 9, 3)).shape == (2, 2, 8)",
+    "ImageTokens": "ImageTokens(3, (16, 24), width=8)(torch.zeros(2, 3, 16, 24)).shape == (2, 6, 8)",
+    "VideoTokens": "VideoTokens(3, (16, 24), width=8)(torch.zeros(2, 5, 3, 16, 24)).shape == (2, 5, 8)",
+    "modality_encoder": "modality_encoder((7,), width=8)(torch.zeros(2, 7)).shape == (2, 4, 8)",
+    "ModalityReadout": "ModalityReadout(8, heads=2)(torch.zeros(4, 8), torch.zeros(2, 5, 8), torch.ones(2).bool()).shape == (2, 4, 8)",
+    "drop_modalities": "drop_modalities(torch.ones(9, 3).bool(), 0.9).any(1).all()",
+    "QuadModal": "QuadModal(s := {'a': (9, 3), 'b': (5,), 'c': (3, 9, 9), 'd': (2, 3, 9, 9)}, modality_dropout=0.5)("
+                 "{k: torch.zeros(2, *v) for k, v in s.items()}, {'a': torch.zeros(2).bool()}).shape == (2, 64)",
+    "freeze_encoders": "callable(freeze_encoders)",
 }
 
 
