@@ -1986,6 +1986,8 @@ class ModalSplit:
     present  {name: bool (n,)}: where False the inputs are 0, and the batch says so; a name that is not in it is always present
     scaler   {name: (mean, sd)} of channel_statistics over the training rows; None: values as they are
     In batches with a generator, in units of the scaled values, 0 is off:
+    features set it to {name: tensor (m, T, width)}, and batches hold its rows as `encoded` instead of these inputs: what frozen
+             encoders made of them
     noise    sd of Gaussian noise, added to every value
     scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its channels alike
     shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike: streams of one rate stay in step
@@ -1997,15 +1999,16 @@ class ModalSplit:
             raise ValueError(f"noise {noise} must be at least 0, scale {scale} in [0, 1), shift {shift} a whole number from 0; 0 is off")
         self.arrays, self.present, self.rows, self.scaler = arrays, present or {}, np.asarray(rows), scaler
         self.labels, self.groups = (None if each is None else np.asarray(each)[self.rows] for each in (labels, groups))
-        self.noise, self.scale, self.shift, self.device = noise, scale, int(shift), torch.device(device)
+        self.noise, self.scale, self.shift, self.device, self.features = noise, scale, int(shift), torch.device(device), {}
 
     def __len__(self):
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """inputs {name: float32 (b, ...)}, present {name: bool (b,)}, with labels targets int64 (b,). Augments if given a generator."""
+        """inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features, present {name: bool (b,)}, and with
+        labels targets int64 (b,). Augments inputs if given a generator."""
         index = self.rows[np.asarray(rows)]
-        inputs = {name: self.scaled(name, index) for name in self.arrays}
+        inputs = {name: self.scaled(name, index) for name in self.arrays if name not in self.features}
         present = {name: torch.from_numpy(self.present[name][index] if name in self.present else np.ones(len(index), dtype=bool))
                    for name in self.arrays}
         present = {name: here.to(self.device) for name, here in present.items()}
@@ -2013,7 +2016,8 @@ class ModalSplit:
             inputs = self.augmented(inputs, generator)
         for name, x in inputs.items():
             x[~present[name]] = 0  # not times 0: an absent row may hold NaN
-        batch = {"inputs": inputs, "present": present}
+        encoded = {name: each[torch.from_numpy(np.asarray(rows))] for name, each in self.features.items()}
+        batch = {"inputs": inputs, "encoded": encoded, "present": present}
         if self.labels is not None:
             batch["targets"] = torch.from_numpy(self.labels[np.asarray(rows)]).long().to(self.device)
         return batch
@@ -2030,7 +2034,7 @@ class ModalSplit:
 
     def augmented(self, inputs, generator):
         """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
-        b = len(next(iter(inputs.values())))
+        b = max(map(len, inputs.values()), default=0)
         steps = torch.randint(-self.shift, self.shift + 1, (b, 1), generator=generator).to(self.device)
         changed = {}
         for name, x in inputs.items():

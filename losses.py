@@ -1,9 +1,9 @@
-"""What is minimised and what is reported: a loss on logits, metrics on raw scores, and the floor under every metric.
+"""What is minimised and what is reported: losses on logits or features, metrics on raw scores, and the floor under each of them.
 
 Losses take logits, never probabilities. Metrics take the raw scores of a whole split at once, so they do not depend on the
 batch size; what is undefined is NaN, never 0.
 
-Dimensions: b batch, c class, n flattened (all samples of a split)
+Dimensions: b batch, c class, d feature, n flattened (all samples of a split)
 
     scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]      # raw logits: 0 stands for P = 0.5
     auroc(scores, labels)                                     # 0.875: of 4 pairs 3 are in order and 1 is tied
@@ -14,6 +14,11 @@ Dimensions: b batch, c class, n flattened (all samples of a split)
     confusion = confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2)      # [[1, 1], [0, 1]]: rows are the truth, 255 is ignored
     f_score_pooled(confusion)                                          # 0.667, 0.667: F of each class
     ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())  # 1.193, {"ce": 0.693, "dice": 0.333}
+
+    supcon_loss(torch.ones(32, 8), torch.arange(32) % 4)               # 3.434: collapsed features, whatever the labels
+    supcon_bounds(torch.arange(32) % 4)                                # 1.946, 3.434: the least it can be, and collapsed
+    knn_predict([[1, 0], [0, 1]], [7, 9], [[3, 1]], k=1)               # [7]: the class of the nearest by cosine
+    class_report([0, 1, 1], [0, 0, 1], 2)["macro_f1"]                  # 0.667
 """
 
 import math
@@ -298,6 +303,98 @@ def _flat_pixels(logits, targets, ignore_index):
     return logits, targets, kept
 
 
+def supcon_loss(features, labels, *, temperature=0.07):
+    """Supervised contrastive loss: of all other samples in the batch, those of the same class should be the most similar.
+
+        loss = mean_i  mean_{p in P_i}  -log( exp(s_ip / T) / sum_{a != i} exp(s_ia / T) )
+
+    s = cosine of two features, normalised here; P_i = the other samples of the class of i; T = temperature. A sample without
+    others of its class is left out of the mean and stays a negative for the rest. A zero vector has cosine 0 with all and a
+    finite gradient. Two views of a sample are two rows with one label. The value tells nothing alone: see supcon_bounds.
+
+    With torch.distributed initialised the batch is that of all processes, and all of them must call it. Each returns the
+    loss of the whole batch; their gradients, averaged as DDP does, are those of one process that holds the whole batch.
+    Computed and returned in float32, also under autocast, or in float64 for such features.
+
+    Shape:  features (B, D), labels (B,) integers  ->  scalar
+    Errors: ValueError for other shapes or types, no two samples of one class, temperature <= 0, processes with unequal shapes
+    Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out)
+    Needs:  _of_all_processes
+    Check:  equal features cost ln(B - 1) whatever their labels, 3.4340 for B = 32; one class never less
+    """
+    labels = torch.as_tensor(labels, device=features.device)
+    if features.ndim != 2 or not features.is_floating_point() or labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"need real features (B, D) and integer labels (B,); got {tuple(features.shape)} of {features.dtype}, "
+                         f"labels {tuple(labels.shape)} of {labels.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"need temperature > 0, got {temperature}")
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features, labels, processes = _of_all_processes(features, labels.long())
+
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels.unsqueeze(1) == labels) & ~itself
+    positives = positive.sum(1)
+    anchor = positives > 0
+    if not anchor.any():
+        raise ValueError(f"no two of {len(labels)} samples share a class ({len(labels.unique())} classes), so there is no positive pair; "
+                         "draw batches that hold at least two samples of a class (stratified batches, or larger ones)")
+    with torch.autocast(features.device.type, enabled=False):
+        length = features.norm(dim=1, keepdim=True)
+        unit = features / length.masked_fill(length == 0, 1)  # F.normalize would give a zero vector 10^12 times its gradient
+        logits = (unit @ unit.T / temperature).masked_fill(itself, -math.inf)
+        log_p = logits.log_softmax(1).masked_fill(~positive, 0)  # log_softmax subtracts the maximum: any temperature is stable
+        loss = -(log_p.sum(1) / positives.clamp_min(1)).sum() / anchor.sum()
+    # Each process has the gradient through its own rows alone. What is wanted is their sum, what DDP takes is their mean.
+    return loss if processes == 1 else loss.detach() + processes * (loss - loss.detach())
+
+
+def _of_all_processes(features, labels):
+    """Features and labels of all processes, one after the other, of which the own rows keep their graph; number of processes."""
+    dist = torch.distributed
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes == 1:
+        return features, labels, 1
+
+    def gather(x):
+        parts = [torch.empty_like(x) for _ in range(processes)]
+        dist.all_gather(parts, x)
+        return parts
+
+    shapes = torch.stack(gather(torch.tensor(features.shape, device=features.device))).tolist()  # unequal ones would hang, or worse
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"every process needs features of the same shape, got {shapes} in the order of the ranks; "
+                         "give each rank as many rows, for instance by leaving out the last batch")
+    parts = gather(features.detach().contiguous())
+    parts[dist.get_rank()] = features
+    return torch.cat(parts), torch.cat(gather(labels.contiguous())), processes
+
+
+def supcon_bounds(labels, *, temperature=0.07):
+    """Between what the supervised contrastive loss of a batch lies, by its labels alone: print both beside supcon_loss.
+
+        lower = mean_i ln((n_i - 1) + (B - n_i) exp(-2 / T))      collapsed = ln(B - 1)
+
+    i runs over the samples that share their class, n_i of them with i itself; T = temperature. lower is what features would
+    have that coincide within each class and lie opposite all others: no features have less, two classes can have it, more
+    come close at a low temperature. collapsed is what equal features have, so a network that stays there has learnt nothing.
+    With one class both are ln(B - 1) and there is nothing to learn. NaN if no two samples share a class.
+
+    Shape:  labels (B,) of any type, over several processes those of all  ->  (lower, collapsed) floats
+    Errors: ValueError for other shapes, temperature <= 0
+    Source: Jensen on the sum over positives, and every cosine in [-1, 1]
+    Check:  32 samples of one class: 3.4340, 3.4340; of four classes with 8 each: ln 7 = 1.9459, 3.4340
+    """
+    labels = np.asarray(labels.detach().cpu() if torch.is_tensor(labels) else labels)
+    if labels.ndim != 1 or not temperature > 0:
+        raise ValueError(f"need labels (B,) and temperature > 0, got {labels.shape} and {temperature}")
+    n = np.unique(labels, return_counts=True)[1]
+    n = n[n > 1]
+    if not n.size:
+        return math.nan, math.nan
+    lower = np.log(n - 1 + (labels.size - n) * math.exp(-2 / temperature))
+    return float((n * lower).sum() / n.sum()), math.log(labels.size - 1)
+
+
 def auto_pos_weight(labels):
     """Weight of the positive class that balances binary labels, for F.binary_cross_entropy_with_logits(pos_weight=...).
 
@@ -566,6 +663,126 @@ def mean_iou(confusion):
     return float((tp[held] / union[held]).mean()) if held.any() else math.nan
 
 
+def class_report(predictions, labels, classes):
+    """What a classifier of several classes is judged by, over a whole split, with every class on its own.
+
+        accuracy = share of right rows   F1_c = 2 TP / (2 TP + FP + FN)   recall_c = TP / (TP + FN)
+        macro_f1 = mean of F1_c over the classes that occur in labels
+
+    Macro F1 counts a class of 5 rows as much as one of 500. NaN where undefined: recall of a class without rows, F1 of a class
+    that is neither there nor predicted, accuracy and macro F1 without rows. F1 of a class that is only predicted is 0, as in
+    f_score_pooled, and does not count in the macro F1.
+
+    Shape:  predictions, labels integers in 0..classes-1, (n,), tensor, array or list
+            ->  {"accuracy", "macro_f1"} floats, {"classes"} a list of {"rows": int, "f1": float, "recall": float}
+    Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
+    Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)), recall_score, accuracy_score
+    Needs:  confusion_matrix, f_score_pooled, _counts
+    Check:  predictions 0, 1, 1 of labels 0, 0, 1 have accuracy 2/3, macro F1 2/3, recalls 1/2 and 1
+    """
+    confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
+    tp, _, rows = _counts(confusion, 2)
+    f1, held = f_score_pooled(confusion), rows > 0
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+        recall = tp / rows
+    return {"accuracy": float(tp.sum() / rows.sum()) if held.any() else math.nan,
+            "macro_f1": float(f1[held].mean()) if held.any() else math.nan,
+            "classes": [{"rows": int(n), "f1": float(f), "recall": float(r)} for n, f, r in zip(rows, f1, recall)]}
+
+
+def mean_cosine(features):
+    """Mean cosine of all pairs of different rows: 1 for collapsed features, close to 0 for well spread ones.
+
+        mean_{i != j} u_i . u_j = (|sum_i u_i|^2 - n) / (n (n - 1))      u_i = x_i / |x_i|
+
+    A zero row has no direction and is left out; NaN with fewer than two others. Never less than -1 / (n - 1).
+
+    Shape:  features (n, D), tensor, array or list  ->  float
+    Errors: ValueError for other shapes, NaN or infinite features
+    Needs:  _unit_rows, _finite_rows
+    Check:  rows (1, 0), (2, 0), (0, 3) have (1 + 0 + 0) / 3
+    """
+    unit = _unit_rows(features, "features")
+    unit = unit[unit.any(1)]
+    n = len(unit)
+    return float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1))) if n > 1 else math.nan
+
+
+def knn_predict(train_features, train_labels, features, *, k=5):
+    """Class of each row by the vote of the k training rows with the largest cosine: judges an embedding without training on it.
+
+    The class with most votes wins; of several, the one whose votes have the largest sum of cosines; then the smallest
+    label. Training rows tied with the k-th all vote, so the order of the rows does not matter, and collapsed features, or a
+    zero vector, get the most frequent class: the floor, not a random class. Cosines closer than 1e-12 are tied.
+    Works through the rows in chunks of about a million cosines, in float64.
+
+    Shape:  train_features (n, D), train_labels (n,) integers, features (m, D), tensors, arrays or lists  ->  int64 array (m,)
+    Errors: ValueError for other shapes or types, NaN or infinite features, k < 1 or k > n
+    Needs:  _unit_rows, _finite_rows, _integer_labels
+    Check:  rows (1, 0), (0, 1), (1, 1) of classes 7, 9, 9 give (3, 1) the class 7 with k = 1 or 2, 9 with k = 3
+    """
+    train, features = _unit_rows(train_features, "train_features"), _unit_rows(features, "features")
+    names, member = np.unique(_integer_labels(train_labels, len(train), "train_labels"), return_inverse=True)
+    if features.shape[1] != train.shape[1]:
+        raise ValueError(f"train_features and features need the same columns, got {train.shape} and {features.shape}")
+    if not 1 <= k <= len(train):
+        raise ValueError(f"need 1 <= k <= {len(train)}, the number of training rows; got k={k}")
+    found, step = np.empty(len(features), dtype=np.int64), max(1, 2**20 // len(train))
+    for start in range(0, len(features), step):
+        cosine = np.round(features[start : start + step] @ train.T, 12)  # the last bits depend on the shape of the product
+        near = cosine >= np.partition(cosine, -k, axis=1)[:, -k, None]
+        row, column = near.nonzero()
+        cell, cells = row * len(names) + member[column], len(cosine) * len(names)
+        votes = np.bincount(cell, minlength=cells).reshape(-1, len(names))
+        summed = np.bincount(cell, cosine[near], cells).reshape(-1, len(names)).round(9)
+        best = np.where(votes == votes.max(1, keepdims=True), summed, -np.inf).argmax(1)
+        found[start : start + step] = names[best]
+    return found
+
+
+def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
+    """Share of the rows whose class knn_predict finds. NaN without rows.
+
+    Its floor is the share of the most frequent class; for F1 and single classes pass knn_predict to class_report.
+
+    Shape:  as knn_predict, and labels (m,) integers  ->  float in [0, 1]
+    Errors: as knn_predict
+    Needs:  knn_predict, _unit_rows, _finite_rows, _integer_labels
+    Check:  training rows asked for themselves with k = 1 score 1, if no two of different classes point the same way
+    """
+    found = knn_predict(train_features, train_labels, features, k=k)
+    right = found == _integer_labels(labels, len(found), "labels")
+    return float(right.mean()) if right.size else math.nan
+
+
+def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
+    """Class of each row by ridge regression of one target per class: the floor that needs no deep learning.
+
+        W = (Z^T Z + penalty I)^-1 Z^T Y     class = argmax_c (z W + mean Y)_c
+
+    Z = the columns standardised by mean and sd of the training rows, Y = 1 for the class of a row and 0 else; the intercept
+    is not penalised. Columns that are constant in training are left out. Of equal scores the smallest label wins; without any
+    column that is the most frequent class. Meant for some hundred columns: time grows with their cube.
+
+    Shape:  train_x (n, D), train_labels (n,) integers, x (m, D), tensors, arrays or lists  ->  int64 array (m,)
+    Errors: ValueError for other shapes or types, no training rows, NaN or infinite values, penalty <= 0
+    Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by RidgeClassifier(alpha=penalty)
+    Needs:  _finite_rows, _integer_labels
+    Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
+    """
+    train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
+    names, member = np.unique(_integer_labels(train_labels, len(train), "train_labels"), return_inverse=True)
+    if not len(train) or x.shape[1] != train.shape[1] or not penalty > 0:
+        raise ValueError(f"need training rows, the same columns in both and penalty > 0; got train_x {train.shape}, x {x.shape}, "
+                         f"penalty={penalty}")
+    varies = train.min(0) < train.max(0)  # not sd > 0: the mean of equal numbers may differ from them in the last bit
+    train, x = train[:, varies], x[:, varies]
+    mean, sd = train.mean(0), train.std(0)
+    z, y = (train - mean) / sd, np.eye(len(names))[member]
+    weights = np.linalg.solve(z.T @ z + penalty * np.eye(z.shape[1]), z.T @ y)
+    return names[((x - mean) / sd @ weights + y.mean(0)).argmax(1)]
+
+
 def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
     """Percentile bootstrap interval of the mean of n values, such as one score per image: how far n cases can tell.
 
@@ -590,6 +807,32 @@ def _counts(confusion, ndim):
     if confusion.ndim != ndim or confusion.shape[-1] != confusion.shape[-2]:
         raise ValueError(f"confusion counts must be {'(n, C, C), one per image' if ndim == 3 else '(C, C)'}; got {confusion.shape}")
     return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-2), confusion.sum(-1)
+
+
+def _finite_rows(x, name):
+    """Features (n, D), tensor, array or list, as float64 without NaN."""
+    x = np.asarray(x.detach().cpu().double() if torch.is_tensor(x) else x, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be (n, D), got {x.shape}")
+    broken = ~np.isfinite(x).all(1)
+    if broken.any():
+        raise ValueError(f"{broken.sum()} of {len(x)} rows of {name} hold NaN or infinite values")
+    return x
+
+
+def _unit_rows(x, name):
+    """Rows of _finite_rows at length 1; a zero row stays zero."""
+    x = _finite_rows(x, name)
+    length = np.sqrt(np.square(x).sum(1, keepdims=True))
+    return x / np.where(length > 0, length, 1)
+
+
+def _integer_labels(labels, n, name):
+    """Integer or bool labels (n,), tensor, array or list, as int64."""
+    labels = np.asarray(labels.detach().cpu() if torch.is_tensor(labels) else labels)
+    if labels.shape != (n,) or labels.size and labels.dtype.kind not in "biu":
+        raise ValueError(f"{name} must be ({n},) integers, one for each row; got {labels.shape} of {labels.dtype}")
+    return labels.astype(np.int64)
 
 
 def _is_positive(labels):

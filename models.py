@@ -1171,6 +1171,11 @@ class QuadModal(nn.Module):
                              "pad it, or build the network for this shape")
         return self.encoders[name](x)
 
+    def encode_frozen(self, inputs):
+        """What the frozen encoders make of whole rows, {name: (B, T, width)}: the same in every epoch, to be made once."""
+        return {name: self.encode(name, inputs[name]) for name in self.shapes
+                if not any(p.requires_grad for p in self.encoders[name].parameters())}
+
     def features(self, inputs, present=None, *, encoded=None):
         """The embedding before the L2 norm, (B, embed)."""
         encoded = encoded or {}

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import types
 import unittest
 import warnings
@@ -573,7 +574,7 @@ def test_schedulers_find_lr_refuses_bad_input_by_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# losses: focal loss, Dice, class weights, metrics
+# losses: focal loss, Dice, class weights, supervised contrastive, metrics
 
 
 # Focal cross-entropy
@@ -1049,6 +1050,195 @@ def test_losses_median_frequency_weights_of_a_class_without_pixels_are_one_with_
         raises(ValueError, text, lambda: losses.median_frequency_weights(counts))
 
 
+# Supervised contrastive
+
+
+COMPOSITIONS = [0, 0, 1, 1], [0] * 6, [3, 1, 3, 3, 2, 1, 7], [0] * 7 + [1] * 2 + [2], [0, 1, 2, 3] * 3
+
+
+def slow_supcon(features, labels, temperature):
+    z = [row / np.linalg.norm(row) if row.any() else row for row in np.asarray(features, dtype=np.float64)]
+    anchors = []
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        below = sum(math.exp(z[i] @ z[a] / temperature) for a in others)
+        terms = [math.log(math.exp(z[i] @ z[p] / temperature) / below) for p in others if labels[p] == labels[i]]
+        if terms:
+            anchors.append(-sum(terms) / len(terms))
+    return sum(anchors) / len(anchors)
+
+
+def test_losses_supcon_equals_the_double_loop_whatever_the_lengths_of_the_features():
+    for seed, labels in enumerate(COMPOSITIONS):
+        features = torch.randn(len(labels), 5, generator=seeded(seed)) * torch.rand(len(labels), 1, generator=seeded(seed)) * 9
+        for temperature in (0.07, 0.5, 2.0):
+            got = losses.supcon_loss(features, torch.tensor(labels), temperature=temperature)
+            assert got.dtype == torch.float32 and abs(got - slow_supcon(features, labels, temperature)) < 2e-5
+        default = losses.supcon_loss(features, labels)
+        assert default == losses.supcon_loss(features, torch.tensor(labels), temperature=0.07)
+        assert abs(losses.supcon_loss(1e-6 * features, labels) - default) < 1e-5
+
+
+def test_losses_supcon_gradient_equals_finite_differences():
+    for labels in COMPOSITIONS[1:4]:
+        features = torch.randn(len(labels), 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: losses.supcon_loss(x, torch.tensor(labels), temperature=0.3), features)
+
+
+def test_losses_supcon_leaves_anchors_without_positives_out_of_the_mean_and_keeps_them_as_negatives():
+    features, labels = torch.randn(5, 4, generator=seeded()), torch.tensor([0, 0, 1, 2, 3])
+    pair = features[:2].double() / features[:2].double().norm(dim=1, keepdim=True)
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    s = (pair @ unit.T / 0.5).exp()
+    want = -(math.log(s[0, 1] / (s[0].sum() - s[0, 0])) + math.log(s[1, 0] / (s[1].sum() - s[1, 1]))) / 2
+    assert abs(losses.supcon_loss(features, labels, temperature=0.5) - want) < 1e-5
+    assert losses.supcon_loss(features, labels, temperature=2) > losses.supcon_loss(features[:3], labels[:3], temperature=2) + 0.1
+
+
+def test_losses_supcon_of_one_class_is_never_below_ln_of_the_others_and_equal_there_at_both_ends():
+    for n in (2, 5, 32):
+        labels, floor = torch.zeros(n, dtype=torch.long), math.log(n - 1)
+        simplex = torch.eye(n) - 1 / n  # every pair has the same cosine, -1 / (n - 1): as far apart as they can be
+        for ends in torch.ones(n, 3), simplex:
+            assert abs(losses.supcon_loss(ends, labels) - floor) < 2e-6
+        for seed in range(20):
+            scattered = torch.randn(n, 6, generator=seeded(seed))
+            assert losses.supcon_loss(scattered, labels) > floor - 1e-6 and (n == 2 or losses.supcon_loss(scattered, labels) > floor + 0.01)
+    assert round(losses.supcon_loss(torch.ones(32, 8), torch.zeros(32).long()).item(), 4) == 3.4340
+
+
+def test_losses_supcon_of_equal_features_is_ln_of_the_others_whatever_the_labels():
+    for labels in COMPOSITIONS:
+        for row in torch.ones(1, 4), torch.zeros(1, 4), torch.randn(1, 4, generator=seeded()):
+            got = losses.supcon_loss(row.expand(len(labels), 4), labels)
+            assert abs(got - math.log(len(labels) - 1)) < 2e-6 and abs(losses.supcon_bounds(labels)[1] - math.log(len(labels) - 1)) < 1e-12
+
+
+def test_losses_supcon_computes_in_float32_for_half_inputs_and_under_autocast_and_keeps_float64():
+    features, labels = torch.randn(9, 6, generator=seeded()), torch.arange(9) % 3
+    want = losses.supcon_loss(features, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(losses.supcon_loss(features, labels), want)
+    for kind in torch.float16, torch.bfloat16:
+        half = features.to(kind)
+        got, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels), half)
+        assert got.dtype == torch.float32 and same_bits(got, losses.supcon_loss(half.float(), labels)) and gradient.dtype == kind
+    double = losses.supcon_loss(features.double(), labels)
+    assert double.dtype == torch.float64 and abs(double - slow_supcon(features, labels.tolist(), 0.07)) < 1e-12
+
+
+def test_losses_supcon_is_finite_for_zero_vectors_and_low_temperatures():
+    features, labels = torch.randn(6, 4, generator=seeded()), torch.tensor([0, 0, 1, 1, 0, 1])
+    features[0] = 0
+    loss, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels), features)
+    assert abs(loss - slow_supcon(features, labels.tolist(), 0.07)) < 1e-5
+    assert 0 < gradient[0].abs().max() < 100  # F.normalize has 10^12 there
+    loss, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels, temperature=1e-4), features)  # exp(10^4) overflows
+    assert 1000 < loss < 30000 and torch.isfinite(gradient).all()
+
+
+def test_losses_supcon_takes_integer_labels_of_any_type_and_does_not_depend_on_the_order():
+    features, labels = torch.randn(8, 4, generator=seeded()), [0, 1, 1, 0, 1, 0, 0, 1]
+    want = losses.supcon_loss(features, labels)
+    for given in torch.tensor(labels, dtype=torch.uint8), torch.tensor(labels).bool(), np.array(labels), 7 - 3 * torch.tensor(labels):
+        assert same_bits(losses.supcon_loss(features, given), want)
+    order = torch.randperm(8, generator=seeded())
+    assert abs(losses.supcon_loss(features[order], torch.tensor(labels)[order]) - want) < 1e-5
+
+
+def test_losses_supcon_refuses_what_it_cannot_compare():
+    x, supcon = torch.randn(4, 3), losses.supcon_loss
+    raises(ValueError, "no two of 4 samples share a class (4 classes)", lambda: supcon(x, [3, 1, 2, 0]))
+    raises(ValueError, "stratified batches", lambda: supcon(x, [3, 1, 2, 0]))
+    raises(ValueError, "no two of 1 samples", lambda: supcon(x[:1], [3]))
+    raises(ValueError, "no two of 0 samples", lambda: supcon(x[:0], torch.zeros(0).long()))
+    raises(ValueError, "got (4, 3) of torch.float32, labels (3,)", lambda: supcon(x, [0, 0, 1]))
+    raises(ValueError, "labels (4,) of torch.float32", lambda: supcon(x, torch.zeros(4)))
+    raises(ValueError, "got (4, 2, 3)", lambda: supcon(torch.randn(4, 2, 3), [0, 0, 1, 1]))
+    raises(ValueError, "(4, 3) of torch.int64", lambda: supcon(x.long(), [0, 0, 1, 1]))
+    for temperature in (0, -1, math.nan):
+        raises(ValueError, f"temperature > 0, got {temperature}", lambda: supcon(x, [0, 0, 1, 1], temperature=temperature))
+        raises(ValueError, f"temperature > 0, got (2,) and {temperature}", lambda: losses.supcon_bounds([0, 0], temperature=temperature))
+    raises(ValueError, "(2, 2)", lambda: losses.supcon_bounds(np.zeros((2, 2))))
+
+
+TWO_PROCESSES = """
+import sys, torch, losses
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+given = torch.load(f"{folder}/given.pt", weights_only=True)
+own = slice(4 * rank, 4 * rank + 4)
+torch.manual_seed(0)
+net = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)))
+loss = losses.supcon_loss(net(given["x"][own]), given["labels"][own].short(), temperature=0.3)
+loss.backward()
+try:
+    losses.supcon_loss(given["x"][: 2 + rank], given["labels"][: 2 + rank])
+except ValueError as error:
+    refused = str(error)
+torch.save({"loss": loss.detach(), "gradients": [p.grad for p in net.parameters()], "refused": refused}, f"{folder}/rank{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_losses_supcon_over_two_processes_equals_one_with_the_whole_batch_in_value_and_gradient():
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        raise unittest.SkipTest("needs torch with gloo")
+    x, labels = torch.randn(8, 6, generator=seeded()), torch.tensor([0, 1, 2, 3, 0, 1, 2, 0])  # rank 0 alone has no positive pair
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    want = losses.supcon_loss(net(x), labels, temperature=0.3)
+    want.backward()
+    with folder() as f:
+        torch.save({"x": x, "labels": labels}, f / "given.pt")
+        both = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(f)], cwd=HERE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+        try:
+            printed = [each.communicate(timeout=120)[0] for each in both]
+        finally:
+            for each in both:
+                each.kill()
+        assert not any(each.returncode for each in both), printed
+        for rank in range(2):
+            got = torch.load(f / f"rank{rank}.pt", weights_only=True)
+            assert abs(got["loss"] - want) < 1e-6
+            for gradient, parameter in zip(got["gradients"], net.parameters(), strict=True):
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
+            assert "got [[2, 6], [3, 6]]" in got["refused"]
+
+
+def test_losses_supcon_is_never_below_its_bound_for_random_and_for_trained_features():
+    for labels, temperature in itertools.product(COMPOSITIONS, (0.07, 0.5, 2.0)):
+        low, collapsed = losses.supcon_bounds(labels, temperature=temperature)
+        assert low <= collapsed + 1e-12
+        for seed in range(30):
+            features = torch.randn(len(labels), 2 + seed % 7, generator=seeded(seed), dtype=torch.float64)
+            assert losses.supcon_loss(features, labels, temperature=temperature) > low - 1e-12
+        features = features.requires_grad_()
+        optimizer = torch.optim.Adam([features], lr=0.2)
+        for _ in range(150):
+            loss = losses.supcon_loss(features, labels, temperature=temperature)
+            assert loss > low - 1e-12
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert len(set(labels)) == 1 or loss < collapsed - 0.3  # trained, so the bound was put to the test
+        assert len(set(labels)) != 2 or loss < low + 1e-3
+
+
+def test_losses_supcon_bound_is_what_two_opposite_classes_have_and_equals_ln_of_the_others_for_one():
+    for rare, temperature in itertools.product((1, 2, 5), (0.07, 0.5, 2.0)):
+        labels = [0] * 6 + [1] * rare
+        opposite = torch.tensor([[1.0, 2.0]] * 6 + [[-1.0, -2.0]] * rare, dtype=torch.float64)
+        low, collapsed = losses.supcon_bounds(labels, temperature=temperature)
+        assert abs(losses.supcon_loss(opposite, labels, temperature=temperature) - low) < 1e-12 and low < collapsed - 0.05
+    for n in (2, 3, 32):
+        np.testing.assert_allclose(losses.supcon_bounds(["a"] * n), [math.log(n - 1)] * 2, rtol=1e-12)
+    np.testing.assert_allclose(losses.supcon_bounds(torch.arange(32) % 4), [math.log(7), math.log(31)], rtol=1e-9)
+    for nothing in [], [0], [2, 0, 1]:
+        assert all(map(math.isnan, losses.supcon_bounds(nothing)))
+
+
 # Binary metrics
 
 
@@ -1285,6 +1475,169 @@ def test_losses_segmentation_metrics_refuse_what_they_cannot_count():
            lambda: matrix([0, 1], [0, 255], 2, ignore_index=None))
     for score, shape in (losses.f_score_per_image, (3, 3)), (losses.f_score_pooled, (4, 3, 3)), (losses.mean_iou, (2, 3)):
         raises(ValueError, str(shape), lambda: score(np.zeros(shape)))
+
+
+# Several classes, embeddings
+
+
+def test_losses_class_report_equals_the_slow_loop():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        labels, predictions = rng.integers(0, 4, 50), rng.integers(0, 5, 50)  # class 4 is only predicted, 5 nowhere
+        report, f1s = losses.class_report(predictions, torch.tensor(labels), 6), []
+        for c, got in enumerate(report["classes"]):
+            tp, rows = sum((predictions == c) & (labels == c)), sum(labels == c)
+            precision, recall = tp / max(sum(predictions == c), 1), tp / rows if rows else math.nan
+            f1s.append(2 * precision * recall / (precision + recall) if tp else 0.0)
+            assert got["rows"] == rows and (abs(got["recall"] - recall) < 1e-12 if rows else math.isnan(got["recall"]))
+            assert abs(got["f1"] - f1s[c]) < 1e-12 if c < 5 else math.isnan(got["f1"])
+        assert abs(report["accuracy"] - np.mean(predictions == labels)) < 1e-12
+        assert abs(report["macro_f1"] - np.mean(f1s[:4])) < 1e-12
+
+
+def test_losses_class_report_by_hand_and_nan_where_undefined():
+    report = losses.class_report([0, 1, 1], [0, 0, 1], 2)
+    assert report == {"accuracy": 2 / 3, "macro_f1": 2 / 3, "classes": [{"rows": 2, "f1": 2 / 3, "recall": 0.5},
+                                                                        {"rows": 1, "f1": 2 / 3, "recall": 1.0}]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = losses.class_report([0, 0, 0, 2], [0, 0, 1, 0], 4)
+        assert report["macro_f1"] == (2 / 3 + 0) / 2  # class 1 was missed: 0 and counted; class 2 is not there: not counted
+        assert [c["f1"] for c in report["classes"][:3]] == [2 / 3, 0, 0] and undefined(report["classes"][2]) == {"recall"}
+        assert undefined(report["classes"][3]) == {"f1", "recall"} and report["classes"][3]["rows"] == 0
+        empty = losses.class_report(np.zeros(0, int), np.zeros(0, int), 2)
+        assert undefined({key: empty[key] for key in ("accuracy", "macro_f1")}) == {"accuracy", "macro_f1"}
+    assert losses.class_report([255], [255], 256)["accuracy"] == 1  # no class is ignored
+    raises(ValueError, "predictions must be in 0..1, got 0 to 2", lambda: losses.class_report([0, 2], [0, 1], 2))
+    raises(ValueError, "targets (3,)", lambda: losses.class_report([0, 1], [0, 1, 1], 2))
+
+
+def test_losses_mean_cosine_equals_the_mean_over_pairs():
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(size=(7, 3)) + seed
+        pairs = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.combinations(x, 2)]
+        assert abs(losses.mean_cosine(x) - np.mean(pairs)) < 1e-12
+        longer = np.concatenate([x * np.arange(1, 8)[:, None], np.zeros((2, 3))])
+        assert abs(losses.mean_cosine(longer) - np.mean(pairs)) < 1e-12
+    assert abs(losses.mean_cosine([[1, 0], [2, 0], [0, 3]]) - 1 / 3) < 1e-12
+    assert abs(losses.mean_cosine(torch.full((5, 3), 0.1, requires_grad=True)) - 1) < 1e-12
+    for spread, within in (np.eye(6) - 1 / 6, 1e-12), (torch.eye(6).bfloat16() - 1 / 6, 1e-2):
+        assert abs(losses.mean_cosine(spread) + 1 / 5) < within  # the least of 6 rows
+    assert all(math.isnan(losses.mean_cosine(x)) for x in (np.zeros((4, 3)), np.ones((1, 3)), np.zeros((0, 3)), [[0, 0], [1, 1]]))
+    raises(ValueError, "2 of 3 rows of features hold NaN", lambda: losses.mean_cosine([[1, math.nan], [math.inf, 1], [0, 1]]))
+    raises(ValueError, "(3,)", lambda: losses.mean_cosine([1, 2, 3]))
+
+
+def slow_knn(train, labels, row, k):
+    cosines = [float(a @ row / np.linalg.norm(a) / np.linalg.norm(row)) for a in train]
+    votes = {}
+    for cosine, label in sorted(zip(cosines, labels), reverse=True)[:k]:
+        votes.setdefault(label, []).append(cosine)
+    return max(votes, key=lambda label: (len(votes[label]), sum(votes[label])))
+
+
+def test_losses_knn_equals_the_slow_loop():
+    seen = 0
+    for seed, k in itertools.product(range(5), (1, 2, 5, 30)):
+        rng = np.random.default_rng(seed)
+        train, labels, rows = rng.normal(size=(30, 4)), rng.integers(0, 6, 30) * 3 - 4, rng.normal(size=(40, 4)) * 7
+        want = [slow_knn(train, labels, row, k) for row in rows]
+        for given in (train, labels, rows), (torch.tensor(train), torch.tensor(labels), torch.tensor(rows, requires_grad=True)):
+            got = losses.knn_predict(*given, k=k)
+            assert got.dtype == np.int64 and got.tolist() == want
+        truth = rng.integers(0, 6, 40) * 3 - 4
+        assert losses.knn_accuracy(train, labels, rows, truth, k=k) == np.mean(truth == want)
+        assert k != 5 or losses.knn_predict(train, labels, rows).tolist() == want
+        seen += len(set(want))
+    assert seen > 60
+
+
+def test_losses_knn_breaks_ties_by_the_sum_of_cosines_and_then_by_the_smallest_label():
+    angles = np.radians([5, 50, 10, 30, 90])  # classes 1, 1, 0, 0, 2 around the query at 0 degrees
+    train, labels = np.stack([np.cos(angles), np.sin(angles)], 1), np.array([1, 1, 0, 0, 2])
+    assert losses.knn_predict(train, labels, [[2, 0]], k=1) == 1 and losses.knn_predict(train, labels, [[2, 0]], k=2) == 1
+    assert losses.knn_predict(train, labels, [[2, 0]], k=4) == 0  # two votes each; cos 10 + cos 30 > cos 5 + cos 50
+    assert losses.knn_predict([[1, 0], [0, 1]], [8, 5], [[1, 1]], k=2) == 5
+    assert losses.knn_predict([[1, 0], [0, 1], [1, 1]], [7, 9, 9], [[3, 1]], k=2) == 7  # the number in the docstring
+    assert losses.knn_predict([[1, 0], [0, 1], [1, 1]], [7, 9, 9], [[3, 1]], k=3) == 9
+
+
+def test_losses_knn_of_collapsed_or_zero_features_gives_the_most_frequent_class():
+    labels = np.array([4, 1, 1, 4, 4, 0, 4, 2, 2])
+    same = np.random.default_rng(0).normal(size=(1, 13)) * np.ones((9, 1)) * np.arange(1, 10)[:, None]
+    assert (losses.knn_predict(same, labels, 0.3 * same, k=1) == 4).all()
+    assert (losses.knn_predict(np.random.default_rng(1).normal(size=(9, 3)), labels, np.zeros((2, 3)), k=3) == 4).all()
+
+
+def test_losses_knn_does_not_depend_on_order_batch_or_chunk_and_its_memory_is_bounded():
+    rng = np.random.default_rng(0)
+    train, labels, rows = rng.integers(-2, 3, (3000, 3)), rng.integers(0, 4, 3000), rng.integers(-2, 3, (1500, 3))  # ties everywhere
+    tracemalloc.start()
+    want = losses.knn_predict(train, labels, rows, k=7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    order = rng.permutation(3000)
+    assert (losses.knn_predict(train[order], labels[order], rows, k=7) == want).all()
+    assert [losses.knn_predict(train, labels, row[None], k=7)[0] for row in rows[::100]] == want[::100].tolist()
+    assert peak < 3000 * 1500 * 8, peak  # less than the table of all cosines, once
+    nothing = np.zeros((0, 3))
+    assert losses.knn_predict(train, labels, nothing).shape == (0,) and math.isnan(losses.knn_accuracy(train, labels, nothing, []))
+
+
+def test_losses_knn_and_ridge_refuse_what_they_cannot_compare():
+    x, y, knn, ridge = np.eye(3), [0, 1, 2], losses.knn_predict, losses.ridge_predict
+    for k in (0, 4):
+        raises(ValueError, f"1 <= k <= 3, the number of training rows; got k={k}", lambda: knn(x, y, x, k=k))
+    raises(ValueError, "need 1 <= k <= 0", lambda: knn(np.zeros((0, 3)), [], x))
+    raises(ValueError, "got (3, 3) and (2, 4)", lambda: knn(x, y, np.ones((2, 4)), k=1))
+    raises(ValueError, "labels must be (3,) integers, one for each row; got (2,)", lambda: losses.knn_accuracy(x, y, x, [0, 1], k=1))
+    raises(ValueError, "train_x (3, 3), x (2, 4)", lambda: ridge(x, y, np.ones((2, 4))))
+    raises(ValueError, "train_x (0, 3)", lambda: ridge(np.zeros((0, 3)), [], x))
+    for penalty in (0, -1, math.nan):
+        raises(ValueError, f"penalty={penalty}", lambda: ridge(x, y, x, penalty=penalty))
+    for predict in knn, ridge:
+        raises(ValueError, "train_labels must be (3,) integers", lambda: predict(x, [0, 1], x))
+        raises(ValueError, "(3,) of float64", lambda: predict(x, [0.0, 1, 2], x))
+        raises(ValueError, "must be (n, D), got (3,)", lambda: predict(x, y, [1, 2, 3]))
+        raises(ValueError, "1 of 2 rows of", lambda: predict(x, y, [[1, 2, math.nan], [1, 2, 3]]))
+        raises(ValueError, "1 of 3 rows of train_", lambda: predict([[math.inf, 0, 0], [0, 1, 0], [0, 0, 1]], y, x))
+
+
+def ridge_case(seed, classes):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, 40)
+    train, x = rng.normal(size=(40, 6)) * 3, rng.normal(size=(200, 6)) * 3
+    return train + np.eye(classes, 6)[labels] * 4, labels * 2 + 5, x
+
+
+def test_losses_ridge_equals_least_squares_with_the_penalty_as_rows_and_a_free_intercept():
+    for seed, (classes, penalty) in enumerate(itertools.product((2, 3, 5), (0.01, 1.0, 100.0))):
+        train, labels, x = ridge_case(seed, classes)
+        mean, sd = train.mean(0), train.std(0)
+        rows = np.block([[(train - mean) / sd, np.ones((40, 1))], [math.sqrt(penalty) * np.eye(6), np.zeros((6, 1))]])
+        scores = []
+        for c in np.unique(labels):
+            w = np.linalg.lstsq(rows, np.append(2.0 * (labels == c) - 1, np.zeros(6)), rcond=None)[0]
+            scores.append((x - mean) / sd @ w[:6] + w[6])
+        want = np.unique(labels)[np.argmax(scores, 0)]
+        got = losses.ridge_predict(torch.tensor(train), torch.tensor(labels), torch.tensor(x), penalty=penalty)
+        assert got.dtype == np.int64 and (got == want).all() and len(set(want)) >= 2
+        assert penalty != 1 or (losses.ridge_predict(train, labels, x) == want).all()
+
+
+def test_losses_ridge_forgets_units_and_constant_columns_and_uses_training_statistics_only():
+    train, labels, x = ridge_case(0, 3)
+    want = losses.ridge_predict(train, labels, x)
+    scale, shift = np.array([1e-6, 1, 1e6, 3, 0.1, 1e3]), np.array([5, -1e3, 0, 1, 7, 2])
+    assert (losses.ridge_predict(train * scale + shift, labels, x * scale + shift) == want).all()
+    wider = np.hstack([np.full((40, 1), 0.1), train])
+    assert 0 < wider.std(0)[0] < 1e-15  # by the last bit of the mean: 40 times 0.1 is no 4
+    assert (losses.ridge_predict(wider, labels, np.hstack([np.linspace(-1e9, 1e9, 200)[:, None], x])) == want).all()
+    assert losses.ridge_predict(train, labels, x[:1]) == want[0] and (losses.ridge_predict(train, labels, x[50:]) == want[50:]).all()
+    frequent = losses.ridge_predict(np.ones((5, 2)), [3, 1, 1, 3, 1], np.zeros((4, 2)))  # nothing to learn from: the floor
+    assert frequent.tolist() == [1] * 4 and losses.ridge_predict(np.ones((2, 2)), [3, 3], [[0, 9]]) == 3
+    assert losses.ridge_predict([[0], [1], [2], [9]], [3, 3, 3, 5], [[5], [6]]).tolist() == [3, 5]  # the number in the docstring
+    assert losses.ridge_predict(train, labels, x[:0]).shape == (0,)
 
 
 def test_losses_numbers_in_the_docstrings_are_right():
@@ -4350,7 +4703,7 @@ def test_data_modal_split_standardises_each_channel_by_the_training_rows():
         flat = np.concatenate(channels_last(x.numpy()))
         assert np.abs(flat.mean(0)).max() < 1e-6 and np.abs(flat.std(0) - 1).max() < 1e-5, name
     other = data.ModalSplit(modal_arrays(), None, rest, scaler=split.scaler).batch([2, 0])
-    assert sorted(other) == ["inputs", "present"]
+    assert sorted(other) == ["encoded", "inputs", "present"] and not other["encoded"]
     mean, sd = (each[:, None, None].numpy() for each in split.scaler["photo"])
     assert np.allclose(other["inputs"]["photo"], (modal_arrays()["photo"][[5, 0]] - mean) / sd, atol=1e-5)
 
@@ -5938,6 +6291,248 @@ def test_train_real_faces_have_the_floors_and_ceilings_that_were_measured():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# train: several modalities, looking before training
+
+MODAL = ["--task", "quadmodal", "--width", "8", "--heads", "2", "--tokens", "2", "--hidden", "16", "--embed", "8", "--epochs", "2",
+        "--batch-size", "12", "--device", "cpu"]
+
+
+def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):
+    """The synthetic twin's `only` modalities as an .npz; change(arrays) may damage them first."""
+    arrays, labels, groups, names, _ = data.synthetic_modalities(n, classes=classes)
+    content = {name: arrays[name] for name in only} | {"labels": labels, "groups": groups, "label_names": np.array(names)}
+    if change:
+        content = change(content) or content
+    np.savez(path, **content)
+    return path
+
+
+def quad_run(path, *words):
+    if not (path.parent / "quad.npz").exists():
+        quad_npz(path.parent / "quad.npz")
+    code, out, err = call(*MODAL, "--data", path.parent / "quad.npz", "--out", path, *words)
+    assert code == 0, err
+    return out
+
+
+def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
+    with folder() as f:
+        out = quad_run(f / "a")
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+        log = [json.loads(line) for line in (f / "a" / "log.jsonl").read_text().splitlines()]
+        args = train.parse_args([*MODAL, "--data", str(f / "quad.npz")])
+        sets = train.quad_load(args.data, args)
+        args.facts = sets.facts
+        model = train.quad_network(args).eval()
+        model.load_state_dict(torch.load(f / "a" / "best.pt", weights_only=True)["model"])
+        assert call("--task", "quadmodal", "--predict", f / "a" / "best.pt", "--data", f / "quad.npz", "--out", f / "z.npz")[0] == 0
+        z = np.load(f / "z.npz")["embeddings"]
+    assert list(scores) == ["rows", "model", "constant majority", "ridge audio", "ridge sensor", "ridge all", "ceiling"]
+    assert list(scores["model"]) == ["loss", "accuracy", "macro_f1", "classes", "probe", "cosine"]
+    labels = sets.test.labels
+    majority = np.bincount(sets.train.labels).argmax()
+    assert math.isclose(scores["constant majority"]["accuracy"], np.mean(labels == majority))
+    # the same scores again, from the embeddings that --predict wrote
+    predicted = losses.knn_predict(z[sets.train.rows], sets.train.labels, z[sets.test.rows], k=5)
+    assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+    assert math.isclose(scores["model"]["accuracy"], np.mean(predicted == labels), abs_tol=0.011)  # batches may round ties otherwise
+    assert scores["ceiling"]["loss"] < scores["constant majority"]["loss"]
+    assert scores["ridge all"]["accuracy"] > scores["constant majority"]["accuracy"]
+    sizes = [len(rows) for rows in train.plan_batches(sets.train, 1, args)]
+    for row in log[1:]:
+        parts = row["parts"]
+        assert set(parts) == {"bound", "collapsed", "cosine", "classes"} and parts["classes"] == 3
+        assert parts["bound"] < row["train_loss"] and -1 <= parts["cosine"] <= 1
+        assert math.isclose(parts["collapsed"], np.average([math.log(size - 1) for size in sizes], weights=sizes), rel_tol=1e-6)
+    assert "| bound " in out and "| collapsed " in out and "rows     recall         f1" in out
+
+
+def test_train_quad_statistics_are_mean_and_sd_of_every_channel():
+    arrays, labels, _, _, present = data.synthetic_modalities(30, missing=0.5)
+    split = data.ModalSplit(arrays, labels, np.arange(3, 17), present=present)
+    found = train.quad_statistics(split)
+    for name, array in arrays.items():
+        channels = np.moveaxis(array, -3, -1) if array.ndim > 3 else array
+        flat = channels.reshape(len(array), -1, channels.shape[-1])[3:17].astype(np.float64)
+        want = np.where(present[name][3:17, None], np.concatenate([flat.mean(1), flat.std(1)], 1), 0)
+        np.testing.assert_allclose(found[name], want, atol=1e-4)
+
+
+def test_train_quad_one_class_is_refused_or_stands_at_its_bound():
+    """SupCon over one class cannot fall below ln(B - 1), whatever the rate: 3.43399 for 32 rows."""
+    with folder() as f:
+        def one_class(content):
+            keep = content["labels"] == 0
+            return {name: each[keep][:480] if name != "label_names" else each for name, each in content.items() if name != "groups"}
+
+        quad_npz(f / "quad.npz", n=1500, classes=3, change=one_class)
+        rows = len(np.load(f / "quad.npz")["labels"])
+        words = ["--batch-size", "32", "--train-ratio", "0.8", "--val-ratio", "0", "--ema-decay", "0", "--width", "32", "--heads", "4",
+                 "--embed", "32", "--dropout", "0", "--noise", "0", "--scale", "0", "--shift", "0"]
+        assert rows == 480  # 384 training rows, 12 whole batches
+        code, _, err = call(*MODAL, "--data", f / "quad.npz", "--out", f / "new", *words)
+        assert code == 2 and "are of class" in err and "3.43399" in err and "--allow-single-class" in err and not (f / "new").exists()
+        for lr, within in (("1e-4", 0.0005), ("1e-6", 9), ("1e-10", 9)):
+            quad_run(f / lr, *words, "--allow-single-class", "--lr", lr, "--min-lr", "0", "--warmup-start-lr", "0",
+                     "--epochs", "40" if lr == "1e-4" else "2")
+            row = json.loads((f / lr / "log.jsonl").read_text().splitlines()[-1])
+            assert math.log(31) - 1e-6 <= row["train_loss"] < math.log(31) + within, (lr, row["train_loss"])
+            assert math.isclose(row["parts"]["bound"], math.log(31), rel_tol=1e-6)
+
+
+def test_train_quad_frozen_encoders_are_run_once_and_stay_as_they_were():
+    with folder() as f:
+        quad_run(f / "a", "--freeze", "sensor", "--mixup", "0.4", "--modality-dropout", "0.2")
+        content = result_of(f / "a")
+        args = train.parse_args([*MODAL, "--data", str(f / "quad.npz"), "--freeze", "sensor"])
+        sets = train.quad_load(args.data, args)
+        args.facts = sets.facts
+        run_ = train.build(args, 10)
+        for name, value in run_.raw_model.state_dict().items():
+            assert torch.equal(value, content["model"][name]) == name.startswith("encoders.sensor."), name
+        plain = train.quad_embeddings(run_.raw_model.eval(), sets.test)
+        train.cache_features(run_.raw_model, sets)
+        batch = sets.test.batch(np.arange(4))
+        assert list(batch["encoded"]) == ["sensor"] and list(batch["inputs"]) == ["audio"]
+        assert torch.allclose(train.quad_embeddings(run_.raw_model, sets.test), plain, atol=1e-6)
+        code, _, err = call(*MODAL, "--data", f / "quad.npz", "--out", f / "b", "--freeze", "audio,sensor")
+        assert code == 0 and "all 2 encoders are frozen" in err
+
+
+def test_train_quad_mixup_contrasts_a_mixed_row_as_either_of_its_classes():
+    args = train.parse_args([*MODAL, "--mixup", "1", "--dropout", "0"])
+    arrays, labels, _, _, present = data.synthetic_modalities(16, classes=2)
+    args.facts = {"shapes": {name: array.shape[1:] for name, array in arrays.items()}}
+    torch.manual_seed(0)
+    model, batch = train.quad_network(args), data.ModalSplit(arrays, labels, np.arange(16), present=present).batch(np.arange(16))
+    torch.manual_seed(5)
+    loss = train.quad_loss(model, batch, 0, args)[0]
+    torch.manual_seed(5)
+    lam, other = float(torch.distributions.Beta(1.0, 1.0).sample()), torch.randperm(16)
+    tokens = {name: lam * x + (1 - lam) * x[other] for name, x in ((name, model.encode(name, x)) for name, x in batch["inputs"].items())}
+    z, y = model.fuse(tokens), batch["targets"]
+    want = lam * losses.supcon_loss(z, y) + (1 - lam) * losses.supcon_loss(z, y[other])
+    assert 0.05 < lam < 0.95 and torch.isclose(loss, want, rtol=1e-4)
+
+
+def test_train_quad_resumed_run_equals_straight_run_bit_for_bit():
+    words = ["--epochs", "3", "--mixup", "0.4", "--modality-dropout", "0.2"]
+    with folder() as f:
+        quad_run(f / "a", *words)
+        finish = train.finish_epoch
+
+        def killed(run, args, folder, floor):
+            finish(run, args, folder, floor)
+            if run.history[-1]["epoch"] == 1:
+                raise KeyboardInterrupt
+
+        train.finish_epoch = killed
+        try:
+            assert call(*MODAL, "--data", f / "quad.npz", "--out", f / "b", *words)[0] == 130
+        finally:
+            train.finish_epoch = finish
+        assert call("--task", "quadmodal", "--out", f / "b", "--resume")[0] == 0
+        for name in ("last.pt", "best.pt"):
+            assert same_bits(result_of(f / "a", name), result_of(f / "b", name))
+
+
+def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
+    with folder() as f:
+        quad_run(f / "run")
+        npz = lambda name, change: ["--data", quad_npz(f / name, change=change)]
+
+        def nan(content):
+            content["audio"][7, 0, 0] = math.nan
+
+        cases = [
+            ("audio", npz("a.npz", lambda c: c | {"audio": c["audio"][:-1]})),
+            ("sensor", npz("b.npz", lambda c: c | {"sensor": c["sensor"][:, 0, 0]})),
+            ("audio", npz("c.npz", nan)),
+            ("labels", npz("d.npz", lambda c: {name: each for name, each in c.items() if name != "labels"})),
+            ("class", npz("e.npz", lambda c: c | {"labels": np.where(np.arange(240) == 3, 2, np.minimum(c["labels"], 1))})),
+            ("cannot freeze 'video': the modalities are audio, sensor", ["--freeze", "video"]),
+            ("width must be a multiple of heads and of 4", ["--width", "10"]),
+            ("SupCon needs two classes and two rows of one", ["--batch-size", "2", "--sampler", "shuffled"]),
+            ("--split all: k-NN compares with the run's own training rows", ["--eval", f / "run" / "best.pt", "--split", "all"]),
+            ("nowhere.npz is no file", ["--data", f / "nowhere.npz"]),
+        ]
+        for message, words in cases:
+            words = [*words]
+            base = ["--task", "quadmodal"] if "--eval" in words else [*MODAL, "--out", f / "new"]
+            words += [] if "--data" in words or "--eval" in words else ["--data", f / "quad.npz"]
+            code, out, err = call(*base, *words)
+            assert code == 2 and message in err and "Traceback" not in err, (message, code, err)
+            assert not (f / "new").exists() and "epoch " not in out, message
+
+
+def test_train_real_motion_is_told_from_persons_never_seen():
+    path = need_real("motionsense") / "motionsense_18_subjects.npz"
+    with folder() as f:
+        code, out, err = call("--task", "quadmodal", "--data", path, "--lr", "1e-3", "--epochs", "2", "--width", "32", "--heads", "4",
+                              "--device", "cpu", "--out", f / "a")
+        assert code == 0, err
+        scores = json.loads((f / "a" / "scores.json").read_text())["test"]
+    assert scores["model"]["accuracy"] > 0.7 > 0.4 > scores["constant majority"]["accuracy"], scores["model"]
+    assert all(scores[f"ridge {name}"]["accuracy"] < scores["ridge all"]["accuracy"] for name in ("attitude", "gravity", "rotation"))
+
+
+def test_train_show_schedule_prints_first_and_last_rate_of_every_epoch():
+    with folder() as f:
+        quad_npz(f / "quad.npz", n=2400)
+        original = ["--task", "quadmodal", "--variant", "original", "--data", f / "quad.npz", "--device", "cpu", "--show-schedule"]
+        code, out, err = call(*original, "--width", "8", "--hidden", "8", "--embed", "8")
+        assert code == 0 and not (f / "runs").exists(), err
+    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 100 and "lr 1.00e-07 to " in lines[0] and "lr 1.00e-04 to " in lines[10] and " to 1.00e-06 |" in lines[-1]
+    bars = [line.count("#") for line in lines]
+    assert max(bars) == 50 and bars.index(50) in (9, 10, 11) and bars[0] < 10 and bars[-1] <= 1
+    for task, words in (("ocec", TINY[2:]), ("bidmc_hr", PPG[2:]), ("faceparse", FACEPARSE[2:])):
+        code, out, err = call("--task", task, *words, "--show-schedule", "--schedule", "plateau")
+        shown = re.findall(r"^epoch +\d+ \| lr [0-9.e-]+ to [0-9.e-]+ \| #+$", out, re.M)
+        assert code == 0 and len(shown) == int(words[words.index("--epochs") + 1]), err
+
+
+def test_train_check_sampler_walks_all_batches_of_an_epoch():
+    with folder() as f:
+        rare = lambda c: c | {"labels": np.repeat([0, 1, 2], [220, 16, 4])} | {name: c[name][:240] for name in ("audio", "sensor")}
+        quad_npz(f / "quad.npz", change=lambda c: {name: each for name, each in rare(c).items() if name != "groups"})
+        look = [*MODAL, "--data", f / "quad.npz", "--check-sampler", "--batch-size", "9"]
+        code, out, err = call(*look)
+        assert code == 0 and "batches of one class: 0" in out and "at least 3, 3.00 on average" in out and "WARNING" not in out, err
+        code, out, err = call(*look[:-2], "--sampler", "shuffled", "--batch-size", "80")
+        assert code == 0 and re.search(r"WARNING: one class is 9\d\.\d% of the rows drawn", out), (out, err)
+        code, _, err = call("--task", "faceparse", *FACEPARSE[2:], "--check-sampler")
+        assert code == 2 and "this task has none" in err
+
+
+def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing():
+    with folder() as f:
+        plain, out = quad_run(f / "a", "--epochs", "3"), quad_run(f / "b", "--epochs", "3", "--debug")
+        assert same_bits(result_of(f / "a"), result_of(f / "b")) and "debug" not in plain
+        lines = [line for line in out.splitlines() if line.startswith("debug epoch ")]
+        assert len(lines) == 3 * 5 and "batch 0 | labels 0: 4, 1: 4, 2: 4" in lines[0]
+        assert "lr 1e-06 | output (12, 8): mean" in lines[1] and "0 not finite" in lines[1]
+        found = re.search(r"(\d+) of (\d+) trainable tensors have a gradient, norm ([0-9.]+) \(healthy: 1 to 10\): (.*)", lines[2])
+        assert int(found[1]) == int(found[2]) - 2  # no row lacks a modality, so neither vector for that is reached
+        parts = dict(part.rsplit(" ", 1) for part in found[4].split(", "))
+        assert set(parts) == {"tokens", "encoders", "readouts", "head"}
+        assert math.isclose(float(found[3]), math.hypot(*map(float, parts.values())), rel_tol=0.02)
+        checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
+        assert [line.split(" | ")[1].strip() for line in checklist] == [
+            "batches hold all classes", "no class above 90 %", "warm-up rises", "loss falls", "no value is not finite",
+            "gradient norm is 1 to 10", "something is trained", "learning rate moves"]
+        assert all(line.startswith(("yes | ", "NO  | ")) for line in checklist) and checklist[0].startswith("yes")
+    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), history=[{}] + [
+        {"lr": 1e-3, "grad_norm": 20.0, "train_loss": 1.0 + i, "skipped_steps": 1} for i in range(3)])
+    args = train.parse_args(["--task", "ocec", "--warmup-epochs", "1", "--batch-size", "5"])
+    run_.raw_model.requires_grad_(False)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        train.print_verdicts(run_, types.SimpleNamespace(train=data.EyeSplit(None, np.repeat([0, 1], [97, 3]), np.arange(100))), args)
+    assert text.getvalue().count("NO  | ") == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the project: house rules, README
 
 LIFTABLE = ("models", "losses", "schedulers", "data", "ema")
@@ -5976,6 +6571,13 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "f_score_pooled": "f_score_pooled([[2, 0], [0, 3]]).tolist() == [1, 1]",
     "mean_iou": "mean_iou([[3, 1], [0, 4]]) == 0.775",
     "auto_pos_weight": "auto_pos_weight([0, 0, 0, 1]) == 3",
+    "supcon_loss": "abs(supcon_loss(torch.ones(32, 8), torch.arange(32) % 4) - 3.4340) < 1e-4",
+    "supcon_bounds": "supcon_bounds([0, 0, 0]) == (math.log(2), math.log(2))",
+    "mean_cosine": "mean_cosine([[1, 0], [2, 0]]) == 1",
+    "knn_predict": "knn_predict([[1, 0], [0, 1]], [7, 9], [[3, 1]], k=1) == 7",
+    "knn_accuracy": "knn_accuracy([[1, 0], [0, 1]], [7, 9], [[3, 1]], [7], k=1) == 1",
+    "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
+    "ridge_predict": "ridge_predict([[0], [1], [2], [9]], [3, 3, 3, 5], [[5], [6]]).tolist() == [3, 5]",
     "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",
     "average_precision": "average_precision([2.0, 1.0], [1, 0]) == 1",
     "binary_report": "binary_report([2.0, -1.0], [1, 0])['f1'] == 1",

@@ -865,7 +865,194 @@ def ppg_task(*, bins):
         evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict)
 
 
-TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96)}
+# ---------------------------------------------------------------------------------------------------------------------
+# Task quadmodal: one embedding of several modalities, supervised contrastive
+
+
+def quad_load(path, args):
+    arrays, labels, groups, names, present = data.read_modalities(path) if path else data.synthetic_modalities()
+    shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
+    notes = [f"data: {path or 'SYNTHETIC modalities, drawn by the script: a score on them is no result'}, {len(labels):,} rows of "
+             + ", ".join(f"{name} {show(tuple(shape))}" for name, shape in shapes.items())]
+    some = [array[:: max(1, len(array) // 100)].tobytes() for array in arrays.values()]  # enough rows to tell this set from another
+    facts = {"data": zlib.crc32(b"".join([labels.tobytes(), *some])), "names": list(names), "shapes": shapes}
+    if args.split == "all":
+        raise ValueError("--split all: k-NN compares with the run's own training rows: give --split train, validation or test, and no "
+                         "other --data")
+
+    parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(len(labels)) if groups is None else groups, args)))
+    if groups is None:
+        notes.append("split: by row, since no groups are known: leakage between the splits cannot be excluded")
+    else:
+        counts = ", ".join(f"{len(np.unique(groups[rows]))} {title}" for title, rows in parts.items())
+        notes.append(f"split: by group, {counts}, none on two sides")
+    notes += [f"{title}: " + ", ".join(f"{n:,} {name}" for n, name in zip(np.bincount(labels[rows], minlength=len(names)), names))
+              for title, rows in parts.items() if len(rows)]
+    scaler = {name: data.channel_statistics(array, parts["train"], present[name]) for name, array in arrays.items()}
+    facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
+              "scaler": {name: [each.tolist() for each in pair] for name, pair in scaler.items()}}
+    splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device,
+                                     noise=args.noise, scale=args.scale, shift=args.shift) for title, rows in parts.items() if len(rows)}
+    quad_check(splits["train"], args)
+    for each in splits.values():
+        each.reference = splits["train"]  # k-NN looks for neighbours there
+    return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
+
+
+def quad_check(train, args):
+    """Refuse training rows and batches from which SupCon learns nothing."""
+    held = np.unique(train.labels)
+    if len(held) < 2 and not args.allow_single_class:
+        raise ValueError(f"all {len(train):,} training rows are of class {held[0]}: the loss then cannot fall below ln(B - 1), "
+                         f"{math.log(args.batch_size - 1):.5f} for batches of {args.batch_size}, whatever the network learns; add the "
+                         "other classes, split by other groups (--seed, the ratios), or watch it with --allow-single-class")
+    for rows in plan_batches(train, 1, args):
+        counts = np.bincount(train.labels[rows])
+        if counts.max() < 2 or len(held) > 1 and np.count_nonzero(counts) < 2:
+            raise ValueError(f"a batch of {len(rows)} rows holds {np.count_nonzero(counts)} classes, at most {counts.max()} rows of one: "
+                             "SupCon needs two classes and two rows of one; --sampler stratified with --batch-size "
+                             f"{2 * len(held)} or more has them")
+
+
+def quad_network(args):
+    frozen = [name for name in args.freeze.split(",") if name]
+    model = models.QuadModal(
+        {name: tuple(shape) for name, shape in args.facts["shapes"].items()}, width=args.width, tokens=args.tokens, heads=args.heads,
+        depth=args.depth, hidden=args.hidden, embed=args.embed, patch=args.patch, dropout=args.dropout,
+        modality_dropout=args.modality_dropout)
+    models.freeze_encoders(model, frozen)
+    return model
+
+
+def quad_loss(model, batch, step, args):
+    """SupCon, and what to read it by: its bounds for these labels, the mean cosine of the embeddings, the classes in the batch."""
+    inputs, present, encoded, labels = (batch[name] for name in ("inputs", "present", "encoded", "targets"))
+    supcon = functools.partial(losses.supcon_loss, temperature=args.temperature)
+    if args.mixup:
+        lam = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
+        other = torch.randperm(len(labels), device=labels.device)
+        tokens = {name: model.encode(name, x) for name, x in inputs.items()} | encoded
+        tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
+        z = model.fuse(tokens, {name: here & here[other] for name, here in present.items()})
+        # a mixed row is lam one class and 1 - lam another: it is contrasted as either, by these shares
+        loss = lam * supcon(z, labels) + (1 - lam) * supcon(z, labels[other])
+    else:
+        z = model(inputs, present, encoded=encoded)
+        loss = supcon(z, labels)
+    lower, collapsed = losses.supcon_bounds(labels, temperature=args.temperature)
+    return loss, {"bound": lower, "collapsed": collapsed, "cosine": float(losses.mean_cosine(z.detach())), "classes": len(labels.unique())}
+
+
+def quad_probability(embeddings, args):
+    """Cosine similarities need no scale: the embedding itself is what is written."""
+    return embeddings
+
+
+def quad_embeddings(model, split):
+    return all_outputs(lambda batch: model(batch["inputs"], batch["present"], encoded=batch["encoded"]), split)
+
+
+def quad_batches(labels, args):
+    """Always the same stratified batches of a split, for a contrastive loss that does not hang on the order of its rows."""
+    return [rows for rows in data.stratified_batches(labels, args.batch_size, seed=0, epoch=0) if np.bincount(labels[rows]).max() > 1]
+
+
+def quad_report(predictions, split, args):
+    """Accuracy, macro F1 and a table by class of predicted labels, whoever made them."""
+    report = losses.class_report(predictions, split.labels, len(args.facts["names"]))
+    classes = {name: {key: row[key] for key in ("rows", "recall", "f1")} for name, row in zip(args.facts["names"], report["classes"])}
+    return {"accuracy": report["accuracy"], "macro_f1": report["macro_f1"], "classes": classes}
+
+
+def quad_evaluate(model, split, args):
+    """k-NN among the embedded training rows, a linear probe on them, and SupCon over stratified batches."""
+    z, reference = quad_embeddings(model, split), quad_embeddings(model, split.reference)
+    nearest = losses.knn_predict(reference, split.reference.labels, z, k=args.neighbours)
+    probe = losses.ridge_predict(reference, split.reference.labels, z)
+    loss = np.mean([float(losses.supcon_loss(z[rows], torch.from_numpy(split.labels[rows]), temperature=args.temperature))
+                    for rows in quad_batches(split.labels, args)])
+    return {"loss": float(loss), **quad_report(nearest, split, args), "probe": float(np.mean(probe == split.labels)),
+            "cosine": float(losses.mean_cosine(z))}
+
+
+def quad_statistics(split):
+    """{modality: (n, 2 C)} mean and standard deviation of every channel of each row; 0 where it is absent."""
+    parts = {}
+    for start in range(0, len(split), 512):
+        for name in split.arrays:
+            x = split.scaled(name, split.rows[start : start + 512])
+            x[torch.from_numpy(~split.present[name][split.rows[start : start + 512]])] = 0
+            channels = x[:, :, None] if x.ndim == 2 else x if x.ndim == 3 else x.movedim(-3, -1).flatten(1, -2)
+            parts.setdefault(name, []).append(torch.cat([channels.mean(1), channels.std(1, correction=0)], 1).cpu())
+    return {name: torch.cat(each).double().numpy() for name, each in parts.items()}
+
+
+def quad_floor(split, args):
+    """The majority class of the training rows, ridge regressions on the mean and sd of each channel; the bounds of the loss."""
+    train = split.reference
+    bounds = np.mean([losses.supcon_bounds(torch.from_numpy(split.labels[rows]), temperature=args.temperature)
+                      for rows in quad_batches(split.labels, args)], axis=0)
+    majority = np.full(len(split), np.bincount(train.labels).argmax())
+    rows = {"constant majority": {"loss": float(bounds[1]), **quad_report(majority, split, args)}}
+    fitted, scored = quad_statistics(train), quad_statistics(split)
+    for name in [*fitted, "all"]:
+        x, y = (np.concatenate([each[key] for key in ([*fitted] if name == "all" else [name])], axis=1) for each in (fitted, scored))
+        rows[f"ridge {name}"] = quad_report(losses.ridge_predict(x, train.labels, y), split, args)
+    return rows | {"ceiling": {"loss": float(bounds[0]), **quad_report(split.labels, split, args)}}
+
+
+def quad_predict(model, path, out, args):
+    """An .npz with the embedding of every row."""
+    arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
+    scaler = {name: [torch.tensor(each, dtype=torch.float64) for each in pair] for name, pair in args.facts["scaler"].items()}
+    split = data.ModalSplit(arrays, None, np.arange(len(next(iter(arrays.values())))), present=present, scaler=scaler, device=args.device)
+    embeddings = quad_probability(quad_embeddings(model, split), args).numpy()
+    with atomic_write(out, "wb") as file:
+        np.savez(file, embeddings=embeddings)
+    return len(embeddings)
+
+
+# The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
+QUAD_ORIGINAL = dict(
+    width=512, tokens=4, heads=8, hidden=1024, embed=512, epochs=100, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup_epochs=10.0,
+    warmup_start_lr=1e-7, min_lr=1e-6, clip=1.0, temperature=0.07, ema_decay=0.0, noise=0.0, scale=0.0, shift=0, modality_dropout=0.0)
+QUAD_LATER = QUAD_ORIGINAL | dict(
+    lr=5e-5, weight_decay=1e-2, warmup_epochs=5.0, warmup_start_lr=1e-6, temperature=0.1, clip=0.5, mixup=0.2)
+
+QUADMODAL = Task(
+    defaults=engine_flags(
+        epochs=15, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=10.0, restart_mult=2,
+        cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
+        train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
+        sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: each row once an epoch",
+                     choices=("shuffled", "stratified")),
+        monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights", choices=("accuracy", "macro_f1", "loss")),
+        temperature=Flag(0.07, "of SupCon", above=0),
+        neighbours=Flag(5, "k of the k-NN that scores", low=1),
+        width=Flag(64, "of a token, a multiple of --heads and of 4", low=4),
+        tokens=Flag(4, "fusion tokens", low=1),
+        heads=Flag(8, "attention heads", low=1),
+        depth=Flag(1, "transformer layers of the encoder of a sequence or video", low=0),
+        hidden=Flag(128, "width between fusion and embedding", low=1),
+        embed=Flag(64, "width of the embedding", low=1),
+        patch=Flag(8, "steps of a sequence that make a token", low=1),
+        dropout=Flag(0.1, "in transformer layers, attention and head", low=0, high=0.95),
+        modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, never its last", low=0, high=0.95),
+        freeze=Flag("", "encoders that are not trained, names with commas between"),
+        noise=Flag(0.1, "sd of noise added in training, the sd of a channel being 1", low=0),
+        scale=Flag(0.2, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
+        shift=Flag(16, "roll sequences by up to so many steps", low=0),
+        mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
+        allow_single_class=Flag(False, "train although there is one class, to see the loss stand at its bound"),
+    ),
+    variants={"original": QUAD_ORIGINAL, "later": QUAD_LATER},
+    load=quad_load, network=quad_network, loss=quad_loss, probability=quad_probability,
+    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict,
+)
+
+
+TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
                                          floor=masked_floor, predict=masked_predict) for name in ("bidmc_rr", "bidmc_hr")}
 
@@ -896,7 +1083,8 @@ RUN_FLAGS = {
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead of training"),
 }
 LOOKS = ("find_lr", "show_schedule", "check_sampler")  # calls that prepare a run, print something about it, and write nothing
-ABSENT = {"mode": "scratch", "sampler": "shuffled", "channels_last": False}  # what the loop takes where a task has no such flag
+# what the loop takes where a task has no such flag
+ABSENT = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",), "pretrained": ("--pretrained-ckpt",)}
 
 
@@ -1625,11 +1813,17 @@ def check_one_row_batch(run, sets, batches, args):
 
 
 def cache_features(model, sets):
-    """A frozen encoder makes the same features of a row in every epoch: make them once, in eval mode."""
+    """A frozen encoder makes the same features of a row in every epoch: make them once, in eval mode, from rows that are not augmented.
+
+    They become split.features, which batches hold instead of inputs: one tensor, or with some of several encoders frozen {name: tensor}.
+    """
+    encode = getattr(model, "encode_frozen", model.features)
     model.eval()
     with torch.no_grad():
         for split in sets.splits().values():
-            split.features = torch.cat([model.features(batch["inputs"]) for batch in batches_in_order(split)])
+            parts = [encode(batch["inputs"]) for batch in batches_in_order(split)]
+            split.features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if isinstance(
+                parts[0], dict) else torch.cat(parts)
 
 
 def prepare(args):
@@ -1668,7 +1862,7 @@ def prepare(args):
         load_run(run, content, folder / "last.pt")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
-    if args.mode == "probe":
+    if args.mode == "probe" or args.freeze:
         cache_features(run.raw_model, sets)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
     weights, trained = (models.count_parameters(run.raw_model, trainable_only=only) for only in (False, True))
