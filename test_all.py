@@ -6347,6 +6347,14 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
     assert "| bound " in out and "| collapsed " in out and "rows     recall         f1" in out
 
 
+def test_train_quad_uses_the_modalities_that_are_named():
+    with folder() as f:
+        out = quad_run(f / "a", "--modalities", "sensor")
+        assert "rows of sensor 64x6\n" in out and "ridge audio" not in out
+        assert all("audio" not in name for name in result_of(f / "a")["model"])
+        assert call("--task", "quadmodal", "--predict", f / "a" / "best.pt", "--data", f / "quad.npz", "--out", f / "z.npz")[0] == 0
+
+
 def test_train_quad_statistics_are_mean_and_sd_of_every_channel():
     arrays, labels, _, _, present = data.synthetic_modalities(30, missing=0.5)
     split = data.ModalSplit(arrays, labels, np.arange(3, 17), present=present)
@@ -6451,6 +6459,7 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("labels", npz("d.npz", lambda c: {name: each for name, each in c.items() if name != "labels"})),
             ("class", npz("e.npz", lambda c: c | {"labels": np.where(np.arange(240) == 3, 2, np.minimum(c["labels"], 1))})),
             ("cannot freeze 'video': the modalities are audio, sensor", ["--freeze", "video"]),
+            ("--modalities audio,smell: there is no smell; the file holds audio, sensor", ["--modalities", "audio,smell"]),
             ("width must be a multiple of heads and of 4", ["--width", "10"]),
             ("SupCon needs two classes and two rows of one", ["--batch-size", "2", "--sampler", "shuffled"]),
             ("--split all: k-NN compares with the run's own training rows", ["--eval", f / "run" / "best.pt", "--split", "all"]),

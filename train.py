@@ -869,8 +869,18 @@ def ppg_task(*, bins):
 # Task quadmodal: one embedding of several modalities, supervised contrastive
 
 
+def quad_chosen(arrays, args):
+    """The modalities of --modalities, or all."""
+    chosen = [name for name in args.modalities.split(",") if name] or list(arrays)
+    unknown = [name for name in chosen if name not in arrays]
+    if unknown:
+        raise ValueError(f"--modalities {args.modalities}: there is no {', '.join(unknown)}; the file holds {', '.join(arrays)}")
+    return {name: arrays[name] for name in chosen}
+
+
 def quad_load(path, args):
     arrays, labels, groups, names, present = data.read_modalities(path) if path else data.synthetic_modalities()
+    arrays = quad_chosen(arrays, args)
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
     notes = [f"data: {path or 'SYNTHETIC modalities, drawn by the script: a score on them is no result'}, {len(labels):,} rows of "
              + ", ".join(f"{name} {show(tuple(shape))}" for name, shape in shapes.items())]
@@ -1004,6 +1014,7 @@ def quad_floor(split, args):
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
     arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
+    arrays = quad_chosen(arrays, args)
     scaler = {name: [torch.tensor(each, dtype=torch.float64) for each in pair] for name, pair in args.facts["scaler"].items()}
     split = data.ModalSplit(arrays, None, np.arange(len(next(iter(arrays.values())))), present=present, scaler=scaler, device=args.device)
     embeddings = quad_probability(quad_embeddings(model, split), args).numpy()
@@ -1028,6 +1039,7 @@ QUADMODAL = Task(
         sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: each row once an epoch",
                      choices=("shuffled", "stratified")),
         monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights", choices=("accuracy", "macro_f1", "loss")),
+        modalities=Flag("", "which ones to use, names with commas between (default: all)"),
         temperature=Flag(0.07, "of SupCon", above=0),
         neighbours=Flag(5, "k of the k-NN that scores", low=1),
         width=Flag(64, "of a token, a multiple of --heads and of 4", low=4),
@@ -1039,7 +1051,7 @@ QUADMODAL = Task(
         patch=Flag(8, "steps of a sequence that make a token", low=1),
         dropout=Flag(0.1, "in transformer layers, attention and head", low=0, high=0.95),
         modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, never its last", low=0, high=0.95),
-        freeze=Flag("", "encoders that are not trained, names with commas between"),
+        freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run once on rows that are not augmented"),
         noise=Flag(0.1, "sd of noise added in training, the sd of a channel being 1", low=0),
         scale=Flag(0.2, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
         shift=Flag(16, "roll sequences by up to so many steps", low=0),
