@@ -6458,6 +6458,10 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("audio", npz("c.npz", nan)),
             ("labels", npz("d.npz", lambda c: {name: each for name, each in c.items() if name != "labels"})),
             ("class", npz("e.npz", lambda c: c | {"labels": np.where(np.arange(240) == 3, 2, np.minimum(c["labels"], 1))})),
+            ("--neighbours 500 must be at most", ["--neighbours", "500"]),
+            ("no class has two of the 3 validation rows", npz("g.npz", lambda c: {
+                name: each for name, each in c.items() if name not in ("groups", "label_names")} | {"labels": np.arange(240) % 120}) + [
+                "--train-ratio", "0.7875", "--val-ratio", "0.0125", "--batch-size", "240"]),
             ("cannot freeze 'video': the modalities are audio, sensor", ["--freeze", "video"]),
             ("--modalities audio,smell: there is no smell; the file holds audio, sensor", ["--modalities", "audio,smell"]),
             ("width must be a multiple of heads and of 4", ["--width", "10"]),
@@ -6529,16 +6533,17 @@ def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing
         checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
         assert [line.split(" | ")[1].strip() for line in checklist] == [
             "batches hold all classes", "no class above 90 %", "warm-up rises", "loss falls", "no value is not finite",
-            "gradient norm is 1 to 10", "something is trained", "learning rate moves"]
+            "gradient norm is 1 to 10", "something is trained", "gradient reaches all", "learning rate moves"]
         assert all(line.startswith(("yes | ", "NO  | ")) for line in checklist) and checklist[0].startswith("yes")
-    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), history=[{}] + [
+        assert "not reached: readouts.audio.missing, readouts.sensor.missing" in checklist[7]
+    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), unreached=["weight"], history=[{}] + [
         {"lr": 1e-3, "grad_norm": 20.0, "train_loss": 1.0 + i, "skipped_steps": 1} for i in range(3)])
     args = train.parse_args(["--task", "ocec", "--warmup-epochs", "1", "--batch-size", "5"])
     run_.raw_model.requires_grad_(False)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         train.print_verdicts(run_, types.SimpleNamespace(train=data.EyeSplit(None, np.repeat([0, 1], [97, 3]), np.arange(100))), args)
-    assert text.getvalue().count("NO  | ") == 8
+    assert text.getvalue().count("NO  | ") == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

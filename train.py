@@ -904,14 +904,19 @@ def quad_load(path, args):
     splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device,
                                      noise=args.noise, scale=args.scale, shift=args.shift) for title, rows in parts.items() if len(rows)}
     quad_check(splits["train"], args)
-    for each in splits.values():
+    for title, each in splits.items():
         each.reference = splits["train"]  # k-NN looks for neighbours there
+        if not quad_batches(each.labels, args):
+            raise ValueError(f"no class has two of the {len(each)} {title} rows: SupCon has nothing to compare there; change --seed or the "
+                             "ratios")
     return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
 
 
 def quad_check(train, args):
     """Refuse training rows and batches from which SupCon learns nothing."""
     held = np.unique(train.labels)
+    if args.neighbours > len(train):
+        raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the training rows there are")
     if len(held) < 2 and not args.allow_single_class:
         raise ValueError(f"all {len(train):,} training rows are of class {held[0]}: the loss then cannot fall below ln(B - 1), "
                          f"{math.log(args.batch_size - 1):.5f} for batches of {args.batch_size}, whatever the network learns; add the "
@@ -1455,7 +1460,7 @@ def set_up_backbone(model, args, pretrained):
 
 def build(args, steps_per_epoch, pretrained=None):
     """Everything a run changes, from the settings, the seed and a pretrained encoder alone."""
-    run = types.SimpleNamespace(step=0, history=[])
+    run = types.SimpleNamespace(step=0, history=[], unreached=[])
     torch.manual_seed(seed_of(args.seed))
     run.raw_model = task_of(args).network(args).to(args.device)
     groups = set_up_backbone(run.raw_model, args, pretrained)
@@ -1748,6 +1753,7 @@ def print_debug(epoch, i, batch, run, output, lr):
     """The first batches of an epoch, after backward and before the gradient is clipped."""
     print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
     if i == 0:
+        run.unreached = [name for name, p in run.raw_model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {describe_gradients(run.raw_model)}")
 
 
@@ -1774,6 +1780,8 @@ def print_verdicts(run, sets, args):
          f"{sum(row['skipped_steps'] for row in rows)} steps skipped"),
         ("gradient norm is 1 to 10", all(1 <= norm <= 10 for norm in norms), f"{min(norms):.3g} to {max(norms):.3g}, mean of each epoch"),
         ("something is trained", trained > 0, f"{trained:,} of {whole:,} parameters"),
+        ("gradient reaches all", not run.unreached, f"not reached: {', '.join(run.unreached[:3]) or 'none'}"
+         + f" and {len(run.unreached) - 3} more" * (len(run.unreached) > 3)),
         ("learning rate moves", max(rates) > min(rates) or args.schedule == "none", f"{min(rates):.2g} to {max(rates):.2g}")]
     print("\nchecklist")
     for question, good, evidence in found:
