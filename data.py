@@ -1990,20 +1990,16 @@ class ModalSplit:
              encoders made of them
     noise    sd of Gaussian noise, added to every value
     scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its channels alike
-    offset   sd of a Gaussian constant, one for each row and channel: another zero point, as of a sensor worn otherwise
     shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike: streams of one rate stay in step
-    Errors:  ValueError for noise, offset or shift below 0, scale outside [0, 1)
+    Errors:  ValueError for noise or shift below 0, scale outside [0, 1)
     """
 
-    def __init__(self, arrays, labels, rows, *, present=None, groups=None, scaler=None, noise=0.0, scale=0.0, offset=0.0, shift=0,
-                 device="cpu"):
-        if not (0 <= noise < float("inf") and 0 <= offset < float("inf") and 0 <= scale < 1 and 0 <= shift == int(shift)):
-            raise ValueError(f"noise {noise} and offset {offset} must be at least 0, scale {scale} in [0, 1), shift {shift} a whole number "
-                             "from 0; 0 is off")
+    def __init__(self, arrays, labels, rows, *, present=None, groups=None, scaler=None, noise=0.0, scale=0.0, shift=0, device="cpu"):
+        if not (0 <= noise < float("inf") and 0 <= scale < 1 and 0 <= shift == int(shift)):
+            raise ValueError(f"noise {noise} must be at least 0, scale {scale} in [0, 1), shift {shift} a whole number from 0; 0 is off")
         self.arrays, self.present, self.rows, self.scaler = arrays, present or {}, np.asarray(rows), scaler
         self.labels, self.groups = (None if each is None else np.asarray(each)[self.rows] for each in (labels, groups))
-        self.noise, self.scale, self.offset, self.shift = noise, scale, offset, int(shift)
-        self.device, self.features = torch.device(device), {}
+        self.noise, self.scale, self.shift, self.device, self.features = noise, scale, int(shift), torch.device(device), {}
 
     def __len__(self):
         return len(self.rows)
@@ -2037,7 +2033,7 @@ class ModalSplit:
         return x.float()
 
     def augmented(self, inputs, generator):
-        """Scaled inputs after shift, scale, offset and noise, in that order; nothing in place."""
+        """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
         b = max(map(len, inputs.values()), default=0)
         steps = torch.randint(-self.shift, self.shift + 1, (b, 1), generator=generator).to(self.device)
         changed = {}
@@ -2048,9 +2044,6 @@ class ModalSplit:
             if self.scale:
                 factor = 1 + self.scale * (2 * torch.rand(b, generator=generator) - 1)
                 x = x * factor.to(self.device).reshape(-1, *(1,) * (x.ndim - 1))
-            if self.offset:
-                channels = (b, *(1,) * (x.ndim - 2), x.shape[-1]) if x.ndim < 4 else (b, *(1,) * (x.ndim - 4), x.shape[-3], 1, 1)
-                x = x + self.offset * torch.randn(channels, generator=generator).to(self.device)
             if self.noise:
                 x = x + self.noise * torch.randn(x.shape, generator=generator).to(self.device)
             changed[name] = x

@@ -6355,19 +6355,6 @@ def test_train_quad_uses_the_modalities_that_are_named():
         assert call("--task", "quadmodal", "--predict", f / "a" / "best.pt", "--data", f / "quad.npz", "--out", f / "z.npz")[0] == 0
 
 
-def test_data_modal_split_offset_is_one_number_for_each_row_and_channel():
-    arrays, labels, _, _, _ = data.synthetic_modalities(200)
-    plain = data.ModalSplit(arrays, labels, np.arange(200)).batch(np.arange(200), seeded())["inputs"]
-    moved = data.ModalSplit(arrays, labels, np.arange(200), offset=0.5).batch(np.arange(200), seeded())["inputs"]
-    for name, x in plain.items():
-        offset = (moved[name] - x).movedim(-3, -1).flatten(1, -2) if x.ndim > 3 else moved[name] - x
-        assert (offset - offset[:, :1]).abs().max() < 1e-4, name
-        first = offset[:, 0]
-        assert abs(float(first.std()) - 0.5) < 0.06 and abs(float(first.mean())) < 0.06, name
-        assert abs(float(torch.corrcoef(first.T)[0, 1])) < 0.25, name  # channels and rows draw their own
-    raises(ValueError, "offset -1", lambda: data.ModalSplit(arrays, labels, np.arange(9), offset=-1))
-
-
 def test_train_quad_statistics_are_mean_and_sd_of_every_channel():
     arrays, labels, _, _, present = data.synthetic_modalities(30, missing=0.5)
     split = data.ModalSplit(arrays, labels, np.arange(3, 17), present=present)

@@ -901,9 +901,8 @@ def quad_load(path, args):
     scaler = {name: data.channel_statistics(array, parts["train"], present[name]) for name, array in arrays.items()}
     facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
               "scaler": {name: [each.tolist() for each in pair] for name, pair in scaler.items()}}
-    augment = {name: getattr(args, name) for name in ("noise", "scale", "offset", "shift")}
-    splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device, **augment)
-              for title, rows in parts.items() if len(rows)}
+    splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device,
+                                     noise=args.noise, scale=args.scale, shift=args.shift) for title, rows in parts.items() if len(rows)}
     quad_check(splits["train"], args)
     for title, each in splits.items():
         each.reference = splits["train"]  # k-NN looks for neighbours there
@@ -1032,8 +1031,7 @@ def quad_predict(model, path, out, args):
 # The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
 QUAD_ORIGINAL = dict(
     width=512, tokens=4, heads=8, hidden=1024, embed=512, epochs=100, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup_epochs=10.0,
-    warmup_start_lr=1e-7, min_lr=1e-6, clip=1.0, temperature=0.07, ema_decay=0.0, noise=0.0, scale=0.0, offset=0.0, shift=0,
-    modality_dropout=0.0)
+    warmup_start_lr=1e-7, min_lr=1e-6, clip=1.0, temperature=0.07, ema_decay=0.0, noise=0.0, scale=0.0, shift=0, modality_dropout=0.0)
 QUAD_LATER = QUAD_ORIGINAL | dict(
     lr=5e-5, weight_decay=1e-2, warmup_epochs=5.0, warmup_start_lr=1e-6, temperature=0.1, clip=0.5, mixup=0.2)
 
@@ -1061,7 +1059,6 @@ QUADMODAL = Task(
         freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run once on rows that are not augmented"),
         noise=Flag(0.1, "sd of noise added in training, the sd of a channel being 1", low=0),
         scale=Flag(0.2, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
-        offset=Flag(0.0, "sd of a constant added to each channel of a row", low=0),
         shift=Flag(16, "roll sequences by up to so many steps", low=0),
         mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
         allow_single_class=Flag(False, "train although there is one class, to see the loss stand at its bound"),
