@@ -1171,6 +1171,11 @@ class QuadModal(nn.Module):
                              "pad it, or build the network for this shape")
         return self.encoders[name](x)
 
+    def encode_present(self, name, x, here):
+        """Tokens (B, T, width) of the rows that have a modality, 0 in the others, which stay out of gradients and batch statistics."""
+        some = self.encode(name, x[here])
+        return some.new_zeros(len(x), *some.shape[1:]).index_put((here,), some)
+
     def encode_frozen(self, inputs):
         """What the frozen encoders make of whole rows, {name: (B, T, width)}: the same in every epoch, to be made once."""
         return {name: self.encode(name, inputs[name]) for name in self.shapes
@@ -1182,11 +1187,7 @@ class QuadModal(nn.Module):
         present = self._present(inputs, encoded, present or {})
         fused = []
         for name in self.shapes:
-            if name in encoded:
-                tokens = encoded[name]
-            else:  # only the rows that have it, so that the others stay out of gradients and batch statistics
-                some = self.encode(name, inputs[name][present[name]])
-                tokens = some.new_zeros(len(inputs[name]), *some.shape[1:]).index_put((present[name],), some)
+            tokens = encoded[name] if name in encoded else self.encode_present(name, inputs[name], present[name])
             fused.append(self.readouts[name](self.tokens, tokens, present[name]))
         return self.head(torch.cat(fused, 1).flatten(1))
 

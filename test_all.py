@@ -6352,15 +6352,19 @@ def test_train_quad_uses_the_modalities_that_are_named():
         out = quad_run(f / "a", "--modalities", "sensor")
         assert "rows of sensor 64x6\n" in out and "ridge audio" not in out
         assert all("audio" not in name for name in result_of(f / "a")["model"])
+        code, _, err = call("--task", "quadmodal", "--predict", f / "a" / "best.pt", "--out", f / "z.npz",
+                            "--data", quad_npz(f / "b.npz", only=("audio",)))
+        assert code == 2 and "holds no sensor" in err, err
         assert call("--task", "quadmodal", "--predict", f / "a" / "best.pt", "--data", f / "quad.npz", "--out", f / "z.npz")[0] == 0
 
 
 def test_train_quad_statistics_are_mean_and_sd_of_every_channel():
     arrays, labels, _, _, present = data.synthetic_modalities(30, missing=0.5)
+    arrays["vector"], present["vector"] = np.random.default_rng(0).normal(size=(30, 5)), np.arange(30) > 9
     split = data.ModalSplit(arrays, labels, np.arange(3, 17), present=present)
     found = train.quad_statistics(split)
     for name, array in arrays.items():
-        channels = np.moveaxis(array, -3, -1) if array.ndim > 3 else array
+        channels = np.moveaxis(array, -3, -1) if array.ndim > 3 else array[:, None] if array.ndim == 2 else array
         flat = channels.reshape(len(array), -1, channels.shape[-1])[3:17].astype(np.float64)
         want = np.where(present[name][3:17, None], np.concatenate([flat.mean(1), flat.std(1)], 1), 0)
         np.testing.assert_allclose(found[name], want, atol=1e-4)
@@ -6466,6 +6470,7 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("--modalities audio,smell: there is no smell; the file holds audio, sensor", ["--modalities", "audio,smell"]),
             ("width must be a multiple of heads and of 4", ["--width", "10"]),
             ("SupCon needs two classes and two rows of one", ["--batch-size", "2", "--sampler", "shuffled"]),
+            ("SupCon needs two classes and two rows of one", ["--batch-size", "6", "--sampler", "shuffled", "--epochs", "300"]),
             ("--split all: k-NN compares with the run's own training rows", ["--eval", f / "run" / "best.pt", "--split", "all"]),
             ("nowhere.npz is no file", ["--data", f / "nowhere.npz"]),
         ]

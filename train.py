@@ -921,7 +921,7 @@ def quad_check(train, args):
         raise ValueError(f"all {len(train):,} training rows are of class {held[0]}: the loss then cannot fall below ln(B - 1), "
                          f"{math.log(args.batch_size - 1):.5f} for batches of {args.batch_size}, whatever the network learns; add the "
                          "other classes, split by other groups (--seed, the ratios), or watch it with --allow-single-class")
-    for rows in plan_batches(train, 1, args):
+    for rows in (rows for epoch in range(1, args.epochs + 1) for rows in plan_batches(train, epoch, args)):
         counts = np.bincount(train.labels[rows])
         if counts.max() < 2 or len(held) > 1 and np.count_nonzero(counts) < 2:
             raise ValueError(f"a batch of {len(rows)} rows holds {np.count_nonzero(counts)} classes, at most {counts.max()} rows of one: "
@@ -946,7 +946,7 @@ def quad_loss(model, batch, step, args):
     if args.mixup:
         lam = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
         other = torch.randperm(len(labels), device=labels.device)
-        tokens = {name: model.encode(name, x) for name, x in inputs.items()} | encoded
+        tokens = {name: model.encode_present(name, x, present[name]) for name, x in inputs.items()} | encoded
         tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
         z = model.fuse(tokens, {name: here & here[other] for name, here in present.items()})
         # a mixed row is lam one class and 1 - lam another: it is contrasted as either, by these shares
@@ -991,13 +991,13 @@ def quad_evaluate(model, split, args):
 
 
 def quad_statistics(split):
-    """{modality: (n, 2 C)} mean and standard deviation of every channel of each row; 0 where it is absent."""
+    """{modality: (n, 2 C)} mean and standard deviation of every channel of each row, a feature being a channel; 0 where it is absent."""
     parts = {}
     for start in range(0, len(split), 512):
         for name in split.arrays:
             x = split.scaled(name, split.rows[start : start + 512])
             x[torch.from_numpy(~split.present[name][split.rows[start : start + 512]])] = 0
-            channels = x[:, :, None] if x.ndim == 2 else x if x.ndim == 3 else x.movedim(-3, -1).flatten(1, -2)
+            channels = x[:, None] if x.ndim == 2 else x if x.ndim == 3 else x.movedim(-3, -1).flatten(1, -2)
             parts.setdefault(name, []).append(torch.cat([channels.mean(1), channels.std(1, correction=0)], 1).cpu())
     return {name: torch.cat(each).double().numpy() for name, each in parts.items()}
 
@@ -1019,7 +1019,11 @@ def quad_floor(split, args):
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
     arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
-    arrays = quad_chosen(arrays, args)
+    missing = [name for name in args.facts["shapes"] if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: for rows that lack a modality give any "
+                         f"values and present_{missing[0]} of False")
+    arrays = {name: arrays[name] for name in args.facts["shapes"]}
     scaler = {name: [torch.tensor(each, dtype=torch.float64) for each in pair] for name, pair in args.facts["scaler"].items()}
     split = data.ModalSplit(arrays, None, np.arange(len(next(iter(arrays.values())))), present=present, scaler=scaler, device=args.device)
     embeddings = quad_probability(quad_embeddings(model, split), args).numpy()
