@@ -1035,13 +1035,14 @@ def quad_predict(model, path, out, args):
 # The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
 QUAD_ORIGINAL = dict(
     width=512, tokens=4, heads=8, hidden=1024, embed=512, epochs=100, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup_epochs=10.0,
-    warmup_start_lr=1e-7, min_lr=1e-6, clip=1.0, temperature=0.07, ema_decay=0.0, noise=0.0, scale=0.0, shift=0, modality_dropout=0.0)
+    warmup_start_lr=1e-7, min_lr=1e-6, clip=1.0, temperature=0.07, ema_decay=0.0, patch=8, dropout=0.1,
+    noise=0.0, scale=0.0, shift=0, modality_dropout=0.0)
 QUAD_LATER = QUAD_ORIGINAL | dict(
     lr=5e-5, weight_decay=1e-2, warmup_epochs=5.0, warmup_start_lr=1e-6, temperature=0.1, clip=0.5, mixup=0.2)
 
 QUADMODAL = Task(
     defaults=engine_flags(
-        epochs=15, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
+        epochs=8, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=10.0, restart_mult=2,
         cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
         train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
@@ -1049,7 +1050,7 @@ QUADMODAL = Task(
                      choices=("shuffled", "stratified")),
         monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights", choices=("accuracy", "macro_f1", "loss")),
         modalities=Flag("", "which ones to use, names with commas between (default: all)"),
-        temperature=Flag(0.07, "of SupCon", above=0),
+        temperature=Flag(0.2, "of SupCon", above=0),
         neighbours=Flag(5, "k of the k-NN that scores", low=1),
         width=Flag(64, "of a token, a multiple of --heads and of 4", low=4),
         tokens=Flag(4, "fusion tokens", low=1),
@@ -1057,13 +1058,13 @@ QUADMODAL = Task(
         depth=Flag(1, "transformer layers of the encoder of a sequence or video", low=0),
         hidden=Flag(128, "width between fusion and embedding", low=1),
         embed=Flag(64, "width of the embedding", low=1),
-        patch=Flag(8, "steps of a sequence that make a token", low=1),
-        dropout=Flag(0.1, "in transformer layers, attention and head", low=0, high=0.95),
+        patch=Flag(16, "steps of a sequence that make a token", low=1),
+        dropout=Flag(0.2, "in transformer layers, attention and head", low=0, high=0.95),
         modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, never its last", low=0, high=0.95),
         freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run once on rows that are not augmented"),
-        noise=Flag(0.1, "sd of noise added in training, the sd of a channel being 1", low=0),
-        scale=Flag(0.2, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
-        shift=Flag(16, "roll sequences by up to so many steps", low=0),
+        noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
+        scale=Flag(0.4, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
+        shift=Flag(64, "roll sequences by up to so many steps", low=0),
         mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
         allow_single_class=Flag(False, "train although there is one class, to see the loss stand at its bound"),
     ),
