@@ -6427,7 +6427,8 @@ def test_train_quad_mixup_contrasts_a_mixed_row_as_either_of_its_classes():
     lam, other = float(torch.distributions.Beta(1.0, 1.0).sample()), torch.randperm(16)
     tokens = {name: lam * x + (1 - lam) * x[other] for name, x in ((name, model.encode(name, x)) for name, x in batch["inputs"].items())}
     z, y = model.fuse(tokens), batch["targets"]
-    want = lam * losses.supcon_loss(z, y) + (1 - lam) * losses.supcon_loss(z, y[other])
+    supcon = lambda labels: losses.supcon_loss(z, labels, temperature=args.temperature)
+    want = lam * supcon(y) + (1 - lam) * supcon(y[other])
     assert 0.05 < lam < 0.95 and torch.isclose(loss, want, rtol=1e-4)
 
 
