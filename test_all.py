@@ -6543,10 +6543,12 @@ def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing
         checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
         assert [line.split(" | ")[1].strip() for line in checklist] == [
             "batches hold all classes", "no class above 90 %", "warm-up rises", "loss falls", "no value is not finite",
-            "gradient norm is 1 to 10", "something is trained", "gradient reaches all", "learning rate moves"]
+            "gradient norm is 1 to 10", "something is trained", "gradient reaches all parts", "learning rate moves"]
         assert all(line.startswith(("yes | ", "NO  | ")) for line in checklist) and checklist[0].startswith("yes")
-        assert "not reached: readouts.audio.missing, readouts.sensor.missing" in checklist[7]
-    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), unreached=["weight"], history=[{}] + [
+        assert checklist[7].startswith("yes") and "1 of 1 tensors of tokens" in checklist[7]  # the vectors of absences are not reached
+        some, every = map(int, re.search(r"(\d+) of (\d+) tensors of readouts", checklist[7]).groups())
+        assert some == every - 2
+    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), reached={"weight": (0, 1)}, history=[{}] + [
         {"lr": 1e-3, "grad_norm": 20.0, "train_loss": 1.0 + i, "skipped_steps": 1} for i in range(3)])
     args = train.parse_args(["--task", "ocec", "--warmup-epochs", "1", "--batch-size", "5"])
     run_.raw_model.requires_grad_(False)

@@ -1042,7 +1042,7 @@ QUAD_LATER = QUAD_ORIGINAL | dict(
 
 QUADMODAL = Task(
     defaults=engine_flags(
-        epochs=8, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
+        epochs=24, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=10.0, restart_mult=2,
         cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
         train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
@@ -1465,7 +1465,7 @@ def set_up_backbone(model, args, pretrained):
 
 def build(args, steps_per_epoch, pretrained=None):
     """Everything a run changes, from the settings, the seed and a pretrained encoder alone."""
-    run = types.SimpleNamespace(step=0, history=[], unreached=[])
+    run = types.SimpleNamespace(step=0, history=[], reached={})  # reached: what print_debug saw last
     torch.manual_seed(seed_of(args.seed))
     run.raw_model = task_of(args).network(args).to(args.device)
     groups = set_up_backbone(run.raw_model, args, pretrained)
@@ -1758,7 +1758,11 @@ def print_debug(epoch, i, batch, run, output, lr):
     """The first batches of an epoch, after backward and before the gradient is clipped."""
     print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
     if i == 0:
-        run.unreached = [name for name, p in run.raw_model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+        reached = {}
+        for name, p in run.raw_model.named_parameters():
+            if p.requires_grad:
+                reached.setdefault(name.split(".")[0], []).append(p.grad is not None and bool(p.grad.any()))
+        run.reached = {part: (sum(each), len(each)) for part, each in reached.items()}
         print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {describe_gradients(run.raw_model)}")
 
 
@@ -1785,12 +1789,12 @@ def print_verdicts(run, sets, args):
          f"{sum(row['skipped_steps'] for row in rows)} steps skipped"),
         ("gradient norm is 1 to 10", all(1 <= norm <= 10 for norm in norms), f"{min(norms):.3g} to {max(norms):.3g}, mean of each epoch"),
         ("something is trained", trained > 0, f"{trained:,} of {whole:,} parameters"),
-        ("gradient reaches all", not run.unreached, f"not reached: {', '.join(run.unreached[:3]) or 'none'}"
-         + f" and {len(run.unreached) - 3} more" * (len(run.unreached) > 3)),
+        ("gradient reaches all parts", all(some for some, _ in run.reached.values()), ", ".join(
+            f"{some} of {every} tensors of {part}" for part, (some, every) in run.reached.items())),
         ("learning rate moves", max(rates) > min(rates) or args.schedule == "none", f"{min(rates):.2g} to {max(rates):.2g}")]
     print("\nchecklist")
     for question, good, evidence in found:
-        print(f"{'yes' if good else 'NO ':<3} | {question:<24} | {evidence}")
+        print(f"{'yes' if good else 'NO ':<3} | {question:<26} | {evidence}")
 
 
 def print_sampler(report):

@@ -13,14 +13,12 @@ that freed memory goes back at once and the peak is what is needed at one time.
 The losses agree but for smp's: its Dice pools the batch, which is 5e-7 here, and takes the overlap from differences of float32 sums,
 which is 4e-5; in float64 it equals dice_loss(per="batch").
 
-Last result, torch 2.13.0+cpu, MONAI 1.6.1, smp 0.6.0, 2 cores, 1 thread, other jobs running (load 2.9 to 3.9):
+Last result, torch 2.13.0+cpu, MONAI 1.6.1, smp 0.6.0, 2 cores, 1 thread, nothing else running:
 
-    ce_dice_loss  loss 4.82372    1.211 s    1.00 x ce_dice_loss   peak  4.12 x logits
-    monai         loss 4.82372    0.985 s    0.81 x ce_dice_loss   peak  5.00 x logits
-    smp           loss 4.82366    1.682 s    1.42 x ce_dice_loss   peak  7.00 x logits
-    one-hot       loss 4.82372    1.695 s    1.41 x ce_dice_loss   peak  5.00 x logits
-
-In three such runs monai took 0.81 to 1.02, smp 1.28 to 1.48, one-hot 1.35 to 1.41 times as long as ce_dice_loss; memory was the same.
+    ce_dice_loss  loss 4.82372    0.606 s    1.00 x ce_dice_loss   peak  2.26 x logits
+    monai         loss 4.82372    1.000 s    1.65 x ce_dice_loss   peak  5.00 x logits
+    smp           loss 4.82366    1.632 s    2.71 x ce_dice_loss   peak  7.00 x logits
+    one-hot       loss 4.82372    1.544 s    2.56 x ce_dice_loss   peak  5.00 x logits
 """
 
 import importlib.util
