@@ -3800,7 +3800,7 @@ def test_data_sides_reversed_is_told_by_where_the_parts_lie():
     masks[1, 1, 7], masks[1, 1, 1] = 5, 4
     masks[2, 1, 7] = 4  # its counterpart is hidden
     masks[3, 1, 7], masks[3, 1, 1], masks[3, 2, 7], masks[3, 2, 1] = 4, 5, 7, 6  # one vote each
-    masks[4, 1, 7], masks[4, 1, 1], masks[4, 2, 7], masks[4, 2, 1], masks[4, 3, 6], masks[4, 3, 2] = 4, 5, 7, 6, 9, 8  # two to one
+    masks[4, 1, 8], masks[4, 1, 0], masks[4, 2, 4], masks[4, 2, 3], masks[4, 3, 5], masks[4, 3, 4] = 4, 5, 7, 6, 9, 8  # two near, one far
     masks[5] = 255
     pairs = ((4, 5), (6, 7), (8, 9))
     assert data.sides_reversed(masks, pairs).tolist() == [0, 1, -1, -1, 1, -1]
@@ -5946,11 +5946,12 @@ def test_train_faces_training_rows_are_scored_by_the_weights_that_count():
 
 def test_train_reports_the_last_ten_epochs_of_the_kind_of_weights_that_won():
     with folder() as f:
-        run(f / "a", "--epochs", "12", "--lr", "3e-3")
+        run(f / "a", "--epochs", "12", "--lr", "1e-2", "--ema-decay", "0.9")
         scores = json.loads((f / "a" / "scores.json").read_text())
         history = result_of(f / "a")["history"]
     last = [row[scores["weights"]]["f1"] for row in history[3:]]
     assert len(last) == scores["last"]["epochs"] == 10 and np.std(last) > 0
+    assert {row["weights"] for row in history[3:]} == {"raw", "ema"}  # else the better of the two would be the same
     assert math.isclose(scores["last"]["mean"], np.mean(last)) and math.isclose(scores["last"]["sd"], np.std(last, ddof=1))
 
 
@@ -6148,6 +6149,7 @@ def test_train_faces_reversed_labels_are_reported_and_set_right_in_training_alon
         [line] = [line for line in loaded[name].notes if line.startswith("left and right: ")]
         hidden, found = map(int, re.search(r"(\d+) of 30 masks cannot be told, reversed in (\d+)", line).groups())
         assert count - hidden <= found <= count and hidden < 4, line
+    assert loaded["bad"].facts["data"] == loaded["fixed"].facts["data"] != loaded["good"].facts["data"]
     trained = {name: loaded[name].train.batch(np.arange(24), seeded())["targets"] for name in ("good", "bad", "fixed")}
     told = data.sides_reversed(loaded["good"].train.masks[loaded["good"].train.rows], pairs) == 0
     assert torch.equal(trained["fixed"][told], trained["good"][told]) and not torch.equal(trained["bad"][told], trained["good"][told])
@@ -6340,6 +6342,9 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
     predicted = losses.knn_predict(z[sets.train.rows], sets.train.labels, z[sets.test.rows], k=5)
     assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
     assert math.isclose(scores["model"]["accuracy"], np.mean(predicted == labels), abs_tol=0.011)  # batches may round ties otherwise
+    probe = losses.ridge_predict(z[sets.train.rows], sets.train.labels, z[sets.test.rows])
+    assert math.isclose(scores["model"]["probe"], np.mean(probe == labels), abs_tol=0.021) and np.mean(probe == predicted) < 0.95
+    assert math.isclose(scores["model"]["cosine"], losses.mean_cosine(z[sets.test.rows]), rel_tol=1e-4)
     assert scores["ceiling"]["loss"] < scores["constant majority"]["loss"]
     assert scores["ridge all"]["accuracy"] > scores["constant majority"]["accuracy"]
     sizes = [len(rows) for rows in train.plan_batches(sets.train, 1, args)]
@@ -6349,6 +6354,58 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
         assert parts["bound"] < row["train_loss"] and -1 <= parts["cosine"] <= 1
         assert math.isclose(parts["collapsed"], np.average([math.log(size - 1) for size in sizes], weights=sizes), rel_tol=1e-6)
     assert "| bound " in out and "| collapsed " in out and "rows     recall         f1" in out
+
+
+def test_train_quad_knows_training_rows_only_and_augments_as_the_flags_say():
+    with folder() as f:
+        off = ["--noise", "0", "--scale", "0", "--shift", "0"]
+        quad_npz(f / "quad.npz")
+        for words in ([], ["--noise", "0.1"], ["--scale", "0.1"], ["--shift", "3"]):
+            args = train.parse_args([*MODAL, "--data", str(f / "quad.npz"), *off, *words])
+            sets = train.quad_load(args.data, args)
+            plain, drawn = (sets.train.batch(np.arange(20), generator)["inputs"]["sensor"] for generator in (None, seeded()))
+            assert torch.equal(plain, drawn) == (not words), words
+        args.facts = sets.facts
+        arrays, labels, _, names, _ = data.read_modalities(f / "quad.npz")
+    for name, array in arrays.items():
+        rows = array[sets.train.rows].astype(np.float64)
+        np.testing.assert_allclose(sets.facts["scaler"][name][0], rows.mean((0, 1)), rtol=1e-6, atol=1e-9)
+        assert not np.allclose(sets.facts["scaler"][name][0], array.mean((0, 1)), rtol=1e-6)
+    one = data.ModalSplit(arrays, labels, np.flatnonzero(labels == 2)[:9], scaler=sets.train.scaler)  # rows of another class only
+    one.reference, one.present = sets.train, sets.train.present
+    assert np.bincount(sets.train.labels).argmax() != 2
+    assert train.quad_floor(one, args)["constant majority"]["accuracy"] == 0
+
+
+def test_train_quad_checks_the_batches_of_every_epoch():
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    split, original = data.ModalSplit({"a": np.zeros((6, 2))}, labels, np.arange(6)), train.plan_batches
+    args = train.parse_args([*MODAL, "--epochs", "3"])
+    try:
+        for bad in (1, 3, 4):
+            train.plan_batches = lambda split, epoch, args: [[0, 1, 2]] if epoch == bad else [[0, 1, 3]]
+            if bad < 4:
+                raises(ValueError, "a batch of 3 rows holds 1 classes", lambda: train.quad_check(split, args))
+            else:
+                train.quad_check(split, args)
+    finally:
+        train.plan_batches = original
+
+
+def test_train_quad_mixup_keeps_absent_rows_out_of_the_batch_statistics():
+    arrays, labels, _, _, present = data.synthetic_modalities(24, classes=2)
+    arrays = {"image": arrays["image"], "sensor": arrays["sensor"]}
+    present = {"image": np.arange(24) < 12, "sensor": present["sensor"]}
+    args = train.parse_args([*MODAL, "--mixup", "1"])
+    args.facts = {"shapes": {name: array.shape[1:] for name, array in arrays.items()}}
+    found = []
+    for rows in (24, 12):
+        torch.manual_seed(0)
+        model = train.quad_network(args)
+        batch = data.ModalSplit(arrays, labels, np.arange(rows), present=present).batch(np.arange(rows))
+        train.quad_loss(model, batch, 0, args)
+        found.append([each.clone() for name, each in model.named_buffers() if "running_mean" in name])
+    assert found[0] and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
 def test_train_quad_uses_the_modalities_that_are_named():
@@ -6398,7 +6455,13 @@ def test_train_quad_one_class_is_refused_or_stands_at_its_bound():
 
 def test_train_quad_frozen_encoders_are_run_once_and_stay_as_they_were():
     with folder() as f:
-        quad_run(f / "a", "--freeze", "sensor", "--mixup", "0.4", "--modality-dropout", "0.2")
+        original, calls = train.cache_features, []
+        train.cache_features = lambda *call: calls.append(original(*call))
+        try:
+            quad_run(f / "a", "--freeze", "sensor", "--mixup", "0.4", "--modality-dropout", "0.2")
+        finally:
+            train.cache_features = original
+        assert len(calls) == 1
         content = result_of(f / "a")
         args = train.parse_args([*MODAL, "--data", str(f / "quad.npz"), "--freeze", "sensor"])
         sets = train.quad_load(args.data, args)
@@ -6408,7 +6471,8 @@ def test_train_quad_frozen_encoders_are_run_once_and_stay_as_they_were():
             assert torch.equal(value, content["model"][name]) == name.startswith("encoders.sensor."), name
         plain = train.quad_embeddings(run_.raw_model.eval(), sets.test)
         train.cache_features(run_.raw_model, sets)
-        batch = sets.test.batch(np.arange(4))
+        batch = sets.test.batch(np.array([3, 0]))
+        assert torch.equal(batch["encoded"]["sensor"], sets.test.features["sensor"][[3, 0]])
         assert list(batch["encoded"]) == ["sensor"] and list(batch["inputs"]) == ["audio"]
         assert torch.allclose(train.quad_embeddings(run_.raw_model, sets.test), plain, atol=1e-6)
         code, _, err = call(*MODAL, "--data", f / "quad.npz", "--out", f / "b", "--freeze", "audio,sensor")
