@@ -1838,7 +1838,7 @@ def read_modalities(path, *, need_labels=True):
         NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W) videos; integers or floats
         present_NAME  optional, bool (n,): False where a sample lacks it; what NAME holds in those rows is never looked at
         labels        (n,) integers from 0, or strings, which are numbered in the order of label_names or else sorted
-        label_names   optional, one string per class        groups  optional, (n,): the person or session of each sample
+        label_names   optional, one string per class        groups  optional, (n,): the person or recording of each sample
 
     need_labels  False: labels and label_names are not read, for prediction
     returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None, groups (n,) or None,
@@ -2060,14 +2060,14 @@ def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
 
     Which of the three it is, the sign, is all that class c decides: one modality tells groups of classes apart and no more, any
     two tell all of them (the nine points of the plane over the integers modulo 3; two points have one line in common).
-    Some signs are too weak to be seen. Sessions of about 25 rows (`groups`) have their own brightness, gain and offset; the
+    Some signs are too weak to be seen. Recordings of about 25 rows (`groups`) have their own brightness, gain and offset; the
     first class is twice as frequent as the last.
 
     classes  2 to 9; missing: the share of rows that lack one modality, whose values there are NaN or 0
     returns  arrays, labels, groups, label_names, present
     Errors:  ValueError for another number of classes, fewer than 4 rows per class, missing outside [0, 1]
     Needs:   draw_modalities
-    Check:   sessions held out, ridge regression on mean and sd of each channel has an accuracy of 0.3 to 0.5 alone and 0.9 on all
+    Check:   recordings held out, ridge regression on mean and sd of each channel has an accuracy of 0.3 to 0.5 alone and 0.9 on all
              four, the commonest class 0.2; test_all.py computes it
     """
     if not 2 <= classes <= 9 or n < 4 * classes or not 0 <= missing <= 1:
@@ -2075,22 +2075,22 @@ def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
     rng = np.random.default_rng(seed)
     shares = np.cumsum(np.linspace(2, 1, classes))
     labels = rng.permutation(np.searchsorted(shares / shares[-1], (np.arange(n) + 0.5) / n))
-    session = np.arange(n) * max(2, n // 25) // n
+    recording = np.arange(n) * max(2, n // 25) // n
     line = labels // 3
     signs = {"video": labels % 3, "image": line, "audio": (labels + line) % 3, "sensor": (labels + 2 * line) % 3}
-    arrays = draw_modalities(signs, session, rng)
+    arrays = draw_modalities(signs, recording, rng)
     lacks = np.where(rng.random(n) < missing, rng.integers(4, size=n), -1)
     present = {name: lacks != i for i, name in enumerate(arrays)}
     for name, array in arrays.items():
         array[~present[name]] = 0 if array.dtype == np.uint8 else np.nan
-    groups = np.array([f"session{i:03d}" for i in session])
+    groups = np.array([f"recording{i:03d}" for i in recording])
     return arrays, labels, groups, [f"class {c}" for c in range(classes)], present
 
 
-def draw_modalities(signs, session, rng):
-    """The four arrays of synthetic_modalities, by the sign (n,) that each shows and the session (n,) of each row."""
-    n = len(session)
-    of_session = lambda low, high: rng.uniform(low, high, session.max() + 1)[session]
+def draw_modalities(signs, recording, rng):
+    """The four arrays of synthetic_modalities, by the sign (n,) that each shows and the recording (n,) of each row."""
+    n = len(recording)
+    of_recording = lambda low, high: rng.uniform(low, high, recording.max() + 1)[recording]
     # (n, 3): how strongly each of the three places shows the sign, 0 but at its own
     strength = {name: np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None] for name, sign in signs.items()}
 
@@ -2102,8 +2102,8 @@ def draw_modalities(signs, session, rng):
         return np.exp(-((row - y) ** 2 + (column - x) ** 2) / 0.03)
 
     def camera(light, colour):
-        """uint8 of the blob in its colours (n, frames, 3), on a grey ground, under the light of the session."""
-        grey, gain = of_session(40, 110)[:, None, None, None, None], of_session(0.6, 1.2)[:, None, None, None, None]
+        """uint8 of the blob in its colours (n, frames, 3), on a grey ground, under the light of the recording."""
+        grey, gain = of_recording(40, 110)[:, None, None, None, None], of_recording(0.6, 1.2)[:, None, None, None, None]
         picture = gain * (grey + 90 * light[:, :, None] * colour[..., None, None])
         return np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
 
@@ -2114,10 +2114,10 @@ def draw_modalities(signs, session, rng):
     time, band = np.arange(24)[:, None], np.arange(16)
     burst = np.exp(-((time - rng.uniform(4, 20, (n, 1, 1))) ** 2) / 18)
     in_band = np.exp(-((band - (np.array([3, 8, 13])[:, None] + rng.uniform(-1, 1, (n, 1, 1)))) ** 2) / 4)  # (n, 3, 16)
-    audio = of_session(-1, 1)[:, None, None] + of_session(-0.1, 0.1)[:, None, None] * band + rng.normal(0, 1, (n, 24, 16))
+    audio = of_recording(-1, 1)[:, None, None] + of_recording(-0.1, 0.1)[:, None, None] * band + rng.normal(0, 1, (n, 24, 16))
     audio += 3 * burst * (strength["audio"][:, :, None] * in_band).sum(1)[:, None]
     wave = np.sin(2 * np.pi * (np.arange(64)[:, None] * rng.uniform(0.05, 0.2, (n, 1, 1)) + rng.uniform(size=(n, 1, 6))))
     loud = rng.uniform(0.2, 0.8, (n, 6)) + np.repeat(strength["sensor"], 2, axis=1)
-    sensor = of_session(0.5, 2)[:, None, None] * (wave * loud[:, None] + rng.normal(0, 0.3, (n, 64, 6)))
-    sensor += np.stack([of_session(-1, 1) for _ in range(6)], 1)[:, None]
+    sensor = of_recording(0.5, 2)[:, None, None] * (wave * loud[:, None] + rng.normal(0, 0.3, (n, 64, 6)))
+    sensor += np.stack([of_recording(-1, 1) for _ in range(6)], 1)[:, None]
     return {"video": video, "image": image, "audio": audio.astype(np.float32), "sensor": sensor.astype(np.float32)}

@@ -4560,7 +4560,7 @@ def modal_arrays(n=12, seed=0):
 
 
 def write_modalities(path, changes=None, n=12):
-    """A good file of four modalities, three classes and four sessions, with changes; None leaves an array out."""
+    """A good file of four modalities, three classes and four recordings, with changes; None leaves an array out."""
     content = modal_arrays(n) | {"labels": np.arange(n) % 3, "groups": np.arange(n) // 3} | (changes or {})
     np.savez(path, **{name: array for name, array in content.items() if array is not None})
     return path
@@ -4817,11 +4817,11 @@ def test_data_synthetic_modalities_are_fixed_by_their_seed_and_read_back_the_sam
         raises(ValueError, "classes", lambda: data.synthetic_modalities(**wrong))
 
 
-def test_data_synthetic_sessions_differ_more_than_their_rows():
+def test_data_synthetic_recordings_differ_more_than_their_rows():
     arrays, _, groups, _, _ = data.synthetic_modalities()
     level = {"image": arrays["image"].mean((1, 2, 3)), "video": arrays["video"].mean((1, 2, 3, 4)), "audio": arrays["audio"].mean((1, 2)),
              "sensor": arrays["sensor"][:, :, 0].mean(1)}
-    for name, values in level.items():  # the share of the variance that lies between sessions
+    for name, values in level.items():  # the share of the variance that lies between recordings
         means = {group: values[groups == group].mean() for group in np.unique(groups)}
         assert np.var([means[group] for group in groups]) / np.var(values) > 0.5, name
 
@@ -6049,25 +6049,31 @@ def test_train_faces_score_does_not_depend_on_the_batch_size():
         assert abs(value - chunks[1][key]) < 1e-6, key
 
 
+def check_resume(base, run, path, words):
+    """A run killed after its first epoch and resumed ends like one that was not."""
+    run(path / "a", *words)
+    finish = train.finish_epoch
+
+    def killed(state, args, folder, floor):
+        finish(state, args, folder, floor)
+        if state.history[-1]["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    train.finish_epoch = killed
+    try:
+        [data_file] = path.glob("*.npz")
+        assert call(*base, "--data", data_file, "--out", path / "b", *words)[0] == 130
+    finally:
+        train.finish_epoch = finish
+    assert call(*base[:2], "--out", path / "b", "--resume")[0] == 0
+    for name in ("last.pt", "best.pt"):
+        assert same_bits(result_of(path / "a", name), result_of(path / "b", name))
+
+
 def test_train_faces_resumed_run_equals_straight_run_bit_for_bit():
-    words = ["--epochs", "3", "--photometric", "0.5", "--crop", "2", "--mixup", "0.2", "--cutmix", "0.5", "--dropout", "0.1"]
     with folder() as f:
-        faces_run(f / "a", *words)
-        fit = train.finish_epoch
-
-        def killed(run, args, folder, floor):
-            fit(run, args, folder, floor)
-            if run.history[-1]["epoch"] == 1:
-                raise KeyboardInterrupt
-
-        train.finish_epoch = killed
-        try:
-            assert call(*FACEPARSE, "--data", f / "faces.npz", "--out", f / "b", *words)[0] == 130
-        finally:
-            train.finish_epoch = fit
-        assert call("--task", "faceparse", "--out", f / "b", "--resume")[0] == 0
-        for name in ("last.pt", "best.pt"):
-            assert same_bits(result_of(f / "a", name), result_of(f / "b", name))
+        check_resume(FACEPARSE, faces_run, f, ["--epochs", "3", "--photometric", "0.5", "--crop", "2", "--mixup", "0.2", "--cutmix", "0.5",
+                                               "--dropout", "0.1"])
 
 
 def test_train_faces_eval_and_predict_may_add_the_mirror_image():
@@ -6497,24 +6503,8 @@ def test_train_quad_mixup_contrasts_a_mixed_row_as_either_of_its_classes():
 
 
 def test_train_quad_resumed_run_equals_straight_run_bit_for_bit():
-    words = ["--epochs", "3", "--mixup", "0.4", "--modality-dropout", "0.2"]
     with folder() as f:
-        quad_run(f / "a", *words)
-        finish = train.finish_epoch
-
-        def killed(run, args, folder, floor):
-            finish(run, args, folder, floor)
-            if run.history[-1]["epoch"] == 1:
-                raise KeyboardInterrupt
-
-        train.finish_epoch = killed
-        try:
-            assert call(*MODAL, "--data", f / "quad.npz", "--out", f / "b", *words)[0] == 130
-        finally:
-            train.finish_epoch = finish
-        assert call("--task", "quadmodal", "--out", f / "b", "--resume")[0] == 0
-        for name in ("last.pt", "best.pt"):
-            assert same_bits(result_of(f / "a", name), result_of(f / "b", name))
+        check_resume(MODAL, quad_run, f, ["--epochs", "3", "--mixup", "0.4", "--modality-dropout", "0.2"])
 
 
 def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
