@@ -180,6 +180,11 @@ def split_rows(groups, args):
     return [rest[rows] for rows in inner] + [test]
 
 
+def split_checksum(parts):
+    """A number that tells one split from another: of the rows of each part, in order."""
+    return zlib.crc32(np.concatenate([rows for part in parts for rows in (part, [-1])]).tobytes())
+
+
 def check_crop(args):
     if args.crop >= min(args.size):
         raise ValueError(f"--crop {args.crop} must be below the shorter side of --size {show(args.size)}: there is no more to mirror")
@@ -233,7 +238,7 @@ def eyes_load(path, args):
         if len(rows) and len(np.unique(labels[rows])) < 2:
             raise ValueError(f"the {title} split of {len(rows)} rows holds one class only (label {labels[rows][0]}): F1, AUROC and "
                              "pos_weight need open and closed eyes; add the missing class, or change the ratios or --seed")
-    facts["split"] = zlib.crc32(np.concatenate([rows for part in splits for rows in (part, [-1])]).tobytes())
+    facts["split"] = split_checksum(splits)
     balanced = args.loss == "focal" or args.sampler == "stratified"
     facts["pos_weight"] = args.pos_weight or (1.0 if balanced else losses.auto_pos_weight(labels[splits[0]]))
     augment = {name: getattr(args, name) for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")}
@@ -372,7 +377,7 @@ def faces_load(path, args):
     notes += ["split: by image; whether a person has several is not known", f"{told}: {reversed_in}; "
               + ("set right for training" if args.fix_reversed else "kept, --fix-reversed sets them right for training")]
     counts = faces_pixel_counts(masks, parts["train"])
-    facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
+    facts |= {"split": split_checksum(parts.values()),
               "position": pack_map(counts.argmax(0)), "class_weights": []}
     if args.class_weights == "median":
         facts["class_weights"] = losses.median_frequency_weights(counts.sum((1, 2))).tolist()
@@ -660,7 +665,7 @@ def ppg_load(path, args):
     notes.append(note)
     content = np.array([zlib.crc32(each["ppg"].tobytes()) for each in recordings])[windows["recording"]]
     seen = content[rows["train"]]
-    facts |= {"split": zlib.crc32(np.concatenate([part for each in rows.values() for part in (each, [-1])]).tobytes()),
+    facts |= {"split": split_checksum(rows.values()),
               "seen": np.unique(seen).tolist(), "held_out": sorted({int(each) for each in content} - {int(each) for each in seen})}
     scaler = None
     if rate:
@@ -899,7 +904,7 @@ def quad_load(path, args):
     notes += [f"{title}: " + ", ".join(f"{n:,} {name}" for n, name in zip(np.bincount(labels[rows], minlength=len(names)), names))
               for title, rows in parts.items() if len(rows)]
     scaler = {name: data.channel_statistics(array, parts["train"], present[name]) for name, array in arrays.items()}
-    facts |= {"split": zlib.crc32(np.concatenate([rows for part in parts.values() for rows in (part, [-1])]).tobytes()),
+    facts |= {"split": split_checksum(parts.values()),
               "scaler": {name: [each.tolist() for each in pair] for name, pair in scaler.items()}}
     splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device,
                                      noise=args.noise, scale=args.scale, shift=args.shift) for title, rows in parts.items() if len(rows)}
@@ -1465,7 +1470,7 @@ def set_up_backbone(model, args, pretrained):
 
 def build(args, steps_per_epoch, pretrained=None):
     """Everything a run changes, from the settings, the seed and a pretrained encoder alone."""
-    run = types.SimpleNamespace(step=0, history=[], reached={})  # reached: what print_debug saw last
+    run = types.SimpleNamespace(step=0, history=[], gradients={})  # gradients: what print_debug saw last
     torch.manual_seed(seed_of(args.seed))
     run.raw_model = task_of(args).network(args).to(args.device)
     groups = set_up_backbone(run.raw_model, args, pretrained)
@@ -1743,27 +1748,26 @@ def describe(tensor):
     return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {tensor.numel() - len(kept)} not finite"
 
 
-def describe_gradients(model):
-    """Trainable tensors with a gradient that is not 0, and the gradient's norm, whole and of each top-level part."""
-    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
-    reached = [(name, grad.float().norm().item()) for name, grad in trained if grad is not None and grad.any()]
+def gradients_by_part(model):
+    """{top-level part: (trainable tensors with a gradient that is not 0, trainable tensors, norm of the gradient)}."""
     parts = {}
-    for name, norm in reached:
-        parts[name.split(".")[0]] = math.hypot(parts.get(name.split(".")[0], 0.0), norm)
-    return (f"{len(reached)} of {len(trained)} trainable tensors have a gradient, norm {math.hypot(*parts.values()):.3g} (healthy: 1 to "
-            "10): " + ", ".join(f"{part} {norm:.3g}" for part, norm in parts.items()))
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            reached, tensors, norm = parts.get(name.split(".")[0], (0, 0, 0.0))
+            here = 0.0 if p.grad is None else p.grad.float().norm().item()
+            parts[name.split(".")[0]] = (reached + (here != 0), tensors + 1, math.hypot(norm, here))
+    return parts
 
 
 def print_debug(epoch, i, batch, run, output, lr):
     """The first batches of an epoch, after backward and before the gradient is clipped."""
     print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
     if i == 0:
-        reached = {}
-        for name, p in run.raw_model.named_parameters():
-            if p.requires_grad:
-                reached.setdefault(name.split(".")[0], []).append(p.grad is not None and bool(p.grad.any()))
-        run.reached = {part: (sum(each), len(each)) for part, each in reached.items()}
-        print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {describe_gradients(run.raw_model)}")
+        run.gradients = gradients_by_part(run.raw_model)
+        reached, tensors, norms = zip(*run.gradients.values())
+        print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {sum(reached)} of {sum(tensors)} "
+              f"trainable tensors have a gradient, norm {math.hypot(*norms):.3g} (healthy: 1 to 10): "
+              + ", ".join(f"{part} {norm:.3g}" for part, (_, _, norm) in run.gradients.items()))
 
 
 def print_verdicts(run, sets, args):
@@ -1789,8 +1793,8 @@ def print_verdicts(run, sets, args):
          f"{sum(row['skipped_steps'] for row in rows)} steps skipped"),
         ("gradient norm is 1 to 10", all(1 <= norm <= 10 for norm in norms), f"{min(norms):.3g} to {max(norms):.3g}, mean of each epoch"),
         ("something is trained", trained > 0, f"{trained:,} of {whole:,} parameters"),
-        ("gradient reaches all parts", all(some for some, _ in run.reached.values()), ", ".join(
-            f"{some} of {every} tensors of {part}" for part, (some, every) in run.reached.items())),
+        ("gradient reaches all parts", all(some for some, _, _ in run.gradients.values()), ", ".join(
+            f"{some} of {every} tensors of {part}" for part, (some, every, _) in run.gradients.items())),
         ("learning rate moves", max(rates) > min(rates) or args.schedule == "none", f"{min(rates):.2g} to {max(rates):.2g}")]
     print("\nchecklist")
     for question, good, evidence in found:
