@@ -3,7 +3,7 @@
 Losses take logits, never probabilities. Metrics take the raw scores of a whole split at once, so they do not depend on the
 batch size; what is undefined is NaN, never 0.
 
-Dimensions: b batch, c class, d feature, n flattened (all samples of a split)
+Dimensions: b batch, c class, d feature, n flattened (all samples of a split); of sets: s set, n and m elements, f feature
 
     scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]      # raw logits: 0 stands for P = 0.5
     auroc(scores, labels)                                     # 0.875: of 4 pairs 3 are in order and 1 is tied
@@ -19,6 +19,11 @@ Dimensions: b batch, c class, d feature, n flattened (all samples of a split)
     supcon_bounds(torch.arange(32) % 4)                                # 1.946, 3.434: the least it can be, and collapsed
     knn_predict([[1, 0], [0, 1]], [7, 9], [[3, 1]], k=1)               # [7]: the class of the nearest by cosine
     class_report([0, 1, 1], [0, 0, 1], 2)["macro_f1"]                  # 0.667
+
+    kl_to_standard_normal(torch.ones(2, 3), torch.zeros(2, 3))         # 1.5, 1.5: half a nat for each dimension
+    chamfer(torch.tensor([[[1.0, 0]]]), torch.tensor([[[2.0, 0]]]))    # 8: of each side 0 direction + 1 magnitude + 3 * 1
+    logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]])      # -0.89: the logit of the floor, P = 0.29
+    ranking_interval(scores, labels, versus=[1, 0, 0, 1])              # of AUROC and AP, the 95 % interval of the difference
 """
 
 import math
@@ -395,6 +400,108 @@ def supcon_bounds(labels, *, temperature=0.07):
     return float((n * lower).sum() / n.sum()), math.log(labels.size - 1)
 
 
+def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
+    """KL divergence of a diagonal Gaussian from N(0, I), one number per row: what a VAE pays for its code, in nats.
+
+        KL = sum_d max(free_bits, (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2)
+
+    A dimension of a row that costs less than free_bits costs free_bits and has no gradient: that much of a code is free, so
+    that it is not given up before the decoder has learnt to use it. The maximum is taken of every row by itself, so the loss
+    of a batch is the sum over its rows, whichever rows, or processes, share a batch. Kingma et al. take it of the mean over
+    the batch, which does not add up over batches; theirs is never larger than the mean of this one.
+    logvar is not clamped: in float32 exp overflows above 88.7. Computed and returned in float32, or in float64 for such inputs.
+
+    Shape:  mu, logvar real (..., D)  ->  (...)
+    Errors: ValueError for unequal shapes or other types, free_bits < 0
+    Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B; free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
+    Check:  mu = 1, logvar = 0 cost 0.5 for each dimension; mu = 0, logvar = ln 4 cost 0.8069; the prior costs free_bits * D
+    """
+    if mu.shape != logvar.shape or not mu.ndim or not (mu.is_floating_point() and logvar.is_floating_point()):
+        raise ValueError(f"need real mu and logvar of one shape (..., D); got {tuple(mu.shape)} of {mu.dtype} and "
+                         f"{tuple(logvar.shape)} of {logvar.dtype}; for one variance of all dimensions use logvar.expand_as(mu)")
+    if not 0 <= free_bits < math.inf:
+        raise ValueError(f"need free_bits >= 0 and finite, got {free_bits}; 0 is the plain divergence")
+    dtype = torch.promote_types(torch.promote_types(mu.dtype, logvar.dtype), torch.float32)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    kl = (mu.square() + torch.expm1(logvar) - logvar) / 2  # expm1: near the prior exp(logvar) - 1 would lose its digits
+    return kl.clamp_min(free_bits).sum(-1)
+
+
+def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
+    """What it costs to take each element of one set for each element of another, where elements are vectors.
+
+        cost_ij = direction * (1 - cos(x_i, y_j)) + magnitude * | |x_i| - |y_j| | + distance * |x_i - y_j|^2
+
+    argmin(1) is the nearest x of each y, argmin(2) the nearest y of each x. Padding is for the caller to mask, as chamfer does.
+    A vector shorter than 1e-12 has no direction: cosine 0 with all. The gradient is finite everywhere.
+
+    One matrix product serves cosine and distance, |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, clamped at 0; no (S, N, M, F) tensor is
+    made. The price: distances are good to about 1e-7 of the squared lengths (float32; with TF32 allowed only to 1e-3).
+    Computed and returned in float32, also under autocast, or in float64 for such vectors.
+
+    Shape:  x real (S, N, F), y real (S, M, F)  ->  (S, N, M), all >= 0
+    Errors: ValueError for other shapes or types, a weight < 0
+    Check:  (1, 0) costs 0 + 1 + 3 * 1 = 4 to (2, 0), and 1 + 0 + 3 * 2 = 7 to (0, 1)
+    """
+    fits = x.ndim == y.ndim == 3 and (len(x), x.shape[2]) == (len(y), y.shape[2])
+    if not fits or not (x.is_floating_point() and y.is_floating_point()):
+        raise ValueError(f"need real x (S, N, F) and y (S, M, F), as many sets of equally wide vectors; got {tuple(x.shape)} of "
+                         f"{x.dtype} and {tuple(y.shape)} of {y.dtype}; a single set is x.unsqueeze(0)")
+    if not all(0 <= weight < math.inf for weight in (direction, magnitude, distance)):
+        raise ValueError("need direction, magnitude and distance >= 0 and finite, 0 to leave one out; "
+                         f"got {direction}, {magnitude}, {distance}")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        product = x @ y.transpose(1, 2)
+        length_x, length_y = x.norm(dim=2).unsqueeze(2), y.norm(dim=2).unsqueeze(1)  # torch has gradient 0 for the norm of 0
+        squared = (x.square().sum(2).unsqueeze(2) + y.square().sum(2).unsqueeze(1) - 2 * product).clamp_min(0)
+        divisor = length_x.masked_fill(length_x < 1e-12, 1) * length_y.masked_fill(length_y < 1e-12, 1)
+        across = (1 - product / divisor).clamp_min(0)  # rounding may take a cosine beyond 1
+        return direction * across + magnitude * (length_x - length_y).abs() + distance * squared
+
+
+def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, distance=3.0):
+    """Symmetric Chamfer distance of padded sets: every element pays for the nearest one of the other set, in either direction.
+
+        loss = mean_i min_j cost_ij + mean_j min_i cost_ij      cost as in set_costs; i, j run over the elements, not the padding
+
+    The order of elements does not matter, nor the padding, which may hold NaN and gets gradient 0. Small and large sets weigh
+    the same. Several elements may share one nearest: it is no matching. Tied nearest elements share the gradient evenly. A set
+    without elements on one side or on both has nothing to compare: 0, with gradient 0; so average over the sets that hold
+    elements, not over all. The masks are not looked at for it, which would wait for the device.
+
+    The gradient goes to both sides, so pass targets fixed or detached. With targets that train (an embedding of the variable,
+    say) the cheapest solution is one direction for all of them: the loss goes to 0 and the sets no longer tell anything.
+    Computed and returned in float32, also under autocast, or in float64 for such vectors.
+
+    Shape:  x real (S, N, F), y real (S, M, F), masks bool (S, N), (S, M), True is an element, None: all are  ->  (S,)
+    Errors: ValueError for other shapes or types, a weight < 0
+    Source: Fan et al. 2017, arXiv:1612.00603, section 4.2, there with the distance alone
+    Needs:  set_costs
+    Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
+    """
+    def checked(name, each, mask):
+        if mask is None:
+            return each, torch.ones(each.shape[:2], dtype=torch.bool, device=each.device)
+        if each.ndim != 3 or mask.shape != each.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(f"{name} (S, N, F) needs a mask (S, N) of bool, True where it holds an element (of a padding mask take its "
+                             f"~); got {name} {tuple(each.shape)} and {name}_mask {tuple(mask.shape)} of {mask.dtype}")
+        return each.masked_fill(~mask.unsqueeze(2), 0), mask  # before use: in a gradient 0 * NaN is NaN
+
+    (x, x_mask), (y, y_mask) = checked("x", x, x_mask), checked("y", y, y_mask)
+    costs = set_costs(x, y, direction=direction, magnitude=magnitude, distance=distance)
+    if 0 in costs.shape:
+        return costs.sum((1, 2))
+
+    def one_way(costs, own, other):  # costs (s, own, other); without others the minimum is inf, and not counted
+        nearest = costs.masked_fill(~other.unsqueeze(1), math.inf).amin(2)
+        counted = own & other.any(1, keepdim=True)
+        return nearest.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
+
+    return one_way(costs, x_mask, y_mask) + one_way(costs.transpose(1, 2), y_mask, x_mask)
+
+
 def auto_pos_weight(labels):
     """Weight of the positive class that balances binary labels, for F.binary_cross_entropy_with_logits(pos_weight=...).
 
@@ -456,7 +563,7 @@ def auroc(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
-    Needs:  _scores_by_class, _is_positive
+    Needs:  _scores_by_class, _scores_and_labels, _is_positive
     Check:  chance is 0.5; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 0.875
     """
     negatives, positives = _scores_by_class(scores, labels)
@@ -478,7 +585,7 @@ def average_precision(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
-    Needs:  _scores_by_class, _is_positive
+    Needs:  _scores_by_class, _scores_and_labels, _is_positive
     Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give (1 + 2/3) / 2
     """
     negatives, positives = _scores_by_class(scores, labels)
@@ -500,7 +607,7 @@ def binary_report(scores, labels, *, threshold=0.0):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list
             ->  {"accuracy", "precision", "recall", "f1", "auroc", "auprc"} floats, {"tp", "fp", "fn", "tn"} ints
     Errors: ValueError for NaN scores, other labels, unequal lengths
-    Needs:  auroc, average_precision, _scores_by_class, _is_positive
+    Needs:  auroc, average_precision, _scores_by_class, _scores_and_labels, _is_positive
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
     """
     negatives, positives = _scores_by_class(scores, labels)
@@ -783,6 +890,56 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
     return names[((x - mean) / sd @ weights + y.mean(0)).argmax(1)]
 
 
+def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
+    """Logit of each row by logistic regression with an L2 penalty: the floor of a binary task that needs no deep learning.
+
+        minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2      s = 1 for label 1, -1 for label 0
+
+    z = the columns standardised by mean and sd of the training rows; the intercept b is not penalised. Columns that are
+    constant in training are left out; without any other the logit is the log-odds of the training labels. By Newton's method
+    in float64, the step halved while the loss does not fall; the penalty keeps separable data finite. Exact to the last
+    digits, so no tolerance to choose. Meant for some hundred columns: time grows with their square, times the rows.
+
+    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,), x (m, D), tensors, arrays or lists  ->  float64 logits (m,)
+    Errors: ValueError for other shapes or labels, labels of one class, NaN or infinite values, penalty <= 0
+    Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and LogisticRegression(C=1 / penalty)
+    Needs:  _finite_rows, _is_positive
+    Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the logit 0.675
+    """
+    train, x, positive = _finite_rows(train_x, "train_x"), _finite_rows(x, "x"), _is_positive(train_labels)
+    n = len(train)
+    if positive.size != n or x.shape[1] != train.shape[1] or not 0 < penalty < math.inf:
+        raise ValueError("need one label for each training row, the same columns in both and penalty > 0; got "
+                         f"train_x {train.shape}, {positive.size} labels, x {x.shape}, penalty={penalty}")
+    if positive.all() or not positive.any():
+        raise ValueError(f"training labels must hold both classes, got {positive.sum()} ones among {n} rows; split the rows so "
+                         "that each part has both (stratified), or report binary_floor instead")
+    varies = train.min(0) < train.max(0)  # not sd > 0: the mean of equal numbers may differ from them in the last bit
+    train, x = train[:, varies], x[:, varies]
+    mean, sd = train.mean(0), train.std(0)
+    z, rows = (np.hstack([(each - mean) / sd, np.ones((len(each), 1))]) for each in (train, x))  # the last column: intercept
+    sign, ridge = np.where(positive, 1.0, -1.0), np.append(np.full(len(mean), float(penalty)), 0.0)
+
+    def objective(weights):
+        return np.logaddexp(0, -sign * (z @ weights)).sum() + (ridge * weights**2).sum() / 2
+
+    weights = np.append(np.zeros(len(mean)), math.log(positive.sum() / (~positive).sum()))
+    for _ in range(200):
+        miss = np.exp(-np.logaddexp(0, sign * (z @ weights)))  # 1 - P of the label, to full precision also where it is tiny
+        gradient = ridge * weights - z.T @ (sign * miss)
+        if np.abs(gradient).max() <= 1e-13 * n:
+            break
+        step = np.linalg.solve((z.T * (miss * (1 - miss))) @ z + np.diag(ridge), gradient)
+        size, loss, slope = 1.0, objective(weights), gradient @ step
+        while objective(weights - size * step) > loss - 1e-4 * size * slope + 1e-13 * loss and size > 1e-9:  # last: rounding
+            size /= 2
+        weights = weights - size * step
+    else:
+        warnings.warn(f"logistic_predict: the gradient is still {np.abs(gradient).max():.2g} after 200 steps; raise penalty={penalty}",
+                      stacklevel=2)
+    return rows @ weights
+
+
 def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
     """Percentile bootstrap interval of the mean of n values, such as one score per image: how far n cases can tell.
 
@@ -799,6 +956,73 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[drawn].mean(1), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
+
+
+def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
+    """AUROC and average precision of bootstrap samples of the rows: how far n rows can tell, and whether one model beats another.
+
+    Each resample draws n of the n rows with replacement. The draws depend on n and seed alone, so two models scored on the same
+    rows are resampled alike, and the difference of their arrays is the paired bootstrap: it leaves out how hard the rows
+    drawn are, which both share. Ties count as in auroc and average_precision. A resample without one of the classes is NaN
+    in both. Scores are ranked once; works through the resamples in chunks of about a million rows.
+
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list
+            ->  {"auroc", "auprc"} float64 arrays (resamples,)
+    Errors: ValueError for NaN scores, other labels, unequal lengths, resamples < 1
+    Source: Efron 1979; equal to auroc and average_precision of the rows drawn
+    Needs:  _scores_and_labels, _is_positive
+    Check:  scores in the right order have 1 in every resample, constant scores AUROC 0.5 and AP the share of positives drawn
+    """
+    scores, positive = _scores_and_labels(scores, labels)
+    if resamples < 1:
+        raise ValueError(f"need resamples >= 1, got {resamples}; 1000 for an interval")
+    found, n, rng = np.full((2, resamples), math.nan), scores.size, np.random.default_rng(seed)
+    if not n:
+        return {"auroc": found[0], "auprc": found[1]}
+    distinct, group = np.unique(-scores, return_inverse=True)  # tied scores are one group; the largest come first
+    cell, cells, step = 2 * group + positive, 2 * distinct.size, max(1, 2**20 // n)
+    for start in range(0, resamples, step):
+        drawn = cell[rng.integers(n, size=(min(step, resamples - start), n))]
+        drawn += cells * np.arange(len(drawn))[:, None]
+        counts = np.bincount(drawn.reshape(-1), minlength=cells * len(drawn)).reshape(len(drawn), distinct.size, 2)
+        negatives, positives = counts[:, :, 0], counts[:, :, 1]
+        fp, tp = negatives.cumsum(1), positives.cumsum(1)
+        n_negative, n_positive = fp[:, -1], tp[:, -1]
+        in_order = (positives * (2 * n_negative[:, None] - 2 * fp + negatives)).sum(1)  # twice the pairs, a tie counts half
+        precision = (positives * tp / (tp + fp).clip(1)).sum(1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
+            found[0, start : start + step] = in_order / (2 * n_negative * n_positive)
+            found[1, start : start + step] = np.where(n_negative > 0, precision, math.nan) / n_positive
+    return {"auroc": found[0], "auprc": found[1]}
+
+
+def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000, seed=0):
+    """Percentile bootstrap intervals of AUROC and average precision, or of what one model has over another on the same rows.
+
+    With versus, the scores of the other model, the interval is that of the difference, scores minus versus, by resampling
+    rows in pairs: if it leaves out 0, the models differ by more than the choice of test rows explains. Two single intervals
+    that overlap do not say that they are equal. Resamples without one of the classes are left out; NaN if all are.
+    What another seed of training would change is not in it.
+
+    Shape:  scores, versus real, labels 0 / 1, all (n,) or (n, 1), tensor, array or list
+            ->  {"auroc_low", "auroc_high", "auprc_low", "auprc_high"} floats
+    Errors: ValueError for NaN scores, other labels, unequal lengths, level outside (0, 1), resamples < 1
+    Source: Efron and Tibshirani 1993, chapter 13
+    Needs:  bootstrap_ranking, _scores_and_labels, _is_positive
+    Check:  scores in the right order give 1, 1, 1, 1; versus themselves 0, 0, 0, 0
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"need 0 < level < 1, got {level}; 0.95 leaves out 2.5 % on either side")
+    found = bootstrap_ranking(scores, labels, resamples=resamples, seed=seed)
+    if versus is not None:
+        other = bootstrap_ranking(versus, labels, resamples=resamples, seed=seed)
+        found = {name: found[name] - other[name] for name in found}
+    interval = {}
+    for name, values in found.items():
+        values = values[~np.isnan(values)]
+        ends = np.quantile(values, ((1 - level) / 2, (1 + level) / 2)) if values.size else (math.nan, math.nan)
+        interval |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+    return interval
 
 
 def _counts(confusion, ndim):
@@ -845,13 +1069,18 @@ def _is_positive(labels):
     return labels.reshape(-1) == 1
 
 
-def _scores_by_class(scores, labels):
-    """Scores of the negatives and of the positives, each in float64 and ascending."""
+def _scores_and_labels(scores, labels):
+    """Checked scores as float64 (n,), and which of them are positives, bool (n,)."""
     scores = np.asarray(scores.detach().cpu().double() if torch.is_tensor(scores) else scores, dtype=np.float64)
     positive = _is_positive(labels)
     if scores.shape not in [positive.shape, (positive.size, 1)]:
         raise ValueError(f"{positive.size} labels need one score each, (n,) or (n, 1), got {scores.shape}")
     if np.isnan(scores).any():
         raise ValueError(f"{np.isnan(scores).sum()} of {scores.size} scores are NaN")
-    scores = scores.reshape(-1)
+    return scores.reshape(-1), positive
+
+
+def _scores_by_class(scores, labels):
+    """Scores of the negatives and of the positives, each in float64 and ascending."""
+    scores, positive = _scores_and_labels(scores, labels)
     return np.sort(scores[~positive]), np.sort(scores[positive])

@@ -574,7 +574,7 @@ def test_schedulers_find_lr_refuses_bad_input_by_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# losses: focal loss, Dice, class weights, supervised contrastive, metrics
+# losses: focal loss, Dice, class weights, supervised contrastive, sets and their Gaussian codes, metrics
 
 
 # Focal cross-entropy
@@ -1239,6 +1239,199 @@ def test_losses_supcon_bound_is_what_two_opposite_classes_have_and_equals_ln_of_
         assert all(map(math.isnan, losses.supcon_bounds(nothing)))
 
 
+# Gaussian codes, sets of vectors
+
+
+def test_losses_kl_equals_torch_distributions_in_value_and_gradient():
+    for shape in (5,), (3, 4), (2, 3, 7), (0, 4), (2, 0):
+        both = torch.randn(2, *shape, generator=seeded(), dtype=torch.float64) * 2
+        normal = torch.distributions.Normal
+        got = value_and_gradient(lambda z: losses.kl_to_standard_normal(*z), both)
+        want = value_and_gradient(lambda z: torch.distributions.kl_divergence(normal(z[0], (z[1] / 2).exp()), normal(0, 1)).sum(-1), both)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert got[0].shape == shape[:-1]
+    for mu, logvar, want in (1.0, 0.0, 0.5), (0.0, math.log(4), 0.8069):  # the numbers in the docstring
+        assert abs(losses.kl_to_standard_normal(torch.tensor([mu]), torch.tensor([logvar])).item() - want) < 5e-5
+    near = losses.kl_to_standard_normal(torch.zeros(1), torch.tensor([1e-3])).item()
+    assert abs(near / 2.5e-7 - 1) < 1e-2  # logvar^2 / 4: exp(logvar) - 1 in float32 would be off by half of it
+
+
+def test_losses_kl_free_bits_cost_the_same_and_have_no_gradient_in_each_row_and_dimension():
+    assert torch.allclose(losses.kl_to_standard_normal(torch.zeros(3, 5), torch.zeros(3, 5), free_bits=0.03), torch.tensor(0.03 * 5))
+    mu = torch.tensor([[0.1, 2.0], [1.0, 0.1]], requires_grad=True)  # the mean over the rows is above 0.03 in both dimensions
+    logvar = torch.zeros(2, 2, requires_grad=True)
+    got = losses.kl_to_standard_normal(mu, logvar + 0.01, free_bits=0.03)
+    free = losses.kl_to_standard_normal(mu, logvar + 0.01)
+    got.sum().backward()
+    assert (mu.grad == 0).tolist() == (logvar.grad == 0).tolist() == [[True, False], [False, True]]
+    torch.testing.assert_close(mu.grad[0, 1], mu[0, 1].detach())
+    assert torch.allclose(got, free + 0.03 - (0.01 + (math.exp(0.01) - 1.01)) / 2, atol=1e-6)
+    alone = [losses.kl_to_standard_normal(mu[i], logvar[i] + 0.01, free_bits=0.03) for i in range(2)]
+    assert torch.equal(got, torch.stack(alone))  # adds up: nothing hangs on what else is in the batch
+
+
+def test_losses_kl_computes_half_precision_in_float32_and_keeps_float64():
+    mu, logvar = torch.randn(2, 4, 64, generator=seeded()).bfloat16() * 0.1
+    want = losses.kl_to_standard_normal(mu.float(), logvar.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = losses.kl_to_standard_normal(mu, logvar)
+    assert torch.equal(losses.kl_to_standard_normal(mu, logvar), want) and torch.equal(inside, want) and want.dtype == torch.float32
+    assert torch.equal(losses.kl_to_standard_normal(mu.float(), logvar), want)
+    assert losses.kl_to_standard_normal(mu.double(), logvar).dtype == torch.float64
+
+
+def test_losses_kl_refuses_what_does_not_fit():
+    kl, zeros = losses.kl_to_standard_normal, torch.zeros
+    for mu, logvar in (zeros(3, 2), zeros(2)), (zeros(3), zeros(3).long()), (zeros(()), zeros(())), (zeros(2, 3), zeros(3, 2)):
+        raises(ValueError, f"got {tuple(mu.shape)} of torch.float32 and {tuple(logvar.shape)}", lambda: kl(mu, logvar))
+    for bits in -0.01, math.nan, math.inf:
+        raises(ValueError, f"got {bits}; 0 is", lambda: kl(zeros(2), zeros(2), free_bits=bits))
+
+
+def slow_chamfer(x, y, direction=1.0, magnitude=1.0, distance=3.0):
+    """Of two lists of vectors, pair by pair."""
+    def cost(a, b):
+        lengths = np.linalg.norm(a), np.linalg.norm(b)
+        cosine = a @ b / (lengths[0] * lengths[1]) if min(lengths) else 0.0
+        return direction * (1 - cosine) + magnitude * abs(lengths[0] - lengths[1]) + distance * ((a - b) ** 2).sum()
+
+    if not len(x) or not len(y):
+        return 0.0
+    return np.mean([min(cost(a, b) for b in y) for a in x]) + np.mean([min(cost(a, b) for a in x) for b in y])
+
+
+def ragged_sets(seed=0, sets=7, n=5, m=6, width=4, dtype=torch.float64):
+    """x, y and their masks, of any sizes from 0, in any places; some vectors are zero."""
+    g = seeded(seed)
+    x, y = (torch.randn(sets, size, width, generator=g, dtype=dtype) * (torch.rand(sets, size, 1, generator=g) < 0.9) for size in (n, m))
+    x_mask, y_mask = (torch.rand(sets, size, generator=g) < torch.rand(sets, 1, generator=g) for size in (n, m))
+    x_mask[:3], y_mask[:3] = torch.tensor([False, True, False])[:, None], torch.tensor([True, False, False])[:, None]
+    return x, y, x_mask, y_mask
+
+
+def test_losses_chamfer_equals_the_loop_over_pairs():
+    for seed, weights in itertools.product(range(5), (dict(), dict(direction=0.0, magnitude=2.0, distance=0.5), dict(direction=4))):
+        x, y, x_mask, y_mask = ragged_sets(seed)
+        want = [slow_chamfer(a[p].numpy(), b[q].numpy(), **weights) for a, b, p, q in zip(x, y, x_mask, y_mask)]
+        got = losses.chamfer(x, y, x_mask=x_mask, y_mask=y_mask, **weights)
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+        assert got[:3].tolist() == [0, 0, 0] and got[3:].max() > 1
+        single = losses.chamfer(x.float(), y.float(), x_mask=x_mask, y_mask=y_mask, **weights)
+        assert single.dtype == torch.float32
+        np.testing.assert_allclose(single, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(losses.chamfer(x, y, y_mask=y_mask), [slow_chamfer(a.numpy(), b[q].numpy()) for a, b, q in
+                                                                         zip(x, y, y_mask)], rtol=1e-10)
+    costs = losses.set_costs(x, y)
+    assert costs.shape == (7, 5, 6) and costs.min() >= 0
+    pair = lambda a, b: losses.chamfer(torch.tensor([[a]]), torch.tensor([[b]])).item()
+    assert abs(pair([1.0, 0], [2.0, 0]) - 8) < 1e-5 and abs(pair([1.0, 0], [0, 1.0]) - 14) < 1e-5  # the numbers in the docstrings
+    for shape in (0, 3, 4), (2, 0, 4):
+        assert losses.chamfer(torch.zeros(shape), torch.zeros(shape[0], 3, 4)).tolist() == [0] * shape[0]
+
+
+def test_losses_chamfer_gradient_equals_finite_differences_for_both_sides():
+    x, y, x_mask, y_mask = ragged_sets(1, sets=5, n=3, m=4, width=3)
+    x, y = (each.where(each != 0, 0.5 + torch.rand(each.shape, generator=seeded(2), dtype=each.dtype)).requires_grad_() for each in (x, y))
+    assert torch.autograd.gradcheck(lambda *z: losses.chamfer(*z, x_mask=x_mask, y_mask=y_mask), (x, y))
+    assert torch.autograd.gradcheck(lambda *z: losses.set_costs(*z, direction=0.3, magnitude=2, distance=0.7), (x, y))
+
+
+def test_losses_chamfer_does_not_depend_on_order_or_padding():
+    x, y, x_mask, y_mask = ragged_sets(3)
+    found = []
+    for change in "none", "order", "more padding", "broken padding":
+        a, b, p, q = (each.clone() for each in (x, y, x_mask, y_mask))
+        if change == "order":
+            i, j = torch.randperm(5, generator=seeded()), torch.randperm(6, generator=seeded())
+            a, b, p, q = a[:, i], b[:, j], p[:, i], q[:, j]
+        if change == "more padding":
+            a, b, p, q = F.pad(a, (0, 0, 2, 1), value=9.0), F.pad(b, (0, 0, 0, 4)), F.pad(p, (2, 1)), F.pad(q, (0, 4))
+        if change == "broken padding":
+            a[~p], b[~q] = math.nan, math.inf
+        a, b = a.requires_grad_(), b.requires_grad_()
+        loss = losses.chamfer(a, b, x_mask=p, y_mask=q)
+        loss.sum().backward()
+        assert (a.grad[~p] == 0).all() and (b.grad[~q] == 0).all() and a.grad.isfinite().all() and b.grad.isfinite().all(), change
+        assert a.grad[3:].any() and b.grad[3:].any() and not a.grad[:3].any() and not b.grad[:3].any()
+        found.append(loss)
+    for loss in found[1:]:
+        torch.testing.assert_close(loss, found[0], rtol=1e-12, atol=1e-12)
+    swapped = losses.chamfer(y, x, x_mask=y_mask, y_mask=x_mask)
+    torch.testing.assert_close(swapped, found[0].detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_losses_chamfer_is_zero_for_equal_sets_and_has_finite_gradients_at_zero_vectors():
+    x = F.normalize(torch.randn(50, 8, 80, generator=seeded()), dim=2) * 2
+    got, gradient = value_and_gradient(lambda z: losses.chamfer(z, x[:, torch.randperm(8, generator=seeded())]), x)
+    assert (got >= 0).all() and got.max() < 1e-5 and gradient.abs().max() < 0.01
+    for scale in 0.0, 1e-30, 1e-21, 1e-13, 1e-11:
+        for other in torch.zeros(1, 2, 3), torch.ones(1, 2, 3), scale * torch.ones(1, 2, 3):
+            a = torch.full((1, 2, 3), scale).requires_grad_()
+            b = other.clone().requires_grad_()
+            losses.chamfer(a, b).sum().backward()
+            assert a.grad.isfinite().all() and b.grad.isfinite().all(), (scale, other)
+    a = torch.zeros(1, 1, 2, requires_grad=True)
+    costs = losses.set_costs(a, torch.tensor([[[3.0, 4.0]]]))
+    assert costs.item() == 1 + 5 + 75
+    losses.set_costs(a, torch.tensor([[[3.0, 4.0]]]), direction=0).sum().backward()
+    assert a.grad.flatten().tolist() == [-18, -24]  # a guess at zero is still drawn to its target, by 3 * 2 * (3, 4)
+
+
+def test_losses_chamfer_computes_half_precision_in_float32():
+    x, y = torch.randn(2, 3, 5, 16, generator=seeded())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.chamfer(x, y), losses.chamfer(x.clone(), y)) and (x @ y.transpose(1, 2)).dtype == torch.bfloat16
+        inside = losses.chamfer(x, y)
+    assert torch.equal(inside, losses.chamfer(x, y)) and inside.dtype == torch.float32
+    got = losses.chamfer(x.bfloat16(), y.bfloat16())
+    assert torch.equal(got, losses.chamfer(x.bfloat16().float(), y.bfloat16().float())) and got.dtype == torch.float32
+
+
+def test_losses_chamfer_needs_targets_that_do_not_train():
+    """A constant guess, which knows nothing: the loss of fixed targets shows it, targets that train come to meet it."""
+    for trains in False, True:
+        guess = torch.ones(1, 1, 4, requires_grad=True)
+        table = torch.randn(6, 1, 4, generator=seeded()).requires_grad_()  # a direction for each of 6 variables, one in each set
+        optimizer = torch.optim.SGD([guess, table] if trains else [guess], lr=0.05)
+        for _ in range(200):
+            loss = losses.chamfer(guess.expand(6, 1, 4), F.normalize(table, dim=2)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        cosine = losses.mean_cosine(table[:, 0])
+        assert (loss < 0.5 and cosine > 0.98) if trains else (loss > 4 and cosine < 0.5), (trains, loss, cosine)
+
+
+def test_losses_chamfer_makes_no_tensor_of_all_pairs_and_features():
+    shapes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), options=None):
+            out = function(*args, **(options or {}))
+            shapes.extend(each.numel() for each in (out if isinstance(out, (list, tuple)) else [out]) if torch.is_tensor(each))
+            return out
+
+    x = torch.randn(3, 20, 16, requires_grad=True)
+    with Watch():
+        losses.chamfer(x, torch.randn(3, 30, 16)).sum().backward()
+    assert len(shapes) > 20 and max(shapes) <= 3 * 30 * 20
+
+
+def test_losses_chamfer_refuses_what_does_not_fit():
+    zeros = torch.zeros
+    for x, y in ((zeros(2, 3), zeros(2, 3)), (zeros(2, 3, 4), zeros(2, 3, 5)), (zeros(2, 3, 4), zeros(1, 3, 4)),
+                 (zeros(1, 1, 1).long(), zeros(1, 1, 1)), (zeros(2, 3, 4), zeros(2, 4))):
+        for call in losses.chamfer, losses.set_costs:
+            raises(ValueError, f"got {tuple(x.shape)} of {x.dtype} and {tuple(y.shape)}", lambda: call(x, y))
+    x, y = zeros(2, 3, 4), zeros(2, 5, 4)
+    raises(ValueError, "got y (2, 5, 4) and y_mask (2, 3) of torch.bool", lambda: losses.chamfer(x, y, y_mask=torch.ones(2, 3).bool()))
+    raises(ValueError, "x_mask (2, 3) of torch.float32", lambda: losses.chamfer(x, y, x_mask=torch.ones(2, 3)))
+    raises(ValueError, "got x (2, 3) and", lambda: losses.chamfer(x[:, :, 0], y, x_mask=torch.ones(2, 3).bool()))
+    for name in "direction", "magnitude", "distance":
+        for wrong in -1.0, math.nan:
+            raises(ValueError, f"{wrong}", lambda: losses.chamfer(x, y, **{name: wrong}))
+
+
 # Binary metrics
 
 
@@ -1642,6 +1835,191 @@ def test_losses_ridge_forgets_units_and_constant_columns_and_uses_training_stati
     assert frequent.tolist() == [1] * 4 and losses.ridge_predict(np.ones((2, 2)), [3, 3], [[0, 9]]) == 3
     assert losses.ridge_predict([[0], [1], [2], [9]], [3, 3, 3, 5], [[5], [6]]).tolist() == [3, 5]  # the number in the docstring
     assert losses.ridge_predict(train, labels, x[:0]).shape == (0,)
+
+
+def logistic_case(seed, n=80, d=6):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, d) + rng.normal(size=d)
+    z = (x - x.mean(0)) / x.std(0)
+    return x, (rng.random(n) < 1 / (1 + np.exp(1 - 2 * z[:, 0] + z[:, 1]))).astype(int), z
+
+
+def logistic_weights(x, labels, z, penalty):
+    """Weights and intercept behind the logits of the training rows themselves."""
+    logits = losses.logistic_predict(x, labels, x, penalty=penalty)
+    found = np.linalg.lstsq(np.hstack([z, np.ones((len(z), 1))]), logits, rcond=None)[0]
+    return logits, found[:-1], found[-1]
+
+
+def test_losses_logistic_solution_has_gradient_zero_and_equals_lbfgs():
+    for seed, penalty in enumerate((1e-3, 0.1, 1.0, 30.0, 1e4)):
+        x, labels, z = logistic_case(seed)
+        logits, w, _ = logistic_weights(x, labels, z, penalty)
+        miss = 1 / (1 + np.exp(-logits)) - labels
+        assert np.abs(z.T @ miss + penalty * w).max() < 1e-8 and abs(miss.sum()) < 1e-8
+        free, rows, y = torch.zeros(7, dtype=torch.float64, requires_grad=True), torch.tensor(z), torch.tensor(labels, dtype=torch.float64)
+        lbfgs = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+        def objective():
+            lbfgs.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(rows @ free[:6] + free[6], y, reduction="sum") + penalty / 2 * free[:6].square().sum()
+            loss.backward()
+            return loss
+
+        lbfgs.step(objective)
+        np.testing.assert_allclose(logits, (rows @ free[:6] + free[6]).detach(), atol=1e-5)
+        if penalty == 1:
+            new = torch.tensor(x[:5] + 1, requires_grad=True)
+            got = losses.logistic_predict(torch.tensor(x), torch.tensor(labels), new)
+            np.testing.assert_allclose(got, ((x[:5] + 1 - x.mean(0)) / x.std(0)) @ w + logits.mean() - (z @ w).mean(), atol=1e-8)
+            assert got.dtype == np.float64
+
+
+def test_losses_logistic_converges_for_separable_lopsided_and_doubled_columns():
+    for seed, penalty in itertools.product(range(12), (1e-10, 1e-4, 1.0, 1e6)):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_t(1.2, size=(50, 8))  # far outliers
+        x[:, 1] = x[:, 0]
+        labels = x[:, 0] > (np.median(x[:, 0]) if seed % 2 else np.sort(x[:, 0])[-2])  # separable; one positive of 50 for even seeds
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits = losses.logistic_predict(x, labels, x, penalty=penalty)
+        assert np.isfinite(logits).all()
+        sign, z = np.where(labels, 1, -1), (x - x.mean(0)) / x.std(0)
+        residual = sign * np.exp(-np.logaddexp(0, sign * logits))
+        w = z.T @ residual / penalty  # what gradient 0 says of the weights: they must give these very logits, up to the intercept
+        offset = logits - z @ w
+        assert abs(residual.sum()) < 1e-8 and (penalty < 1e-4 or np.ptp(offset) < 1e-3 * (1 + np.ptp(logits))), (seed, penalty)
+        assert penalty > 1e-4 or ((logits > 0) == labels).all()
+
+
+def test_losses_logistic_halves_the_step_where_newton_alone_diverges():
+    x, labels = np.append(np.linspace(-1, 1, 40), [10, 5])[:, None], np.append(np.zeros(41), 1)
+    z, ridge = (x - x.mean(0)) / x.std(0), np.array([1e-3, 0])
+    logits, w, _ = logistic_weights(x, labels, z, 1e-3)
+    miss = 1 / (1 + np.exp(-logits)) - labels
+    assert max(np.abs(z.T @ miss + 1e-3 * w).max(), abs(miss.sum())) < 1e-8
+    rows, full, values = np.hstack([z, np.ones((42, 1))]), np.array([0, math.log(1 / 41)]), []
+    for _ in range(4):
+        values.append(np.logaddexp(0, (1 - 2 * labels) * (rows @ full)).sum() + (ridge * full**2).sum() / 2)
+        p = 1 / (1 + np.exp(-rows @ full))
+        full = full - np.linalg.solve((rows.T * (p * (1 - p))) @ rows + np.diag(ridge), rows.T @ (p - labels) + ridge * full)
+    assert values[0] * 100 < values[3], values  # 4.7, 11.5, 129, 2315
+
+
+def test_losses_logistic_forgets_units_and_constant_columns_and_uses_training_statistics_only():
+    x, labels, _ = logistic_case(1)
+    want = losses.logistic_predict(x, labels, x)
+    scale, shift = np.array([1e-6, 1, -1e6, 3, 0.1, 1e3]), np.array([5, -1e3, 0, 1, 7, 2])
+    np.testing.assert_allclose(losses.logistic_predict(x * scale + shift, labels, x * scale + shift), want, atol=1e-6)
+    wider = np.hstack([np.full((80, 1), 0.1), x])
+    assert 0 < wider.std(0)[0] < 1e-15
+    np.testing.assert_allclose(losses.logistic_predict(wider, labels, np.hstack([np.linspace(-1e9, 1e9, 80)[:, None], x])), want, atol=1e-9)
+    np.testing.assert_allclose(losses.logistic_predict(x, labels, x[3:4]), want[3:4], rtol=1e-12)
+    np.testing.assert_allclose(losses.logistic_predict(x, 1 - labels, x), -want, atol=1e-9)
+    odds = losses.logistic_predict(np.ones((5, 2)), [1, 0, 0, 0, 1], np.zeros((3, 2)))
+    np.testing.assert_allclose(odds, [math.log(2 / 3)] * 3, rtol=1e-12)
+    assert losses.logistic_predict(x, labels, x[:0]).shape == (0,)
+    assert round(losses.logistic_predict([[0], [1]], [0, 1], [[1]])[0], 3) == 0.675  # the numbers in the docstrings
+    assert round(losses.logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]])[0], 2) == -0.89
+
+
+def test_losses_logistic_refuses_what_it_cannot_fit():
+    x, y, fit = np.eye(3), [0, 1, 1], losses.logistic_predict
+    for labels in [0, 0, 0], [1, 1, 1]:
+        raises(ValueError, f"got {sum(labels)} ones among 3 rows; split the rows so", lambda: fit(x, labels, x))
+    raises(ValueError, "got 0 ones among 0 rows", lambda: fit(np.zeros((0, 3)), [], x))
+    raises(ValueError, "labels must be 0 or 1, got [0 2]", lambda: fit(x, [0, 2, 2], x))
+    raises(ValueError, "train_x (3, 3), 2 labels, x (3, 3)", lambda: fit(x, [0, 1], x))
+    raises(ValueError, "train_x (3, 3), 3 labels, x (2, 4)", lambda: fit(x, y, np.ones((2, 4))))
+    for penalty in (0, -1, math.nan, math.inf):
+        raises(ValueError, f"penalty={penalty}", lambda: fit(x, y, x, penalty=penalty))
+    raises(ValueError, "1 of 2 rows of x hold NaN", lambda: fit(x, y, [[1, 2, math.nan], [1, 2, 3]]))
+
+
+# Bootstrap of ranking metrics
+
+
+def test_losses_bootstrap_ranking_equals_the_metrics_of_the_rows_drawn():
+    seen = 0
+    for seed in range(6):
+        scores, labels = tied_scores(seed)
+        if seed >= 4:  # few positives: some resamples have none; then few rows
+            labels = np.arange(42) < 2
+        if seed == 5:
+            scores, labels = scores[:3], np.array([1, 0, 0])
+        found = losses.bootstrap_ranking(scores, labels, resamples=50, seed=seed)
+        drawn = np.random.default_rng(seed).integers(len(labels), size=(50, len(labels)))
+        for name, metric in ("auroc", losses.auroc), ("auprc", losses.average_precision):
+            want = [metric(scores[rows], labels[rows]) if len(set(labels[rows])) == 2 else math.nan for rows in drawn]
+            np.testing.assert_allclose(found[name], want, rtol=1e-12)
+            assert found[name].dtype == np.float64 and found[name].shape == (50,)
+            seen += np.isnan(want).sum()
+    assert seen > 10
+
+
+def test_losses_bootstrap_ranking_draws_by_number_of_rows_and_seed_alone():
+    scores, labels = tied_scores(0)
+    want = losses.bootstrap_ranking(scores, labels)
+    assert want["auroc"].shape == (1000,) and want["auroc"].std() > 0.01 and want["auprc"].std() > 0.01
+    for given in np.arctan(scores) * 7 + 1, torch.tensor(scores)[:, None], scores.tolist():
+        found = losses.bootstrap_ranking(given, labels)
+        assert all(np.array_equal(found[name], want[name]) for name in want)
+    few, other = losses.bootstrap_ranking(scores, labels, resamples=10), losses.bootstrap_ranking(scores, labels, seed=1)
+    assert np.array_equal(few["auroc"], want["auroc"][:10]) and not np.array_equal(other["auroc"], want["auroc"])
+    turned = losses.bootstrap_ranking(-scores, labels)
+    np.testing.assert_allclose(turned["auroc"], 1 - want["auroc"], rtol=1e-9)  # the same rows drawn, whatever the scores
+
+
+def test_losses_bootstrap_ranking_works_in_chunks_that_change_nothing():
+    rng = np.random.default_rng(0)
+    labels = rng.random(60_000) < 0.1
+    scores = rng.normal(size=60_000).round(2) + labels
+    tracemalloc.start()
+    found = losses.bootstrap_ranking(scores, labels, resamples=40, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000 * 40 * 8 * 2, peak  # 17 resamples at a time
+    drawn = np.random.default_rng(3).integers(60_000, size=(40, 60_000))
+    for i in (0, 16, 17, 39):
+        assert abs(found["auroc"][i] - losses.auroc(scores[drawn[i]], labels[drawn[i]])) < 1e-12
+        assert abs(found["auprc"][i] - losses.average_precision(scores[drawn[i]], labels[drawn[i]])) < 1e-12
+
+
+def test_losses_ranking_interval_is_the_middle_of_the_resamples_and_pairs_two_models():
+    scores, labels = tied_scores(1)
+    found, single = losses.bootstrap_ranking(scores, labels), losses.ranking_interval(scores, labels)
+    assert list(single) == ["auroc_low", "auroc_high", "auprc_low", "auprc_high"]
+    np.testing.assert_allclose(list(single.values()), np.quantile(list(found.values()), (0.025, 0.975), axis=1).T.reshape(-1), rtol=1e-12)
+    assert single["auprc_low"] < losses.average_precision(scores, labels) < single["auprc_high"] <= 1
+    assert list(losses.ranking_interval(scores, labels, versus=scores).values()) == [0, 0, 0, 0]
+    worse = scores - 0.2 * labels + np.random.default_rng(0).normal(size=42) / 10
+    other = losses.bootstrap_ranking(worse, labels, resamples=300, seed=5)
+    mine = losses.bootstrap_ranking(scores, labels, resamples=300, seed=5)
+    got = losses.ranking_interval(scores, labels, versus=worse, level=0.5, resamples=300, seed=5)
+    for name in mine:
+        want = np.quantile(mine[name] - other[name], (0.25, 0.75))
+        np.testing.assert_allclose([got[f"{name}_low"], got[f"{name}_high"]], want, rtol=1e-12)
+    paired, wide = losses.ranking_interval(scores, labels, versus=worse), single["auroc_high"] - single["auroc_low"]
+    assert paired["auroc_high"] - paired["auroc_low"] < wide / 2 and paired["auroc_high"] > 0
+
+
+def test_losses_ranking_bootstrap_is_nan_for_one_class_and_refuses_what_it_cannot_rank():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for labels in [0, 0, 0], [1, 1, 1], []:
+            scores = np.arange(len(labels))
+            found = losses.bootstrap_ranking(scores, labels, resamples=7)
+            assert all(each.shape == (7,) and np.isnan(each).all() for each in found.values())
+            for versus in None, scores:
+                assert all(map(math.isnan, losses.ranking_interval(scores, labels, versus=versus).values()))
+        found = losses.ranking_interval([2.0, 1.0], [1, 0])  # half of the resamples hold one class, the rest is in order
+    assert list(found.values()) == [1, 1, 1, 1]
+    raises(ValueError, "resamples >= 1, got 0", lambda: losses.bootstrap_ranking([1.0], [1], resamples=0))
+    for level in 0, 1, 95, math.nan:
+        raises(ValueError, f"level < 1, got {level}", lambda: losses.ranking_interval([1.0], [1], level=level))
+    raises(ValueError, "1 of 2 scores are NaN", lambda: losses.bootstrap_ranking([1, math.nan], [0, 1]))
+    raises(ValueError, "2 labels need one score each", lambda: losses.ranking_interval([1, 2], [0, 1], versus=[1, 2, 3]))
 
 
 def test_losses_numbers_in_the_docstrings_are_right():
@@ -6658,6 +7036,12 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "knn_accuracy": "knn_accuracy([[1, 0], [0, 1]], [7, 9], [[3, 1]], [7], k=1) == 1",
     "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
     "ridge_predict": "ridge_predict([[0], [1], [2], [9]], [3, 3, 3, 5], [[5], [6]]).tolist() == [3, 5]",
+    "kl_to_standard_normal": "kl_to_standard_normal(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [1.5, 1.5]",
+    "set_costs": "set_costs(torch.tensor([[[1.0, 0]]]), torch.tensor([[[0.0, 1], [2, 0]]])).tolist() == [[[7, 4]]]",
+    "chamfer": "chamfer(torch.tensor([[[1.0, 0]]]), torch.tensor([[[2.0, 0]]]), y_mask=torch.ones(1, 1).bool()).tolist() == [8]",
+    "logistic_predict": "logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]]) < 0",
+    "bootstrap_ranking": "np.nanmin(bootstrap_ranking([2.0, 1.0], [1, 0])['auroc']) == 1",
+    "ranking_interval": "ranking_interval([2.0, 1.0], [1, 0], versus=[2, 1])['auprc_high'] == 0",
     "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",
     "average_precision": "average_precision([2.0, 1.0], [1, 0]) == 1",
     "binary_report": "binary_report([2.0, -1.0], [1, 0])['f1'] == 1",
