@@ -481,6 +481,7 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
     Needs:  set_costs
     Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
     """
+
     def checked(name, each, mask):
         if mask is None:
             return each, torch.ones(each.shape[:2], dtype=torch.bool, device=each.device)
@@ -925,7 +926,7 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
 
     weights = np.append(np.zeros(len(mean)), math.log(positive.sum() / (~positive).sum()))
     for _ in range(200):
-        miss = np.exp(-np.logaddexp(0, sign * (z @ weights)))  # 1 - P of the label, to full precision also where it is tiny
+        miss = np.exp(-np.logaddexp(0, sign * (z @ weights)))  # 1 - P of the label, without overflow
         gradient = ridge * weights - z.T @ (sign * miss)
         if np.abs(gradient).max() <= 1e-13 * n:
             break

@@ -1370,6 +1370,10 @@ def test_losses_chamfer_is_zero_for_equal_sets_and_has_finite_gradients_at_zero_
             b = other.clone().requires_grad_()
             losses.chamfer(a, b).sum().backward()
             assert a.grad.isfinite().all() and b.grad.isfinite().all(), (scale, other)
+    tiny, long = torch.tensor([[[1e-13, 0]], [[1e-11, 0]]]), torch.ones(2, 1, 1) * torch.tensor([3.0, 0])
+    for pair in (tiny, long), (long, tiny):
+        across = losses.set_costs(*pair, magnitude=0, distance=0).flatten().tolist()
+        assert across[0] == 1 and across[1] < 1e-6  # no direction, the same direction
     a = torch.zeros(1, 1, 2, requires_grad=True)
     costs = losses.set_costs(a, torch.tensor([[[3.0, 4.0]]]))
     assert costs.item() == 1 + 5 + 75
