@@ -2527,7 +2527,7 @@ class StaySplit:
         keep = (draw >= self.drop_events) | (draw == largest[stay[event_set]])
         sizes = np.bincount(event_set[keep], minlength=len(stay))
         return {"variables": inputs["variables"][keep], "values": inputs["values"][keep], "sizes": sizes[sizes > 0],
-                "minutes": inputs["minutes"][sizes > 0], "lengths": np.bincount(stay[sizes > 0], minlength=len(largest))}
+                "minutes": inputs["minutes"][sizes > 0], "lengths": np.bincount(stay[sizes > 0])}
 
 
 def synthetic_stays(n=1000, *, seed=0):

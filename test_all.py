@@ -5252,7 +5252,7 @@ def write_stays(path, stays, sets="a", *, newline="\n"):
 
 
 def assert_same_stays(one, other):
-    assert list(one) == list(other) and one["left_out"] == other["left_out"], (one["left_out"], other["left_out"])
+    assert list(one) == list(other) and repr(one["left_out"]) == repr(other["left_out"]), (one["left_out"], other["left_out"])
     for name in one:
         if name == "severity":
             assert list(one[name]) == ["SAPS-I", "SOFA"]
@@ -5653,6 +5653,11 @@ def test_data_synthetic_stays_die_by_a_severity_that_their_events_tell_in_part()
         labs = [np.isin(stays["variables"][a:b], [data.STAY_VARIABLES.index("Lactate")]).sum()
                 for a, b in itertools.pairwise(stays["first_event"][stays["first_set"]])]
         assert np.mean(np.array(labs)[stays["labels"] == 1]) > 1.1 * np.mean(np.array(labs)[stays["labels"] == 0])
+        owner = np.repeat(np.arange(1000), np.diff(stays["first_event"][stays["first_set"]]))
+        for name, sign in (("BUN", 1), ("GCS", -1)):
+            x = stays["variables"] == data.STAY_VARIABLES.index(name)
+            of_died, others = (stays["values"][x & (stays["labels"][owner] == label)] for label in (1, 0))
+            assert sign * (of_died.mean() - others.mean()) > 0.3 * others.std(), name
         assert 0.55 < losses.auroc(stays["severity"]["SOFA"], stays["labels"]) < 0.75
         aurocs += [logistic_auroc(stays, seed=split) for split in range(2)]
     assert 0.74 < np.mean(aurocs) < 0.86 and max(aurocs) < 0.92, aurocs
@@ -5679,7 +5684,8 @@ def test_data_real_stays_are_read_whole_and_have_their_floor():
     negative = stays["left_out"]["negative value"]
     assert len(negative) == 24 and all(" Temp -" in name for name in negative) and "132895 Temp -17.8" in negative
     lengths = np.diff(stays["first_set"])
-    for lowest, plan in ((1.07, data.bucketed_batches(lengths, 32, seed=0, epoch=0)), (1.75, data.shuffled_batches(4000, 32, seed=0, epoch=0))):
+    for lowest, plan in ((1.07, data.bucketed_batches(lengths, 32, seed=0, epoch=0)),
+                         (1.75, data.shuffled_batches(4000, 32, seed=0, epoch=0))):
         assert lowest < padding(plan, lengths) < lowest + 0.02  # the docstring's 1.08 and 1.76
     ph = stays["values"][stays["variables"] == of("pH")]
     scaler = data.event_scaler(stays, np.arange(4000))
