@@ -2477,13 +2477,14 @@ class StaySplit:
     labels       int64 (m,), -1 = unknown; lengths int64 (m,), sets of each stay: for bucketed_batches
     features     set it to a tensor (m, width), and batches hold its rows instead of inputs: what a frozen encoder made of them
     Errors: ValueError for drop_events outside [0, 1)
-    Needs:  gather_ranges, scale_events
+    Needs:  gather_ranges, scale_events, stay_statistics, STAY_VARIABLES
     """
 
     def __init__(self, stays, rows, *, scaler, drop_events=0.0, device="cpu"):
         if not 0 <= drop_events < 1:
             raise ValueError(f"drop_events {drop_events:g} must be at least 0 (off) and below 1")
-        self.rows, self.drop_events, self.device, self.features = np.asarray(rows, dtype=np.int64), drop_events, torch.device(device), None
+        self.stays, self.rows, self.scaler = stays, np.asarray(rows, dtype=np.int64), scaler
+        self.drop_events, self.device, self.features = drop_events, torch.device(device), None
         self.labels, self.ids = stays["labels"][self.rows], stays["ids"][self.rows]
         sets = gather_ranges(stays["first_set"], self.rows)
         events = gather_ranges(stays["first_event"], sets)
@@ -2495,6 +2496,10 @@ class StaySplit:
 
     def __len__(self):
         return len(self.rows)
+
+    def statistics(self):
+        """stay_statistics of these rows."""
+        return stay_statistics(self.stays, self.rows, self.scaler)
 
     def batch(self, rows, generator=None):
         """inputs, the events of b stays one after the other, or features (b, width); and targets float (b,) unless a label of this

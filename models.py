@@ -1240,3 +1240,313 @@ def freeze_encoders(model, names):
         model.encoders[name].requires_grad_(False).eval()
     if not any(p.requires_grad for p in model.encoders.parameters()):
         warnings.warn(f"all {len(model.shapes)} encoders are frozen: only the fusion and the head are trained", stacklevel=2)
+
+
+# ----------------------------------------------------------------------------- SeqSetVAE: a sequence of sets of events
+
+
+def sets_by_size(sizes, *, chunk=256):
+    """Packed sets as padded batches with little padding: sort the sets by size, cut the order into chunks, pad each to its largest.
+
+    sizes    int64 (S,): elements of each set, at least 1; the elements of all sets lie one after the other, in one tensor (E, ...)
+    returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of those sets, where mask is True
+    Check:   sizes 1, 3, 1 in chunks of 2 give sets [0, 2] padded to 1 and set [1] padded to 3
+    """
+    order = sizes.argsort(stable=True)
+    first = sizes.cumsum(0) - sizes
+    chunks = []
+    for sets in order.split(chunk):
+        place = torch.arange(int(sizes[sets[-1]]), device=sizes.device)
+        mask = place < sizes[sets, None]
+        chunks.append((sets, torch.where(mask, first[sets, None] + place, first[sets, None]), mask))
+    return chunks
+
+
+class AttentionBlock(nn.Module):
+    """Queries read a set, keep what they were, and pass an MLP: the multihead attention block of the Set Transformer, norm first.
+
+        h = q + attention(layernorm(q), layernorm(x))        y = h + mlp(layernorm(h))        mlp: C to hidden, GELU, back to C
+
+    Where mask is False an element is not read: padding changes nothing. Queries, keys and values have no bias: that of the keys
+    would have no gradient. The same queries for all sets are projected once.
+
+    Shape:  q (S, N, C) or (1, N, C), x (S, M, C), mask bool (S, M) or None, some of each row True  ->  (S, N, C)
+    Errors: ValueError if heads does not divide channels
+    Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, MAB, with the norms in front: Xiong et al. 2020, arXiv:2002.04745
+    Check:  AttentionBlock(64, heads=2, hidden=128) has 33,408 parameters
+    """
+
+    def __init__(self, channels, *, heads, hidden):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+        self.heads = heads
+        self.query_norm, self.key_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.query, self.key_value = nn.Linear(channels, channels, bias=False), nn.Linear(channels, 2 * channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
+
+    def forward(self, q, x, mask=None):
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (S, heads, tokens, C / heads)
+        queries = split(self.query(self.query_norm(q))).expand(len(x), -1, -1, -1)
+        keys, values = map(split, self.key_value(self.key_norm(x)).chunk(2, -1))
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else mask[:, None, None])
+        h = q + self.out(read.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class InducedSetAttention(nn.Module):
+    """The elements of a set read each other through a few learnt points: linear in the size of the set, whatever their order.
+
+        h = block(points, x)        y = block(x, h)        of AttentionBlock, both with residuals
+
+    Shape:  x (S, N, C), mask bool (S, N) or None  ->  (S, N, C); rows of padding hold no meaning
+    Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, ISAB
+    Check:  InducedSetAttention(64, heads=2, points=16) has 51,456 parameters
+    Needs:  AttentionBlock
+    """
+
+    def __init__(self, channels, *, heads=2, points=16):
+        super().__init__()
+        self.points = nn.Parameter(channels ** -0.5 * torch.randn(points, channels))
+        self.gather, self.spread = (AttentionBlock(channels, heads=heads, hidden=channels) for _ in range(2))
+
+    def forward(self, x, mask=None):
+        return self.spread(x, self.gather(self.points[None], x, mask))
+
+
+class SetEncoder(nn.Module):
+    """One vector of each set: a linear layer on every element, levels of induced set attention, the mean over the elements.
+
+        x = gelu(layernorm(linear(elements)))        y = layernorm(mean of levels(x))
+
+    All sets are encoded together, padded in chunks of like size (sets_by_size); neither the order of the elements nor the other sets
+    play a role.
+
+    Shape:  elements (E, features), sizes int64 (S,), the elements of a set one after the other, no set empty  ->  (S, width)
+    Check:  SetEncoder(82, width=64) has 108,480 parameters
+    Needs:  sets_by_size, AttentionBlock, InducedSetAttention
+    """
+
+    def __init__(self, features, *, width, heads=2, points=16, levels=2):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.GELU())
+        self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points) for _ in range(levels))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, elements, sizes):
+        x = self.embed(elements)
+        chunks, means = sets_by_size(sizes), []
+        for _, index, mask in chunks:
+            y = x[index]
+            for level in self.levels:
+                y = level(y, mask)
+            means.append((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        order = torch.cat([sets for sets, _, _ in chunks])
+        return self.norm(torch.cat(means)[order.argsort()])
+
+
+def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
+    """Which of `buckets` a time span falls into, their bounds evenly spaced in log(1 + minutes); longer ones into the last.
+
+    Shape:  float (...), >= 0 -> int64 (...)
+    Check:  0 minutes are in bucket 0, 1 minute in 5, an hour in 33, a day in 58, two days in 63
+    """
+    scaled = torch.log1p(minutes.clamp(min=0)) / math.log1p(longest)
+    return (scaled * buckets).long().clamp(max=buckets - 1)
+
+
+class TimeBias(nn.Module):
+    """What attention loses to distance in time, for causal attention: the older, the less, each head at its own rate.
+
+        bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i, -inf for j > i
+
+    slope > 0 starts at 1, tau > 0 at 60 minutes; both are learnt, as logarithms. t does not fall with i, so t_i - t_j >= 0: with
+    the sign turned and a clamp at 0 the bias is 0 throughout and never learns.
+
+    Shape:  minutes (B, T) -> (B, heads, T, T); minutes of padding at the end may be anything
+    Check:  an hour apart, at the start, -log 2 = -0.693
+    """
+
+    def __init__(self, heads, *, tau=60.0):
+        super().__init__()
+        self.log_slope, self.log_tau = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.full((heads,), math.log(tau)))
+
+    def forward(self, minutes):
+        gap = (minutes[:, :, None] - minutes[:, None]).clamp(min=0)[:, None]  # (B, 1, T, T)
+        slope, tau = self.log_slope.exp()[:, None, None], self.log_tau.exp()[:, None, None]
+        later = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
+        return (-slope * torch.log1p(gap / tau)).masked_fill(later, -math.inf)
+
+
+class BiasedTransformerLayer(nn.Module):
+    """Transformer layer, norm first, whose attention scores get a bias that is passed in: TimeBias makes it causal.
+
+        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+
+    Shape:  x (B, T, C), bias (B, heads, T, T), some of each row finite  ->  (B, T, C)
+    Errors: ValueError if heads does not divide channels
+    Source: Vaswani et al. 2017, arXiv:1706.03762; a bias on the scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
+    Check:  BiasedTransformerLayer(64, heads=8, hidden=128) has 33,280 parameters
+    """
+
+    def __init__(self, channels, *, heads, hidden, dropout=0.0):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+        self.heads, self.dropout = heads, dropout
+        self.attention_norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(hidden, channels), nn.Dropout(dropout))
+
+    def forward(self, x_btc, bias):
+        q, k, v = self.qkv(self.attention_norm(x_btc)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0)
+        x_btc = x_btc + self.out(y.transpose(1, 2).flatten(2))
+        return x_btc + self.mlp(self.mlp_norm(x_btc))
+
+
+class SetSequenceEncoder(nn.Module):
+    """Stays to hidden states: each is a sequence of sets, a set all events of one minute, an event a variable and its scaled value.
+
+        event    = (value * u, u), u the unit vector of the variable          the u beside it: a value of 0 would erase the variable
+        mu       = linear(SetEncoder(events of the set))
+        x        = mu + sinusoidal position in the stay + embedding of log_time_buckets(minutes since the set before)
+        hidden   = layernorm(layers(x)), causal, with TimeBias
+
+    The u are the axes, fixed: were they learnt, reconstruction could turn all of them into one. All sets of all stays are encoded in
+    one call, all stays in another. Stays come packed, as compressed rows: no padding is stored.
+
+    Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set, "minutes" (S,) since admission, "lengths"
+            int64 (B,) sets per stay}  ->  hidden states (B, T, width), T the longest stay; behind the end of a stay they mean nothing
+    Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
+    Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,888 parameters
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
+            BiasedTransformerLayer
+    """
+
+    def __init__(self, variables, *, width=64, depth=2, heads=8, hidden=128, set_heads=2, points=16, dropout=0.15, buckets=64):
+        super().__init__()
+        self.variables, self.width, self.buckets = variables, width, buckets
+        self.sets = SetEncoder(2 * variables, width=width, heads=set_heads, points=points)
+        self.mu = nn.Linear(width, width)
+        self.gap = nn.Embedding(buckets, width)
+        nn.init.normal_(self.gap.weight, std=0.02)
+        self.time_bias = TimeBias(heads)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(BiasedTransformerLayer(width, heads=heads, hidden=hidden, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
+
+    def events(self, inputs):
+        """(E, 2 * variables): value times unit vector, and the unit vector."""
+        unit = F.one_hot(inputs["variables"], self.variables).to(inputs["values"].dtype)
+        return torch.cat([inputs["values"][:, None] * unit, unit], 1)
+
+    def sequence(self, latent, inputs):
+        """Latent vectors of the sets, packed (S, width), to hidden states (B, T, width)."""
+        lengths, minutes = inputs["lengths"], inputs["minutes"]
+        present = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        pad = lambda x: x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(
+            present.reshape(*present.shape, *[1] * (x.ndim - 1)), x)
+        minutes_bt = pad(minutes)
+        gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
+        x = pad(latent) + sinusoidal_positions(present.shape[1], self.width).to(latent) + self.gap(
+            log_time_buckets(gaps, buckets=self.buckets))
+        x, bias = self.dropout(x), self.time_bias(minutes_bt)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.norm(x)
+
+    def forward(self, inputs):
+        return self.sequence(self.mu(self.sets(self.events(inputs), inputs["sizes"])), inputs)
+
+
+class SetDecoder(nn.Module):
+    """As many elements as a set had, from one vector: learnt seeds plus the vector, one block of attention between them, linear.
+
+        x_i = seed_i + y for i < size        elements = linear(layernorm(block(x, x)))
+
+    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->  (s, n, features)
+    Errors: ValueError for more elements than seeds
+    Check:  SetDecoder(82, width=64, seeds=40) has 33,106 parameters
+    Needs:  AttentionBlock
+    """
+
+    def __init__(self, features, *, width, seeds, heads=2):
+        super().__init__()
+        self.seeds = nn.Parameter(torch.randn(seeds, width))
+        self.block = AttentionBlock(width, heads=heads, hidden=width)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
+        nn.init.normal_(self.out[1].weight, std=0.02)  # most entries of an event are 0: to start there saves the first hundred steps
+
+    def forward(self, y, mask):
+        if mask.shape[1] > len(self.seeds):
+            raise ValueError(f"a set of {mask.shape[1]} elements needs as many seeds, there are {len(self.seeds)}: build it with more")
+        x = self.seeds[: mask.shape[1]] + y[:, None]
+        return self.out(self.block(x, x, mask))
+
+
+class SeqSetVAE(nn.Module):
+    """Pretraining of a SetSequenceEncoder without labels: each set passes a noisy latent vector, and is rebuilt from the hidden state.
+
+        mu, logvar = linear(SetEncoder(events))        latent = mu + exp(logvar / 2) * noise (mu in eval mode)
+        guess      = SetDecoder(hidden state at the set, which knows it and those before)
+
+    Shape:  inputs as in SetSequenceEncoder  ->  {"mu", "logvar": (S, width), "sets": a list of chunks {"sets" (s,), "guess" (s, n,
+            features), "target" (s, n, features), "mask" bool (s, n)}}: the target of an event is what the encoder saw of it
+    Source: sxtforreal/SeqSetVAE (MIT); Kingma and Welling 2014, arXiv:1312.6114
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
+            BiasedTransformerLayer, SetSequenceEncoder, SetDecoder
+    """
+
+    def __init__(self, encoder, *, seeds):
+        super().__init__()
+        self.encoder = encoder
+        self.logvar = nn.Linear(encoder.width, encoder.width)
+        nn.init.constant_(self.logvar.bias, -5.0)  # noise of sd 0.08: at sd 1 it drowns mu from the first step, and the latent collapses
+        self.decoder = SetDecoder(2 * encoder.variables, width=encoder.width, seeds=seeds)
+
+    def forward(self, inputs):
+        events, lengths = self.encoder.events(inputs), inputs["lengths"]
+        encoded = self.encoder.sets(events, inputs["sizes"])
+        mu, logvar = self.encoder.mu(encoded), self.logvar(encoded)
+        latent = mu + torch.randn_like(mu) * (logvar / 2).exp() if self.training else mu
+        hidden = self.encoder.sequence(latent, inputs)
+        hidden = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]]  # packed again, (S, width)
+        chunks = [{"sets": sets, "guess": self.decoder(hidden[sets], mask), "target": events[index], "mask": mask}
+                  for sets, index, mask in sets_by_size(inputs["sizes"])]
+        return {"mu": mu, "logvar": logvar, "sets": chunks}
+
+
+class SeqSetClassifier(nn.Module):
+    """One logit of a stay: SetSequenceEncoder, then a head on the mean and on the last of its hidden states.
+
+    The latent vectors are mu, without noise. Head: width `hidden` and ReLU in all layers but the last.
+
+    Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
+    Check:  the head at width 256, read out twice: 65,793 parameters
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
+            BiasedTransformerLayer, SetSequenceEncoder
+    """
+
+    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1):
+        super().__init__()
+        self.encoder = encoder
+        widths = [2 * encoder.width] + [hidden] * (layers - 1)
+        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in zip(widths, widths[1:])]
+        self.head = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
+
+    def features(self, inputs):
+        """What the head works on, (B, 2 * width): with a frozen encoder the same in every epoch."""
+        hidden, lengths = self.encoder(inputs), inputs["lengths"]
+        present = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        mean = (hidden * present[..., None]).sum(1) / lengths[:, None]
+        return torch.cat([mean, hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]], 1)
+
+    def forward(self, inputs):
+        return self.head(self.features(inputs)).squeeze(1)

@@ -89,7 +89,8 @@ def engine_flags(**defaults):
         "accumulate": dict(help="batches per optimizer step", low=1),
         "lr": dict(help="peak learning rate", above=0),
         "weight_decay": dict(help="AdamW's decoupled weight decay", low=0),
-        "schedule": dict(help="learning rate over the steps; plateau watches the validation loss of the raw weights",
+        "beta2": dict(help="AdamW's decay of the mean squared gradient", low=0, high=0.99999),
+        "schedule": dict(help="learning rate over the steps; plateau watches a validation score of the raw weights",
                          choices=("cosine", "restarts", "cyclic", "plateau", "none")),
         "cosine_epochs": dict(help="cosine: it ends after this many epochs and stays at --min-lr (0 = --epochs)", low=0,
                               when={"schedule": ("cosine",)}),
@@ -99,6 +100,8 @@ def engine_flags(**defaults):
                                 when={"schedule": ("cosine", "restarts", "plateau", "none")}),
         "min_lr": dict(help="where cosine and restarts end, and what plateau never goes below", low=0,
                        when={"schedule": ("cosine", "restarts", "plateau")}),
+        "plateau_watches": dict(help="plateau: the loss, or the score of --monitor", choices=("loss", "monitor"),
+                                when={"schedule": ("plateau",)}),
         "plateau_factor": dict(help="plateau: lr is multiplied by this", above=0, high=0.999, when={"schedule": ("plateau",)}),
         "plateau_patience": dict(help="plateau: epochs without improvement that are tolerated", low=0, when={"schedule": ("plateau",)}),
         "restart_epochs": dict(help="restarts: epochs of the first cycle", above=0, when={"schedule": ("restarts",)}),
@@ -314,10 +317,11 @@ EYES_AGGRESSIVE = EYES_BALANCED | dict(lr=3e-4, weight_decay=1e-3, warmup_epochs
 
 OCEC = Task(
     defaults=engine_flags(
-        epochs=100, batch_size=32, base_batch=0, accumulate=1, lr=2e-4, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=10.0,
-        restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=2000, clip=1.0, ema_decay=0.998,
-        patience=0, amp="off", compile=False, seed=0, train_ratio=0.7, val_ratio=0.1, test_ratio=0.2, folds=0, fold=0,
+        epochs=100, batch_size=32, base_batch=0, accumulate=1, lr=2e-4, weight_decay=1e-2, beta2=0.999, schedule="cosine",
+        cosine_epochs=0.0, warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="loss",
+        plateau_factor=0.5, plateau_patience=2, restart_epochs=10.0, restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=2000,
+        clip=1.0, ema_decay=0.998, patience=0, amp="off", compile=False, seed=0, train_ratio=0.7, val_ratio=0.1, test_ratio=0.2,
+        folds=0, fold=0,
         sampler=Flag("shuffled", "shuffled: each row once an epoch; stratified: as many rows of each class in every batch",
                      choices=("shuffled", "stratified")),
         channels_last=Flag(True, "memory format of images; faster for wide networks, slower for tiny ones"),
@@ -543,10 +547,11 @@ FACES_COMBINED = FACES_RESTARTS | dict(
 
 FACEPARSE = Task(
     defaults=engine_flags(
-        epochs=60, batch_size=8, base_batch=0, accumulate=1, lr=4e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=4e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0,
-        restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
-        train_ratio=0.8, val_ratio=0.1, test_ratio=0.1, folds=0, fold=0,
+        epochs=60, batch_size=8, base_batch=0, accumulate=1, lr=4e-3, weight_decay=1e-2, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=4e-6, plateau_watches="loss",
+        plateau_factor=0.5, plateau_patience=5, restart_epochs=30.0, restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500,
+        clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0, train_ratio=0.8, val_ratio=0.1, test_ratio=0.1,
+        folds=0, fold=0,
         channels_last=Flag(True, "memory format of images"),
         monitor=Flag("f", "validation score that picks the epoch, and raw or EMA weights: f is the challenge's, per image",
                      choices=("f", "f_pooled", "miou")),
@@ -835,8 +840,9 @@ def ppg_task(*, bins):
     """The entry of either rate; they differ in their labels and bands, and in how many bins the wider band needs."""
     trained = ("scratch", "pretrain", "finetune", "partial")  # a probe's encoder is not
     flags = engine_flags(
-        epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
+        epochs=12, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="loss",
+        plateau_factor=0.5, plateau_patience=2, restart_epochs=4.0, restart_mult=2,
         cyclic_base_lr=1e-5, cyclic_steps_up=200, clip=1.0, ema_decay=0.99, patience=5, amp="off", compile=False, seed=0,
         train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
         **mode_flags(mode="scratch", pretrained="", backbone_lr=1e-3, unfreeze_last=1),
@@ -1047,8 +1053,9 @@ QUAD_LATER = QUAD_ORIGINAL | dict(
 
 QUADMODAL = Task(
     defaults=engine_flags(
-        epochs=24, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, schedule="cosine", cosine_epochs=0.0,
-        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_factor=0.5, plateau_patience=5, restart_epochs=10.0, restart_mult=2,
+        epochs=24, batch_size=64, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1e-2, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="loss",
+        plateau_factor=0.5, plateau_patience=5, restart_epochs=10.0, restart_mult=2,
         cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off", compile=False, seed=0,
         train_ratio=0.65, val_ratio=0.15, test_ratio=0.2, folds=0, fold=0,
         sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: each row once an epoch",
@@ -1079,9 +1086,275 @@ QUADMODAL = Task(
 )
 
 
-TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL}
+# ---------------------------------------------------------------------------------------------------------------------
+# Task seqsetvae: death in hospital from the irregular events of the first 48 hours
+
+
+def named(items, most=5):
+    """A count, or the first few names of a list and how many there are."""
+    if isinstance(items, int):
+        return f"{items:,}"
+    return f"{len(items):,} ({', '.join(map(str, items[:most]))}{', ...' if len(items) > most else ''})"
+
+
+def stay_load(path, args):
+    pretraining = args.mode == "pretrain"  # takes the stays without an outcome too, for training
+    stays = data.read_stays(path, cache=args.cache, need_outcomes=not pretraining) if path else data.synthetic_stays()
+    labels, ids = stays["labels"], stays["ids"]
+    known = np.flatnonzero(labels >= 0)
+    notes = [f"data: {path or 'SYNTHETIC stays, drawn by the script: a score on them is no result'}, {len(ids):,} stays, "
+             f"{len(stays['minutes']):,} sets of {len(stays['values']):,} events, " + (
+                 f"{labels[known].mean():.1%} died in hospital" if len(known) else "no outcomes")]
+    notes += [f"left out: {reason}: {named(items)}" for reason, items in stays["left_out"].items()]
+    facts = {"data": zlib.crc32(stays["values"].tobytes() + ids.tobytes() + labels.tobytes())}
+    if args.split == "all":
+        scaler = {name: np.array(each) for name, each in args.facts["scale"].items()}
+        return Data(None, None, None, data.StaySplit(stays, known, scaler=scaler, device=args.device), facts, notes)
+
+    parts = [known[rows] for rows in split_rows(np.arange(len(known)), args)]
+    notes.append("split: by stay; the files do not say which stays are of one patient")
+    for title, rows in zip(("training", "validation", "test"), parts):
+        died = int(labels[rows].sum())
+        if len(rows) and died in (0, len(rows)):
+            raise ValueError(f"of the {len(rows)} {title} stays {died} died: AUROC and AUPRC need both outcomes; change the ratios or "
+                             "--seed")
+        notes += [f"{title}: {len(rows):,} stays, {died:,} deaths, {died / len(rows):.1%}"] if len(rows) else []
+    scaler = data.event_scaler(stays, parts[0])
+    held_out = np.concatenate(parts[1:])
+    facts |= {"split": split_checksum(parts), "scale": {name: each.tolist() for name, each in scaler.items()},
+              "held_out": sorted(ids[held_out].tolist()), "largest_set": int(np.diff(stays["first_event"]).max())}
+    if pretraining:
+        parts[0] = np.concatenate([parts[0], np.flatnonzero(labels < 0)])
+    else:
+        facts["pos_weight"] = args.pos_weight or losses.auto_pos_weight(labels[parts[0]])
+        facts["deaths"] = float(labels[parts[0]].mean())
+    facts["seen"] = sorted(ids[parts[0]].tolist())
+    drop = args.drop_events if args.mode != "probe" else 0.0
+    train, validation, test = (data.StaySplit(stays, rows, scaler=scaler, drop_events=drop, device=args.device) if len(rows) else None
+                               for rows in parts)
+    if not pretraining:
+        facts["logistic"] = stay_logistic(train.statistics(), train.labels)
+    else:
+        counts = np.bincount(train.variables, minlength=len(data.STAY_VARIABLES))
+        facts["frequency"] = (counts / counts.sum()).tolist()
+    return Data(train, validation, test, None, facts, notes)
+
+
+def stay_logistic(x, labels):
+    """[intercept, weights] of the logistic regression: its logits of a row of zeros and of the rows of a unit matrix tell them."""
+    logits = losses.logistic_predict(x, labels, np.concatenate([np.zeros((1, x.shape[1])), np.eye(x.shape[1])]), penalty=30.0)
+    return [float(logits[0]), *(logits[1:] - logits[0]).tolist()]
+
+
+def stay_encoder(args):
+    return models.SetSequenceEncoder(len(data.STAY_VARIABLES), width=args.width, depth=args.depth, heads=args.heads, hidden=args.hidden,
+                                     set_heads=args.set_heads, points=args.points, dropout=args.dropout)
+
+
+def stay_network(args):
+    return models.SeqSetClassifier(stay_encoder(args), layers=args.head_layers, dropout=args.head_dropout)
+
+
+def stay_criterion(logits, targets, args):
+    if args.loss == "focal":
+        weights = torch.tensor([1 - args.alpha, args.alpha], device=logits.device)
+        return losses.focal_label_smooth_ce(logits, targets, gamma=args.gamma, smoothing=0.0, class_weights=weights)
+    pos_weight = torch.tensor(args.facts["pos_weight"], device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
+
+
+def stay_logits(model, batch):
+    """From the features of a frozen encoder where the split has them."""
+    return model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])
+
+
+def stay_loss(model, batch, step, args):
+    return stay_criterion(stay_logits(model, batch), batch["targets"], args), {}
+
+
+def stay_probability(logits, args):
+    """Of death. A weight on the deaths multiplies the odds that the network learns; here it is taken back."""
+    return torch.sigmoid(logits - (math.log(args.facts["pos_weight"]) if args.loss == "bce" else 0.0))
+
+
+def stay_all_logits(model, split):
+    return all_outputs(lambda batch: stay_logits(model, batch), split, 64)
+
+
+def stay_regression(split, args):
+    """Logits of the logistic regression that was fitted on the training stays: what the network has to beat."""
+    intercept, *weights = args.facts["logistic"]
+    return split.statistics() @ np.array(weights) + intercept
+
+
+def stay_scores(logits, split, args):
+    """Scores of the logits of a split, whoever made them, with 95 % bootstrap intervals over its stays."""
+    report = losses.binary_report(logits, split.labels)
+    interval = losses.ranking_interval(logits, split.labels)
+    loss = stay_criterion(torch.as_tensor(logits), torch.from_numpy(split.labels).to(torch.as_tensor(logits).dtype), args)
+    return {"loss": float(loss)} | {key: value for name in ("auroc", "auprc") for key, value in (
+        (name, report[name]), (f"{name}_low", interval[f"{name}_low"]), (f"{name}_high", interval[f"{name}_high"]))}
+
+
+def stay_evaluate(model, split, args):
+    return stay_scores(stay_all_logits(model, split).numpy(), split, args)
+
+
+def stay_floor(split, args):
+    """Chance, the scores that doctors count by hand where the files have them, and a logistic regression on means and counts."""
+    rows = {"constant": losses.binary_floor(split.labels)}
+    prevalence = args.facts["deaths"]
+    rows["constant"] = {"loss": stay_scores(np.full(len(split), math.log(prevalence / (1 - prevalence))), split, args)["loss"]} | {
+        name: rows["constant"][name] for name in ("auroc", "auprc")}
+    for name, severity in split.stays["severity"].items():
+        severity = severity[split.rows]
+        known = ~np.isnan(severity)
+        if 0 < split.labels[known].sum() < known.sum():
+            rows[name] = {key: value for key, value in losses.binary_report(severity[known], split.labels[known]).items()
+                          if key in ("auroc", "auprc")}
+    return rows | {"logistic regression": stay_scores(stay_regression(split, args), split, args),
+                   "ceiling": {"loss": 0.0, "auroc": 1.0, "auprc": 1.0}}
+
+
+def stay_predict(model, path, out, args):
+    """One row per stay; a stay without any event keeps its row, with nothing in it."""
+    stays = data.read_stays(path, cache=args.cache, need_outcomes=False)
+    scaler = {name: np.array(each) for name, each in args.facts["scale"].items()}
+    for reason, items in stays["left_out"].items():
+        print(f"left out: {reason}: {named(items)}")
+    split = data.StaySplit(stays, np.arange(len(stays["ids"])), scaler=scaler, device=args.device)
+    logits = stay_all_logits(model, split)
+    with atomic_write(out) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["RecordID", "logit", "prob_death"])
+        writer.writerows([each, f"{logit:.6f}", f"{prob:.6f}"] for each, logit, prob in zip(
+            stays["ids"].tolist(), logits.tolist(), stay_probability(logits, args).tolist()))
+        writer.writerows([each, "", ""] for each in stays["left_out"].get("stay without an event", []))
+    return len(logits)
+
+
+def vae_network(args):
+    return models.SeqSetVAE(stay_encoder(args), seeds=args.facts["largest_set"])
+
+
+def vae_parts(model, inputs, args):
+    """Reconstruction and KL divergence of each stay, the mean over its sets, and the share of events whose variable comes back."""
+    output, lengths = model(inputs), inputs["lengths"]
+    recon, correct = [], 0
+    for chunk in output["sets"]:
+        guess, target, mask = chunk["guess"], chunk["target"], chunk["mask"]
+        recon.append(losses.chamfer(guess, target, x_mask=mask, y_mask=mask))
+        correct += vae_decoded(guess.detach(), target, mask)
+    recon = torch.cat(recon)[torch.cat([chunk["sets"] for chunk in output["sets"]]).argsort()]
+    kl = losses.kl_to_standard_normal(output["mu"], output["logvar"], free_bits=args.free_bits)
+    stay = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    mean = lambda each: each.new_zeros(len(lengths)).index_add(0, stay, each) / lengths
+    return mean(recon), mean(kl), correct, int(inputs["sizes"].sum())
+
+
+def vae_decoded(guess, target, mask):
+    """How many events have as their nearest guess one that points to their variable most of all."""
+    costs = losses.set_costs(guess.float(), target).masked_fill(~mask[:, :, None], math.inf)
+    variables = len(data.STAY_VARIABLES)
+    pointed = guess[..., variables:].argmax(-1).gather(1, costs.argmin(1))
+    return int(((pointed == target[..., variables:].argmax(-1)) & mask).sum())
+
+
+def vae_loss(model, batch, step, args):
+    recon, kl, correct, events = vae_parts(model, batch["inputs"], args)
+    beta = args.beta * min(1.0, step / args.beta_steps) if args.beta_steps else args.beta
+    return recon.mean() + beta * kl.mean(), {"recon": recon.mean().detach(), "kl": kl.mean().detach(), "decoded": correct / events}
+
+
+def vae_scores(recon, kl, correct, events, args):
+    recon, kl = (float(torch.cat(each).double().mean()) for each in (recon, kl))
+    return {"loss": recon + args.beta * kl, "recon": recon, "kl": kl, "decoded": sum(correct) / sum(events)}
+
+
+def vae_evaluate(model, split, args):
+    """The loss at the full beta and without noise; `decoded` is the share of the events whose variable the reconstruction tells."""
+    return vae_scores(*zip(*(vae_parts(model, batch["inputs"], args) for batch in batches_in_order(split, 64))), args)
+
+
+def vae_floor(split, args):
+    """The same guess for all sets, the mean event or one each of the most frequent variables, and a code that costs its free bits."""
+    encoder, share = stay_encoder(args), torch.tensor(args.facts["frequency"], device=args.device)
+    unit = torch.eye(len(share), device=args.device)[share.argsort(descending=True, stable=True)]
+    unit = unit.repeat(-(-args.facts["largest_set"] // len(share)), 1)
+    rows = {}
+    for name, guesses in {"constant mean": share.expand(len(unit), -1), "constant frequent": unit}.items():
+        guesses = torch.cat([torch.zeros_like(guesses), guesses], 1)  # scaled values have mean 0
+
+        def model(inputs):
+            events, code = encoder.events(inputs), inputs["values"].new_zeros(len(inputs["sizes"]), args.width)
+            return {"mu": code, "logvar": code, "sets": [
+                {"sets": sets, "guess": guesses[: mask.shape[1]].expand(len(sets), -1, -1), "target": events[index], "mask": mask}
+                for sets, index, mask in models.sets_by_size(inputs["sizes"])]}
+
+        rows[name] = vae_evaluate(model, split, args)
+    return rows | {"ceiling": {"loss": args.beta * args.free_bits * args.width, "recon": 0.0, "kl": args.free_bits * args.width,
+                               "decoded": 1.0}}
+
+
+def vae_predict(model, path, out, args):
+    raise ValueError("a checkpoint of --mode pretrain predicts no death: give it as --pretrained to --mode probe, partial or "
+                     "finetune first")
+
+
+# The note's fine-tuning at its own size, before and after its authors mended it. `after` is our --mode probe with early stopping on
+# AUROC; pretrain for either with `--variant after --mode pretrain`.
+STAY_AFTER = dict(
+    mode="probe", width=256, depth=4, hidden=512, dropout=0.15, beta_steps=8000, epochs=100, batch_size=8, lr=3e-4, weight_decay=0.01,
+    beta2=0.98, schedule="plateau", plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4, min_lr=1e-6, warmup_epochs=0.0,
+    ema_decay=0.0, patience=10, monitor="auroc", loss="bce", drop_events=0.0)
+STAY_BEFORE = STAY_AFTER | dict(lr=1e-4, batch_size=4, monitor="loss", plateau_watches="loss", head_layers=4)
+
+
+def stay_task():
+    trained, labelled = ("scratch", "pretrain", "finetune", "partial"), ("scratch", "probe", "finetune", "partial")
+    flags = engine_flags(
+        epochs=10, batch_size=16, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
+        warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
+        restart_epochs=10.0, restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off",
+        compile=False, seed=0, train_ratio=0.75, val_ratio=0.075, test_ratio=0.175, folds=0, fold=0,
+        **mode_flags(mode="scratch", pretrained="", backbone_lr=5e-4, unfreeze_last=1),
+        sampler=Flag("bucketed", "bucketed: stays of like length share a batch; stratified: as many deaths as survivors in every batch",
+                     choices=("bucketed", "shuffled", "stratified")),
+        monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; pretraining takes its loss",
+                     choices=("auroc", "auprc", "loss"), when={"mode": labelled}),
+        width=Flag(64, "of the latent vectors and hidden states, a multiple of --heads and --set-heads", low=2, backbone=True),
+        depth=Flag(2, "layers of the causal transformer", low=1, backbone=True),
+        heads=Flag(8, "attention heads of the transformer", low=1, backbone=True),
+        hidden=Flag(128, "width of its MLPs", low=1, backbone=True),
+        set_heads=Flag(2, "attention heads in the set encoder", low=1, backbone=True),
+        points=Flag(16, "induced points of the set encoder", low=1, backbone=True),
+        dropout=Flag(0.15, "in the transformer, while it is trained", low=0, high=0.95, when={"mode": trained}),
+        drop_events=Flag(0.3, "probability to leave out an event in training", low=0, high=0.95, when={"mode": trained}),
+        head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": labelled}),
+        head_dropout=Flag(0.1, "between them", low=0, high=0.95, when={"mode": labelled}),
+        loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"), when={"mode": labelled}),
+        pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)", low=0,
+                        when={"loss": ("bce",), "mode": labelled}),
+        gamma=Flag(2.0, "exponent of the focal loss", low=0, when={"loss": ("focal",), "mode": labelled}),
+        alpha=Flag(0.5, "focal: weight of the deaths, 1 - alpha that of the survivors; 0.25 weighs the rarer class three times less",
+                   above=0, high=0.999, when={"loss": ("focal",), "mode": labelled}),
+        beta=Flag(0.05, "weight of the KL divergence", low=0, when={"mode": ("pretrain",)}),
+        beta_steps=Flag(600, "steps over which it rises from 0 (0 = at once)", low=0, when={"mode": ("pretrain",)}),
+        free_bits=Flag(0.03, "nats that each dimension of a code may hold at no cost", low=0, when={"mode": ("pretrain",)}),
+    )
+    flags["compile"] = dataclasses.replace(flags["compile"], when={"mode": trained})
+    return Task(
+        defaults=flags, variants={"before": STAY_BEFORE, "after": STAY_AFTER},
+        load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
+        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict)
+
+
+TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
+         "seqsetvae": stay_task()}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
                                          floor=masked_floor, predict=masked_predict) for name in ("bidmc_rr", "bidmc_hr")}
+PRETRAINING["seqsetvae"] = dataclasses.replace(TASKS["seqsetvae"], network=vae_network, loss=vae_loss, evaluate=vae_evaluate,
+                                               floor=vae_floor, predict=vae_predict)
 
 
 def task_of(args):
@@ -1396,7 +1669,14 @@ def seed_of(*numbers):
 def plan_batches(split, epoch, args):
     if args.sampler == "stratified":
         return data.stratified_batches(split.labels, args.batch_size, seed=args.seed, epoch=epoch)
+    if args.sampler == "bucketed":
+        return data.bucketed_batches(split.lengths, args.batch_size, seed=args.seed, epoch=epoch)
     return data.shuffled_batches(len(split), args.batch_size, seed=args.seed, epoch=epoch)
+
+
+def watched_by_plateau(args):
+    """The validation score that lowers the rate when it no longer improves."""
+    return args.monitor if args.plateau_watches == "monitor" else "loss"
 
 
 def make_schedule(optimizer, args, steps_per_epoch):
@@ -1420,7 +1700,9 @@ def make_schedule(optimizer, args, steps_per_epoch):
         return schedulers.Cyclic(optimizer, base_lr=args.cyclic_base_lr, max_lr=peak, steps_up=args.cyclic_steps_up)
     if args.schedule == "none":
         return schedulers.Plateau(optimizer, **warmup)  # never fed a metric: warm-up, then constant
-    return schedulers.Plateau(optimizer, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr, **warmup)
+    mode = "min" if watched_by_plateau(args) in LOWER_IS_BETTER else "max"
+    return schedulers.Plateau(optimizer, mode=mode, factor=args.plateau_factor, patience=args.plateau_patience, min_lr=args.min_lr,
+                              **warmup)
 
 
 def pretrained_encoder(args):
@@ -1444,8 +1726,10 @@ def pretrained_encoder(args):
                              f"{show(content['recipe'][name])}; give that, or pretrain another one")
     leaked = set(content["facts"]["seen"]) & set(args.facts["held_out"])
     if leaked:
-        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the recordings that this run holds out: pretrain "
+        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the cases that this run holds out: pretrain "
                          "with the same --seed, ratios, --folds and --fold")
+    if content["facts"].get("scale") != args.facts.get("scale"):
+        raise ValueError(f"the encoder in {path} was pretrained on inputs scaled by other training rows: pretrain on the same data")
     return content | {"path": path}
 
 
@@ -1480,7 +1764,7 @@ def build(args, steps_per_epoch, pretrained=None):
     rows = args.batch_size * args.accumulate
     lr = args.lr * rows / args.base_batch if args.base_batch else args.lr
     run.optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr * share} for parameters, share in groups],
-                                      lr=lr, weight_decay=args.weight_decay, fused=True)
+                                      lr=lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     run.schedule = make_schedule(run.optimizer, args, steps_per_epoch)
     run.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     run.ema = ema.EMA(run.raw_model, args.ema_decay) if args.ema_decay else None
@@ -1591,7 +1875,7 @@ def score_epoch(run, row, sets, args):
     return row
 
 
-LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd")
+LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd", "recon", "kl")
 
 
 def better(score, best, args):
@@ -1626,7 +1910,7 @@ def fit(run, sets, args, folder, floor, stop):
                             f"{row['grad_norm']:.3g}") from error
         if args.schedule == "plateau":
             before = run.schedule.get_last_lr()[0]
-            run.schedule.step(row["raw"]["loss"] if sets.validation else row["train_loss"])
+            run.schedule.step(row["raw"][watched_by_plateau(args)] if sets.validation else row["train_loss"])
             row["plateau_lr"] = [before, run.schedule.get_last_lr()[0]]
         run.history.append(row)
         if best_row(run.history, args) is row:
@@ -1654,6 +1938,7 @@ def finish_epoch(run, args, folder, floor):
 def epoch_line(history, args, floor):
     """One line per epoch; `*` marks a new best of --monitor, `floor` is the best constant answer on the same rows."""
     row, headline = history[-1], TASKS[args.task].defaults["monitor"].choices[0]
+    headline = headline if headline in row.get("raw", {}) else args.monitor
     parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
     if row["epoch"]:
         parts += [f"lr {row['lr_end']:.2e}", f"train {row['train_loss']:.4f}"]
@@ -1763,6 +2048,7 @@ def print_debug(epoch, i, batch, run, output, lr):
     """The first batches of an epoch, after backward and before the gradient is clipped."""
     print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
     if i == 0:
+        output = next(iter(output.values())) if isinstance(output, dict) else output  # of several outputs the first
         run.gradients = gradients_by_part(run.raw_model)
         reached, tensors, norms = zip(*run.gradients.values())
         print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {sum(reached)} of {sum(tensors)} "
@@ -1876,8 +2162,9 @@ def prepare(args):
     args.facts = sets.facts
     print("\n".join(sets.notes))
     if sets.validation is None:
-        args.monitor = "loss"
         print("no validation split: the training loss picks the epoch, and the raw weights are kept")
+    if sets.validation is None or TASKS[args.task].defaults["monitor"].unmet(args):  # such as AUROC in pretraining, which has no labels
+        args.monitor = "loss"
     if content and content["facts"] != sets.facts:
         raise ValueError(f"the data or their split are not those of the run in {folder}: they differ in "
                          f"{', '.join(key for key in sets.facts if content['facts'].get(key) != sets.facts[key])}; restore them, or start "
