@@ -1467,9 +1467,11 @@ class SetSequenceEncoder(nn.Module):
 
 
 class SetDecoder(nn.Module):
-    """As many elements as a set had, from one vector: learnt seeds plus the vector, one block of attention between them, linear.
+    """As many elements as a set had, from one vector: learnt seeds, scaled and shifted by it, one block of attention, linear.
 
-        x_i = seed_i + y for i < size        elements = linear(layernorm(block(x, x)))
+        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size        elements = linear(layernorm(block(x, x)))
+
+    Scaled, too: of seeds that are only shifted all elements move alike, and it is left to the block to tell them apart.
 
     Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->  (s, n, features)
     Errors: ValueError for more elements than seeds
@@ -1480,14 +1482,15 @@ class SetDecoder(nn.Module):
     def __init__(self, features, *, width, seeds, heads=2):
         super().__init__()
         self.seeds = nn.Parameter(torch.randn(seeds, width))
-        self.block = AttentionBlock(width, heads=heads, hidden=width)
+        self.scale, self.shift = nn.Linear(width, width), nn.Linear(width, width)
+        self.block = AttentionBlock(width, heads=heads, hidden=4 * width)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
         nn.init.normal_(self.out[1].weight, std=0.02)  # most entries of an event are 0: to start there saves the first hundred steps
 
     def forward(self, y, mask):
         if mask.shape[1] > len(self.seeds):
             raise ValueError(f"a set of {mask.shape[1]} elements needs as many seeds, there are {len(self.seeds)}: build it with more")
-        x = self.seeds[: mask.shape[1]] + y[:, None]
+        x = self.seeds[: mask.shape[1]] * (1 + self.scale(y)[:, None]) + self.shift(y)[:, None]
         return self.out(self.block(x, x, mask))
 
 
@@ -1526,7 +1529,8 @@ class SeqSetVAE(nn.Module):
 class SeqSetClassifier(nn.Module):
     """One logit of a stay: SetSequenceEncoder, then a head on the mean and on the last of its hidden states.
 
-    The latent vectors are mu, without noise. Head: width `hidden` and ReLU in all layers but the last.
+    The latent vectors are mu, without noise. Head: width `hidden` and ReLU in all layers but the last, whose bias starts at the log-odds
+    of `prior`, the share of positives: else the first epochs go into learning that they are rare.
 
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
     Check:  the head at width 256, read out twice: 65,793 parameters
@@ -1534,12 +1538,13 @@ class SeqSetClassifier(nn.Module):
             BiasedTransformerLayer, SetSequenceEncoder
     """
 
-    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1):
+    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5):
         super().__init__()
         self.encoder = encoder
         widths = [2 * encoder.width] + [hidden] * (layers - 1)
         blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in zip(widths, widths[1:])]
         self.head = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
+        nn.init.constant_(self.head[-1].bias, math.log(prior / (1 - prior)))
 
     def features(self, inputs):
         """What the head works on, (B, 2 * width): with a frozen encoder the same in every epoch."""

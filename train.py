@@ -63,6 +63,7 @@ class Flag:
     choices: tuple = ()
     when: dict = dataclasses.field(default_factory=dict)  # another flag -> the values of it with which this one is read, for all of them
     backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
+    otherwise: object = None  # what the loop takes where `when` is not met and it needs a value
     late: bool = False  # read by --eval and --predict as well, which may change it
 
     def unmet(self, args):
@@ -1155,7 +1156,7 @@ def stay_encoder(args):
 
 
 def stay_network(args):
-    return models.SeqSetClassifier(stay_encoder(args), layers=args.head_layers, dropout=args.head_dropout)
+    return models.SeqSetClassifier(stay_encoder(args), layers=args.head_layers, dropout=args.head_dropout, prior=args.facts["deaths"])
 
 
 def stay_criterion(logits, targets, args):
@@ -1172,7 +1173,10 @@ def stay_logits(model, batch):
 
 
 def stay_loss(model, batch, step, args):
-    return stay_criterion(stay_logits(model, batch), batch["targets"], args), {}
+    """On stratified batches half of the stays are deaths: there the odds are so much higher, the network's own stay those of all stays."""
+    deaths = args.facts["deaths"]
+    shift = math.log((1 - deaths) / deaths) if args.sampler == "stratified" else 0.0
+    return stay_criterion(stay_logits(model, batch) + shift, batch["targets"], args), {}
 
 
 def stay_probability(logits, args):
@@ -1309,32 +1313,34 @@ def vae_predict(model, path, out, args):
 STAY_AFTER = dict(
     mode="probe", width=256, depth=4, hidden=512, dropout=0.15, beta_steps=8000, epochs=100, batch_size=8, lr=3e-4, weight_decay=0.01,
     beta2=0.98, schedule="plateau", plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4, min_lr=1e-6, warmup_epochs=0.0,
-    ema_decay=0.0, patience=10, monitor="auroc", loss="bce", drop_events=0.0)
+    ema_decay=0.0, patience=10, monitor="auroc", sampler="bucketed", loss="bce", drop_events=0.0, head_dropout=0.1)
 STAY_BEFORE = STAY_AFTER | dict(lr=1e-4, batch_size=4, monitor="loss", plateau_watches="loss", head_layers=4)
+STAY_PRETRAIN = dict(mode="pretrain", epochs=10, lr=2e-3, weight_decay=0.05, dropout=0.15, drop_events=0.0)  # our own, at width 64
 
 
 def stay_task():
     trained, labelled = ("scratch", "pretrain", "finetune", "partial"), ("scratch", "probe", "finetune", "partial")
     flags = engine_flags(
-        epochs=10, batch_size=16, base_batch=0, accumulate=1, lr=1e-3, weight_decay=0.05, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
+        epochs=6, batch_size=32, base_batch=0, accumulate=1, lr=1e-3, weight_decay=1.0, beta2=0.999, schedule="cosine", cosine_epochs=0.0,
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
         restart_epochs=10.0, restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off",
         compile=False, seed=0, train_ratio=0.75, val_ratio=0.075, test_ratio=0.175, folds=0, fold=0,
         **mode_flags(mode="scratch", pretrained="", backbone_lr=5e-4, unfreeze_last=1),
-        sampler=Flag("bucketed", "bucketed: stays of like length share a batch; stratified: as many deaths as survivors in every batch",
-                     choices=("bucketed", "shuffled", "stratified")),
+        sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the loss takes into account; bucketed: "
+                     "stays of like length share a batch, as in pretraining", choices=("stratified", "bucketed", "shuffled"),
+                     when={"mode": labelled}, otherwise="bucketed"),
         monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; pretraining takes its loss",
-                     choices=("auroc", "auprc", "loss"), when={"mode": labelled}),
+                     choices=("auroc", "auprc", "loss"), when={"mode": labelled}, otherwise="loss"),
         width=Flag(64, "of the latent vectors and hidden states, a multiple of --heads and --set-heads", low=2, backbone=True),
         depth=Flag(2, "layers of the causal transformer", low=1, backbone=True),
         heads=Flag(8, "attention heads of the transformer", low=1, backbone=True),
         hidden=Flag(128, "width of its MLPs", low=1, backbone=True),
         set_heads=Flag(2, "attention heads in the set encoder", low=1, backbone=True),
         points=Flag(16, "induced points of the set encoder", low=1, backbone=True),
-        dropout=Flag(0.15, "in the transformer, while it is trained", low=0, high=0.95, when={"mode": trained}),
-        drop_events=Flag(0.3, "probability to leave out an event in training", low=0, high=0.95, when={"mode": trained}),
+        dropout=Flag(0.3, "in the transformer, while it is trained", low=0, high=0.95, when={"mode": trained}),
+        drop_events=Flag(0.5, "probability to leave out an event in training", low=0, high=0.95, when={"mode": trained}),
         head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": labelled}),
-        head_dropout=Flag(0.1, "between them", low=0, high=0.95, when={"mode": labelled}),
+        head_dropout=Flag(0.3, "between them", low=0, high=0.95, when={"mode": labelled}),
         loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"), when={"mode": labelled}),
         pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)", low=0,
                         when={"loss": ("bce",), "mode": labelled}),
@@ -1342,12 +1348,12 @@ def stay_task():
         alpha=Flag(0.5, "focal: weight of the deaths, 1 - alpha that of the survivors; 0.25 weighs the rarer class three times less",
                    above=0, high=0.999, when={"loss": ("focal",), "mode": labelled}),
         beta=Flag(0.05, "weight of the KL divergence", low=0, when={"mode": ("pretrain",)}),
-        beta_steps=Flag(600, "steps over which it rises from 0 (0 = at once)", low=0, when={"mode": ("pretrain",)}),
+        beta_steps=Flag(300, "steps over which it rises from 0 (0 = at once)", low=0, when={"mode": ("pretrain",)}),
         free_bits=Flag(0.03, "nats that each dimension of a code may hold at no cost", low=0, when={"mode": ("pretrain",)}),
     )
     flags["compile"] = dataclasses.replace(flags["compile"], when={"mode": trained})
     return Task(
-        defaults=flags, variants={"before": STAY_BEFORE, "after": STAY_AFTER},
+        defaults=flags, variants={"pretrain": STAY_PRETRAIN, "before": STAY_BEFORE, "after": STAY_AFTER},
         load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
         evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict)
 
@@ -2157,6 +2163,9 @@ def prepare(args):
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
             adopt_recipe(args, content)
     task = task_of(args)
+    for name, flag in task.defaults.items():  # such as AUROC to monitor in pretraining, which has no labels
+        if flag.otherwise is not None and flag.unmet(args):
+            setattr(args, name, flag.otherwise)
     args.device = resolve_device(args.device)
     print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *filter(None, [look_of(args)])]), flush=True)
     if args.resume and not content:
@@ -2165,9 +2174,8 @@ def prepare(args):
     args.facts = sets.facts
     print("\n".join(sets.notes))
     if sets.validation is None:
-        print("no validation split: the training loss picks the epoch, and the raw weights are kept")
-    if sets.validation is None or TASKS[args.task].defaults["monitor"].unmet(args):  # such as AUROC in pretraining, which has no labels
         args.monitor = "loss"
+        print("no validation split: the training loss picks the epoch, and the raw weights are kept")
     if content and content["facts"] != sets.facts:
         raise ValueError(f"the data or their split are not those of the run in {folder}: they differ in "
                          f"{', '.join(key for key in sets.facts if content['facts'].get(key) != sets.facts[key])}; restore them, or start "

@@ -1,0 +1,62 @@
+"""Finished seqsetvae runs beside the logistic regression on the same test stays: a row of a table per group of seeds.
+
+    $ for seed in 0 1 2; do
+    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --out runs/stays-scratch-$seed
+    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --mode pretrain --out runs/stays-pretrain-$seed
+    >     for mode in probe finetune; do
+    >         python train.py --task seqsetvae --data physionet2012 --seed $seed --mode $mode --pretrained runs/stays-pretrain-$seed \\
+    >             --out runs/stays-$mode-$seed; done; done
+    $ python benchmarks/stays_table.py runs/stays-scratch-{0,1,2} -- runs/stays-probe-{0,1,2} -- runs/stays-finetune-{0,1,2}
+
+The difference is the mean over the seeds of (model - logistic regression), each on the test stays of its seed; its 95 % interval
+resamples stays in pairs, within each seed. What another draw of the training stays would change is in the sd over the seeds, not in it.
+The data are read from where the runs found them.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import losses
+import train
+
+RESAMPLES = 2000
+
+
+def test_scores(folder):
+    """Logits of the best epoch's weights, of the logistic regression, and labels: the test stays of one run."""
+    content = train.load_checkpoint(folder / "best.pt", "seqsetvae")
+    args = train.parse_args(["--task", "seqsetvae", "--eval", str(folder / "best.pt")])
+    train.adopt_recipe(args, content)
+    args.device, args.split = "cpu", "test"
+    sets = train.TASKS["seqsetvae"].load(args.data, args)
+    if sets.facts != content["facts"]:
+        sys.exit(f"{folder}: the data are not those of the run")
+    model = train.stay_network(args)
+    train.load_weights(model, content, folder)
+    model.eval()
+    with train.torch.inference_mode():
+        logits = train.stay_all_logits(model, sets.test).numpy()
+    return logits, train.stay_regression(sets.test, args), sets.test.labels
+
+
+groups = [[]]
+for word in sys.argv[1:]:
+    groups[-1].append(Path(word)) if word != "--" else groups.append([])
+if not groups[0]:
+    sys.exit(__doc__)
+print("| run | AUROC | logistic regression | difference [95 %] | AUPRC | logistic regression | difference [95 %] |\n|" + " --- |" * 7)
+for folders in groups:
+    runs = [test_scores(folder) for folder in folders]
+    cells = []
+    for name, score in (("auroc", losses.auroc), ("auprc", losses.average_precision)):
+        of = [np.array([score(run[i], run[2]) for run in runs]) for i in (0, 1)]
+        drawn = [losses.bootstrap_ranking(run[i], run[2], resamples=RESAMPLES, seed=seed)[name]
+                 for i in (0, 1) for seed, run in enumerate(runs)]
+        gain = np.mean(drawn[: len(runs)], axis=0) - np.mean(drawn[len(runs) :], axis=0)
+        spread = lambda x: f"{x.mean():.3f}" + (f" +- {x.std(ddof=1):.3f}" if len(x) > 1 else "")
+        cells += [spread(of[0]), spread(of[1]), f"{(of[0] - of[1]).mean():+.3f} [{np.nanquantile(gain, 0.025):+.3f}, "
+                  f"{np.nanquantile(gain, 0.975):+.3f}]"]
+    print(f"| {folders[0].name} | " + " | ".join(cells) + " |", flush=True)
