@@ -1303,7 +1303,7 @@ class InducedSetAttention(nn.Module):
 
     Shape:  x (S, N, C), mask bool (S, N) or None  ->  (S, N, C); rows of padding hold no meaning
     Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, ISAB
-    Check:  InducedSetAttention(64, heads=2, points=16) has 51,456 parameters
+    Check:  InducedSetAttention(64, heads=2, points=16) has 51,328 parameters
     Needs:  AttentionBlock
     """
 
@@ -1325,7 +1325,7 @@ class SetEncoder(nn.Module):
     play a role.
 
     Shape:  elements (E, features), sizes int64 (S,), the elements of a set one after the other, no set empty  ->  (S, width)
-    Check:  SetEncoder(82, width=64) has 108,480 parameters
+    Check:  SetEncoder(82, width=64) has 108,224 parameters
     Needs:  sets_by_size, AttentionBlock, InducedSetAttention
     """
 
@@ -1424,7 +1424,7 @@ class SetSequenceEncoder(nn.Module):
     Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set, "minutes" (S,) since admission, "lengths"
             int64 (B,) sets per stay}  ->  hidden states (B, T, width), T the longest stay; behind the end of a stay they mean nothing
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
-    Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,888 parameters
+    Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
             BiasedTransformerLayer
     """
@@ -1475,7 +1475,7 @@ class SetDecoder(nn.Module):
 
     Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->  (s, n, features)
     Errors: ValueError for more elements than seeds
-    Check:  SetDecoder(82, width=64, seeds=40) has 33,106 parameters
+    Check:  SetDecoder(82, width=64, seeds=40) has 33,170 parameters
     Needs:  AttentionBlock
     """
 
