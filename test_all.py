@@ -2343,7 +2343,14 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.ImageTokens(3, (32, 32), width=64), 23824),
             (models.VideoTokens(3, (32, 32), width=64), 77968),
             (models.ModalityReadout(64, heads=8), 16832),
-            (models.QuadModal({name: (128, 3) for name in "abcd"}), 414272)):
+            (models.QuadModal({name: (128, 3) for name in "abcd"}), 414272),
+            (models.AttentionBlock(64, heads=2, hidden=128), 33408),
+            (models.InducedSetAttention(64, heads=2, points=16), 51328),
+            (models.SetEncoder(82, width=64), 108224),
+            (models.BiasedTransformerLayer(64, heads=8, hidden=128), 33280),
+            (models.SetSequenceEncoder(41, width=64, depth=2), 183184),
+            (models.SetDecoder(82, width=64, seeds=40), 33170),
+            (models.SeqSetClassifier(models.SetSequenceEncoder(41, width=256)).head, 65793)):
         assert models.count_parameters(piece) == count, count
     assert doctest.testmod(models) == (0, 7)
 
@@ -3322,6 +3329,467 @@ def test_models_quadmodal_learns_a_class_that_takes_two_modalities_to_tell():
     assert loss < -0.5, loss  # -1 is the minimum, 1 what equal embeddings score
 
 
+def set_encoder(variables=6, **changes):
+    torch.manual_seed(0)
+    small = {"width": 16, "depth": 2, "heads": 4, "hidden": 24, "points": 3, "dropout": 0.1}
+    return models.SetSequenceEncoder(variables, **small | changes)
+
+
+def draw_sets(lengths, *, largest=12, variables=6, seed=0):
+    """Stays as lists of (minute, [(variable, value), ...]), the first set the largest; in one of more events than variables, one of
+    them comes twice."""
+    rng = np.random.default_rng(seed)
+    stays = []
+    for length in lengths:
+        minutes = np.sort(rng.integers(0, 2880, length)).tolist()
+        sizes = rng.integers(1, largest + 1, length)
+        sizes[0] = largest
+        stays.append([(m, [(int(rng.integers(variables)), float(np.float32(rng.normal()))) for _ in range(n)])
+                      for m, n in zip(minutes, sizes)])
+    return stays
+
+
+def packed_sets(stays, dtype=torch.float32):
+    """Inputs of the networks: the lists of draw_sets one after the other. In float64 rounding hides no small leak."""
+    sets = [each for stay in stays for each in stay]
+    return {"variables": torch.tensor([v for _, events in sets for v, _ in events]),
+            "values": torch.tensor([x for _, events in sets for _, x in events], dtype=dtype),
+            "sizes": torch.tensor([len(events) for _, events in sets]), "minutes": torch.tensor([m for m, _ in sets], dtype=dtype),
+            "lengths": torch.tensor([len(stay) for stay in stays])}
+
+
+def packed_doubles(stays):
+    return packed_sets(stays, torch.float64)
+
+
+def loop_attention(q, k, v, heads, bias=None):
+    """Plain attention of q (N, C) to k and v (M, C), head by head."""
+    size, parts = q.shape[1] // heads, []
+    for head in range(heads):
+        at = slice(head * size, (head + 1) * size)
+        scores = q[:, at] @ k[:, at].T / math.sqrt(size) + (0 if bias is None else bias[head])
+        weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+        parts.append(weights @ v[:, at])
+    return torch.cat(parts, 1)
+
+
+def loop_linear(x, layer):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def loop_norm(x, layer):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+
+def loop_mlp(x, layers):
+    """The first and the last linear layer of an MLP, between them GELU."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    return loop_linear(F.gelu(loop_linear(x, linear[0])), linear[1])
+
+
+def loop_block(block, q, x):
+    k, v = loop_linear(loop_norm(x, block.key_norm), block.key_value).chunk(2, 1)
+    h = q + loop_linear(loop_attention(loop_linear(loop_norm(q, block.query_norm), block.query), k, v, block.heads), block.out)
+    return h + loop_mlp(loop_norm(h, block.mlp_norm), block.mlp)
+
+
+def loop_events(encoder, events):
+    rows = torch.zeros(len(events), 2 * encoder.variables)
+    for row, (variable, value) in zip(rows, events):
+        row[variable], row[encoder.variables + variable] = value, 1.0
+    return rows
+
+
+def loop_set(encoder, events):
+    """The vector (1, width) of one set, alone: no padding, no mask."""
+    x = F.gelu(loop_norm(loop_linear(loop_events(encoder, events), encoder.sets.embed[0]), encoder.sets.embed[1]))
+    for level in encoder.sets.levels:
+        x = loop_block(level.spread, x, loop_block(level.gather, level.points, x))
+    return loop_norm(x.mean(0, keepdim=True), encoder.sets.norm)
+
+
+def loop_stay(encoder, stay):
+    """The hidden states (T, width) of one stay, alone, its sets encoded one at a time."""
+    minutes, x = [minute for minute, _ in stay], []
+    for i, (minute, events) in enumerate(stay):
+        bucket = min(63, int(64 * math.log1p(minute - (minutes[i - 1] if i else 0)) / math.log1p(2880)))
+        place = [f(i / 10000 ** (c / encoder.width)) for c in range(0, encoder.width, 2) for f in (math.sin, math.cos)]
+        x.append(loop_linear(loop_set(encoder, events), encoder.mu) + torch.tensor(place) + encoder.gap.weight[bucket])
+    x = torch.cat(x)
+    slope, tau = encoder.time_bias.log_slope.exp().tolist(), encoder.time_bias.log_tau.exp().tolist()
+    bias = torch.tensor([[[-s * math.log(1 + (a - b) / t) if j <= i else -math.inf for j, b in enumerate(minutes)]
+                          for i, a in enumerate(minutes)] for s, t in zip(slope, tau)])
+    for layer in encoder.layers:
+        q, k, v = loop_linear(loop_norm(x, layer.attention_norm), layer.qkv).chunk(3, 1)
+        x = x + loop_linear(loop_attention(q, k, v, layer.heads, bias), layer.out[0])
+        x = x + loop_mlp(loop_norm(x, layer.mlp_norm), layer.mlp)
+    return loop_norm(x, encoder.norm)
+
+
+def settled(model):
+    """lived_in, but attention that reaches hours back: at slopes and tau drawn like weights it would see the last set only."""
+    model, bias = lived_in(model), [m for m in model.modules() if isinstance(m, models.TimeBias)]
+    with torch.no_grad():
+        for each in bias:
+            each.log_slope.sub_(1.0), each.log_tau.add_(3.0)
+    return model
+
+
+STAY_LENGTHS = (3, 40, 1, 17, 2)
+
+
+@torch.no_grad()
+def test_models_seqset_hidden_states_equal_one_set_and_one_stay_at_a_time():
+    encoder, stays = settled(set_encoder()), draw_sets(STAY_LENGTHS)
+    sizes = [len(events) for stay in stays for _, events in stay]
+    assert set(sizes) == set(range(1, 13))
+    stays[1][7] = (stays[1][6][0], [(2, 0.5), (2, -1.5), (2, 0.5)])  # one variable thrice; and no minute later than the set before
+    hidden = encoder(packed_sets(stays))
+    assert hidden.shape == (5, 40, 16)
+    for row, stay in zip(hidden, stays):
+        expected = loop_stay(encoder, stay)
+        assert torch.allclose(row[: len(stay)], expected, atol=1e-5), (row[: len(stay)] - expected).abs().max()
+    assert hidden[1].std(0).min() > 0.1 and abs(set_encoder(width=64).gap.weight.std() / 0.02 - 1) < 0.05
+    heads = [m.heads for m in set_encoder(set_heads=8).modules() if hasattr(m, "heads")]
+    assert heads == [8] * 4 + [4] * 2  # two levels of two blocks, two layers
+    big = settled(set_encoder(variables=41, width=64, depth=2, heads=8, hidden=128, points=16))
+    stays = draw_sets((4, 9), variables=41, seed=1)
+    for row, stay in zip(big(packed_sets(stays)), stays):
+        assert torch.allclose(row[: len(stay)], loop_stay(big, stay), atol=1e-5)
+
+
+@torch.no_grad()
+def test_models_seqset_classifier_is_the_head_on_the_mean_and_the_last_state():
+    net, stays = settled(models.SeqSetClassifier(set_encoder(), layers=3, hidden=10)), draw_sets(STAY_LENGTHS)
+    inputs, linear = packed_sets(stays), [layer for layer in net.head.modules() if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(32, 10), (10, 10), (10, 1)]
+    logits = net(inputs)
+    assert logits.shape == (5,) and logits.std() > 0.01
+    for logit, features, stay in zip(logits, net.features(inputs), stays):
+        hidden = loop_stay(net.encoder, stay)
+        x = torch.cat([sum(hidden) / len(stay), hidden[len(stay) - 1]])
+        assert torch.allclose(features, x, atol=1e-5)
+        for layer in linear:
+            x = loop_linear(x, layer).relu() if layer is not linear[-1] else loop_linear(x, layer)
+        assert torch.allclose(logit, x[0], atol=1e-5)
+    shallow = models.SeqSetClassifier(set_encoder(), layers=1)
+    assert [type(layer) for layer in shallow.head] == [nn.Linear] and shallow.head[0].in_features == 32
+
+
+@torch.no_grad()
+def test_models_seqset_vae_equals_one_set_and_one_stay_at_a_time():
+    net, stays = settled(models.SeqSetVAE(set_encoder(), seeds=14)), draw_sets(STAY_LENGTHS)
+    encoder, decoder, output = net.encoder, net.decoder, net(packed_sets(stays))
+    sets = [each for stay in stays for _, each in stay]
+    encoded = torch.cat([loop_set(encoder, events) for events in sets])
+    assert torch.allclose(output["mu"], loop_linear(encoded, encoder.mu), atol=1e-5)
+    assert torch.allclose(output["logvar"], loop_linear(encoded, net.logvar), atol=1e-5)
+    hidden, seen = torch.cat([loop_stay(encoder, stay) for stay in stays]), []
+    for chunk in output["sets"]:
+        for i, guess, target, mask in zip(chunk["sets"].tolist(), chunk["guess"], chunk["target"], chunk["mask"]):
+            x, n = decoder.seeds[: len(sets[i])] + hidden[i], len(sets[i])
+            expected = loop_linear(loop_norm(loop_block(decoder.block, x, x), decoder.out[0]), decoder.out[1])
+            assert mask.tolist() == [True] * n + [False] * (len(mask) - n)
+            assert torch.allclose(guess[:n], expected, atol=1e-5), (guess[:n] - expected).abs().max()
+            assert torch.equal(target[:n], loop_events(encoder, sets[i]))
+            seen.append(i)
+    assert sorted(seen) == list(range(63)) and output["mu"].std() > 0.1
+
+
+def test_models_sets_by_size_reads_every_element_once_and_pads_to_the_largest_of_a_chunk():
+    sizes = torch.tensor([5, 1, 3, 3, 8, 1, 2])
+    for chunk, widths in ((1, [1, 1, 2, 3, 3, 5, 8]), (2, [1, 3, 5, 8]), (3, [2, 5, 8]), (7, [8]), (256, [8])):
+        chunks = models.sets_by_size(sizes, chunk=chunk)
+        assert [index.shape[1] for _, index, _ in chunks] == widths and max(len(sets) for sets, _, _ in chunks) <= chunk
+        found = {int(i): index[row][mask[row]].tolist() for sets, index, mask in chunks for row, i in enumerate(sets)}
+        assert found == {i: list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(7)}
+        for sets, index, mask in chunks:  # padding repeats an element of the same set: nothing else can leak from it
+            first = sizes.cumsum(0)[sets] - sizes[sets]
+            assert torch.equal(mask.sum(1), sizes[sets]) and torch.equal(index.where(mask, first[:, None])[~mask], index[~mask])
+    (sets, _, mask), (last, index, _) = models.sets_by_size(torch.tensor([1, 3, 1]), chunk=2)
+    assert sets.tolist() == [0, 2] and mask.shape == (2, 1) and last.tolist() == [1] and index.tolist() == [[1, 2, 3]]
+
+
+@torch.no_grad()
+def test_models_seqset_is_blind_to_the_order_of_events_the_company_and_the_chunks():
+    net, stays = settled(models.SeqSetVAE(set_encoder(), seeds=40)).double(), draw_sets(STAY_LENGTHS)
+    encoder, whole = net.encoder, net.encoder(packed_doubles(stays))
+    rng = np.random.default_rng(1)
+    mixed = [[(minute, [events[i] for i in rng.permutation(len(events))]) for minute, events in stay] for stay in stays]
+    assert mixed != stays
+    for row, shuffled, stay in zip(whole, encoder(packed_doubles(mixed)), stays):
+        assert torch.allclose(row[: len(stay)], shuffled[: len(stay)], atol=1e-10)
+    wide = draw_sets((50, 3), largest=30, seed=2)  # a company of larger sets and longer stays
+    for row, stay in zip(whole, stays):
+        alone = encoder(packed_doubles([stay]))[0]
+        assert alone.shape == (len(stay), 16) and torch.allclose(row[: len(stay)], alone, atol=1e-10)
+        assert torch.allclose(encoder(packed_doubles([wide[0], stay, wide[1]]))[1, : len(stay)], alone, atol=1e-10)
+    inputs, original = packed_doubles(stays), models.sets_by_size
+    try:
+        for chunk in (1, 3, 16):
+            models.sets_by_size = lambda sizes: original(sizes, chunk=chunk)
+            output = net(inputs)
+            assert len(output["sets"]) == -(-63 // chunk)
+            for row, again, stay in zip(whole, encoder(inputs), stays):
+                assert torch.allclose(row[: len(stay)], again[: len(stay)], atol=1e-10)
+    finally:
+        models.sets_by_size = original
+
+
+@torch.no_grad()
+def test_models_seqset_hidden_states_know_only_the_past():
+    net, (stay,) = settled(models.SeqSetVAE(set_encoder(), seeds=20)).double(), draw_sets((12,))
+    encoder, (other,) = net.encoder, draw_sets((12,), seed=1)
+    hidden = encoder(packed_doubles([stay]))[0]
+    far = [(minute + 2880, events) for minute, events in other]
+    for known in (1, 5, 11):
+        for later in ([], far, far[:1], [(minute, other[i][1]) for i, (minute, _) in enumerate(stay)][known:]):
+            changed = encoder(packed_doubles([stay[:known] + later]))[0]
+            assert torch.allclose(changed[:known], hidden[:known], atol=1e-10)
+            if later and known < 11:
+                assert (changed[known] - hidden[known]).abs().max() > 1e-2  # what came is known from there on
+    earlier = encoder(packed_doubles([[(stay[0][0], other[0][1])] + stay[1:]]))[0]
+    assert (earlier - hidden).abs().amax(1).min() > 1e-4  # every later state knows the first set
+    guesses = lambda stay: {int(i): guess[row] for chunk in net(packed_doubles([stay]))["sets"] for guess in [chunk["guess"]]
+                            for row, i in enumerate(chunk["sets"])}
+    before, after = guesses(stay), guesses(stay[:5] + far)
+    for i in range(5):
+        n = len(stay[i][1])
+        assert torch.allclose(before[i][:n], after[i][:n], atol=1e-10)
+
+
+def test_models_time_bias_is_the_formula_causal_and_learns():
+    bias = models.TimeBias(3)
+    start = bias(torch.tensor([[0.0, 60.0, 60.0], [7.0, 7.0, 0.0]]))  # the last minute of the second row: padding
+    assert start.shape == (2, 3, 3, 3) and torch.allclose(start[0, :, 1, 0], torch.tensor(-0.693147)) and (start[0, :, 2, 1] == 0).all()
+    minutes = torch.tensor([[0.0, 5.0, 65.0, 65.0, 900.0]])
+    with torch.no_grad():
+        bias.log_slope.copy_(torch.tensor([0.0, 0.5, -1.0])), bias.log_tau.copy_(torch.tensor([1.0, 3.0, 6.0]))
+    table = bias(minutes)
+    for h, i, j in itertools.product(range(3), range(5), range(5)):
+        slope, tau = math.exp((0, 0.5, -1)[h]), math.exp((1, 3, 6)[h])
+        expected = -slope * math.log(1 + float(minutes[0, i] - minutes[0, j]) / tau) if j <= i else -math.inf
+        assert table[0, h, i, j] == expected or abs(table[0, h, i, j] - expected) < 1e-5, (h, i, j)
+    same = bias(torch.full((1, 4), 33.0))
+    assert torch.equal(same, torch.zeros(1, 3, 4, 4).masked_fill(torch.ones(4, 4).triu(1) > 0, -math.inf))
+
+    encoder, stays = settled(set_encoder()), draw_sets((12, 3))
+    (encoder(packed_sets(stays)) * torch.randn(16)).sum().backward()
+    for p in (encoder.time_bias.log_slope, encoder.time_bias.log_tau):
+        assert p.shape == (4,) and (p.grad.abs() > 1e-6).all()
+    nn.init.zeros_(encoder.gap.weight)  # what is left of time is the bias
+    with torch.no_grad():
+        hidden = encoder(packed_sets(stays))[0]
+        apart = encoder(packed_sets([[(3 * minute, events) for minute, events in stays[0]]]))[0]
+        moved = encoder(packed_sets([[(minute + 100, events) for minute, events in stays[0]]]))[0]
+    assert torch.allclose(apart[0], hidden[0], atol=1e-6) and (apart - hidden)[1:].abs().amax(1).min() > 1e-3
+    assert torch.allclose(moved, hidden, atol=1e-5)  # only spans of time matter to it
+
+
+def test_models_every_parameter_of_the_seqset_networks_has_a_nonzero_gradient():
+    stays = draw_sets(STAY_LENGTHS)
+    inputs = packed_sets(stays)
+    net = models.SeqSetVAE(set_encoder(), seeds=12)  # the batch holds a set of 12, and all 6 variables
+    output = net(inputs)
+    recon = torch.cat([losses.chamfer(c["guess"], c["target"], x_mask=c["mask"], y_mask=c["mask"]) for c in output["sets"]])
+    (recon.mean() + 0.01 * losses.kl_to_standard_normal(output["mu"], output["logvar"]).mean()).backward()
+    assert (net.decoder.seeds.grad.abs().amax(1) > 0).all() and (net.encoder.sets.embed[0].weight.grad.abs().amax(0) > 0).all()
+    for level in net.encoder.sets.levels:
+        assert (level.points.grad.abs().amax(1) > 0).all()
+    minutes = [torch.tensor([0.0] + [minute for minute, _ in stay]) for stay in stays]
+    used = torch.cat([models.log_time_buckets(each.diff()) for each in minutes]).unique()
+    assert torch.equal((net.encoder.gap.weight.grad.abs().amax(1) > 0).nonzero()[:, 0], used)
+    classifier = models.SeqSetClassifier(set_encoder(), dropout=0.0)
+    F.binary_cross_entropy_with_logits(classifier(inputs), torch.tensor([0.0, 1, 1, 0, 0])).backward()
+    for model in (net, classifier):
+        for name, p in model.named_parameters():
+            assert p.requires_grad and p.grad.isfinite().all() and p.grad.abs().max() > 1e-9, name
+        assert (model.encoder.time_bias.log_slope.grad != 0).all() and (model.encoder.time_bias.log_tau.grad != 0).all()
+
+
+def test_models_attention_block_equals_torchs():
+    block = lived_in(models.AttentionBlock(12, heads=3, hidden=20))
+    theirs = nn.MultiheadAttention(12, 3, batch_first=True)
+    p = block.state_dict()
+    theirs.load_state_dict({"in_proj_weight": torch.cat([p["query.weight"], p["key_value.weight"]]), "in_proj_bias": torch.zeros(36),
+                            "out_proj.weight": p["out.weight"], "out_proj.bias": p["out.bias"]})
+    q, x, mask = torch.randn(4, 5, 12), torch.randn(4, 7, 12), torch.arange(7) < torch.tensor([1, 7, 4, 2])[:, None]
+    for queries, keep in ((q, mask), (q, None), (q[:1], mask)):
+        normed, hide = block.key_norm(x), None if keep is None else ~keep
+        h = queries + theirs(block.query_norm(queries.expand(4, -1, -1)), normed, normed, key_padding_mask=hide)[0]
+        y = block(queries, x, keep)
+        assert y.shape == (4, 5, 12) and torch.allclose(y, h + block.mlp(block.mlp_norm(h)), atol=1e-5)
+    junk = torch.where(mask[..., None], x, torch.full_like(x, 1e6) * torch.randn(12))
+    assert torch.allclose(block(q, junk, mask), block(q, x, mask), atol=1e-6) and not torch.allclose(block(q, junk), block(q, x), atol=0.1)
+    assert torch.allclose(block(q[2:3], x[2:3, :4]), block(q, x, mask)[2:3], atol=1e-6)
+    assert sorted(p) == sorted([f"{name}.weight" for name in ("query", "key_value")] + [
+        f"{name}.{end}" for name in ("query_norm", "key_norm", "mlp_norm", "out", "mlp.0", "mlp.2") for end in ("weight", "bias")])
+
+
+def test_models_induced_set_attention_is_equivariant_and_reads_no_padding():
+    layer, x = lived_in(models.InducedSetAttention(12, heads=3, points=5)), torch.randn(3, 7, 12)
+    order, mask = torch.randperm(7), torch.arange(7) < torch.tensor([3, 7, 1])[:, None]
+    assert torch.allclose(layer(x[:, order], mask[:, order]), layer(x, mask)[:, order], atol=1e-6)
+    for row, n in enumerate((3, 7, 1)):
+        h = loop_block(layer.gather, layer.points, x[row, :n])
+        assert h.shape == (5, 12) and torch.allclose(layer(x, mask)[row, :n], loop_block(layer.spread, x[row, :n], h), atol=1e-5)
+    assert not torch.allclose(layer(x, mask)[0], layer(x)[0], atol=1e-2)
+    assert abs(models.InducedSetAttention(64, points=256).points.std() / 0.125 - 1) < 0.05
+
+
+def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch():
+    ours = lived_in(models.BiasedTransformerLayer(12, heads=3, hidden=20))
+    theirs = nn.TransformerEncoderLayer(12, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+    p, names = ours.state_dict(), {"self_attn.out_proj.": "out.0.", "linear1.": "mlp.0.", "linear2.": "mlp.3.", "norm1.": "attention_norm.",
+                                   "norm2.": "mlp_norm."}
+    theirs.load_state_dict({a + end: p[b + end] for a, b in names.items() for end in ("weight", "bias")}
+                           | {"self_attn.in_proj_weight": p["qkv.weight"], "self_attn.in_proj_bias": torch.zeros(36)})
+    assert len(p) == 2 * len(names) + 1
+    x, minutes = torch.randn(2, 6, 12), torch.tensor([[0.0, 9, 9, 40, 300, 2000], [5.0] * 6])
+    bias = models.TimeBias(3)(minutes)
+    assert torch.allclose(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), atol=1e-5)
+    assert torch.allclose(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], atol=1e-5)
+
+
+def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
+    net, inputs = models.SeqSetClassifier(set_encoder(dropout=0.25), layers=3, dropout=0.5), packed_sets(draw_sets((4, 9)))
+    assert [m.p for m in net.encoder.modules() if isinstance(m, nn.Dropout)] == [0.25] * (1 + 2 * 3)
+    assert [m.p for m in net.head.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
+    assert [layer.dropout for layer in net.encoder.layers] == [0.25, 0.25]
+    assert not torch.equal(net(inputs), net(inputs)) and torch.equal(net.eval()(inputs), net(inputs))
+    encoder = set_encoder(dropout=0.25)
+    encoder.layers.eval()  # what still drops is the sum of latent, position and time
+    assert not torch.equal(encoder(inputs), encoder(inputs))
+    layer, x, bias = models.BiasedTransformerLayer(8, heads=2, hidden=16, dropout=0.5), torch.randn(1, 6, 8), torch.zeros(1, 2, 6, 6)
+    for module in layer.modules():
+        module.p = 0.0  # what still drops is the attention
+    assert not torch.equal(layer(x, bias), layer(x, bias)) and torch.equal(layer.eval()(x, bias), layer(x, bias))
+
+
+def test_models_seqset_vae_is_noisy_by_its_logvar_in_training_only():
+    torch.manual_seed(0)
+    net = models.SeqSetVAE(set_encoder(dropout=0.0), seeds=12)
+    inputs, latents = packed_sets(draw_sets((40, 40, 40))), []
+    original = net.encoder.sequence
+    net.encoder.sequence = lambda latent, inputs: latents.append(latent) or original(latent, inputs)
+    output = net(inputs)
+    assert (output["logvar"] + 5).abs().max() < 2.5 and abs(output["logvar"].mean() + 5) < 0.3
+    for shift in (0.0, 4.0):
+        nn.init.constant_(net.logvar.bias, -5.0 + shift)
+        output = net(inputs)
+        noise = (latents[-1] - output["mu"]) / (output["logvar"] / 2).exp()
+        assert abs(noise.std() - 1) < 0.05 and abs(noise.mean()) < 0.05  # 1,920 draws
+        rows = (noise - noise.mean(0)) / noise.std(0)
+        assert (rows.T @ rows / len(rows) - torch.eye(16)).abs().max() < 0.5 and (noise[1:] * noise[:-1]).mean().abs() < 0.1
+    assert not torch.equal(net(inputs)["sets"][0]["guess"], net(inputs)["sets"][0]["guess"])
+    net.eval()
+    assert torch.equal(net(inputs)["sets"][0]["guess"], net(inputs)["sets"][0]["guess"]) and torch.equal(latents[-1], net(inputs)["mu"])
+    classifier = models.SeqSetClassifier(net.encoder, dropout=0.0).train()  # takes mu also in training
+    assert torch.equal(classifier(inputs), classifier(inputs)) and torch.equal(latents[-1], output["mu"])
+
+
+def test_models_seqset_refuses_what_does_not_fit():
+    for width, heads, set_heads in ((18, 4, 2), (16, 4, 3), (16, 3, 2)):
+        wrong = heads if width % heads else set_heads
+        raises(ValueError, f"heads must divide channels, got {wrong} heads for {width} channels",
+               lambda: set_encoder(width=width, heads=heads, set_heads=set_heads))
+    raises(ValueError, "channels must be even, got 15", lambda: set_encoder(width=15, heads=3, set_heads=3))
+    for layer in (models.AttentionBlock, models.BiasedTransformerLayer):
+        raises(ValueError, "heads must divide channels, got 5 heads for 16 channels", lambda: layer(16, heads=5, hidden=8))
+    decoder = models.SetDecoder(6, width=8, seeds=5)
+    assert decoder(torch.zeros(2, 8), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 5, 6)
+    message = "a set of 6 elements needs as many seeds, there are 5: build it with more"
+    raises(ValueError, message, lambda: decoder(torch.zeros(2, 8), torch.ones(2, 6, dtype=torch.bool)))
+    raises(ValueError, "a set of 12 elements needs as many seeds, there are 11",
+           lambda: models.SeqSetVAE(set_encoder(), seeds=11)(packed_sets(draw_sets((3,)))))
+
+
+def test_models_set_decoder_starts_near_zero_and_reads_the_set_only_through_the_vector_and_its_size():
+    torch.manual_seed(0)
+    decoder = models.SetDecoder(82, width=64, seeds=40)
+    assert abs(decoder.out[1].weight.std() / 0.02 - 1) < 0.05 and abs(decoder.seeds.std() - 1) < 0.05
+    assert decoder.block.heads == 2 and models.SetDecoder(6, width=8, seeds=2, heads=4).block.heads == 4
+    decoder = lived_in(models.SetDecoder(12, width=16, seeds=9))
+    y, mask = torch.randn(3, 16), torch.arange(9) < torch.tensor([2, 9, 5])[:, None]
+    guess = decoder(y, mask)
+    for row, n in enumerate((2, 9, 5)):
+        alone = decoder(y[row : row + 1], torch.ones(1, n, dtype=torch.bool))[0]
+        assert torch.allclose(guess[row, :n], alone, atol=1e-6) and (alone[1:] - alone[:1]).abs().amax(1).min() > 1e-2  # all differ
+    assert (decoder(y.flip(0), mask)[1] - guess[1]).abs().max() < 1e-6 < (decoder(y.flip(0), mask)[0, :2] - guess[0, :2]).abs().max()
+
+
+def test_models_seqset_targets_are_the_events_and_no_parameter_moves_them():
+    net, stays = models.SeqSetVAE(set_encoder(), seeds=12), draw_sets((5, 9))
+    stays[0][2] = (stays[0][2][0], [(3, 0.0), (1, -2.0), (3, 0.0)])
+    inputs = packed_sets(stays)
+    events = net.encoder.events(inputs)
+    assert torch.equal(events[:, 6:].argmax(1), inputs["variables"]) and (events[:, 6:].sum(1) == 1).all()
+    assert torch.equal(events[:, :6], inputs["values"][:, None] * events[:, 6:])
+    place = int(inputs["sizes"][:2].sum())
+    assert events[place].tolist() == [0.0] * 9 + [1.0, 0, 0] and events[place + 1].tolist() == [0, -2.0, 0, 0, 0, 0, 0, 1.0, 0, 0, 0, 0]
+    targets = [chunk["target"] for chunk in net(inputs)["sets"]]
+    assert not events.requires_grad and not any(target.requires_grad for target in targets)
+    others = [chunk["target"] for chunk in settled(net)(inputs)["sets"]]
+    assert all(map(torch.equal, targets, others))
+    zero, other = ([[(0, [(variable, 0.0)])]] for variable in (3, 1))
+    assert (net.encoder(packed_sets(zero)) - net.encoder(packed_sets(other))).abs().max() > 1e-2  # a value of 0 keeps its variable
+    again = models.SeqSetVAE(set_encoder(), seeds=12)
+    assert len(again.state_dict()) == len(dict(again.named_parameters()))  # no buffer either
+
+
+def test_models_log_time_buckets_are_even_in_the_logarithm_and_rise():
+    assert models.log_time_buckets(torch.tensor([0.0, 1, 60, 1440, 2880])).tolist() == [0, 5, 33, 58, 63]
+    assert models.log_time_buckets(torch.tensor([-5.0, 2879.0, 1e9])).tolist() == [0, 63, 63]
+    spans = torch.arange(0, 2881, dtype=torch.float32)
+    for buckets, longest in ((64, 2880.0), (16, 600.0)):
+        found = models.log_time_buckets(spans, buckets=buckets, longest=longest)
+        assert (found.diff() >= 0).all() and found[0] == 0 and found[-1] == buckets - 1 and found.dtype == torch.int64
+        bounds = [math.expm1(math.log1p(longest) * k / buckets) for k in range(1, buckets)]
+        expected = [sum(span >= bound for bound in bounds) for span in spans.tolist()]
+        assert found.tolist() == expected
+    assert models.log_time_buckets(torch.zeros(2, 3)).shape == (2, 3)
+    assert set_encoder(buckets=16).gap.num_embeddings == 16
+    set_encoder(buckets=16)(packed_sets(draw_sets((9,))))  # long spans stay inside a smaller table
+
+
+def test_models_seqset_networks_run_forward_and_backward_under_bf16_autocast():
+    inputs = packed_sets(draw_sets(STAY_LENGTHS))
+    vae, classifier = models.SeqSetVAE(set_encoder(dropout=0.0), seeds=12), models.SeqSetClassifier(set_encoder(), dropout=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vae(inputs)
+        recon = torch.cat([losses.chamfer(c["guess"], c["target"], x_mask=c["mask"], y_mask=c["mask"]) for c in output["sets"]])
+        kl = losses.kl_to_standard_normal(output["mu"], output["logvar"]).mean()
+        logits = classifier(inputs)
+    assert output["sets"][0]["guess"].dtype == torch.bfloat16
+    (recon.mean() + 0.01 * kl).backward(), logits.float().square().sum().backward()
+    for model in (vae, classifier):
+        assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = settled(classifier)(inputs)
+    assert half.isfinite().all() and (half - classifier(inputs)).abs().max() < 0.1 * classifier(inputs).abs().max()
+
+
+def test_models_load_backbone_moves_the_encoder_of_a_seqset_vae_into_a_classifier_or_refuses():
+    source, target = models.SeqSetVAE(set_encoder(), seeds=12), models.SeqSetClassifier(set_encoder())
+    state, inputs = settled(source).state_dict(), packed_sets(draw_sets((4, 9)))
+    tensors = len(target.encoder.state_dict())
+    report = models.load_backbone(target.encoder, state)
+    assert report == {"tensors": tensors, "scalars": models.count_parameters(target.encoder), "missing": 0, "unexpected": 0,
+                      "left_out": [name for name in state if name.startswith(("logvar.", "decoder."))]}
+    assert tensors + len(report["left_out"]) == len(state)
+    assert torch.equal(target.eval().encoder(inputs), source.encoder(inputs))
+    before = copy.deepcopy(target.state_dict())
+    for name in ("time_bias.log_tau", "gap.weight", "layers.1.qkv.weight", "sets.levels.0.points"):
+        lacking = {key: value for key, value in state.items() if key != f"encoder.{name}"}
+        raises(ValueError, f"{tensors - 1} of {tensors} tensors fit under 'encoder.': missing 1 ({name})",
+               lambda: models.load_backbone(target.encoder, lacking))
+        assert same_bits(before, target.state_dict())
+    models.freeze_backbone(target.encoder, unfreeze_last=1)
+    trained = [name for name, p in target.named_parameters() if p.requires_grad and not name.startswith("head.")]
+    assert {name.split(".")[1] for name in trained} == {"layers", "norm"} and not any("layers.0." in name for name in trained)
+
+
 def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
     x = torch.zeros(2, 4, 4, 6)
     use = {
@@ -3372,6 +3840,17 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "drop_modalities": lambda f: f(torch.ones(4, 3, dtype=torch.bool), 0.5),
         "QuadModal": lambda f: f(QUAD, patch=4)(quad_rows(3)),
         "freeze_encoders": lambda f: f(quad(), ["film"]),
+        "sets_by_size": lambda f: f(torch.tensor([1, 3, 1])),
+        "AttentionBlock": lambda f: f(6, heads=2, hidden=8)(x[0], x[0]),
+        "InducedSetAttention": lambda f: f(6, heads=2, points=3)(x[0]),
+        "SetEncoder": lambda f: f(6, width=8)(x[0, 0], torch.tensor([1, 3])),
+        "log_time_buckets": lambda f: f(x),
+        "TimeBias": lambda f: f(2)(x[0, 0]),
+        "BiasedTransformerLayer": lambda f: f(6, heads=2, hidden=8)(x[0], torch.zeros(4, 2, 4, 4)),
+        "SetSequenceEncoder": lambda f: f(6, width=16)(packed_sets(draw_sets((2, 1)))),
+        "SetDecoder": lambda f: f(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3, dtype=torch.bool)),
+        "SeqSetVAE": lambda f: f(set_encoder(), seeds=12)(packed_sets(draw_sets((2, 1)))),
+        "SeqSetClassifier": lambda f: f(set_encoder())(packed_sets(draw_sets((2, 1)))),
     }
     source = lambda value, name: inspect.getsource(value) if callable(value) else f"{name} = {value!r}"
     for name, call in use.items():
@@ -7780,6 +8259,8 @@ SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
 GEN = "generator=torch.Generator().manual_seed(0)"
 ONE_STAY = ("dict(first_set=np.array([0, 1]), first_event=np.array([0, 1]), minutes=np.zeros(1), variables=np.zeros(1, int), "
             "values=np.full(1, 50))")
+THREE_SETS = ("dict(variables=torch.tensor([0, 3, 3, 1]), values=torch.ones(4), sizes=torch.tensor([1, 2, 1]), "
+              "minutes=torch.tensor([0.0, 5, 9]), lengths=torch.tensor([2, 1]))")
 USES = {  # an expression that is true, for every name in README's table and more
     "WarmupCosine": "WarmupCosine(None, 10).lr_at(0, 1.0) == 1",
     "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
@@ -7908,6 +8389,17 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "QuadModal": "QuadModal(s := {'a': (9, 3), 'b': (5,), 'c': (3, 9, 9), 'd': (2, 3, 9, 9)}, modality_dropout=0.5)("
                  "{k: torch.zeros(2, *v) for k, v in s.items()}, {'a': torch.zeros(2).bool()}).shape == (2, 64)",
     "freeze_encoders": "callable(freeze_encoders)",
+    "sets_by_size": "[sets.tolist() for sets, _, _ in sets_by_size(torch.tensor([1, 3, 1]), chunk=2)] == [[0, 2], [1]]",
+    "AttentionBlock": "AttentionBlock(8, heads=2, hidden=6)(torch.zeros(1, 3, 8), torch.zeros(2, 5, 8)).shape == (2, 3, 8)",
+    "InducedSetAttention": "InducedSetAttention(8, points=3)(torch.zeros(2, 5, 8), torch.ones(2, 5).bool()).shape == (2, 5, 8)",
+    "SetEncoder": "SetEncoder(6, width=8)(torch.zeros(4, 6), torch.tensor([1, 3])).shape == (2, 8)",
+    "log_time_buckets": "log_time_buckets(torch.tensor([0.0, 60, 1440])).tolist() == [0, 33, 58]",
+    "TimeBias": "abs(TimeBias(2)(torch.tensor([[0.0, 60]]))[0, 1, 1, 0] + math.log(2)) < 1e-6",
+    "BiasedTransformerLayer": "BiasedTransformerLayer(8, heads=2, hidden=6)(torch.zeros(2, 5, 8), torch.zeros(2, 2, 5, 5)).sum() < 99",
+    "SetSequenceEncoder": f"SetSequenceEncoder(4)({THREE_SETS}).shape == (2, 2, 64)",
+    "SetDecoder": "SetDecoder(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3).bool()).shape == (2, 3, 6)",
+    "SeqSetVAE": f"SeqSetVAE(SetSequenceEncoder(4), seeds=3)({THREE_SETS})['mu'].shape == (3, 64)",
+    "SeqSetClassifier": f"SeqSetClassifier(SetSequenceEncoder(4))({THREE_SETS}).shape == (2,)",
 }
 
 
