@@ -1475,7 +1475,7 @@ class SetDecoder(nn.Module):
 
     Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->  (s, n, features)
     Errors: ValueError for more elements than seeds
-    Check:  SetDecoder(82, width=64, seeds=40) has 33,170 parameters
+    Check:  SetDecoder(82, width=64, seeds=40) has 66,258 parameters
     Needs:  AttentionBlock
     """
 

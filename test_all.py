@@ -2349,7 +2349,7 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.SetEncoder(82, width=64), 108224),
             (models.BiasedTransformerLayer(64, heads=8, hidden=128), 33280),
             (models.SetSequenceEncoder(41, width=64, depth=2), 183184),
-            (models.SetDecoder(82, width=64, seeds=40), 33170),
+            (models.SetDecoder(82, width=64, seeds=40), 66258),
             (models.SeqSetClassifier(models.SetSequenceEncoder(41, width=256)).head, 65793)):
         assert models.count_parameters(piece) == count, count
     assert doctest.testmod(models) == (0, 7)
@@ -2717,8 +2717,8 @@ def test_models_face_networks_train_and_a_few_steps_lower_the_loss():
 
 
 def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_nearly_of_bf16():
-    for build, _ in FACES:
-        net, x = lived_in(face_net(build, dropout=0.5)), torch.randn(3, 3, 64, 32)
+    for build, _ in FACES:  # not 64x32: on CPUs with AMX torch 2.13 gets a bf16 convolution of a 4x2 map wrong, stride 2 and 128 channels
+        net, x = lived_in(face_net(build, dropout=0.5)), torch.randn(3, 3, 128, 64)
         with torch.no_grad():
             whole = net(x)
             alone = torch.cat([net(x[i : i + 1]) for i in range(3)])
@@ -2726,7 +2726,7 @@ def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_n
                 half = net(x)
             last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
         assert torch.allclose(whole, alone, rtol=1e-4, atol=1e-4) and torch.allclose(whole, last, rtol=1e-4, atol=1e-4)
-        assert (half - whole).abs().max() < 0.1 * whole.abs().max() and net(x[:0]).shape == (0, 19, 64, 32)
+        assert (half - whole).abs().max() < 0.1 * whole.abs().max() and net(x[:0]).shape == (0, 19, 128, 64)
 
 
 def test_models_face_dropout_has_the_promised_rate_in_each_stage_and_acts_in_training_only():
@@ -3488,7 +3488,8 @@ def test_models_seqset_vae_equals_one_set_and_one_stay_at_a_time():
     hidden, seen = torch.cat([loop_stay(encoder, stay) for stay in stays]), []
     for chunk in output["sets"]:
         for i, guess, target, mask in zip(chunk["sets"].tolist(), chunk["guess"], chunk["target"], chunk["mask"]):
-            x, n = decoder.seeds[: len(sets[i])] + hidden[i], len(sets[i])
+            n, scale, shift = len(sets[i]), loop_linear(hidden[i], decoder.scale), loop_linear(hidden[i], decoder.shift)
+            x = torch.stack([seed * (1 + scale) + shift for seed in decoder.seeds[:n]])
             expected = loop_linear(loop_norm(loop_block(decoder.block, x, x), decoder.out[0]), decoder.out[1])
             assert mask.tolist() == [True] * n + [False] * (len(mask) - n)
             assert torch.allclose(guess[:n], expected, atol=1e-5), (guess[:n] - expected).abs().max()
