@@ -8142,7 +8142,8 @@ def test_train_stays_modes_train_what_they_say_from_the_pretrained_encoder():
 
 def test_train_plateau_watches_the_loss_or_the_monitored_score():
     """The original watched the loss while AUROC was what counted; a score that must rise lowers the rate when it falls."""
-    words = ["--schedule", "plateau", "--plateau-patience", "0", "--warmup-epochs", "0", "--epochs", "6", "--ema-decay", "0", "--lr", "0.01"]
+    words = ["--schedule", "plateau", "--plateau-patience", "0", "--warmup-epochs", "0", "--epochs", "6", "--ema-decay", "0",
+             "--lr", "0.01"]
     reduced = {}
     with folder() as f:
         for watches, key, sign in (("loss", "loss", 1), ("monitor", "auroc", -1)):
