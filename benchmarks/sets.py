@@ -1,0 +1,165 @@
+"""One training step of SeqSetVAE at width 64 and depth 2 (forward, loss of train.py, backward, fused AdamW): all stays packed in one
+batch, as SeqSetVAE takes them, against a loop over stays and sets, which needs neither padding nor masks.
+
+    $ OMP_NUM_THREADS=1 python benchmarks/sets.py                                          # synthetic stays
+    $ OMP_NUM_THREADS=1 python benchmarks/sets.py --data ../shared/data/physionet2012      # stays of the challenge
+
+loop: every set alone through the set encoder, the decoder and the Chamfer distance, every stay alone through the sequence encoder; the
+losses are added up and go backward once. It leaves out the share of decoded variables, which the packed step counts: in its favour.
+First all must agree, with dropout and noise off: the loss to 1e-5 of itself, each gradient to 1e-4 of its largest entry.
+
+Time: the batches are those of the bucketed sampler, both take the same one in turn, in one process, three batches after one step of
+each to warm up; medians are printed, of the ratios too, which are taken within a batch.
+
+Memory (Linux): a fresh process each, which gets only the first of these batches; the peak resident memory of one step, VmHWM, minus
+what is resident before it, when a step of one stay has loaded the libraries and made the state of the optimizer. The peak is reset in
+between, through /proc/self/clear_refs; ru_maxrss cannot be, and a new process inherits it. MALLOC_MMAP_THRESHOLD_ is set, for both
+alike, so that freed memory goes back at once. "by stay" is the loop with a backward pass after every stay: the same gradients, the
+activations of one stay at a time.
+
+Last result, 7 minutes, torch 2.13.0+cpu, 2 cores, 1 thread, others at work beside it (load about 3): the seconds are too long, the
+ratios are taken side by side.
+
+    torch 2.13.0+cpu, 1 thread(s), 4,000 stays, physionet2012, 75 sets each of 5.9 events, the largest 39
+      8 stays of   633 sets   loop   2.64 s   packed  0.27 s     9.7 x   peak MB: loop   269, by stay   35, packed   120
+     16 stays of 1,110 sets   loop   4.88 s   packed  0.35 s    13.8 x   peak MB: loop   482, by stay   30, packed   206
+     32 stays of 1,914 sets   loop   9.47 s   packed  0.61 s    15.5 x   peak MB: loop   846, by stay   26, packed   330
+     64 stays of 5,589 sets   loop  28.52 s   packed  1.72 s    16.5 x   peak MB: loop 2,331, by stay   49, packed   874
+    all three differ by at most 2e-07 (loss) and 5e-06 (gradients)
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+import data
+import losses
+import train
+
+
+def loop_losses(model, inputs, args):
+    """The loss of each stay, one after the other: mean over its sets of reconstruction + beta * KL divergence."""
+    encoder, set_end = model.encoder, inputs["lengths"].cumsum(0).tolist()
+    events = encoder.events(inputs).split(inputs["sizes"].tolist())
+    for end, length in zip(set_end, inputs["lengths"].tolist()):
+        stay = slice(end - length, end)
+        encoded = torch.cat([encoder.sets(each, torch.tensor([len(each)])) for each in events[stay]])
+        mu, logvar = encoder.mu(encoded), model.logvar(encoded)
+        latent = mu + torch.randn_like(mu) * (logvar / 2).exp() if model.training else mu
+        hidden = encoder.sequence(latent, {"minutes": inputs["minutes"][stay], "lengths": torch.tensor([length])})[0]
+        recon = [losses.chamfer(model.decoder(hidden[i : i + 1], torch.ones(1, len(each), dtype=torch.bool)), each[None])
+                 for i, each in enumerate(events[stay])]
+        yield torch.cat(recon).mean() + args.beta * losses.kl_to_standard_normal(mu, logvar, free_bits=args.free_bits).mean()
+
+
+def backward(kind, model, inputs, args):
+    """Gradients of the batch, and its loss."""
+    if kind == "packed":
+        loss, _ = train.vae_loss(model, {"inputs": inputs}, args.beta_steps, args)  # at the full beta
+    elif kind == "loop":
+        loss = sum(loop_losses(model, inputs, args)) / len(inputs["lengths"])
+    else:
+        loss = 0.0
+        for each in loop_losses(model, inputs, args):
+            (each / len(inputs["lengths"])).backward()
+            loss += float(each.detach()) / len(inputs["lengths"])
+        return loss
+    loss.backward()
+    return float(loss.detach())
+
+
+def network(largest_set):
+    args = train.parse_args(["--task", "seqsetvae", "--mode", "pretrain", "--width", "64", "--depth", "2"])
+    args.facts = {"largest_set": largest_set}
+    torch.manual_seed(0)
+    model = train.vae_network(args).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), args
+
+
+def step(kind, model, optimizer, inputs, args):
+    """Seconds of one step."""
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    backward(kind, model, inputs, args)
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def check(model, inputs, args):
+    """All ways give one loss and the same gradients, or this ends here."""
+    model.eval()
+    found = []
+    for kind in ("loop", "packed", "by stay"):
+        model.zero_grad()
+        loss = backward(kind, model, inputs, args)
+        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    model.zero_grad()
+    model.train()
+    (loss, gradients), *others = found
+    worst = [0.0, 0.0]
+    for other, theirs in others:
+        worst[0] = max(worst[0], abs(other - loss) / loss)
+        worst[1] = max(worst[1], *(float((theirs[name] - g).abs().max() / g.abs().max().clamp_min(1e-12)) for name, g in gradients.items()))
+    if worst[0] > 1e-5 or worst[1] > 1e-4:
+        sys.exit(f"they disagree: loss by {worst[0]:.1e}, gradients by {worst[1]:.1e}")
+    return worst
+
+
+def memory(kind, file):
+    """Prints the MB that one step adds to the peak of this process."""
+    small, inputs, largest_set = torch.load(file)
+    model, optimizer, args = network(largest_set)
+    step(kind, model, optimizer, small, args)
+    resident = lambda name: int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step(kind, model, optimizer, inputs, args)
+    print(resident("VmHWM") - before)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="", help="the folder of PhysioNet 2012; without it synthetic stays")
+    parser.add_argument("--stays", type=int, nargs="+", default=[8, 16, 32, 64])
+    path, counts = vars(parser.parse_args()).values()
+    stays = data.read_stays(path, need_outcomes=False) if path else data.synthetic_stays()
+    rows, largest_set = np.arange(len(stays["ids"])), int(np.diff(stays["first_event"]).max())
+    split, name = data.StaySplit(stays, rows, scaler=data.event_scaler(stays, rows)), Path(path).name if path else "synthetic"
+    model, optimizer, args = network(largest_set)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {len(rows):,} stays, {name}, "
+          f"{split.lengths.mean():.0f} sets each of {split.sizes.mean():.1f} events, the largest {largest_set}")
+    errors = []
+    for count in counts:
+        batches = [split.batch(each)["inputs"] for each in data.bucketed_batches(split.lengths, count, seed=0, epoch=0)[:3]]
+        errors.append(check(model, batches[0], args))
+        for kind in ("packed", "loop"):
+            step(kind, model, optimizer, split.batch([0])["inputs"], args)
+        loop, packed = zip(*[[step(kind, model, optimizer, inputs, args) for kind in ("loop", "packed")] for inputs in batches])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "batch.pt"
+            torch.save((split.batch([0])["inputs"], batches[0], largest_set), file)
+            peaks = [float(subprocess.run([sys.executable, __file__, "memory", kind, str(file)], capture_output=True, text=True, check=True,
+                                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}).stdout)
+                     for kind in ("loop", "by stay", "packed")]
+        ratio = statistics.median(slow / fast for slow, fast in zip(loop, packed))
+        print(f"{count:3} stays of {statistics.median(len(each['sizes']) for each in batches):5,.0f} sets   "
+              f"loop {statistics.median(loop):6.2f} s   packed {statistics.median(packed):5.2f} s   {ratio:5.1f} x   "
+              f"peak MB: loop {peaks[0]:5,.0f}, by stay {peaks[1]:4,.0f}, packed {peaks[2]:5,.0f}", flush=True)
+    print(f"all three differ by at most {max(loss for loss, _ in errors):.0e} (loss) and {max(each for _, each in errors):.0e} (gradients)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["memory"]:
+        memory(*sys.argv[2:])
+    else:
+        main()
