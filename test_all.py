@@ -1163,7 +1163,7 @@ def test_losses_supcon_refuses_what_it_cannot_compare():
 
 
 TWO_PROCESSES = """
-import sys, torch, losses
+import os, sys, time, torch, losses
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 given = torch.load(f"{folder}/given.pt", weights_only=True)
@@ -1177,7 +1177,10 @@ try:
 except ValueError as error:
     refused = str(error)
 torch.save({"loss": loss.detach(), "gradients": [p.grad for p in net.parameters()], "refused": refused}, f"{folder}/rank{rank}.pt")
-torch.distributed.destroy_process_group()
+open(f"{folder}/done{rank}", "w").close()
+while not os.path.exists(f"{folder}/done{1 - rank}"):  # the other may still be reading from this one
+    time.sleep(0.05)
+os._exit(0)  # gloo's threads may abort the process when they are taken down ("terminate called without an active exception")
 """
 
 
