@@ -1325,7 +1325,7 @@ def stay_task():
         warmup_epochs=0.5, warmup_start_lr=1e-6, min_lr=1e-6, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
         restart_epochs=10.0, restart_mult=2, cyclic_base_lr=1e-5, cyclic_steps_up=500, clip=1.0, ema_decay=0.99, patience=0, amp="off",
         compile=False, seed=0, train_ratio=0.75, val_ratio=0.075, test_ratio=0.175, folds=0, fold=0,
-        **mode_flags(mode="scratch", pretrained="", backbone_lr=5e-4, unfreeze_last=1),
+        **mode_flags(mode="scratch", pretrained="", backbone_lr=1e-3, unfreeze_last=1),
         sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the loss takes into account; bucketed: "
                      "stays of like length share a batch, as in pretraining", choices=("stratified", "bucketed", "shuffled"),
                      when={"mode": labelled}, otherwise="bucketed"),
