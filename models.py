@@ -307,35 +307,39 @@ class MixerLayer(nn.Module):
 class TransformerLayer(nn.Module):
     """Transformer layer, norm first: the tokens attend to each other, then an MLP works on each of them.
 
-        x = x + attention(layernorm(x))        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+
+    The bias, if given, is added to the attention scores: TimeBias makes the layer causal.
 
     Dropout falls on the attention weights and after each linear layer except q, k, v. The key bias has no effect, and
-    no gradient: it adds the same to all scores of a query. nn.TransformerEncoderLayer(norm_first=True) computes the
-    same; this one also compiles in evaluation, where that one (torch 2.13) fails.
+    no gradient: it adds the same to all scores of a query; qkv_bias=False leaves it out of q, k and v.
+    nn.TransformerEncoderLayer(norm_first=True) computes the same; this one also compiles in evaluation, where that one (torch 2.13) fails.
 
-    Shape:  (B, T, C) -> the same
+    Shape:  x (B, T, C), bias (B, heads, T, T) or None, some of each row finite  ->  (B, T, C)
     Errors: ValueError if heads does not divide channels
-    Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745
+    Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745; a bias on the
+            scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
     Check:  TransformerLayer(64, heads=8, hidden=128) has 33,472 parameters
     """
 
-    def __init__(self, channels, *, heads, hidden, dropout=0.0):
+    def __init__(self, channels, *, heads, hidden, dropout=0.0, qkv_bias=True):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
         self.heads, self.dropout = heads, dropout
         self.attention_norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
         self.mlp_norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(dropout),
                                  nn.Linear(hidden, channels), nn.Dropout(dropout))
 
-    def forward(self, x_btc):
+    def forward(self, x_btc, bias=None):
         b, t, c = x_btc.shape
         qkv = self.qkv(self.attention_norm(x_btc)).reshape(b, t, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        bias = None if bias is None else bias.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
         x_btc = x_btc + self.out(y.transpose(1, 2).reshape(b, t, c))
         return x_btc + self.mlp(self.mlp_norm(x_btc))
 
@@ -1380,36 +1384,6 @@ class TimeBias(nn.Module):
         return (-slope * torch.log1p(gap / tau)).masked_fill(later, -math.inf)
 
 
-class BiasedTransformerLayer(nn.Module):
-    """Transformer layer, norm first, whose attention scores get a bias that is passed in: TimeBias makes it causal.
-
-        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
-
-    Shape:  x (B, T, C), bias (B, heads, T, T), some of each row finite  ->  (B, T, C)
-    Errors: ValueError if heads does not divide channels
-    Source: Vaswani et al. 2017, arXiv:1706.03762; a bias on the scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
-    Check:  BiasedTransformerLayer(64, heads=8, hidden=128) has 33,280 parameters
-    """
-
-    def __init__(self, channels, *, heads, hidden, dropout=0.0):
-        super().__init__()
-        if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
-        self.heads, self.dropout = heads, dropout
-        self.attention_norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
-        self.mlp_norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(dropout),
-                                 nn.Linear(hidden, channels), nn.Dropout(dropout))
-
-    def forward(self, x_btc, bias):
-        q, k, v = self.qkv(self.attention_norm(x_btc)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=self.dropout if self.training else 0.0)
-        x_btc = x_btc + self.out(y.transpose(1, 2).flatten(2))
-        return x_btc + self.mlp(self.mlp_norm(x_btc))
-
-
 class SetSequenceEncoder(nn.Module):
     """Stays to hidden states: each is a sequence of sets, a set all events of one minute, an event a variable and its scaled value.
 
@@ -1426,7 +1400,7 @@ class SetSequenceEncoder(nn.Module):
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
     Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            BiasedTransformerLayer
+            TransformerLayer
     """
 
     def __init__(self, variables, *, width=64, depth=2, heads=8, hidden=128, set_heads=2, points=16, dropout=0.15, buckets=64):
@@ -1438,7 +1412,8 @@ class SetSequenceEncoder(nn.Module):
         nn.init.normal_(self.gap.weight, std=0.02)
         self.time_bias = TimeBias(heads)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(BiasedTransformerLayer(width, heads=heads, hidden=hidden, dropout=dropout) for _ in range(depth))
+        self.layers = nn.ModuleList(TransformerLayer(width, heads=heads, hidden=hidden, dropout=dropout, qkv_bias=False)
+                                    for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
 
@@ -1504,7 +1479,7 @@ class SeqSetVAE(nn.Module):
             features), "target" (s, n, features), "mask" bool (s, n)}}: the target of an event is what the encoder saw of it
     Source: sxtforreal/SeqSetVAE (MIT); Kingma and Welling 2014, arXiv:1312.6114
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            BiasedTransformerLayer, SetSequenceEncoder, SetDecoder
+            TransformerLayer, SetSequenceEncoder, SetDecoder
     """
 
     def __init__(self, encoder, *, seeds):
@@ -1535,7 +1510,7 @@ class SeqSetClassifier(nn.Module):
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
     Check:  the head at width 256, read out twice: 65,793 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            BiasedTransformerLayer, SetSequenceEncoder
+            TransformerLayer, SetSequenceEncoder
     """
 
     def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5):

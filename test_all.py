@@ -2350,7 +2350,7 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.AttentionBlock(64, heads=2, hidden=128), 33408),
             (models.InducedSetAttention(64, heads=2, points=16), 51328),
             (models.SetEncoder(82, width=64), 108224),
-            (models.BiasedTransformerLayer(64, heads=8, hidden=128), 33280),
+            (models.TransformerLayer(64, heads=8, hidden=128, qkv_bias=False), 33280),
             (models.SetSequenceEncoder(41, width=64, depth=2), 183184),
             (models.SetDecoder(82, width=64, seeds=40), 66258),
             (models.SeqSetClassifier(models.SetSequenceEncoder(41, width=256)).head, 65793)):
@@ -3643,7 +3643,7 @@ def test_models_induced_set_attention_is_equivariant_and_reads_no_padding():
 
 
 def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch():
-    ours = lived_in(models.BiasedTransformerLayer(12, heads=3, hidden=20))
+    ours = lived_in(models.TransformerLayer(12, heads=3, hidden=20, qkv_bias=False))
     theirs = nn.TransformerEncoderLayer(12, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
     p, names = ours.state_dict(), {"self_attn.out_proj.": "out.0.", "linear1.": "mlp.0.", "linear2.": "mlp.3.", "norm1.": "attention_norm.",
                                    "norm2.": "mlp_norm."}
@@ -3665,7 +3665,8 @@ def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
     encoder = set_encoder(dropout=0.25)
     encoder.layers.eval()  # what still drops is the sum of latent, position and time
     assert not torch.equal(encoder(inputs), encoder(inputs))
-    layer, x, bias = models.BiasedTransformerLayer(8, heads=2, hidden=16, dropout=0.5), torch.randn(1, 6, 8), torch.zeros(1, 2, 6, 6)
+    layer = models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5, qkv_bias=False)
+    x, bias = torch.randn(1, 6, 8), torch.zeros(1, 2, 6, 6)
     for module in layer.modules():
         module.p = 0.0  # what still drops is the attention
     assert not torch.equal(layer(x, bias), layer(x, bias)) and torch.equal(layer.eval()(x, bias), layer(x, bias))
@@ -3699,7 +3700,7 @@ def test_models_seqset_refuses_what_does_not_fit():
         raises(ValueError, f"heads must divide channels, got {wrong} heads for {width} channels",
                lambda: set_encoder(width=width, heads=heads, set_heads=set_heads))
     raises(ValueError, "channels must be even, got 15", lambda: set_encoder(width=15, heads=3, set_heads=3))
-    for layer in (models.AttentionBlock, models.BiasedTransformerLayer):
+    for layer in (models.AttentionBlock, models.TransformerLayer):
         raises(ValueError, "heads must divide channels, got 5 heads for 16 channels", lambda: layer(16, heads=5, hidden=8))
     decoder = models.SetDecoder(6, width=8, seeds=5)
     assert decoder(torch.zeros(2, 8), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 5, 6)
@@ -3850,7 +3851,6 @@ def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
         "SetEncoder": lambda f: f(6, width=8)(x[0, 0], torch.tensor([1, 3])),
         "log_time_buckets": lambda f: f(x),
         "TimeBias": lambda f: f(2)(x[0, 0]),
-        "BiasedTransformerLayer": lambda f: f(6, heads=2, hidden=8)(x[0], torch.zeros(4, 2, 4, 4)),
         "SetSequenceEncoder": lambda f: f(6, width=16)(packed_sets(draw_sets((2, 1)))),
         "SetDecoder": lambda f: f(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3, dtype=torch.bool)),
         "SeqSetVAE": lambda f: f(set_encoder(), seeds=12)(packed_sets(draw_sets((2, 1)))),
@@ -8400,9 +8400,9 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "SetEncoder": "SetEncoder(6, width=8)(torch.zeros(4, 6), torch.tensor([1, 3])).shape == (2, 8)",
     "log_time_buckets": "log_time_buckets(torch.tensor([0.0, 60, 1440])).tolist() == [0, 33, 58]",
     "TimeBias": "abs(TimeBias(2)(torch.tensor([[0.0, 60]]))[0, 1, 1, 0] + math.log(2)) < 1e-6",
-    "BiasedTransformerLayer": "BiasedTransformerLayer(8, heads=2, hidden=6)(torch.zeros(2, 5, 8), torch.zeros(2, 2, 5, 5)).sum() < 99",
     "SetSequenceEncoder": f"SetSequenceEncoder(4)({THREE_SETS}).shape == (2, 2, 64)",
     "SetDecoder": "SetDecoder(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3).bool()).shape == (2, 3, 6)",
+    "TransformerLayer": "TransformerLayer(8, heads=2, hidden=6, qkv_bias=False)(torch.zeros(2, 5, 8), torch.zeros(2, 2, 5, 5)).sum() < 99",
     "SeqSetVAE": f"SeqSetVAE(SetSequenceEncoder(4), seeds=3)({THREE_SETS})['mu'].shape == (3, 64)",
     "SeqSetClassifier": f"SeqSetClassifier(SetSequenceEncoder(4))({THREE_SETS}).shape == (2,)",
 }

@@ -1112,8 +1112,7 @@ def stay_load(path, args):
     notes += [f"left out: {reason}: {named(items)}" for reason, items in stays["left_out"].items()]
     facts = {"data": zlib.crc32(stays["values"].tobytes() + ids.tobytes() + labels.tobytes())}
     if args.split == "all":
-        scaler = {name: np.array(each) for name, each in args.facts["scale"].items()}
-        return Data(None, None, None, data.StaySplit(stays, known, scaler=scaler, device=args.device), facts, notes)
+        return Data(None, None, None, data.StaySplit(stays, known, scaler=args.facts["scale"], device=args.device), facts, notes)
 
     parts = [known[rows] for rows in split_rows(np.arange(len(known)), args)]
     notes.append("split: by stay; the files do not say which stays are of one patient")
@@ -1194,13 +1193,16 @@ def stay_regression(split, args):
     return split.statistics() @ np.array(weights) + intercept
 
 
+def stay_loss_of(logits, split, args):
+    logits = torch.as_tensor(logits)
+    return float(stay_criterion(logits, torch.from_numpy(split.labels).to(logits.dtype), args))
+
+
 def stay_scores(logits, split, args):
     """Scores of the logits of a split, whoever made them, with 95 % bootstrap intervals over its stays."""
-    report = losses.binary_report(logits, split.labels)
-    interval = losses.ranking_interval(logits, split.labels)
-    loss = stay_criterion(torch.as_tensor(logits), torch.from_numpy(split.labels).to(torch.as_tensor(logits).dtype), args)
-    return {"loss": float(loss)} | {key: value for name in ("auroc", "auprc") for key, value in (
-        (name, report[name]), (f"{name}_low", interval[f"{name}_low"]), (f"{name}_high", interval[f"{name}_high"]))}
+    report = losses.binary_report(logits, split.labels) | losses.ranking_interval(logits, split.labels)
+    return {"loss": stay_loss_of(logits, split, args)} | {f"{name}{end}": report[f"{name}{end}"] for name in ("auroc", "auprc")
+                                                          for end in ("", "_low", "_high")}
 
 
 def stay_evaluate(model, split, args):
@@ -1209,10 +1211,9 @@ def stay_evaluate(model, split, args):
 
 def stay_floor(split, args):
     """Chance, the scores that doctors count by hand where the files have them, and a logistic regression on means and counts."""
-    rows = {"constant": losses.binary_floor(split.labels)}
-    prevalence = args.facts["deaths"]
-    rows["constant"] = {"loss": stay_scores(np.full(len(split), math.log(prevalence / (1 - prevalence))), split, args)["loss"]} | {
-        name: rows["constant"][name] for name in ("auroc", "auprc")}
+    deaths, chance = args.facts["deaths"], losses.binary_floor(split.labels)
+    rows = {"constant": {"loss": stay_loss_of(np.full(len(split), math.log(deaths / (1 - deaths))), split, args),
+                         "auroc": chance["auroc"], "auprc": chance["auprc"]}}
     for name, severity in split.stays["severity"].items():
         severity = severity[split.rows]
         known = ~np.isnan(severity)
@@ -1226,10 +1227,9 @@ def stay_floor(split, args):
 def stay_predict(model, path, out, args):
     """One row per stay; a stay without any event keeps its row, with nothing in it."""
     stays = data.read_stays(path, cache=args.cache, need_outcomes=False)
-    scaler = {name: np.array(each) for name, each in args.facts["scale"].items()}
     for reason, items in stays["left_out"].items():
         print(f"left out: {reason}: {named(items)}")
-    split = data.StaySplit(stays, np.arange(len(stays["ids"])), scaler=scaler, device=args.device)
+    split = data.StaySplit(stays, np.arange(len(stays["ids"])), scaler=args.facts["scale"], device=args.device)
     logits = stay_all_logits(model, split)
     with atomic_write(out) as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -2,7 +2,7 @@
 
     $ for seed in 0 1 2; do
     >     python train.py --task seqsetvae --data physionet2012 --seed $seed --out runs/stays-scratch-$seed
-    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --mode pretrain --out runs/stays-pretrain-$seed
+    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --variant pretrain --out runs/stays-pretrain-$seed
     >     for mode in probe finetune; do
     >         python train.py --task seqsetvae --data physionet2012 --seed $seed --mode $mode --pretrained runs/stays-pretrain-$seed \\
     >             --out runs/stays-$mode-$seed; done; done
