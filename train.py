@@ -207,6 +207,11 @@ def finite(outputs):
     return outputs
 
 
+def head_outputs(model, batch):
+    """float32 (b,), one number a row: of the whole network, or of its head on the features of a frozen encoder where batches hold them."""
+    return (model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])).float()
+
+
 def all_outputs(forward, split, chunk=512):
     """forward(batch) over a whole split, finite, float32 on the CPU."""
     return finite(torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu())
@@ -712,13 +717,8 @@ def ppg_criterion(outputs, targets, args):
     return {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[args.loss](outputs, targets)
 
 
-def ppg_outputs(model, batch):
-    """Predictions in units of the scaler, from the features of a frozen encoder where the split has them."""
-    return (model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])).float()
-
-
 def ppg_loss(model, batch, step, args):
-    return ppg_criterion(ppg_outputs(model, batch), batch["targets"], args), {}
+    return ppg_criterion(head_outputs(model, batch), batch["targets"], args), {}
 
 
 def ppg_prediction(outputs, args):
@@ -727,7 +727,7 @@ def ppg_prediction(outputs, args):
 
 
 def ppg_all_outputs(model, split):
-    return all_outputs(lambda batch: ppg_outputs(model, batch), split)
+    return all_outputs(lambda batch: head_outputs(model, batch), split)
 
 
 def ppg_scores(prediction, split, args, rows=slice(None)):
@@ -1166,16 +1166,11 @@ def stay_criterion(logits, targets, args):
     return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
 
 
-def stay_logits(model, batch):
-    """From the features of a frozen encoder where the split has them."""
-    return model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])
-
-
 def stay_loss(model, batch, step, args):
     """On stratified batches half of the stays are deaths: there the odds are so much higher, the network's own stay those of all stays."""
     deaths = args.facts["deaths"]
     shift = math.log((1 - deaths) / deaths) if args.sampler == "stratified" else 0.0
-    return stay_criterion(stay_logits(model, batch) + shift, batch["targets"], args), {}
+    return stay_criterion(head_outputs(model, batch) + shift, batch["targets"], args), {}
 
 
 def stay_probability(logits, args):
@@ -1184,7 +1179,7 @@ def stay_probability(logits, args):
 
 
 def stay_all_logits(model, split):
-    return all_outputs(lambda batch: stay_logits(model, batch), split, 64)
+    return all_outputs(lambda batch: head_outputs(model, batch), split, 64)
 
 
 def stay_regression(split, args):
