@@ -1093,7 +1093,7 @@ class ModalityReadout(nn.Module):
     def forward(self, tokens, features_btc, present_b):
         present = present_b[:, None, None]
         features_btc = features_btc.masked_fill(~present, 0.0)  # the mask below would still let 0 * NaN into the gradients
-        queries = tokens.expand(len(features_btc), -1, -1)
+        queries = tokens.expand(features_btc.shape[0], -1, -1)
         read = self.norm(queries + self.attention(queries, features_btc, features_btc, need_weights=False)[0])
         return torch.where(present, read, self.missing.to(read.dtype))
 
@@ -1212,9 +1212,9 @@ class QuadModal(nn.Module):
             found = "; ".join(f"{title}: {', '.join(map(str, names))}" for title, names in wrong.items() if names)
             raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {found}. For a modality that rows lack, give any "
                              "values and present={name: False for these rows}")
-        rows = {name: len(x) for name, x in (inputs | encoded).items()}
+        rows = {name: x.shape[0] for name, x in (inputs | encoded).items()}
         n = rows[given[0]]
-        if set(rows.values()) != {n}:
+        if any(each != n for each in rows.values()):
             raise ValueError(f"modalities must have the same number of rows, got {rows}")
         for name, tokens in encoded.items():
             if tokens.ndim != 3 or tokens.shape[2] != self.width:
@@ -1293,7 +1293,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, q, x, mask=None):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (S, heads, tokens, C / heads)
-        queries = split(self.query(self.query_norm(q))).expand(len(x), -1, -1, -1)
+        queries = split(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
         keys, values = map(split, self.key_value(self.key_norm(x)).chunk(2, -1))
         read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else mask[:, None, None])
         h = q + self.out(read.transpose(1, 2).flatten(2))
@@ -1339,16 +1339,17 @@ class SetEncoder(nn.Module):
         self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points) for _ in range(levels))
         self.norm = nn.LayerNorm(width)
 
+    def pooled(self, x, mask):
+        """Embedded elements of padded sets (s, n, width), mask bool (s, n), some of each row True, to the means of the sets (s, width)."""
+        for level in self.levels:
+            x = level(x, mask)
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
     def forward(self, elements, sizes):
-        x = self.embed(elements)
-        chunks, means = sets_by_size(sizes), []
-        for _, index, mask in chunks:
-            y = x[index]
-            for level in self.levels:
-                y = level(y, mask)
-            means.append((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        x, chunks = self.embed(elements), sets_by_size(sizes)
+        means = torch.cat([self.pooled(x[index], mask) for _, index, mask in chunks])
         order = torch.cat([sets for sets, _, _ in chunks])
-        return self.norm(torch.cat(means)[order.argsort()])
+        return self.norm(means[order.argsort()])
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
@@ -1420,7 +1421,7 @@ class SetSequenceEncoder(nn.Module):
     def events(self, inputs):
         """(E, 2 * variables): value times unit vector, and the unit vector."""
         unit = F.one_hot(inputs["variables"], self.variables).to(inputs["values"].dtype)
-        return torch.cat([inputs["values"][:, None] * unit, unit], 1)
+        return torch.cat([inputs["values"][..., None] * unit, unit], -1)
 
     def sequence(self, latent, inputs):
         """Latent vectors of the sets, packed (S, width), to hidden states (B, T, width)."""
@@ -1428,14 +1429,31 @@ class SetSequenceEncoder(nn.Module):
         present = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         pad = lambda x: x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(
             present.reshape(*present.shape, *[1] * (x.ndim - 1)), x)
-        minutes_bt = pad(minutes)
+        return self.hidden(pad(latent), pad(minutes))
+
+    def hidden(self, latent_btc, minutes_bt):
+        """The causal transformer: latent vectors of padded stays (B, T, width), in the order of their minutes, to hidden states."""
         gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
-        x = pad(latent) + sinusoidal_positions(present.shape[1], self.width).to(latent) + self.gap(
+        x = latent_btc + sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc) + self.gap(
             log_time_buckets(gaps, buckets=self.buckets))
         x, bias = self.dropout(x), self.time_bias(minutes_bt)
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
+
+    def padded(self, variables, values, minutes):
+        """What forward makes of stays that come padded; no shape hangs on a number in them, as torch.export needs it.
+
+        Shape:  variables int64 (B, T, N), -1 where there is no event, values (B, T, N), minutes (B, T)  ->  (B, T, width); the sets of a
+                stay stand in front, none of them empty; what values and minutes hold where there is no event plays no role
+        """
+        event = variables >= 0
+        present = event.any(-1)
+        values, minutes = values.masked_fill(~event, 0.0), minutes.masked_fill(~present, 0.0)
+        x = self.sets.embed(self.events({"variables": variables.clamp(min=0), "values": values}))
+        readable = event | ~present[..., None]  # behind the end of a stay sets read their padding: softmax over nothing is NaN
+        means = self.sets.pooled(x.flatten(0, 1), readable.flatten(0, 1))
+        return self.hidden(self.mu(self.sets.norm(means)).unflatten(0, minutes.shape), minutes)
 
     def forward(self, inputs):
         return self.sequence(self.mu(self.sets(self.events(inputs), inputs["sizes"])), inputs)
@@ -1523,10 +1541,13 @@ class SeqSetClassifier(nn.Module):
 
     def features(self, inputs):
         """What the head works on, (B, 2 * width): with a frozen encoder the same in every epoch."""
-        hidden, lengths = self.encoder(inputs), inputs["lengths"]
+        return self.readout(self.encoder(inputs), inputs["lengths"])
+
+    def readout(self, hidden, lengths):
+        """Mean and last of the first `lengths` (B,) of the hidden states (B, T, width): (B, 2 * width)."""
         present = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         mean = (hidden * present[..., None]).sum(1) / lengths[:, None]
-        return torch.cat([mean, hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]], 1)
+        return torch.cat([mean, hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]], 1)
 
     def forward(self, inputs):
         return self.head(self.features(inputs)).squeeze(1)
