@@ -3656,6 +3656,27 @@ def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch
     assert torch.allclose(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], atol=1e-5)
 
 
+def padded_sets(stays, sets, events, junk=math.nan):
+    """The lists of draw_sets as variables, values, minutes of SetSequenceEncoder.padded, with junk where there is no event."""
+    variables = torch.full((len(stays), sets, events), -1)
+    values, minutes = torch.full(variables.shape, junk), torch.full(variables.shape[:2], junk)
+    for i, stay in enumerate(stays):
+        for j, (minute, members) in enumerate(stay):
+            minutes[i, j] = minute
+            variables[i, j, : len(members)] = torch.tensor([v for v, _ in members])
+            values[i, j, : len(members)] = torch.tensor([x for _, x in members])
+    return variables, values, minutes
+
+
+def test_models_padded_stays_are_encoded_as_packed_ones_whatever_stands_in_the_padding():
+    encoder, stays = lived_in(set_encoder()), draw_sets((5, 1, 9), largest=7)
+    packed, lengths = encoder(packed_sets(stays)), torch.tensor([5, 1, 9])
+    present = torch.arange(9) < lengths[:, None]
+    for sets, events in ((9, 7), (12, 20)):
+        hidden = encoder.padded(*padded_sets(stays, sets, events))
+        assert hidden.shape == (3, sets, 16) and torch.allclose(hidden[:, :9][present], packed[present], atol=1e-5)
+
+
 def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
     net, inputs = models.SeqSetClassifier(set_encoder(dropout=0.25), layers=3, dropout=0.5), packed_sets(draw_sets((4, 9)))
     assert [m.p for m in net.encoder.modules() if isinstance(m, nn.Dropout)] == [0.25] * (1 + 2 * 3)
@@ -6255,7 +6276,7 @@ def test_train_help_shows_the_defaults_of_the_variant():
 
 def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
     fields = [field.name for field in train.dataclasses.fields(train.Task)]
-    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict"]
+    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "export"]
     loop = Path(train.__file__).read_text().split("# The loop\n")[1]
     assert not re.search(r"ocec|eyes_|task ==", loop)
 
@@ -7073,7 +7094,7 @@ def ppg_refuses(f, cases):
 def damaged(f, name, file, change):
     """--data with a copy of the recordings in which one file is changed, or gone."""
     path = f / name
-    path.mkdir()
+    path.mkdir(parents=True)
     for each in ppg_folder(f).iterdir():
         (path / each.name).write_bytes(each.read_bytes())
     edit(path / file, change) if change else (path / file).unlink()
@@ -8242,6 +8263,177 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
             assert not (f / "new").exists(), message
         code, _, err = call("--task", "seqsetvae", "--predict", f / "pre" / "best.pt", "--data", good, "--out", f / "p.csv")
         assert code == 2 and "predicts no death" in err and not (f / "p.csv").exists(), err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train: one file for who has torch and not this script
+
+LOAD = """
+import sys, torch
+for path in sys.argv[1:]:
+    model = torch.export.load(path + "/net.pt2").module()
+    torch.save([model(inputs) for inputs in torch.load(path + "/inputs")], path + "/outputs")
+assert not any(name in sys.modules for name in ("train", "models", "data"))
+"""
+
+
+def untrained(path, *words):
+    """best.pt of drawn weights in a new folder, as a run would leave it -> its network, args and data."""
+    args = train.parse_args([str(word) for word in words])
+    args.device = "cpu"
+    sets = train.task_of(args).load(args.data, args)
+    args.facts = sets.facts
+    model = lived_in(train.task_of(args).network(args))
+    path.mkdir(parents=True)
+    train.save_checkpoint(path / "best.pt", {"model": model.state_dict()}, args)
+    return model, args, sets
+
+
+def export(path, task, *words):
+    code, out, err = call("--task", task, "--export", path / "best.pt", "--out", path / "net.pt2", *words)
+    assert code == 0, err
+    return out
+
+
+def eyes_exported(f, path, *words):
+    """The case of one exported network: inputs of all rows, and the function from rows to the task's own numbers."""
+    model, args, sets = untrained(path, *TINY, "--data", make_npz(f / "eyes.npz"), *words)
+    export(path, "ocec")
+    split = sets.test
+    images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
+    return {"images": images}, lambda rows: train.eyes_probability(model(split.batch(rows)["inputs"]), args)
+
+
+def faces_exported(f, path, *words):
+    model, args, sets = untrained(path, "--task", "faceparse", "--data", faces_npz(f / "faces.npz"), *words)
+    export(path, "faceparse", "--tta")
+    args.tta = True
+    split = sets.test
+    images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
+    return {"images": images}, lambda rows: train.faces_probability(train.faces_logits(model, split.batch(rows)["inputs"], args), args)
+
+
+def ppg_exported(f, path, *words):
+    model, args, _ = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
+    export(path, args.task)
+    recordings = data.read_bidmc(f / "bidmc")
+    raw = data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"]
+    windows, _, prepare = train.ppg_windows(recordings, args, None)
+    split = data.PPGSplit(windows, np.arange(len(raw)), prepare)
+    return {"ppg": raw}, lambda rows: train.ppg_prediction(model(split.batch(rows)["inputs"]), args)
+
+
+def quad_exported(f, path):
+    """Three kinds of modality, one of integers and one a clock in float64, absent rows of NaN."""
+    def change(arrays):
+        arrays["present_sensor"] = np.arange(240) % 3 > 0
+        arrays["sensor"][~arrays["present_sensor"]] = math.nan
+        arrays["clock"] = 1.7e9 + np.random.default_rng(0).normal(size=(240, 2))
+        arrays["image"] = np.random.default_rng(1).integers(0, 256, (240, 3, 9, 9), dtype=np.uint8)
+
+    model, args, sets = untrained(path, *MODAL, "--data", quad_npz(f / "quad.npz", change=change))
+    export(path, "quadmodal")
+    split = sets.test
+    inputs = {name: torch.from_numpy(array[split.rows]) for name, array in split.arrays.items()}
+    inputs |= {f"present_{name}": torch.from_numpy(split.present[name][split.rows]) for name in split.arrays}
+
+    def own(rows):
+        batch = split.batch(rows)
+        return train.quad_probability(model(batch["inputs"], batch["present"], encoded=batch["encoded"]), args)
+
+    return inputs, own
+
+
+def stays_exported(f, path):
+    model, args, sets = untrained(path, *STAYS, "--data", stays_folder(f), "--pos-weight", "3")
+    export(path, "seqsetvae")
+    split, stays = sets.test, data.read_stays(f / "stays")
+    lists = []
+    for row in split.rows:
+        bounds = stays["first_event"][stays["first_set"][row] : stays["first_set"][row + 1] + 1]
+        events = [list(zip(stays["variables"][a:b].tolist(), stays["values"][a:b].tolist())) for a, b in itertools.pairwise(bounds)]
+        lists.append(list(zip(stays["minutes"][stays["first_set"][row] : stays["first_set"][row + 1]].tolist(), events)))
+    inputs = padded_sets(lists, split.lengths.max() + 1, split.sizes.max() + 2)
+    own = lambda rows: train.stay_probability(model(split.batch(rows)["inputs"]), args)
+    return dict(zip(("variables", "values", "minutes"), inputs)), own
+
+
+def test_train_exported_networks_give_the_numbers_of_their_task_without_this_script():
+    """For 1 row, for 3 and for all; in a process that cannot import the repository."""
+    with folder() as f, torch.no_grad():
+        cases = {
+            "eyes": lambda path: eyes_exported(f, path),
+            "eyes-tokens": lambda path: eyes_exported(f, path, "--block", "inverted_se", "--head", "transformer"),
+            "faces": lambda path: faces_exported(f, path, "--size", "16", "--width", "4"),
+            "faces-segformer": lambda path: faces_exported(f, path, "--size", "32", "--network", "segformer"),
+            "heart": lambda path: ppg_exported(f, path, "--task", "bidmc_hr", "--seconds", "10", "--inputs", "waveform", "--reduce", "3"),
+            "breath": lambda path: ppg_exported(f, path, "--task", "bidmc_rr", "--bins", "16"),
+            "quad": lambda path: quad_exported(f, path), "stays": lambda path: stays_exported(f, path)}
+        own, text = {}, {}
+        for name, case in cases.items():
+            inputs, numbers = case(f / "runs" / name)
+            counts = (1, 3, len(next(iter(inputs.values()))))
+            torch.save([{key: each[-n:] for key, each in inputs.items()} for n in counts], f / "runs" / name / "inputs")
+            own[name] = [numbers(np.arange(counts[-1] - n, counts[-1])) for n in counts]
+        done = subprocess.run([sys.executable, "-I", "-c", LOAD, *cases], cwd=f / "runs", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for name, expected in own.items():
+            for ours, theirs in zip(expected, torch.load(f / "runs" / name / "outputs"), strict=True):
+                assert theirs.dtype == torch.float32 and not theirs.requires_grad and ours.shape == theirs.shape, name
+                assert torch.allclose(theirs.double(), ours.double(), rtol=1e-6, atol=1e-6), (name, (theirs - ours).abs().max())
+            assert expected[-1].std(0).max() > 1e-4, name  # rows differ
+
+
+def test_train_export_describes_itself_and_prints_the_lines_that_load_it():
+    with folder() as f:
+        inputs, numbers = eyes_exported(f, f / "run")
+        out = export(f / "run", "ocec")
+        lines = out.split("to use it, without this script:\n")[1]
+        known = {"images": inputs["images"]}
+        exec("\n".join(line.strip() for line in lines.splitlines()), known)
+        assert torch.allclose(known["prob_open"], numbers(np.arange(len(inputs["images"]))), atol=1e-6)
+        files = {"about.json": ""}
+        torch.export.load(f / "run" / "net.pt2", extra_files=files)
+        about = json.loads(files["about.json"])
+    assert about["inputs"]["images"] | {"is": ""} == {"type": "uint8", "shape": ["rows", 12, 20, 3], "is": ""}
+    assert about["output"] == {"prob_open": {"type": "float32", "shape": ["rows"], "is": "probability that the eye is open"}}
+    assert about["task"] == "ocec" and about["recipe"]["channels"] == 8 and about["facts"]["pos_weight"] > 0
+
+
+def test_train_exported_stays_that_break_the_layout_are_nan_and_leave_the_others_alone():
+    with folder() as f:
+        inputs, _ = stays_exported(f, f / "run")
+        model = torch.export.load(f / "run" / "net.pt2").module()
+    good = model(inputs)
+    empty, hole, unordered = 0, 1, 2
+    assert torch.isfinite(good).all() and min((inputs["variables"][row, 2] >= 0).any() for row in (hole, unordered))
+    inputs["variables"][empty] = -1
+    inputs["variables"][hole, 1] = -1
+    inputs["minutes"][unordered, 1] = inputs["minutes"][unordered, 0]
+    broken = model(inputs)
+    assert broken[:3].isnan().all() and torch.allclose(broken[3:], good[3:], atol=1e-6)
+
+
+def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_nothing():
+    with folder() as f:
+        untrained(f / "eyes", *TINY, "--data", make_npz(f / "eyes.npz"))
+        untrained(f / "ppg", *PPG, "--data", ppg_folder(f), "--mode", "pretrain")
+        untrained(f / "stays-run", *STAYS, "--data", stays_folder(f), "--mode", "pretrain")
+        before = {path: path.stat().st_mtime_ns for path in f.rglob("*")}
+        eyes, out = ["--task", "ocec", "--export", f / "eyes" / "best.pt"], ["--out", f / "net.pt2"]
+        for message, words in [
+            ("predicts no rate", ["--task", "bidmc_hr", "--export", f / "ppg" / "best.pt", *out]),
+            ("predicts no death", ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", *out]),
+            ("is a checkpoint of task ocec, not of faceparse", ["--task", "faceparse", *eyes[2:], *out]),
+            ("absent.pt does not exist", [*eyes[:3], f / "absent.pt", *out]),
+            ("does not exist; create it", [*eyes, "--out", f / "absent" / "net.pt2"]),
+            ("whose name ends in .pt2", [*eyes, "--out", f / "net.pt"]), ("whose name ends in .pt2", eyes),
+            ("--device is not read by this call", [*eyes, *out, "--device", "cpu"]),
+            ("--lr is not read by this call", [*eyes, *out, "--lr", "1"]),
+        ]:
+            code, _, err = call(*words)
+            assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
+        assert {path: path.stat().st_mtime_ns for path in f.rglob("*")} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
     $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
+    $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2      # one file that needs torch and nothing else
 
 One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
 One epoch starts from (seed, epoch) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and seven functions. The loop knows no task.
+A task is one entry in TASKS: flags, variants and eight functions. The loop knows no task.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import data
@@ -64,7 +66,7 @@ class Flag:
     when: dict = dataclasses.field(default_factory=dict)  # another flag -> the values of it with which this one is read, for all of them
     backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
     otherwise: object = None  # what the loop takes where `when` is not met and it needs a value
-    late: bool = False  # read by --eval and --predict as well, which may change it
+    late: bool = False  # read by --eval, --predict and --export as well, which may change it
 
     def unmet(self, args):
         """The first (flag, values) of `when` that the settings do not meet; None if the flag is read."""
@@ -155,6 +157,17 @@ class Task:
     #                     in place of a float is a table of its own, such as a score of every class
     floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
     predict: Callable  # (model, path, out, args) -> number of rows written to out, a file or for faces a folder
+    export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What --export writes of a network. A side of a shape that is a word is free, the same word the same length; the first is `rows`."""
+
+    forward: Callable  # ({input: tensor}) -> tensor, by the network in eval mode; no shape may hang on a number in the inputs
+    inputs: dict  # input -> (type, shape, what it is and in which unit)
+    output: tuple  # name, shape, what it is and in which unit
+    facts: dict  # plain values for whoever uses the file, such as names of classes
 
 
 @dataclasses.dataclass
@@ -215,6 +228,11 @@ def head_outputs(model, batch):
 def all_outputs(forward, split, chunk=512):
     """forward(batch) over a whole split, finite, float32 on the CPU."""
     return finite(torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu())
+
+
+def unit_images(images):
+    """uint8 images (b, h, w, 3) as the image networks take them: float (b, 3, h, w) in [-1, 1]."""
+    return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +330,14 @@ def eyes_predict(model, path, out, args):
     return len(names)
 
 
+def eyes_export(model, args):
+    return Exported(
+        forward=lambda inputs: eyes_probability(model(unit_images(inputs["images"])), args),
+        inputs={"images": ("uint8", ("rows", *args.size, 3), "crops of eyes, RGB or grey repeated three times, resized to this size")},
+        output=("prob_open", ("rows",), "probability that the eye is open"),
+        facts={"pos_weight": args.facts["pos_weight"]})
+
+
 # The note's recipe as it was run; `default` below is the one that scored best on real eyes within minutes on 2 cores.
 EYES_CURRENT = dict(
     channels=64, blocks=8, epochs=1000, batch_size=4096, lr=1e-4, weight_decay=1e-4, schedule="plateau", plateau_factor=0.5,
@@ -357,7 +383,7 @@ OCEC = Task(
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
-    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict,
+    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export,
 )
 
 
@@ -539,6 +565,16 @@ def faces_predict(model, path, out, args):
     return count
 
 
+def faces_export(model, args):
+    """Probabilities at --size, with --tta the softmax of the mean logits of an image and its mirror image."""
+    size, classes = args.size, list(data.FACE_CLASSES)
+    return Exported(
+        forward=lambda inputs: faces_probability(faces_logits(model, unit_images(inputs["images"]), args), args),
+        inputs={"images": ("uint8", ("rows", *size, 3), "faces, RGB, resized to this size")},
+        output=("prob", ("rows", len(classes), *size), "probability of every class at every pixel, in the order of the classes"),
+        facts={"classes": classes, "tta": args.tta})
+
+
 # The note's recipe as it was run, with its faults: left and right keep their labels when a face is mirrored, absent classes keep their
 # Dice term, and the cosine is planned for 300 epochs although early stopping ended it at 112. The other variants change what they name.
 # Two things are ours: the score that picks the epoch, and one seeded split.
@@ -593,7 +629,7 @@ FACEPARSE = Task(
         "cosine120": FACES_ORIGINAL | dict(epochs=200, cosine_epochs=120.0), "restarts": FACES_RESTARTS,
         "lr1e-3": FACES_ORIGINAL | dict(lr=1e-3, warmup_epochs=10.0, warmup_start_lr=1e-4), "combined": FACES_COMBINED},
     load=faces_load, network=faces_network, loss=faces_loss, probability=faces_probability,
-    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict,
+    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict, export=faces_export,
 )
 
 
@@ -621,6 +657,11 @@ def ppg_recordings(path, cache, need_labels=True):
         print(clear, end="", flush=True)
 
 
+def ppg_prepare(windows, args):
+    """Windows at the reduced rate to the network's input."""
+    return data.ppg_inputs(windows, data.BIDMC_HZ / args.reduce, kind=args.inputs, rate=ppg_rate(args), bins=args.bins)
+
+
 def ppg_windows(recordings, args, rate):
     """Windows at the reduced rate, and the function that makes the network's input of them."""
     if args.protocol == "original":
@@ -628,7 +669,7 @@ def ppg_windows(recordings, args, rate):
     else:
         windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride), None
     windows["inputs"] = data.reduce_rate(windows["inputs"], args.reduce)
-    prepare = lambda signals: data.ppg_inputs(signals, data.BIDMC_HZ / args.reduce, kind=args.inputs, rate=ppg_rate(args), bins=args.bins)
+    prepare = functools.partial(ppg_prepare, args=args)
     length = prepare(windows["inputs"][:1]).shape[-1]
     if length < 2 * args.patch:
         raise ValueError(f"--patch {args.patch} must be at most {length // 2}: a window has {length} samples or bins, and two patches "
@@ -776,6 +817,17 @@ def ppg_predict(model, path, out, args):
     return len(rates)
 
 
+def ppg_export(model, args):
+    """Windows as a sensor gives them, at 125 samples per second: what --reduce and --inputs make of them happens inside."""
+    samples, unit = round(ppg_seconds(args) * data.BIDMC_HZ), PPG_UNITS[ppg_rate(args)]
+    return Exported(
+        forward=lambda inputs: ppg_prediction(model(ppg_prepare(data.reduce_rate(inputs["ppg"], args.reduce), args)), args),
+        inputs={"ppg": ("float32", ("rows", samples), f"{show(ppg_seconds(args))} s of PPG at {data.BIDMC_HZ} samples per second, of any "
+                        "scale and level, without gaps")},
+        output=(unit.replace(" ", "_"), ("rows",), unit),
+        facts={"samples_per_second": data.BIDMC_HZ, "label_mean": args.facts["scaler"]["mean"], "label_sd": args.facts["scaler"]["scale"]})
+
+
 def masked_network(args):
     return models.MaskedPatchModel(ppg_encoder(args))
 
@@ -823,7 +875,8 @@ def masked_floor(split, args):
     return {name: masked_scores(np.concatenate(guesses), np.concatenate(targets)) for name, guesses in parts.items()}
 
 
-def masked_predict(model, path, out, args):
+def masked_refused(*_):
+    """In place of predict and export."""
     raise ValueError("a checkpoint of --mode pretrain predicts no rate: give it as --pretrained to --mode probe, partial or finetune first")
 
 
@@ -874,7 +927,7 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict)
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1028,6 +1081,11 @@ def quad_floor(split, args):
     return rows | {"ceiling": {"loss": float(bounds[0]), **quad_report(split.labels, split, args)}}
 
 
+def quad_scaler(args):
+    """{modality: (mean, sd)} of the channels, float64, measured on training rows."""
+    return {name: [torch.tensor(each, dtype=torch.float64) for each in pair] for name, pair in args.facts["scaler"].items()}
+
+
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
     arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
@@ -1036,12 +1094,32 @@ def quad_predict(model, path, out, args):
         raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: for rows that lack a modality give any "
                          f"values and present_{missing[0]} of False")
     arrays = {name: arrays[name] for name in args.facts["shapes"]}
-    scaler = {name: [torch.tensor(each, dtype=torch.float64) for each in pair] for name, pair in args.facts["scaler"].items()}
-    split = data.ModalSplit(arrays, None, np.arange(len(next(iter(arrays.values())))), present=present, scaler=scaler, device=args.device)
+    split = data.ModalSplit(arrays, None, np.arange(len(next(iter(arrays.values())))), present=present, scaler=quad_scaler(args),
+                            device=args.device)
     embeddings = quad_probability(quad_embeddings(model, split), args).numpy()
     with atomic_write(out, "wb") as file:
         np.savez(file, embeddings=embeddings)
     return len(embeddings)
+
+
+def quad_export(model, args):
+    """The embedding, and no class: that is told by neighbours among embedded training rows, which the file does not hold."""
+    shapes, scaler = args.facts["shapes"], quad_scaler(args)
+
+    def forward(inputs):
+        tokens, present = {}, {}
+        for name, shape in shapes.items():
+            mean, sd = (each.reshape(-1, *(1,) * (2 * (len(shape) > 2))) for each in scaler[name])  # as ModalSplit.scaled
+            present[name] = inputs[f"present_{name}"]
+            # all rows are encoded, also those that lack the modality: in eval mode no row sees another, and `fuse` does not read them
+            tokens[name] = model.encode(name, ((inputs[name] - mean) / sd).float())
+        return quad_probability(model.fuse(tokens, present), args)
+
+    arrays = {name: ("float32", ("rows", *shape), "as recorded, or of another numeric type; anything where it is absent")
+              for name, shape in shapes.items()}
+    masks = {f"present_{name}": ("bool", ("rows",), f"whether the row has {name}") for name in shapes}
+    return Exported(forward, arrays | masks, ("embedding", ("rows", args.embed), "of length 1: rows are alike by their cosine"),
+                    {"scaler": args.facts["scaler"], "classes_of_training": args.facts["names"]})
 
 
 # The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
@@ -1083,7 +1161,7 @@ QUADMODAL = Task(
     ),
     variants={"original": QUAD_ORIGINAL, "later": QUAD_LATER},
     load=quad_load, network=quad_network, loss=quad_loss, probability=quad_probability,
-    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict,
+    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict, export=quad_export,
 )
 
 
@@ -1235,6 +1313,33 @@ def stay_predict(model, path, out, args):
     return len(logits)
 
 
+def stay_export(model, args):
+    """Stays come padded, in place of packed rows: then no shape hangs on a number in them. What breaks the layout gives NaN."""
+    scale = {name: torch.tensor(each, dtype=torch.float64) for name, each in args.facts["scale"].items()}
+
+    def forward(inputs):
+        variables, minutes = inputs["variables"], inputs["minutes"]
+        present = (variables >= 0).any(-1)
+        lengths = present.sum(1)
+        low, high, mean, sd = (scale[name][variables.clamp(min=0)] for name in ("low", "high", "mean", "sd"))
+        values = ((inputs["values"].clamp(low, high) - mean) / sd).float()  # as data.scale_events
+        hidden = model.encoder.padded(variables, values, minutes)
+        probability = stay_probability(model.head(model.readout(hidden, lengths)).squeeze(1), args)
+        in_front = present == (torch.arange(minutes.shape[1]) < lengths[:, None])
+        rising = minutes.diff(dim=1, prepend=torch.full_like(minutes[:, :1], -math.inf)) > 0
+        in_order = (in_front & (rising | ~present)).all(1)
+        return probability.masked_fill(~in_order, math.nan)  # without events it is NaN already: a mean of nothing
+
+    shape = ("rows", "sets", "events")
+    return Exported(
+        forward,
+        {"minutes": ("float32", shape[:2], "minutes since admission of each set, rising; behind the last set of a stay anything"),
+         "variables": ("int64", shape, "of each event of that minute an index into facts.variables, -1 where there is no event"),
+         "values": ("float32", shape, "as the files have them, in their units; where there is no event anything")},
+        ("prob_death", shape[:1], "probability of death in hospital; NaN for a stay without events, or with sets empty or out of order"),
+        {"variables": list(data.STAY_VARIABLES), "scale": args.facts["scale"], "deaths_of_training": args.facts["deaths"]})
+
+
 def vae_network(args):
     return models.SeqSetVAE(stay_encoder(args), seeds=args.facts["largest_set"])
 
@@ -1298,7 +1403,8 @@ def vae_floor(split, args):
                                "decoded": 1.0}}
 
 
-def vae_predict(model, path, out, args):
+def vae_refused(*_):
+    """In place of predict and export."""
     raise ValueError("a checkpoint of --mode pretrain predicts no death: give it as --pretrained to --mode probe, partial or "
                      "finetune first")
 
@@ -1350,15 +1456,16 @@ def stay_task():
     return Task(
         defaults=flags, variants={"pretrain": STAY_PRETRAIN, "before": STAY_BEFORE, "after": STAY_AFTER},
         load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
-        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict)
+        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export)
 
 
 TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
          "seqsetvae": stay_task()}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
-                                         floor=masked_floor, predict=masked_predict) for name in ("bidmc_rr", "bidmc_hr")}
+                                         floor=masked_floor, predict=masked_refused, export=masked_refused)
+               for name in ("bidmc_rr", "bidmc_hr")}
 PRETRAINING["seqsetvae"] = dataclasses.replace(TASKS["seqsetvae"], network=vae_network, loss=vae_loss, evaluate=vae_evaluate,
-                                               floor=vae_floor, predict=vae_predict)
+                                               floor=vae_floor, predict=vae_refused, export=vae_refused)
 
 
 def task_of(args):
@@ -1372,13 +1479,14 @@ def task_of(args):
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write (faceparse: the "
-            "folder)"),
+            "folder), with --export the .pt2"),
     "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
                   "beside --out"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
+    "export": ("", "write a checkpoint's network to --out, with all that stands before and behind it, for torch.export.load"),
     "resume": (False, "go on from the last finished epoch in --out"),
     "overwrite": (False, "replace the run in --out"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
@@ -1464,7 +1572,7 @@ def parse_args(argv):
 
 
 def late_flags(args):
-    """The typed flags that --eval and --predict read beside the recipe in the checkpoint."""
+    """The typed flags that --eval, --predict and --export read beside the recipe in the checkpoint."""
     return {name for name in args.typed & set(TASKS[args.task].defaults) if TASKS[args.task].defaults[name].late}
 
 
@@ -1476,14 +1584,17 @@ def look_of(args):
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
+             "export": {"export", "out"},
              **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
-        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval and --predict take the recipe "
+        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and --export take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr and its like write nothing)")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
-    if args.predict and not Path(args.out).parent.is_dir():
+    if args.export and Path(args.out).suffix != ".pt2":
+        raise ValueError(f"--export needs --out, a file whose name ends in .pt2 as torch.export.load expects it, not {args.out!r}")
+    if (args.predict or args.export) and not Path(args.out).parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist; create it, or choose another --out")
     if args.split not in ("", "train", "validation", "test", "all"):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
@@ -1577,7 +1688,7 @@ def load_weights(model, content, path):
 def adopt_recipe(args, content):
     """Take the settings of a checkpoint; a typed flag that contradicts them is an error."""
     stored = content["recipe"] | {"variant": content["variant"]}
-    for name in late_flags(args) if args.eval or args.predict else ():
+    for name in late_flags(args) if args.eval or args.predict or args.export else ():
         del stored[name]
     for name in sorted(args.typed & set(stored)):
         if getattr(args, name) != stored[name]:
@@ -2103,7 +2214,7 @@ def print_sampler(report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kinds of call: train (or --find-lr), --eval, --predict
+# The kinds of call: train (or --find-lr), --eval, --predict, --export
 
 
 class Refused(Exception):
@@ -2279,17 +2390,59 @@ def check_sampler(run, sets, args):
     print_sampler(data.sampler_report(plan_batches(sets.train, 1, args), labels))
 
 
+class ExportedNetwork(nn.Module):
+    """An Exported as a module, whose weights are those of the network: {input: tensor} -> float32."""
+
+    def __init__(self, network, forward):
+        super().__init__()
+        self.network, self.compute = network, forward
+
+    def forward(self, inputs):
+        return self.compute(inputs).float()
+
+
+def trace(module, tensors):
+    """torch.export of a module that takes one dictionary of these tensors; a side that is a word may have any length from 1 on."""
+    words = dict.fromkeys(side for each in tensors.values() for side in each["shape"] if isinstance(side, str))
+    free = {word: torch.export.Dim(word) for word in words}
+    length = {word: 2 + i for i, word in enumerate(words)}  # of the example: 0 and 1 would be taken for constants
+    example = {name: torch.zeros([length.get(side, side) for side in each["shape"]], dtype=getattr(torch, each["type"]))
+               for name, each in tensors.items()}
+    dynamic = {name: {i: free[side] for i, side in enumerate(each["shape"]) if side in free} for name, each in tensors.items()}
+    return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+
+
+def write_export(model, out, args):
+    """--export: the network and what it needs as one file that torch.export.load reads, with about.json, which describes it."""
+    exported = task_of(args).export(model.eval().requires_grad_(False), args)
+    tensors = {name: {"type": kind, "shape": shape, "is": text} for name, (kind, shape, text) in exported.inputs.items()}
+    output, shape, text = exported.output
+    about = {"task": args.task, "variant": args.variant, "inputs": tensors, "facts": exported.facts, "torch": torch.__version__,
+             "output": {output: {"type": "float32", "shape": shape, "is": text}},
+             "recipe": {name: getattr(args, name) for name in TASKS[args.task].defaults}}
+    program = trace(ExportedNetwork(model, exported.forward), tensors)
+    with atomic_write(out, "wb") as file:
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about, indent=1)})
+    for name, each in (tensors | about["output"]).items():
+        print(f"{name}: {each['type']} ({', '.join(map(str, each['shape']))}), {each['is']}")
+    print(f"saved in {out}; to use it, without this script:\n    import torch\n    model = torch.export.load({out!r}).module()\n"
+          f"    {output} = model({{{', '.join(f'{name!r}: {name}' for name in tensors)}}})")
+
+
 def apply_checkpoint(args):
-    """--eval and --predict: rebuild the network from the recipe in the checkpoint, then score a split or write predictions."""
-    path = args.eval or args.predict
+    """--eval, --predict, --export: rebuild the network from the recipe in the checkpoint, then score a split or write a file."""
+    path = args.eval or args.predict or args.export
     content = load_checkpoint(path, args.task)
     adopt_recipe(args, content)
     task = task_of(args)
-    args.device = resolve_device(args.device)
+    args.device = "cpu" if args.export else resolve_device(args.device)
     args.split = args.split or ("all" if args.eval and "data" in args.typed else "")
-    print(command_line(args, ["eval", "predict", "data", "cache", "split", "out", "device", *sorted(late_flags(args))]), flush=True)
+    read = ["export", "out"] if args.export else ["eval", "predict", "data", "cache", "split", "out", "device"]
+    print(command_line(args, [*read, *sorted(late_flags(args))]), flush=True)
     model = task.network(args).to(args.device)
     load_weights(model, content, path)
+    if args.export:
+        return write_export(model, args.out, args)
     if args.predict:
         model.eval()
         with torch.inference_mode():
@@ -2381,7 +2534,7 @@ def main(argv=None):
     try:
         with refusals():
             args = parse_args(sys.argv[1:] if argv is None else argv)
-            if args.eval or args.predict:
+            if args.eval or args.predict or args.export:
                 apply_checkpoint(args)
                 return 0
         if look_of(args):
