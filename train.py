@@ -2402,14 +2402,20 @@ class ExportedNetwork(nn.Module):
 
 
 def trace(module, tensors):
-    """torch.export of a module that takes one dictionary of these tensors; a side that is a word may have any length from 1 on."""
+    """torch.export of a module that takes one dictionary of these tensors; a side that is a word may have any length from 1 on.
+
+    Errors: ValueError for an operation that this torch cannot trace with free sides, such as the FFT of bidmc_rr in torch 2.4 and 2.5
+    """
     words = dict.fromkeys(side for each in tensors.values() for side in each["shape"] if isinstance(side, str))
     free = {word: torch.export.Dim(word) for word in words}
     length = {word: 2 + i for i, word in enumerate(words)}  # of the example: 0 and 1 would be taken for constants
     example = {name: torch.zeros([length.get(side, side) for side in each["shape"]], dtype=getattr(torch, each["type"]))
                for name, each in tensors.items()}
     dynamic = {name: {i: free[side] for i, side in enumerate(each["shape"]) if side in free} for name, each in tensors.items()}
-    return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+    except torch._subclasses.fake_tensor.UnsupportedOperatorException as error:
+        raise ValueError(f"torch {torch.__version__} cannot export {error}, which this network uses: take a later torch") from error
 
 
 def write_export(model, out, args):
