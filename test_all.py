@@ -33,6 +33,7 @@ import tracemalloc
 import types
 import unittest
 import warnings
+import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
@@ -6303,7 +6304,8 @@ def test_train_resumed_run_equals_straight_run_bit_for_bit():
             assert code == 0, err
             for name in ("last.pt", "best.pt"):
                 assert same_bits(result_of(f / "straight", name), result_of(f / "killed", name)), (words, name)
-            assert (f / "straight" / "scores.json").read_text() == (f / "killed" / "scores.json").read_text()
+            for name in ("scores.json", "curves.svg"):
+                assert (f / "straight" / name).read_text() == (f / "killed" / name).read_text(), (words, name)
 
 
 def test_train_early_stopping_survives_a_resume():
@@ -7428,6 +7430,7 @@ def check_resume(base, run, path, words, data_path=None):
     assert call(*base[:2], "--out", path / "b", "--resume")[0] == 0
     for name in ("last.pt", "best.pt"):
         assert same_bits(result_of(path / "a", name), result_of(path / "b", name))
+    assert (path / "a" / "curves.svg").read_text() == (path / "b" / "curves.svg").read_text()
 
 
 def test_train_faces_resumed_run_equals_straight_run_bit_for_bit():
@@ -8445,6 +8448,102 @@ def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_n
             torch.export.export = whole
         assert code == 2 and "cannot export aten._fft_r2c.default, which this network uses" in err, err
         assert {path: path.stat().st_mtime_ns for path in f.rglob("*")} == before
+
+
+# train: pictures
+
+PLOTTED = types.SimpleNamespace(task="ocec", variant="default", epochs=4, monitor="f1")
+
+
+def made_up_history(f1, *, losses=None, validation=True):
+    """Rows of log.jsonl with these F1 scores, the EMA's a little lower."""
+    losses = losses or [1 / (1 + epoch) for epoch in range(len(f1))]
+    rows = []
+    for epoch, (score, loss) in enumerate(zip(f1, losses)):
+        row = {"epoch": epoch, "lr": 1e-3 / (epoch + 1), "score": score if validation else loss, "weights": "raw"}
+        if validation:
+            row |= {"raw": {"loss": loss, "f1": score}, "ema": {"loss": loss, "f1": score - 0.01}}
+        rows.append(row | ({"lr_end": 1e-3 / (epoch + 2), "train_loss": loss, "grad_norm": 2.0 + epoch} if epoch else {}))
+    return rows
+
+
+def svg_parts(text):
+    """The elements of a picture that carry data: {(panel, series): points}, {(panel, reference): y}, {panel: x of the best}, dot."""
+    tree = xml.etree.ElementTree.fromstring(text)
+    pick = lambda tag, key: [each for each in tree.iter("{http://www.w3.org/2000/svg}" + tag) if key in each.attrib]
+    curves = {(each.get("data-panel"), each.get("data-series")): each.get("d") for each in pick("path", "data-series")}
+    lines = {(each.get("data-panel"), each.get("data-reference")): float(each.get("y1")) for each in pick("line", "data-reference")}
+    marks = {each.get("data-panel"): (int(each.get("data-best")), float(each.get("x1"))) for each in pick("line", "data-best")}
+    return curves, lines, marks, [(float(each.get("cx")), float(each.get("cy"))) for each in pick("circle", "data-score")]
+
+
+def pairs_of(path):
+    return [tuple(map(float, pair.split(","))) for pair in re.findall(r"[0-9.]+,[0-9.]+", path)]
+
+
+def test_train_curves_svg_puts_series_floor_ceiling_and_the_best_epoch_where_they_belong():
+    rows = {"constant low": {"f1": 0.2}, "constant": {"f1": 0.6, "loss": 0.5}, "a & b": {"f1": 0.7}, "ceiling": {"f1": 1.0, "loss": 0.0}}
+    history = made_up_history([0.1, 0.5, 0.8, 0.9, 0.85])
+    curves, lines, marks, dots = svg_parts(train.curves_svg(history, rows, PLOTTED))
+    assert curves.keys() == {("loss", "train"), ("loss", "raw"), ("loss", "ema"), ("f1", "raw"), ("f1", "ema"), ("learning rate", "lr"),
+                             ("gradient norm", "grad")}
+    assert lines.keys() == {("loss", "constant"), ("loss", "ceiling"), ("f1", "constant"), ("f1", "a & b"), ("f1", "ceiling")}
+    at = lambda value: np.interp(value, [0.6, 1.0], [lines["f1", "constant"], lines["f1", "ceiling"]]) if value >= 0.6 else (
+        lines["f1", "constant"] + (0.6 - value) / 0.4 * (lines["f1", "constant"] - lines["f1", "ceiling"]))
+    places = pairs_of(curves["f1", "raw"])
+    assert len(places) == 5 and np.allclose([y for _, y in places], [at(row["raw"]["f1"]) for row in history], atol=0.11)
+    assert np.allclose(np.diff([x for x, _ in places]), (places[-1][0] - places[0][0]) / 4, atol=0.11)
+    assert marks == dict.fromkeys(("loss", "f1", "learning rate", "gradient norm"), (3, places[3][0]))
+    assert dots == [places[3]] and abs(lines["f1", "a & b"] - at(0.7)) < 0.11
+    rates = pairs_of(curves["learning rate", "lr"])  # the first and the last of each of four epochs
+    assert len(rates) == 8 and rates[0][0] == places[0][0] and rates[-1][0] == places[-1][0] and rates[-1][1] > rates[0][1]
+
+
+def test_train_curves_svg_shows_gaps_one_epoch_no_validation_and_a_thousand_epochs():
+    nan = math.nan
+    curves, _, marks, dots = svg_parts(train.curves_svg(made_up_history([0.1, nan, 0.8, nan, nan, 0.7, 0.6]), {}, PLOTTED))
+    assert [len(pairs_of(part)) for part in curves["f1", "raw"].split("M")[1:]] == [1, 1, 2] and "nan" not in curves["f1", "raw"]
+    assert marks["f1"][0] == 2 and len(dots) == 1
+    for rows, monitor, panels in ((made_up_history([0.1]), "f1", 4), (made_up_history([0.1, 0.4]), "f1", 4),
+                                  (made_up_history([nan, nan]), "f1", 4), (made_up_history([0, 0, 0], validation=False), "loss", 3),
+                                  (made_up_history([0.5, 0.5], losses=[0.0, 0.0]), "loss", 4)):
+        text = train.curves_svg(rows, {}, types.SimpleNamespace(**vars(PLOTTED) | {"monitor": monitor}))
+        _, _, marks, dots = svg_parts(text)
+        found = not math.isnan(rows[-1]["score"]) and len(rows) > 1
+        assert "nan" not in text and "inf" not in text and len(marks) == panels * found and len(dots) == found
+        assert text.count('font-weight="bold"') == 1 + panels + found
+    wild = made_up_history(np.random.default_rng(0).random(1001).tolist(), losses=np.exp(np.linspace(3, -6, 1001)).tolist())
+    text = train.curves_svg(wild, {"ceiling": {"loss": 0.0, "f1": 1.0}}, PLOTTED)
+    curves, lines, _, [dot] = svg_parts(text)
+    assert len(text) < 300_000 and "loss, log axis" in text and ("loss", "ceiling") not in lines
+    assert dot in pairs_of(curves["f1", "raw"])  # the best is kept, whatever shares its pixel
+    many = svg_parts(train.curves_svg(made_up_history([k % 7 / 7 for k in range(20_000)]), {}, PLOTTED))[0]
+    assert len(pairs_of(many["f1", "raw"])) < 4 * 630
+
+
+def test_train_curves_svg_has_round_ticks_and_labels_that_keep_apart():
+    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (-3, 42, [0, 10, 20, 30, 40])):
+        assert np.allclose(train.round_ticks(low, high), ticks), (low, high, train.round_ticks(low, high))
+    assert train.log_ticks(-2.5, 1.2) == [0.01, 0.1, 1, 10] and len(train.log_ticks(-30, 10)) <= 6
+    assert [train.tick_label(each) for each in (2e-4, 0.25, 0.0, 1500.0)] == ["2e-4", "0.25", "0", "1500"]
+    assert train.spread([50.0, 10.0, 51.0, 99.0], 12, 100) == [50, 10, 62, 99] and train.spread([99.0, 98.0], 12, 100) == [100, 88]
+    assert train.spread([], 12, 100) == []
+
+
+def test_train_curves_are_there_after_every_epoch():
+    with folder() as f:
+        line, marks = train.epoch_line, []
+
+        def looked_at(history, args, floor):
+            marks.append(svg_parts((f / "a" / "curves.svg").read_text())[0].get(("f1", "raw"), "").count(","))
+            return line(history, args, floor)
+
+        train.epoch_line = looked_at
+        try:
+            out = run(f / "a")
+        finally:
+            train.epoch_line = line
+        assert marks == [1, 2, 3, 4] and "curves.svg" in out.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

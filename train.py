@@ -22,6 +22,7 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import html
 import io
 import itertools
 import json
@@ -1701,7 +1702,7 @@ def adopt_recipe(args, content):
         args.data = content["data"]
 
 
-RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "scores.json")
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "curves.svg", "scores.json")
 
 
 def open_run_folder(args):
@@ -2008,7 +2009,7 @@ def best_row(history, args):
 
 
 def fit(run, sets, args, folder, floor, stop):
-    """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, last.pt, log."""
+    """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, log, curves, last.pt."""
     if not run.history:
         run.history.append(score_epoch(run, {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}, sets, args))
         finish_epoch(run, args, folder, floor)
@@ -2036,10 +2037,12 @@ def fit(run, sets, args, folder, floor, stop):
 
 
 def finish_epoch(run, args, folder, floor):
-    """Write last.pt and the log, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
-    save_run(folder / "last.pt", run, args)
+    """Write the log, its curves and last.pt, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
+    with atomic_write(folder / "curves.svg") as file:
+        file.write(curves_svg(run.history, run.floor, args))
+    save_run(folder / "last.pt", run, args)
     print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
@@ -2052,15 +2055,14 @@ def finish_epoch(run, args, folder, floor):
 
 def epoch_line(history, args, floor):
     """One line per epoch; `*` marks a new best of --monitor, `floor` is the best constant answer on the same rows."""
-    row, headline = history[-1], TASKS[args.task].defaults["monitor"].choices[0]
-    headline = headline if headline in row.get("raw", {}) else args.monitor
+    row = history[-1]
     parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
     if row["epoch"]:
         parts += [f"lr {row['lr_end']:.2e}", f"train {row['train_loss']:.4f}"]
         parts += [f"{name} {value:.4f}" for name, value in row["parts"].items()]
     if "raw" in row:
         parts += [f"val {row['raw']['loss']:.4f}"]
-        for name in dict.fromkeys((headline, args.monitor)):
+        for name in watched_scores(row, args):
             parts += [f"{name} {row['raw'][name]:.4f}"] + ([f"ema {row['ema'][name]:.4f}"] if "ema" in row else [])
             parts += [f"train {name} {row['train_eval'][name]:.4f}"] if "train_eval" in row else []
             parts += [f"floor {floor[name]:.4f}"]
@@ -2127,6 +2129,180 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
         bar = "#" * round(width * (smoothed[i] - low) / max(high - low, 1e-12))
         print(f"lr {rates[i]:.2e} | loss {smoothed[i]:.4f} | {bar}{'  <- suggested' if i == nearest else ''}")
     print(f"suggested: --lr {suggestion:.2g} (steepest descent of the smoothed loss; everything is restored)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+SVG_SERIES = {  # of a panel: legend and colour, after Okabe and Ito, whom the colour-blind can follow
+    "train": ("training", "#009e73"), "train_eval": ("training rows, scored like validation", "#8fbc8f"),
+    "raw": ("validation, raw", "#0072b2"), "ema": ("validation, EMA", "#d55e00"), "lr": ("first and last of each epoch", "#333333"),
+    "grad": ("mean of each epoch, before clipping", "#333333")}
+SVG_LEFT, SVG_PLOT, SVG_WIDTH, SVG_TOP, SVG_PANEL, SVG_STEP = 62, 620, 870, 64, 130, 172  # pixels; a panel every SVG_STEP
+
+
+def curves_svg(history, floor, args):
+    """The curves of a run as one SVG that needs nothing else: loss, watched scores, learning rate, gradient norm, over the epochs.
+
+    history  rows of log.jsonl; a NaN is a gap. floor: rows of scores to compare with, the best constant of them and all that is none
+    In every panel a vertical line marks the best epoch, in that of --monitor a dot with the score. An axis is logarithmic where
+    its values span more than a factor of 50 (losses and norms). Of many epochs only what a pixel can show is kept.
+    """
+    best, last = best_row(history, args), max(1, history[-1]["epoch"])
+    panels = curve_panels(history, floor, args)
+    height, bottom = SVG_TOP + SVG_STEP * len(panels) + 8, SVG_TOP + SVG_STEP * (len(panels) - 1) + SVG_PANEL
+    title = f"{args.task}, variant {args.variant}: epoch {history[-1]['epoch']} of {args.epochs}"
+    found = f"best epoch {best['epoch']}, {args.monitor} {best['score']:.4f}, {best['weights']} weights" if best else "no best epoch yet"
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{SVG_WIDTH}" height="{height}" viewBox="0 0 {SVG_WIDTH} {height}" role="img" '
+             'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333333">', f"<title>{html.escape(title)}</title>",
+             f'<rect width="{SVG_WIDTH}" height="{height}" fill="white"/>',
+             svg_text(SVG_LEFT, 22, title, 'font-size="15" font-weight="bold"'), svg_text(SVG_LEFT, 39, found)]
+    for i, (name, series, references) in enumerate(panels):
+        lines += svg_panel(name, series, references, SVG_TOP + i * SVG_STEP, last, best, args)
+    lines += [svg_text(svg_x(tick, last), bottom + 15, f"{tick:g}", 'text-anchor="middle"') for tick in round_ticks(0, last, 10)
+              if tick == int(tick)]
+    return "\n".join([*lines, svg_text(SVG_LEFT + SVG_PLOT / 2, bottom + 31, "epoch", 'text-anchor="middle"'), "</svg>\n"])
+
+
+def curve_panels(history, floor, args):
+    """[(title, {series: [(epoch, value)]}, {name: value to compare with})], one for each panel of curves.svg."""
+    def series(key, name):
+        return [(row["epoch"], row[key][name]) for row in history if key in row]
+
+    trained = history[1:]  # the first row is the untrained network
+    panels = [("loss", {"train": [(row["epoch"], row["train_loss"]) for row in trained]}
+               | {key: series(key, "loss") for key in ("raw", "ema", "train_eval")}, references(floor, "loss"))]
+    panels += [(name, {key: series(key, name) for key in ("raw", "ema", "train_eval")}, references(floor, name))
+               for name in watched_scores(history[-1], args) if name != "loss"]
+    rates = [point for row in trained for point in ((row["epoch"] - 1, row["lr"]), (row["epoch"], row["lr_end"]))]
+    norms = [(row["epoch"], row["grad_norm"]) for row in trained]
+    return panels + [("learning rate", {"lr": rates}, {}), ("gradient norm", {"grad": norms}, {})]
+
+
+def watched_scores(row, args):
+    """The validation scores that an epoch is read by: the task's first, then --monitor; none without a validation split."""
+    headline = TASKS[args.task].defaults["monitor"].choices[0]
+    return [name for name in dict.fromkeys((headline, args.monitor)) if name in row.get("raw", {})]
+
+
+def references(rows, score):
+    """What the floor's rows have under a score, by name; of the constants the best alone."""
+    known = {name: scores[score] for name, scores in rows.items() if math.isfinite(scores.get(score, math.nan))}
+    constants = [name for name in known if name.startswith("constant")]
+    best = constants and (min if score in LOWER_IS_BETTER else max)(constants, key=known.get)
+    return {name: value for name, value in known.items() if name not in constants or name == best}
+
+
+def svg_panel(name, series, references, top, last, best, args):
+    """The elements of one panel, `top` pixels from above, with epochs from 0 to `last`."""
+    values = [value for points in series.values() for _, value in points if math.isfinite(value)]
+    logarithmic = name in ("loss", "gradient norm") and min(values, default=0) > 0 and max(values) > 50 * min(values)
+    references = {key: value for key, value in references.items() if value > 0 or not logarithmic}
+    scale = math.log10 if logarithmic else float
+    low, high = padded_range([scale(value) for value in [*values, *references.values()]])
+    bottom, right = top + SVG_PANEL, SVG_LEFT + SVG_PLOT
+    y = lambda value: bottom - (scale(value) - low) / (high - low) * SVG_PANEL if math.isfinite(value) else math.nan
+
+    lines = [svg_text(SVG_LEFT, top - 7, name + ", log axis" * logarithmic, 'font-weight="bold"')]
+    lines += [svg_line(svg_x(tick, last), top, svg_x(tick, last), bottom, 'stroke="#f0f0f0"') for tick in round_ticks(0, last, 10)]
+    for tick in log_ticks(low, high) if logarithmic else round_ticks(low, high):
+        lines += [svg_line(SVG_LEFT, y(tick), right, y(tick), 'stroke="#e5e5e5"'),
+                  svg_text(SVG_LEFT - 6, y(tick) + 4, tick_label(tick), 'text-anchor="end"')]
+    lines.append(f'<rect x="{SVG_LEFT}" y="{top}" width="{SVG_PLOT}" height="{SVG_PANEL}" fill="none" stroke="#999999"/>')
+    for (key, value), label_y in zip(references.items(), spread([y(value) for value in references.values()], 12, bottom)):
+        lines += [svg_line(SVG_LEFT, y(value), right, y(value), 'stroke="#777777" stroke-dasharray="5 4" '
+                           f'data-panel="{name}" data-reference="{html.escape(key)}" data-value="{value:.6g}"'),
+                  svg_text(right + 7, label_y + 4, f"{key} {value:.4g}", 'fill="#666666"')]
+    if best:
+        x = svg_x(best["epoch"], last)
+        lines.append(svg_line(x, top, x, bottom, f'stroke="#cc79a7" stroke-width="1.5" data-panel="{name}" data-best="{best["epoch"]}"'))
+    lines += svg_curves(name, {key: [(svg_x(epoch, last), y(value)) for epoch, value in points] for key, points in series.items()}, top - 7)
+    return lines + (svg_best(best["score"], x, y(best["score"]), bottom) if best and name == args.monitor else [])
+
+
+def svg_curves(name, series, legend_y):
+    """The curves of a panel, {series: points in pixels}, and their legend, from the right; each is thinner than the one it covers."""
+    series = {key: points for key, points in series.items() if points}
+    lines, legend_x = [], SVG_LEFT + SVG_PLOT - sum(6 * len(SVG_SERIES[key][0]) + 14 for key in series) + 14
+    for i, (key, points) in enumerate(series.items()):
+        label, colour = SVG_SERIES[key]
+        lines += [f'<path d="{svg_path(points)}" fill="none" stroke="{colour}" stroke-width="{1.2 + 0.7 * (len(series) - 1 - i):.1f}" '
+                  f'stroke-linecap="round" stroke-linejoin="round" data-panel="{name}" data-series="{key}"/>',
+                  svg_text(legend_x, legend_y, label, f'fill="{colour}"')]
+        legend_x += 6 * len(label) + 14
+    return lines
+
+
+def svg_best(score, x, y, bottom):
+    """A dot on the best score, its number on the side where there is room for it."""
+    side = 1 if x < SVG_LEFT + SVG_PLOT - 60 else -1
+    return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#cc79a7" stroke="white" data-score="{score:.6g}"/>',
+            svg_text(x + 7 * side, y + (16 if y < bottom - 24 else -8), f"{score:.4f}",
+                     f'font-weight="bold" text-anchor="{"start" if side > 0 else "end"}"')]
+
+
+def svg_x(epoch, last):
+    return SVG_LEFT + epoch / last * SVG_PLOT
+
+
+def svg_text(x, y, text, attributes=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(text)}</text>'
+
+
+def svg_line(x1, y1, x2, y2, attributes):
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {attributes}/>'
+
+
+def svg_path(points):
+    """Path data of points in pixels: a y of NaN is a gap, a point between two gaps a short dash. Of the points that share a pixel
+    column the first, the lowest, the highest and the last are kept.
+    """
+    parts = []
+    for known, run in itertools.groupby(points, key=lambda point: math.isfinite(point[1])):
+        kept = []
+        for _, column in itertools.groupby(run if known else (), key=lambda point: round(point[0])):
+            column = list(column)
+            heights = [y for _, y in column]
+            kept += [column[i] for i in sorted({0, heights.index(min(heights)), heights.index(max(heights)), len(column) - 1})]
+        if len(kept) == 1:
+            parts.append(f"M{kept[0][0] - 2:.1f},{kept[0][1]:.1f}h4")
+        elif kept:
+            parts.append("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in kept))
+    return "".join(parts)
+
+
+def padded_range(values):
+    """Lowest and highest of an axis that shows the values with some room around them; 0 to 1 without any."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    room = 0.06 * (high - low) or 0.1 * abs(low) or 1.0
+    return low - room, high + room
+
+
+def round_ticks(low, high, most=5):
+    """At most so many multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= most)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def tick_label(value):
+    return np.format_float_scientific(value, precision=6, trim="-", exp_digits=1) if 0 < abs(value) < 1e-3 else f"{value:g}"
+
+
+def log_ticks(low, high):
+    """Powers of ten between 10 ** low and 10 ** high, not more than six of them."""
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    return [10.0**power for power in powers[:: -(-len(powers) // 6)]]
+
+
+def spread(places, room, bottom):
+    """Places of labels, none nearer to another than `room` and none below `bottom`, each as near to its own as that leaves it."""
+    order, moved = np.argsort(places, kind="stable"), list(places)
+    for before, i in itertools.pairwise(order):
+        moved[i] = max(moved[i], moved[before] + room)
+    for after, i in itertools.pairwise([None, *reversed(order)]):
+        moved[i] = min(moved[i], bottom if after is None else moved[after] - room)
+    return moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2327,7 +2503,7 @@ def report(history, sets, args, folder, seconds):
             scores[name] = print_scores(titles[name], split, evaluate(model, split, args), args)
     with atomic_write(folder / "scores.json") as file:
         json.dump(without_nan(scores), file, indent=1)
-    print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, scores.json")
+    print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, curves.svg, scores.json")
 
 
 def resume_command(args):
