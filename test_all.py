@@ -8491,7 +8491,8 @@ def test_train_curves_svg_puts_series_floor_ceiling_and_the_best_epoch_where_the
     at = lambda value: np.interp(value, [0.6, 1.0], [lines["f1", "constant"], lines["f1", "ceiling"]]) if value >= 0.6 else (
         lines["f1", "constant"] + (0.6 - value) / 0.4 * (lines["f1", "constant"] - lines["f1", "ceiling"]))
     places = pairs_of(curves["f1", "raw"])
-    assert len(places) == 5 and np.allclose([y for _, y in places], [at(row["raw"]["f1"]) for row in history], atol=0.11)
+    assert len(places) == 5 and (places[0][0], places[-1][0]) == (train.SVG_LEFT, train.SVG_LEFT + train.SVG_PLOT)
+    assert np.allclose([y for _, y in places], [at(row["raw"]["f1"]) for row in history], atol=0.11)
     assert np.allclose(np.diff([x for x, _ in places]), (places[-1][0] - places[0][0]) / 4, atol=0.11)
     assert marks == dict.fromkeys(("loss", "f1", "learning rate", "gradient norm"), (3, places[3][0]))
     assert dots == [places[3]] and abs(lines["f1", "a & b"] - at(0.7)) < 0.11
@@ -8514,15 +8515,17 @@ def test_train_curves_svg_shows_gaps_one_epoch_no_validation_and_a_thousand_epoc
         assert text.count('font-weight="bold"') == 1 + panels + found
     wild = made_up_history(np.random.default_rng(0).random(1001).tolist(), losses=np.exp(np.linspace(3, -6, 1001)).tolist())
     text = train.curves_svg(wild, {"ceiling": {"loss": 0.0, "f1": 1.0}}, PLOTTED)
-    curves, lines, _, [dot] = svg_parts(text)
-    assert len(text) < 300_000 and "loss, log axis" in text and ("loss", "ceiling") not in lines
-    assert dot in pairs_of(curves["f1", "raw"])  # the best is kept, whatever shares its pixel
-    many = svg_parts(train.curves_svg(made_up_history([k % 7 / 7 for k in range(20_000)]), {}, PLOTTED))[0]
-    assert len(pairs_of(many["f1", "raw"])) < 4 * 630
+    assert len(text) < 300_000 and "loss, log axis" in text and ("loss", "ceiling") not in svg_parts(text)[1]
+    many = [k % 7 / 7 for k in range(20_000)]
+    many[5006], many[9006] = 2.0, -1.0
+    curves, _, _, [dot] = svg_parts(train.curves_svg(made_up_history(many), {}, PLOTTED))
+    places = pairs_of(curves["f1", "raw"])
+    heights = [y for _, y in places]
+    assert len(places) < 4 * 630 and dot == places[heights.index(min(heights))] and max(heights) - min(heights) > 110  # neither peak is lost
 
 
 def test_train_curves_svg_has_round_ticks_and_labels_that_keep_apart():
-    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (-3, 42, [0, 10, 20, 30, 40])):
+    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (0, 13, [0, 5, 10]), (-3, 42, [0, 10, 20, 30, 40])):
         assert np.allclose(train.round_ticks(low, high), ticks), (low, high, train.round_ticks(low, high))
     assert train.log_ticks(-2.5, 1.2) == [0.01, 0.1, 1, 10] and len(train.log_ticks(-30, 10)) <= 6
     assert [train.tick_label(each) for each in (2e-4, 0.25, 0.0, 1500.0)] == ["2e-4", "0.25", "0", "1500"]
