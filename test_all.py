@@ -4729,6 +4729,73 @@ def test_data_encode_png_is_read_back_by_pillow():
         assert file.mode == "P" and (np.array(file) == ids).all() and (np.array(file.convert("RGB")) == palette[ids]).all()
 
 
+def ink(picture):
+    """Which pixels of a picture on white are drawn."""
+    return (picture != 255).any(2)
+
+
+def test_data_draw_text_makes_different_capitals_in_their_places_and_cuts_off_what_lies_outside():
+    picture = np.full((20, 40, 3), 255, np.uint8)
+    data.draw_text(picture, 3, 5, "l.t", (200, 0, 0), scale=2)
+    other = np.full((20, 40, 3), 255, np.uint8)
+    data.draw_text(other, 3, 5, "L.T", (200, 0, 0), scale=2)
+    assert (picture == other).all() and (picture[ink(picture)] == (200, 0, 0)).all()
+    rows, columns = ink(picture).nonzero()
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 16, 5, 38)
+    assert ink(picture)[3:17, 5:7].all() and ink(picture)[3:5, 29:39].all() and not ink(picture)[3:13, 17:27].any()  # L, T, and . below
+    shapes = set()
+    for character in data.GLYPHS:
+        one = np.full((7, 5, 3), 255, np.uint8)
+        data.draw_text(one, 0, 0, character, scale=1)
+        shapes.add(one.tobytes())
+    assert len(shapes) == len(data.GLYPHS) and all(each < 1 << 35 for each in data.GLYPHS.values())
+    assert set("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;()%_-+=/#<>?") == set(data.GLYPHS)
+    edge, strange = np.full((7, 6, 3), 255, np.uint8), np.full((7, 6, 3), 255, np.uint8)
+    data.draw_text(edge, -3, -2, "E", scale=1)
+    assert ink(edge)[0, :3].sum() == 2 and ink(edge)[3, :3].all() and not ink(edge)[4:].any()  # the middle stroke, the foot
+    data.draw_text(edge, 50, 0, "E"), data.draw_text(strange, 0, 0, "\u00e9", scale=1)
+    question = np.full((7, 6, 3), 255, np.uint8)
+    data.draw_text(question, 0, 0, "?", scale=1)
+    assert (strange == question).all()
+
+
+def test_data_draw_curve_spans_the_picture_leaves_gaps_and_loses_no_peak():
+    def drawn(values, size=(9, 5), low=0, high=8):
+        picture = np.full((*size, 3), 255, np.uint8)
+        data.draw_curve(picture, values, (0, 0, 0), low=low, high=high)
+        return ink(picture)
+
+    assert drawn([0, 8])[8, 0] and drawn([0, 8])[0, -1] and drawn([0, 8]).any(0).all()
+    assert (drawn([8, 8, 8]).nonzero()[0] == 0).all() and drawn([8]).sum() == 5 and (drawn([99, 99])[0]).all()
+    spike = np.zeros(1000)
+    spike[501] = 8  # between the edges of any column
+    assert drawn(spike)[:, 2].all() and drawn(spike)[:8].any(0).sum() == 1
+    gap = drawn([0, 0, math.nan, 0, 0], size=(9, 40))
+    assert gap[8, :9].all() and gap[8, -9:].all() and not gap[:, 12:28].any() and not drawn([math.nan] * 3).any()
+    wave = np.sin(np.linspace(0, 20, 300))
+    columns = drawn(wave, (101, 60), -1, 1)
+    middle = np.array([columns[:, k].nonzero()[0].mean() for k in range(60)])
+    assert np.abs(middle - (1 - np.interp(np.arange(60) + 0.5, np.linspace(0, 60, 300), wave)) * 50).max() < 2
+    for values, low, high in (([], 0, 1), ([1], 1, 1), ([1], 0, math.nan)):
+        raises(ValueError, "must be at least 1, and low", lambda: drawn(values, low=low, high=high))
+
+
+def test_data_sheet_and_caption_put_every_picture_whole_in_its_cell():
+    tiles = [np.full((h, w, 3), value, np.uint8) for value, (h, w) in enumerate(((3, 4), (5, 2), (2, 6), (1, 1), (4, 4)))]
+    whole = data.sheet(tiles, 2, gap=3)
+    assert whole.shape == (5 + 2 + 4 + 4 * 3, 2 * 6 + 3 * 3, 3)
+    for tile, (top, left) in zip(tiles, ((3, 3), (3, 12), (11, 3), (11, 12), (16, 3))):
+        assert (whole[top : top + len(tile), left : left + tile.shape[1]] == tile).all()
+    assert (whole != 255).any(2).sum() == sum(tile.shape[0] * tile.shape[1] for tile in tiles)
+    assert data.sheet(tiles[:1], 4, gap=1).shape == (5, 6, 3)
+    for wrong in (([], 2), (tiles, 0)):
+        raises(ValueError, "at least 1 of each", lambda: data.sheet(*wrong))
+    titled = data.caption(tiles[0], ["ab", "c"], (9, 9, 9))
+    assert titled.shape == (39, 24, 3) and (titled[36:, :4] == 0).all() and (titled[36:, 4:] == 255).all()
+    assert ink(titled)[:14].any() and not ink(titled)[14:18].any() and ink(titled)[18:32].any()
+    assert data.enlarge(np.array([[1, 2]]), 2).tolist() == [[1, 1, 2, 2]] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Faces
 
@@ -8521,11 +8588,13 @@ def test_train_curves_svg_shows_gaps_one_epoch_no_validation_and_a_thousand_epoc
     curves, _, _, [dot] = svg_parts(train.curves_svg(made_up_history(many), {}, PLOTTED))
     places = pairs_of(curves["f1", "raw"])
     heights = [y for _, y in places]
-    assert len(places) < 4 * 630 and dot == places[heights.index(min(heights))] and max(heights) - min(heights) > 110  # neither peak is lost
+    assert len(places) < 4 * 630 and dot == places[heights.index(min(heights))]
+    assert max(heights) - min(heights) > 110  # neither peak is lost
 
 
 def test_train_curves_svg_has_round_ticks_and_labels_that_keep_apart():
-    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (0, 13, [0, 5, 10]), (-3, 42, [0, 10, 20, 30, 40])):
+    for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (0, 13, [0, 5, 10]),
+                             (-3, 42, [0, 10, 20, 30, 40])):
         assert np.allclose(train.round_ticks(low, high), ticks), (low, high, train.round_ticks(low, high))
     assert train.log_ticks(-2.5, 1.2) == [0.01, 0.1, 1, 10] and len(train.log_ticks(-30, 10)) <= 6
     assert [train.tick_label(each) for each in (2e-4, 0.25, 0.0, 1500.0)] == ["2e-4", "0.25", "0", "1500"]
@@ -8623,6 +8692,11 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "swap_labels": "swap_labels(torch.tensor([4, 5, 6]), ((4, 5),)).tolist() == [5, 4, 6]",
     "sides_reversed": "sides_reversed(torch.tensor([[[4, 0, 5]]]), ((4, 5),)).tolist() == [1]",
     "encode_png": "len(encode_png(np.zeros((2, 2), np.uint8))) > 50",
+    "draw_text": "draw_text(p := np.zeros((14, 12, 3), np.uint8), 0, 0, 'I', (1, 1, 1), scale=1) is None and p.sum() == 33",
+    "draw_curve": "draw_curve(p := np.zeros((5, 4, 3), np.uint8), [0, 4], (1, 1, 1), low=0, high=4) is None and p[0, 3, 0] == 1",
+    "enlarge": "enlarge(np.eye(2), 2).sum() == 8",
+    "caption": "caption(np.zeros((4, 4, 3), np.uint8), ['A', 'B'], scale=1).shape == (22, 6, 3)",
+    "sheet": "sheet([np.zeros((2, 2, 3), np.uint8)] * 3, 2, gap=1).shape == (7, 7, 3)",
     "read_faces": "callable(read_faces)",
     "FaceSplit": "FaceSplit(torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2, 16, 16).byte(), [0, 1], pairs=((4, 5),), augment=dict("
                  "degrees=9, zoom=1.5, crop=1, flip='swap', jitter=1, photometric=1, mixup=1, cutmix=1)).batch([0, 1], torch.Generator())"
