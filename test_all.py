@@ -6344,7 +6344,8 @@ def test_train_help_shows_the_defaults_of_the_variant():
 
 def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
     fields = [field.name for field in train.dataclasses.fields(train.Task)]
-    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "export"]
+    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "export",
+                      "examples", "look"]
     loop = Path(train.__file__).read_text().split("# The loop\n")[1]
     assert not re.search(r"ocec|eyes_|task ==", loop)
 
@@ -8616,6 +8617,244 @@ def test_train_curves_are_there_after_every_epoch():
         finally:
             train.epoch_line = line
         assert marks == [1, 2, 3, 4] and "curves.svg" in out.splitlines()[-1]
+
+
+def picture_of(path):
+    """An RGB PNG as uint8 (h, w, 3)."""
+    (width, height, depth, kind, *_), chunks = png_content(path.read_bytes())
+    assert (depth, kind) == (8, 2)
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+@contextlib.contextmanager
+def captions():
+    """The lines under which pictures are drawn, in order."""
+    lines, caption = [], data.caption
+    data.caption = lambda picture, text, *rest, **options: (lines.extend(text), caption(picture, text, *rest, **options))[1]
+    try:
+        yield lines
+    finally:
+        data.caption = caption
+
+
+def best_of(path, *words):
+    """The run's settings, data and best network in eval mode."""
+    args = train.parse_args([str(word) for word in words])
+    args.device, args.home = "cpu", str(path)
+    task = train.task_of(args)
+    sets = task.load(args.data, args)
+    args.facts = sets.facts
+    model = task.network(args).eval()
+    model.load_state_dict(result_of(path, "best.pt")["model"])
+    return args, sets, model
+
+
+def numbers_in(lines, pattern):
+    return [tuple(map(float, match.groups())) for match in (re.search(pattern, line) for line in lines) if match]
+
+
+def falls(values, atol=1e-3):
+    return len(values) > 2 and all(a >= b - atol for a, b in zip(values, values[1:]))
+
+
+def test_train_worst_first_ranks_from_the_largest_leaves_nan_out_and_takes_one_of_each_group():
+    badness = np.array([1.0, 5, math.nan, 3, 5, 2])
+    assert train.worst_first(badness, 9).tolist() == [1, 4, 3, 5, 0] and train.worst_first(badness, 2).tolist() == [1, 4]
+    assert train.worst_first(badness, 9, np.array(["b", "a", "c", "b", "a", "b"])).tolist() == [1, 3]
+    assert train.worst_first(np.full(3, math.nan), 3).tolist() == []
+
+
+def test_train_examples_of_eyes_show_the_most_wrongly_confident_first():
+    with folder() as f, captions() as lines:
+        out = run(f / "a", "--epochs", "1")
+        assert out.splitlines()[-1].endswith("curves.svg, scores.json, examples.png")
+        args, sets, model = best_of(f / "a", *TINY, "--data", f / "eyes.npz")
+        picture = picture_of(f / "a" / "examples.png")
+        with torch.inference_mode():
+            p = train.eyes_probability(train.eyes_logits(model, sets.test), args).numpy()
+    worst = np.argmax(np.abs(p - sets.test.labels))
+    assert lines[0] == f"#{sets.test.rows[worst]} {['closed', 'open'][sets.test.labels[worst]]}" and lines[1] == f"P(open) {p[worst]:.4f}"
+    told = [(line.endswith("open"), float(chance[8:])) for line, chance in zip(lines[:-2:2], lines[1:-2:2])]
+    assert len(told) == min(24, len(sets.test)) and falls([abs(label - p) for label, p in told])
+    assert lines[-1].startswith(f"ocec, epoch 1, test split: the worst of {len(sets.test)} rows")
+    image = data.enlarge(sets.test.images[sets.test.rows[worst]].permute(1, 2, 0).numpy(), 256 // 20)
+    top, left = 8 + 2 * 18 + 12 + 2 * 18, 8 + 12  # margin, title and note, gap, two lines
+    assert (picture[top : top + len(image), left : left + image.shape[1]] == image).all()
+    red = (picture[8 + 36 + 12 : top, left : left + 240] == train.RED).all(2).any()
+    assert red == (abs(p[worst] - sets.test.labels[worst]) > 0.5)
+
+
+def test_train_examples_of_faces_show_the_lowest_f_first_between_truth_and_guess():
+    with folder() as f, captions() as lines:
+        faces_run(f / "a", "--epochs", "1")
+        args, sets, model = best_of(f / "a", *FACEPARSE, "--data", f / "faces.npz")
+        picture, batch = picture_of(f / "a" / "examples.png"), sets.test.batch(np.arange(len(sets.test)))
+        with torch.inference_mode():
+            guesses = [train.faces_labels(model(x[None]), mask.shape) for x, mask in zip(batch["inputs"], batch["masks"])]
+    f = losses.f_score_per_image(np.stack([losses.confusion_matrix(*pair, 19) for pair in zip(guesses, batch["masks"])]))
+    worst = f.argmin()
+    assert lines[0] == f"#{sets.test.rows[worst]} F {f[worst]:.4f}" and falls([-each for (each,) in numbers_in(lines, r"F ([0-9.]+)$")])
+    truth = data.enlarge(np.array(data.FACE_COLOURS, np.uint8)[batch["targets"][worst]], 16)
+    image = data.enlarge(train.as_pixels(batch["inputs"])[worst], 16)
+    top, left = 8 + 2 * 18 + 12 + 18, 8 + 12
+    assert (picture[top : top + 256, left : left + 512] == np.concatenate([image, truth], axis=1)).all()
+
+
+def test_train_examples_of_ppg_show_the_worst_window_of_each_patient():
+    ratios = ["--train-ratio", "0.4", "--val-ratio", "0.2", "--test-ratio", "0.4"]
+    with folder() as f:
+        for mode in ("scratch", "pretrain"):
+            with captions() as lines:
+                ppg_run(f / mode, "--mode", mode, "--epochs", "1", *ratios)
+            args, sets, model = best_of(f / mode, *PPG, "--mode", mode, *ratios, "--data", f / "bidmc")
+            with torch.inference_mode():
+                if mode == "scratch":
+                    rates = train.ppg_prediction(train.ppg_all_outputs(model, sets.test), args).numpy()
+                    errors = np.abs(rates - sets.test.labels)
+                    told = [abs(true - guess) for true, guess in numbers_in(lines, r": true ([0-9.]+), predicted ([0-9.-]+)$")]
+                else:
+                    [(inputs, mask)] = train.masked_patches(sets.test, args)
+                    guess, target = model(inputs, mask), model.encoder.patches(inputs)
+                    errors = np.array([float((a[m] - b[m]).square().mean()) ** 0.5 for a, b, m in zip(guess, target, mask)])
+                    told = [each for (each,) in numbers_in(lines, r": rmse ([0-9.]+)$")]
+            patients = np.unique(sets.test.groups)
+            largest = sorted((errors[sets.test.groups == each].max() for each in patients), reverse=True)
+            assert np.allclose(told, largest, atol=0.11 if mode == "scratch" else 1e-3) and len(told) == len(patients) >= 2
+            assert lines[0].startswith(f"{sets.test.groups[errors.argmax()]}: ") or mode == "pretrain"
+            assert picture_of(f / mode / "examples.png").shape[1] > 480
+
+
+def test_train_examples_of_modalities_name_the_neighbours_and_show_each_mistake_once():
+    with folder() as f, captions() as lines:
+        quad_npz(f / "quad.npz", only=("video", "image", "sensor"), change=lambda content: content.update(
+            present_image=np.arange(240) % 2 == 0, features=np.random.default_rng(0).normal(size=(240, 5))))
+        quad_run(f / "a", "--epochs", "1")
+        args, sets, model = best_of(f / "a", *MODAL, "--data", f / "quad.npz")
+        with torch.inference_mode():
+            z, reference = (train.quad_embeddings(model, split) for split in (sets.test, sets.train))
+        assert picture_of(f / "a" / "examples.png").shape[0] > 300
+    names, labels = args.facts["names"], sets.test.labels
+    cosine = F.normalize(z, dim=1) @ F.normalize(reference, dim=1).T
+    nearest = sets.train.labels[cosine.topk(5).indices.numpy()]
+    strangers = (nearest != labels[:, None]).sum(1)
+    told = [line for line in lines if line.startswith(("#", "predicted", "near 0", "near 1", "near 2", "near 3", "near 4", "near 5"))]
+    pairs = list(zip(told[::3], told[1::3]))
+    rows, kinds = [int(true[1:].split()[0]) for true, _ in pairs], [(true.split("true ")[1], guess) for true, guess in pairs]
+    place = {row: i for i, row in enumerate(sets.test.rows.tolist())}
+    shown = [strangers[place[row]] for row in rows]
+    assert len(set(kinds)) == len(kinds) >= 3 and falls(shown) and shown[0] == strangers.max() > 0
+    for row, (true, guess), near in zip(rows, kinds, told[2::3]):
+        counts = np.bincount(nearest[place[row]], minlength=len(names))
+        assert names[labels[place[row]]] == true and near == "near " + ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n)
+        assert guess == f"predicted {names[losses.knn_predict(reference, sets.train.labels, z[[place[row]]])[0]]}"
+    assert "image: absent" in lines and "image" in lines and "features" in lines
+
+
+def test_train_examples_of_stays_show_the_furthest_from_their_outcome_and_what_is_rebuilt_worst():
+    with folder() as f:
+        for mode in ("scratch", "pretrain"):
+            with captions() as lines:
+                stays_run(f / mode, "--mode", mode, "--epochs", "1")
+            args, sets, model = best_of(f / mode, *STAYS, "--mode", mode, "--data", f / "stays")
+            with torch.inference_mode():
+                if mode == "scratch":
+                    p = train.stay_probability(train.stay_all_logits(model, sets.test), args).numpy()
+                    bad, pattern = np.abs(p - sets.test.labels), r"^(\d+) [a-z]+, P\(death\) ([0-9.]+)$"
+                else:
+                    singly = [train.vae_parts(model, sets.test.batch([i])["inputs"], args)[0] for i in range(len(sets.test))]
+                    bad = torch.cat(singly).numpy()
+                    pattern = r"^(\d+): recon ([0-9.]+)$"
+            told = numbers_in(lines, pattern)
+            known = dict(zip(sets.test.ids.tolist(), bad))
+            assert told[0][0] == sets.test.ids[bad.argmax()] and falls([known[each] for each, _ in told]), mode
+            assert picture_of(f / mode / "examples.png").shape[1] > 400
+        stays_run(f / "probe", "--mode", "probe", "--pretrained", f / "pretrain", "--epochs", "1")  # its batches hold features
+        assert picture_of(f / "probe" / "examples.png").shape == picture_of(f / "scratch" / "examples.png").shape
+
+
+def test_train_stay_raster_puts_an_event_in_its_variable_and_hour_and_its_value_in_the_colour():
+    picture = train.stay_raster([0, 59, 60, 2880], [5, 5, 5, 7], [9.0, -9.0, 0.0, 1.5])
+    cells = picture[4::8, 68::8]
+    assert picture.shape == (8 * 41, 64 + 8 * 48, 3) and (picture[:, 64:] == data.enlarge(cells, 8)).all()
+    assert cells[5, 0].tolist() == [0, 0, 255] and cells[5, 1].tolist() == [255] * 3 and cells[7, 47].tolist() == [255, 128, 128]
+    cells[[5, 5, 7], [0, 1, 47]] = 60
+    assert (cells == 60).all()
+
+
+def test_train_examples_need_a_split_that_is_held_out_and_go_with_overwrite():
+    with folder() as f:
+        out = run(f / "a", "--epochs", "1", "--train-ratio", "1", "--val-ratio", "0", "--test-ratio", "0")
+        assert not (f / "a" / "examples.png").exists() and "examples.png" not in out
+        with captions() as lines:
+            run(f / "b", "--epochs", "1", "--train-ratio", "0.7", "--val-ratio", "0.3", "--test-ratio", "0")
+        assert "validation split: the worst of" in lines[-1]
+        (f / "b" / "examples.png").write_bytes(b"of another run")
+        report, train.report = train.report, lambda *_: None
+        try:
+            run(f / "b", "--epochs", "1", "--overwrite")
+        finally:
+            train.report = report
+        assert not (f / "b" / "examples.png").exists() and (f / "b" / "curves.svg").exists()
+
+
+SEEN = [("ocec", TINY, "EyeSplit", []), ("faceparse", FACEPARSE, "FaceSplit", []),
+        ("faceparse", FACEPARSE, "FaceSplit", ["--mixup", "0.5"]), ("bidmc_hr", PPG, "PPGSplit", []),
+        ("bidmc_hr", PPG, "PPGSplit", ["--mode", "pretrain"]), ("quadmodal", MODAL, "ModalSplit", []),
+        ("seqsetvae", STAYS, "StaySplit", []), ("seqsetvae", STAYS, "StaySplit", ["--mode", "pretrain"])]
+
+
+def test_train_look_draws_the_first_batch_that_training_sees():
+    with folder() as f:
+        paths = {"ocec": make_npz(f / "eyes.npz"), "faceparse": faces_npz(f / "faces.npz"), "bidmc_hr": ppg_folder(f),
+                 "quadmodal": quad_npz(f / "quad.npz"), "seqsetvae": stays_folder(f)}
+        for i, (task, words, name, more) in enumerate(SEEN):
+            kind = getattr(data, name)
+            batch, seen = kind.batch, []
+
+            def recorded(self, rows, generator=None):
+                out = batch(self, rows, generator)
+                if generator is not None:
+                    seen.append(copy.deepcopy(out))
+                return out
+
+            kind.batch = recorded
+            try:
+                code, out, err = call(*words, *more, "--data", paths[task], "--out", f / f"{i}", "--look")
+                looked, count = seen[0], len(seen)
+                assert call(*words, *more, "--data", paths[task], "--out", f / f"{i}", "--epochs", "1")[0] == 0
+            finally:
+                kind.batch = batch
+            assert code == 0 and count == 1 and f"saved: {f / f'{i}' / 'look.png'}" in out, err
+            assert same_bits(looked, seen[1]), (task, more)
+            picture = picture_of(f / f"{i}" / "look.png")
+            assert 0.02 < ink(picture).mean() and picture.shape[1] > 200
+            if task == "ocec":
+                image = data.enlarge(train.as_pixels(looked["inputs"])[0], 256 // 20)
+                assert (picture[8 + 18 + 12 + 18 :, 20:][: len(image), : image.shape[1]] == image).all()
+
+
+def test_train_look_replaces_its_own_picture_and_leaves_a_run_alone():
+    with folder() as f:
+        run(f / "a", "--epochs", "1")
+        before = {path.name: path.read_bytes() for path in (f / "a").iterdir()}
+        words = [*TINY, "--data", f / "eyes.npz"]
+        (f / "a" / "look.png").write_bytes(b"older")
+        assert call(*words, "--look", "--out", f / "a")[0] == 0
+        first = (f / "a" / "look.png").read_bytes()
+        assert {path.name: path.read_bytes() for path in (f / "a").iterdir()} == before | {"look.png": first} and len(first) > 1000
+        assert call(*words, "--look", "--out", f / "b")[0] == 0 and (f / "b" / "look.png").read_bytes() == first
+        assert [path.name for path in (f / "b").iterdir()] == ["look.png"]
+        assert call(*words, "--look", "--out", f / "b", "--seed", "1")[0] == 0 and (f / "b" / "look.png").read_bytes() != first
+        assert call(*words, "--epochs", "1", "--out", f / "b")[0] == 0  # a look is no run
+        cases = [(["--look", "--resume"], "--resume is not read by this call"), (["--look", "--find-lr"], "is not read by this call"),
+                 (["--find-lr", "--out", f / "c"], "--out is not read by this call"), (["--look", "--out", f / "eyes.npz"], "is a file")]
+        for more, message in cases:
+            code, _, err = call(*words, *more)
+            assert code == 2 and message in err and not (f / "c").exists(), (more, err)
+        quad_npz(f / "quad.npz")
+        code, _, err = call(*MODAL, "--data", f / "quad.npz", "--freeze", "audio,sensor", "--look", "--out", f / "c")
+        assert code == 2 and "encoders are frozen and run once" in err and not (f / "c").exists(), err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

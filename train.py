@@ -11,7 +11,7 @@
 
 One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
 One epoch starts from (seed, epoch) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and eight functions. The loop knows no task.
+A task is one entry in TASKS: flags, variants and ten functions. The loop knows no task.
 """
 
 import argparse
@@ -159,6 +159,8 @@ class Task:
     floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
     predict: Callable  # (model, path, out, args) -> number of rows written to out, a file or for faces a folder
     export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
+    examples: Callable  # (model, split, args) -> uint8 (h, w, 3): a picture of the rows that the model gets most wrong, the worst first
+    look: Callable  # (batch, args) -> uint8 (h, w, 3): a picture of a batch as the network sees it, with its labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +341,28 @@ def eyes_export(model, args):
         facts={"pos_weight": args.facts["pos_weight"]})
 
 
+def eyes_tile(image, lines, colour=(0, 0, 0)):
+    return data.caption(data.enlarge(image, max(1, 256 // image.shape[1])), lines, colour)
+
+
+def eyes_examples(model, split, args):
+    """The eyes whose probability is furthest from their label; in red those on the wrong side of one half."""
+    probability = eyes_probability(eyes_logits(model, split), args).numpy()
+    tiles = []
+    for row in worst_first(np.abs(probability - split.labels), 24):
+        lines = [f"#{split.rows[row]} {('closed', 'open')[split.labels[row]]}", f"P(open) {probability[row]:.4f}"]
+        wrong = (probability[row] > 0.5) != split.labels[row]
+        tiles.append(eyes_tile(split.images[split.rows[row]].permute(1, 2, 0).numpy(), lines, RED if wrong else (0, 0, 0)))
+    return data.caption(data.sheet(tiles, 4), ["#row in the order of reading, its label; red: wrong at P = 0.5"])
+
+
+def eyes_look(batch, args):
+    """Mixed eyes have a label between closed, 0, and open, 1."""
+    names = {0.0: "closed", 1.0: "open"}
+    return data.sheet([eyes_tile(image, [names.get(target, f"{target:.2f} open")])
+                       for image, target in zip(as_pixels(batch["inputs"][:24]), batch["targets"].tolist())], 4)
+
+
 # The note's recipe as it was run; `default` below is the one that scored best on real eyes within minutes on 2 cores.
 EYES_CURRENT = dict(
     channels=64, blocks=8, epochs=1000, batch_size=4096, lr=1e-4, weight_decay=1e-4, schedule="plateau", plateau_factor=0.5,
@@ -384,7 +408,7 @@ OCEC = Task(
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
-    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export,
+    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples, look=eyes_look,
 )
 
 
@@ -576,6 +600,46 @@ def faces_export(model, args):
         facts={"classes": classes, "tta": args.tta})
 
 
+def faces_tile(image, maps, lines):
+    """An image and maps of class ids of it side by side, in the classes' colours; an id without one is grey."""
+    palette = np.full((256, 3), 128, dtype=np.uint8)
+    palette[: len(data.FACE_COLOURS)] = data.FACE_COLOURS
+    picture = np.concatenate([image, *(palette[ids.cpu().numpy()] for ids in maps)], axis=1)
+    return data.caption(data.enlarge(picture, max(1, 256 // image.shape[1])), lines)
+
+
+def faces_sheet(tiles, columns):
+    """The tiles, and below them which colour is which class."""
+    names = [np.full((16, 110, 3), 255, dtype=np.uint8) for _ in data.FACE_CLASSES]
+    for swatch, name, colour in zip(names, data.FACE_CLASSES, data.FACE_COLOURS):
+        swatch[:, :16] = colour
+        data.draw_text(swatch, 4, 22, name, scale=1)
+    return data.sheet([data.sheet(tiles, columns), data.sheet(names, 10, gap=6)], 1, gap=0)
+
+
+def faces_examples(model, split, args):
+    """The images with the lowest F; a face as the network sees it, its classes, and what was made of it."""
+    confusions = []
+    for batch in batches_in_order(split, chunk=16):
+        logits = finite(faces_logits(model, batch["inputs"], args))
+        confusions += [losses.confusion_matrix(faces_labels(one, mask.shape), mask, 19)
+                       for one, mask in zip(logits.split(1), batch["masks"])]
+    f, tiles = losses.f_score_per_image(np.stack(confusions)), []
+    for row in worst_first(-f, 8):
+        batch = split.batch([row])
+        guess = faces_labels(faces_logits(model, batch["inputs"], args), args.size)
+        tiles.append(faces_tile(as_pixels(batch["inputs"])[0], [batch["targets"][0], guess], [f"#{split.rows[row]} F {f[row]:.4f}"]))
+    return data.caption(faces_sheet(tiles, 2), ["image, true classes, predicted classes; #row in the order of reading"])
+
+
+def faces_look(batch, args):
+    """Of a mixed pixel the likelier class; grey pixels, beyond the edge of a turned image, do not count."""
+    targets = batch["targets"]
+    if args.mixup:
+        targets = torch.where(targets.sum(1) > 0, targets.argmax(1), 255)
+    return faces_sheet([faces_tile(image, [ids], []) for image, ids in zip(as_pixels(batch["inputs"][:24]), targets)], 3)
+
+
 # The note's recipe as it was run, with its faults: left and right keep their labels when a face is mirrored, absent classes keep their
 # Dice term, and the cosine is planned for 300 epochs although early stopping ended it at 112. The other variants change what they name.
 # Two things are ours: the score that picks the epoch, and one seeded split.
@@ -630,7 +694,7 @@ FACEPARSE = Task(
         "cosine120": FACES_ORIGINAL | dict(epochs=200, cosine_epochs=120.0), "restarts": FACES_RESTARTS,
         "lr1e-3": FACES_ORIGINAL | dict(lr=1e-3, warmup_epochs=10.0, warmup_start_lr=1e-4), "combined": FACES_COMBINED},
     load=faces_load, network=faces_network, loss=faces_loss, probability=faces_probability,
-    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict, export=faces_export,
+    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict, export=faces_export, examples=faces_examples, look=faces_look,
 )
 
 
@@ -829,6 +893,35 @@ def ppg_export(model, args):
         facts={"samples_per_second": data.BIDMC_HZ, "label_mean": args.facts["scaler"]["mean"], "label_sd": args.facts["scaler"]["scale"]})
 
 
+def ppg_examples(model, split, args):
+    """Of each patient the window whose rate is furthest from its label; a line every ten seconds."""
+    rates, tiles = ppg_prediction(ppg_all_outputs(model, split), args).numpy(), []
+    rows = worst_first(np.abs(rates - split.labels), 12, split.groups)
+    for row, signal in zip(rows, split.signals(rows).cpu().numpy()):
+        lines = [f"{split.groups[row]}: true {split.labels[row]:.1f}, predicted {rates[row]:.1f}"]
+        tiles.append(data.caption(curves_tile([signal], grid=10 / ppg_seconds(args)), lines))
+    return data.caption(data.sheet(tiles, 2), [f"{PPG_UNITS[ppg_rate(args)]}; of each patient the PPG of the worst "
+                                               f"{show(ppg_seconds(args))} s, a line every 10 s"])
+
+
+def ppg_curves(args, three):
+    """Lines of text: what the curves of an input are; `three` says where to find those of the breathing spectrum."""
+    if args.inputs == "waveform":
+        return [f"the PPG of {show(ppg_seconds(args))} s, standardised"]
+    low, high = data.RATE_BANDS[ppg_rate(args)]
+    return [f"log power from {low / 1.25:.3g} to {high * 1.25:.3g} Hz"] + [
+        f"{three}: baseline, amplitude, frequency of the pulse"] * (ppg_rate(args) == "rr")
+
+
+def ppg_look(batch, args):
+    """Windows played faster or slower have a label that moved with them; in pretraining, which has none, patches are hidden later."""
+    inputs = batch["inputs"][:16].cpu().numpy()
+    rates = ppg_scaler(args).inverse(batch["targets"].double()).tolist() if "targets" in batch else []
+    lines = [[f"{rate:.1f} {PPG_UNITS[ppg_rate(args)]}"] for rate in rates[:16]] or [[]] * len(inputs)
+    return data.caption(data.sheet([data.caption(curves_tile(each), text) for each, text in zip(inputs, lines)], 2),
+                        ppg_curves(args, "black, red, blue"))
+
+
 def masked_network(args):
     return models.MaskedPatchModel(ppg_encoder(args))
 
@@ -881,6 +974,25 @@ def masked_refused(*_):
     raise ValueError("a checkpoint of --mode pretrain predicts no rate: give it as --pretrained to --mode probe, partial or finetune first")
 
 
+def masked_examples(model, split, args):
+    """Of each patient the window whose hidden patches are guessed worst, with the guess beside what was hidden, a curve per channel."""
+    errors, drawn = [], []
+    for inputs, mask in masked_patches(split, args):
+        target, guess = model.encoder.patches(inputs), model(inputs, mask.to(inputs.device)).float()
+        hidden = mask.to(inputs.device)[..., None].expand_as(target)
+        errors.append(((guess - target).square() * hidden).sum((1, 2)) / hidden.sum((1, 2)))
+        # back from patches to curves (b, channels, n); a visible patch has no guess
+        drawn.append([each.unflatten(2, (-1, args.patch)).transpose(1, 2).flatten(2).cpu().numpy()
+                      for each in (target, guess.masked_fill(~hidden, math.nan))])
+    errors = finite(torch.cat(errors)).cpu().numpy()
+    targets, guesses = (np.concatenate(each) for each in zip(*drawn))
+    tiles = []
+    for row in worst_first(errors, 12, split.groups):
+        curves = [curves_tile([target, guess], height=64) for target, guess in zip(targets[row], guesses[row])]
+        tiles.append(data.caption(data.sheet(curves, 1, gap=2), [f"{split.groups[row]}: rmse {errors[row] ** 0.5:.3f}"]))
+    return data.caption(data.sheet(tiles, 2), ["red: guesses of hidden patches", *ppg_curves(args, "from above")])
+
+
 # The original run: counts in windows of 10 s, its own split by recording, 1 s patches at 125 Hz, a rate that never moved. A, B
 # and C are its three runs, with the small encoder of `--variant original --mode pretrain` in place of theirs and a linear head.
 PPG_ORIGINAL = dict(
@@ -928,7 +1040,7 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export)
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1123,6 +1235,55 @@ def quad_export(model, args):
                     {"scaler": args.facts["scaler"], "classes_of_training": args.facts["names"]})
 
 
+def quad_tile(modalities, lines):
+    """The modalities of one row, {name: values, or None where it is absent}, one below the other under lines of text."""
+    parts = []
+    for name, x in modalities.items():
+        if x is None:
+            picture = np.full((64, 320, 3), 224, dtype=np.uint8)
+        elif x.ndim < 3:  # features, or a sequence with a curve per channel
+            picture = curves_tile(x.reshape(len(x), -1).T, height=64, width=320)
+        else:  # an image, or the frames of a video side by side
+            frames = x[None] if x.ndim == 3 else x
+            frames = np.repeat(frames[:, :1], 3, axis=1) if frames.shape[1] < 3 else frames[:, :3]
+            grey = (frames - frames.min()) / max(np.ptp(frames), 1e-6) * 255
+            picture = np.concatenate([each.transpose(1, 2, 0) for each in grey.round().astype(np.uint8)], axis=1)
+            picture = data.enlarge(picture, max(1, min(64 // len(picture), 320 // picture.shape[1])))
+        parts.append(data.caption(picture, [name + ": absent" * (x is None)], scale=1))
+    return data.caption(data.sheet(parts, 1, gap=2), lines)
+
+
+def quad_examples(model, split, args):
+    """The rows with the fewest neighbours of their own class, of as few those whose neighbours are nearest; of each kind of mistake one."""
+    names, reference = args.facts["names"], F.normalize(quad_embeddings(model, split.reference), dim=1)
+    z = quad_embeddings(model, split)
+    predicted = losses.knn_predict(reference, split.reference.labels, z, k=args.neighbours)
+    cosine, nearest = (torch.cat(each).numpy() for each in zip(*(
+        (F.normalize(part, dim=1) @ reference.T).topk(args.neighbours) for part in z.split(512))))
+    neighbours = split.reference.labels[nearest]
+    strangers = (neighbours != split.labels[:, None]).sum(1)
+    tiles = []
+    for row in worst_first(strangers + cosine.mean(1) / 3, 12, split.labels * len(names) + predicted):
+        index = split.rows[row]
+        modalities = {name: split.scaled(name, [index])[0].cpu().numpy() if split.present[name][index] else None for name in split.arrays}
+        counts = np.bincount(neighbours[row], minlength=len(names))
+        tiles.append(quad_tile(modalities, [
+            f"#{index} true {names[split.labels[row]]}", f"predicted {names[predicted[row]]}",
+            "near " + ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n)]))
+    return data.caption(data.sheet(tiles, 4), [
+        "of each pair of true and predicted class the worst row, # in the file",
+        f"near: the classes of its {args.neighbours} nearest training rows; curves are scaled, each panel by itself"])
+
+
+def quad_look(batch, args):
+    """Scaled, shifted and noisy, as it goes in; mixing and modality dropout come later."""
+    tiles = []
+    for i, target in enumerate(batch["targets"][:12].tolist()):
+        modalities = {name: x[i].cpu().numpy() if batch["present"][name][i] else None for name, x in batch["inputs"].items()}
+        tiles.append(quad_tile(modalities, [args.facts["names"][target]]))
+    return data.caption(data.sheet(tiles, 4), ["curves are scaled, each panel by itself"])
+
+
 # The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
 QUAD_ORIGINAL = dict(
     width=512, tokens=4, heads=8, hidden=1024, embed=512, epochs=100, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup_epochs=10.0,
@@ -1162,7 +1323,7 @@ QUADMODAL = Task(
     ),
     variants={"original": QUAD_ORIGINAL, "later": QUAD_LATER},
     load=quad_load, network=quad_network, loss=quad_loss, probability=quad_probability,
-    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict, export=quad_export,
+    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict, export=quad_export, examples=quad_examples, look=quad_look,
 )
 
 
@@ -1341,6 +1502,55 @@ def stay_export(model, args):
         {"variables": list(data.STAY_VARIABLES), "scale": args.facts["scale"], "deaths_of_training": args.facts["deaths"]})
 
 
+STAY_PICTURE = ["a row per variable, a column per hour; dark: not measured",
+                "blue below the training mean, white at it, red above, full at 3 sd"]
+
+
+def stay_raster(minutes, variables, values):
+    """The events of one stay, variables by hours, the last of an hour in its colour; the variables' names on the left."""
+    cells = np.full((len(data.STAY_VARIABLES), 48), math.nan)
+    for minute, variable, value in zip(minutes, variables, values):
+        cells[variable, min(int(minute // 60), 47)] = value
+    strength = np.clip(np.nan_to_num(cells) / 3, -1, 1)
+    colours = np.stack([1 + np.minimum(strength, 0), 1 - np.abs(strength), 1 - np.maximum(strength, 0)], axis=2)
+    colours = np.where(np.isnan(cells)[..., None], 60, (255 * colours).round()).astype(np.uint8)
+    names = np.full((8 * len(cells), 64, 3), 255, dtype=np.uint8)
+    for i, name in enumerate(data.STAY_VARIABLES):
+        data.draw_text(names, 8 * i, 0, name, scale=1)
+    return np.concatenate([names, data.enlarge(colours, 8)], axis=1)
+
+
+def stay_events(inputs):
+    """(minutes, variables, values) of the events of each stay of a batch."""
+    inputs = {name: each.cpu() for name, each in inputs.items()}
+    sets = torch.arange(len(inputs["lengths"])).repeat_interleave(inputs["lengths"])
+    stay = sets.repeat_interleave(inputs["sizes"])
+    events = inputs["minutes"].repeat_interleave(inputs["sizes"]), inputs["variables"], inputs["values"]
+    return [[each[stay == i].numpy() for each in events] for i in range(len(inputs["lengths"]))]
+
+
+def stay_rows(split, rows):
+    """stay_events of some rows of a split, whether or not its batches hold features in their place."""
+    return stay_events(data.StaySplit(split.stays, split.rows[rows], scaler=split.scaler).batch(np.arange(len(rows)))["inputs"])
+
+
+def stay_examples(model, split, args):
+    """The stays whose probability of death is furthest from their outcome."""
+    probability = stay_probability(stay_all_logits(model, split), args).numpy()
+    rows = worst_first(np.abs(probability - split.labels), 9)
+    lines = [f"{split.ids[row]} {('survived', 'died')[split.labels[row]]}, P(death) {probability[row]:.4f}" for row in rows]
+    tiles = [data.caption(stay_raster(*events), [line]) for events, line in zip(stay_rows(split, rows), lines)]
+    return data.caption(data.sheet(tiles, 3), STAY_PICTURE)
+
+
+def stay_look(batch, args):
+    """Without the events that were dropped; in pretraining without the outcome."""
+    outcomes = [["survived", "died"][int(each)] for each in batch.get("targets", [])[:9]] if args.mode != "pretrain" else []
+    events = stay_events(batch["inputs"])[:9]
+    tiles = [data.caption(stay_raster(*each), line) for each, line in zip(events, [[word] for word in outcomes] or [[]] * len(events))]
+    return data.caption(data.sheet(tiles, 3), STAY_PICTURE)
+
+
 def vae_network(args):
     return models.SeqSetVAE(stay_encoder(args), seeds=args.facts["largest_set"])
 
@@ -1410,6 +1620,26 @@ def vae_refused(*_):
                      "finetune first")
 
 
+def vae_guesses(model, inputs):
+    """(minutes, variables, values) of the events that a stay is rebuilt of: each guess is the variable that it points to most of all."""
+    output, width = model(inputs), len(data.STAY_VARIABLES)
+    sets, guesses = (torch.cat(each).cpu() for each in zip(*(
+        (chunk["sets"].repeat_interleave(chunk["mask"].sum(1)), chunk["guess"][chunk["mask"]].float()) for chunk in output["sets"])))
+    variables = guesses[:, width:].argmax(1)
+    return inputs["minutes"].cpu()[sets].numpy(), variables.numpy(), guesses.gather(1, variables[:, None])[:, 0].numpy()
+
+
+def vae_examples(model, split, args):
+    """The stays that are rebuilt worst, each beside what was made of it."""
+    recon = finite(torch.cat([vae_parts(model, batch["inputs"], args)[0] for batch in batches_in_order(split, 64)])).cpu().numpy()
+    tiles = []
+    for row in worst_first(recon, 4):
+        inputs = split.batch([row])["inputs"]
+        tiles += [data.caption(stay_raster(*stay_events(inputs)[0]), [f"{split.ids[row]}: recon {recon[row]:.2f}"]),
+                  data.caption(stay_raster(*vae_guesses(model, inputs)), ["rebuilt"])]
+    return data.caption(data.sheet(tiles, 2), STAY_PICTURE)
+
+
 # The note's fine-tuning at its own size, before and after its authors mended it. `after` is our --mode probe with early stopping on
 # AUROC; pretrain for either with `--variant after --mode pretrain`.
 STAY_AFTER = dict(
@@ -1457,16 +1687,16 @@ def stay_task():
     return Task(
         defaults=flags, variants={"pretrain": STAY_PRETRAIN, "before": STAY_BEFORE, "after": STAY_AFTER},
         load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
-        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export)
+        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export, examples=stay_examples, look=stay_look)
 
 
 TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
          "seqsetvae": stay_task()}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
-                                         floor=masked_floor, predict=masked_refused, export=masked_refused)
+                                         floor=masked_floor, predict=masked_refused, export=masked_refused, examples=masked_examples)
                for name in ("bidmc_rr", "bidmc_hr")}
 PRETRAINING["seqsetvae"] = dataclasses.replace(TASKS["seqsetvae"], network=vae_network, loss=vae_loss, evaluate=vae_evaluate,
-                                               floor=vae_floor, predict=vae_refused, export=vae_refused)
+                                               floor=vae_floor, predict=vae_refused, export=vae_refused, examples=vae_examples)
 
 
 def task_of(args):
@@ -1493,9 +1723,10 @@ RUN_FLAGS = {
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
     "show_schedule": (False, "print the learning rate of every epoch instead of training"),
     "debug": (False, "print labels of the first batches, output, gradients and rate of every epoch, and a checklist at the end"),
+    "look": (False, "draw the first batch of epoch 1, augmented as the network will see it, into look.png in --out instead of training"),
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead of training"),
 }
-LOOKS = ("find_lr", "show_schedule", "check_sampler")  # calls that prepare a run, print something about it, and write nothing
+LOOKS = ("find_lr", "show_schedule", "look", "check_sampler")  # calls that prepare a run and show something about it; look alone writes
 # what the loop takes where a task has no such flag
 ABSENT = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",), "pretrained": ("--pretrained-ckpt",)}
@@ -1587,6 +1818,7 @@ def check_mode(args):
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
              "export": {"export", "out"},
              **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
+    modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and --export take the recipe "
@@ -1702,11 +1934,11 @@ def adopt_recipe(args, content):
         args.data = content["data"]
 
 
-RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "curves.svg", "scores.json")
+RUN_FILES = ("best.pt", "last.pt", "log.jsonl", "curves.svg", "scores.json", "examples.png")
 
 
-def open_run_folder(args):
-    """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
+def writable_folder(args):
+    """--out as a path, there or not, if it can be written to."""
     folder = Path(args.out)
     present = folder
     while not present.exists():
@@ -1715,6 +1947,12 @@ def open_run_folder(args):
         raise ValueError(f"--out {folder}: {present} is a file, not a folder; choose another --out")
     if not os.access(present, os.W_OK):
         raise ValueError(f"--out {folder}: no permission to write in {present}; choose another --out")
+    return folder
+
+
+def open_run_folder(args):
+    """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
+    folder = writable_folder(args)
     if args.resume and not (folder / "last.pt").is_file():
         if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
             return folder, False
@@ -2305,6 +2543,33 @@ def spread(places, room, bottom):
     return moved
 
 
+RED = (190, 30, 30)
+
+
+def worst_first(badness, count, groups=None):
+    """Up to `count` rows, the one of the largest badness first, equal ones in order, NaN left out; with groups the worst row of each."""
+    order = np.argsort(-badness, kind="stable")
+    order = order[~np.isnan(badness[order])]
+    if groups is not None:
+        order = order[np.sort(np.unique(groups[order], return_index=True)[1])]
+    return order[:count]
+
+
+def as_pixels(inputs):
+    """Images as a network sees them, float (b, 3, h, w) in [-1, 1], as uint8 (b, h, w, 3)."""
+    return (inputs.float() * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def curves_tile(curves, *, height=96, width=480, grid=1.0):
+    """Curves (t,) in one picture, black, red, blue, ..., scaled alike; with a line at every `grid` of the width."""
+    picture = np.full((height, width, 3), 244, dtype=np.uint8)
+    picture[:, (np.arange(grid, 1, grid) * width).astype(int)] = 200
+    low, high = padded_range([float(value) for curve in curves for value in curve if math.isfinite(value)])
+    for curve, colour in zip(curves, itertools.cycle([(0, 0, 0), RED, (0, 90, 200), (0, 130, 90), (200, 120, 0), (130, 60, 160)])):
+        data.draw_curve(picture, curve, colour, low=low, high=high)
+    return picture
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # --debug: what a run that stands still is asked first
 
@@ -2438,7 +2703,7 @@ def cache_features(model, sets):
 
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
-    folder, content = None, None
+    folder, content = writable_folder(args) if args.look else None, None
     if not look_of(args):
         folder, resuming = open_run_folder(args)
         if resuming:
@@ -2503,7 +2768,23 @@ def report(history, sets, args, folder, seconds):
             scores[name] = print_scores(titles[name], split, evaluate(model, split, args), args)
     with atomic_write(folder / "scores.json") as file:
         json.dump(without_nan(scores), file, indent=1)
-    print(f"\nsaved in {folder}: best.pt, last.pt, log.jsonl, curves.svg, scores.json")
+    held_out = [name for name in sets.splits() if name in titles]
+    if held_out:
+        write_examples(folder / "examples.png", model, sets.splits()[held_out[-1]], f"epoch {best['epoch']}, {held_out[-1]} split", args)
+    print(f"\nsaved in {folder}: {', '.join(name for name in RUN_FILES if (folder / name).exists())}")
+
+
+def write_examples(path, model, split, title, args):
+    """The picture of what a model gets most wrong in a split."""
+    model.eval()
+    with torch.inference_mode():
+        picture = task_of(args).examples(model, split, args)
+    write_picture(path, picture, f"{args.task}, {title}: the worst of {len(split):,} rows first")
+
+
+def write_picture(path, picture, title):
+    with atomic_write(path, "wb") as file:
+        file.write(data.encode_png(data.sheet([data.caption(picture, [title])], 1, gap=8)))
 
 
 def resume_command(args):
@@ -2556,6 +2837,20 @@ def show_schedule(run, sets, args, width=50):
     for epoch, (first, last) in enumerate(rates, 1):
         bar = "#" * round(width * last / max(map(max, rates)))
         print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | {bar}")
+
+
+def look_at_batch(run, sets, args):
+    """Draw the first batch that train_epoch would train on, as it is drawn there."""
+    generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1))
+    rows = plan_batches(sets.train, 1, args)[0]
+    batch = sets.train.batch(rows, generator)
+    if len(batch.get("inputs", ())) == 0:
+        raise ValueError("--look shows what goes into the network, and here its encoders are frozen and run once, on rows that are not "
+                         "augmented: leave --freeze or --mode probe out")
+    path = Path(args.out) / "look.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(path, task_of(args).look(batch, args), f"{args.task}: the first of the {len(rows)} rows of batch 1, epoch 1")
+    print(f"saved: {path}")
 
 
 def check_sampler(run, sets, args):
@@ -2700,7 +2995,8 @@ def train_once(args):
     with refusals():
         run, sets, folder = prepare(args)
         if look_of(args):
-            {"find_lr": find_lr, "show_schedule": show_schedule, "check_sampler": check_sampler}[look_of(args)](run, sets, args)
+            {"find_lr": find_lr, "show_schedule": show_schedule, "look": look_at_batch,
+             "check_sampler": check_sampler}[look_of(args)](run, sets, args)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES if args.overwrite else ():
@@ -2721,8 +3017,11 @@ def main(argv=None):
                 return 0
         if look_of(args):
             args.fold = args.fold or min(args.folds, 1)
+        out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
+        if look_of(args):
+            args.out = out if args.look else ""
             return train_once(args)
-        args.home = args.out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
+        args.home = args.out = out
         begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
         many = begun if args.resume and not args.folds else args.folds and not args.fold
         return cross_validate(args) if many else train_once(args)
