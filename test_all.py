@@ -8598,7 +8598,7 @@ def test_train_curves_svg_has_round_ticks_and_labels_that_keep_apart():
                              (-3, 42, [0, 10, 20, 30, 40])):
         assert np.allclose(train.round_ticks(low, high), ticks), (low, high, train.round_ticks(low, high))
     assert train.log_ticks(-2.5, 1.2) == [0.01, 0.1, 1, 10] and len(train.log_ticks(-30, 10)) <= 6
-    assert [train.tick_label(each) for each in (2e-4, 0.25, 0.0, 1500.0)] == ["2e-4", "0.25", "0", "1500"]
+    assert [train.tick_label(each) for each in (3 * 2e-4, 0.25, 0.0, 1500.0)] == ["6e-4", "0.25", "0", "1500"]
     assert train.spread([50.0, 10.0, 51.0, 99.0], 12, 100) == [50, 10, 62, 99] and train.spread([99.0, 98.0], 12, 100) == [100, 88]
     assert train.spread([], 12, 100) == []
 
@@ -8775,8 +8775,8 @@ def test_train_examples_of_stays_show_the_furthest_from_their_outcome_and_what_i
 
 def test_train_stay_raster_puts_an_event_in_its_variable_and_hour_and_its_value_in_the_colour():
     picture = train.stay_raster([0, 59, 60, 2880], [5, 5, 5, 7], [9.0, -9.0, 0.0, 1.5])
-    cells = picture[4::8, 68::8]
-    assert picture.shape == (8 * 41, 64 + 8 * 48, 3) and (picture[:, 64:] == data.enlarge(cells, 8)).all()
+    cells = picture[4::9, 72::9]
+    assert picture.shape == (9 * 41, 68 + 9 * 48, 3) and (picture[:, 68:] == data.enlarge(cells, 9)).all()
     assert cells[5, 0].tolist() == [0, 0, 255] and cells[5, 1].tolist() == [255] * 3 and cells[7, 47].tolist() == [255, 128, 128]
     cells[[5, 5, 7], [0, 1, 47]] = 60
     assert (cells == 60).all()

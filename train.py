@@ -5,6 +5,7 @@
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
+    $ python train.py --task ocec --data eyes/ --look                # the first batch as the network will see it: runs/ocec/look.png
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
     $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
     $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2      # one file that needs torch and nothing else
@@ -610,11 +611,13 @@ def faces_tile(image, maps, lines):
 
 def faces_sheet(tiles, columns):
     """The tiles, and below them which colour is which class."""
-    names = [np.full((16, 110, 3), 255, dtype=np.uint8) for _ in data.FACE_CLASSES]
-    for swatch, name, colour in zip(names, data.FACE_CLASSES, data.FACE_COLOURS):
-        swatch[:, :16] = colour
-        data.draw_text(swatch, 4, 22, name, scale=1)
-    return data.sheet([data.sheet(tiles, columns), data.sheet(names, 10, gap=6)], 1, gap=0)
+    legend = []
+    for name, colour in zip(data.FACE_CLASSES, data.FACE_COLOURS):
+        entry = np.full((16, 110, 3), 255, dtype=np.uint8)
+        entry[:, :16] = colour
+        data.draw_text(entry, 4, 22, name, scale=1)
+        legend.append(entry)
+    return data.sheet([data.sheet(tiles, columns), data.sheet(legend, 10, gap=6)], 1, gap=0)
 
 
 def faces_examples(model, split, args):
@@ -917,9 +920,9 @@ def ppg_look(batch, args):
     """Windows played faster or slower have a label that moved with them; in pretraining, which has none, patches are hidden later."""
     inputs = batch["inputs"][:16].cpu().numpy()
     rates = ppg_scaler(args).inverse(batch["targets"].double()).tolist() if "targets" in batch else []
-    lines = [[f"{rate:.1f} {PPG_UNITS[ppg_rate(args)]}"] for rate in rates[:16]] or [[]] * len(inputs)
-    return data.caption(data.sheet([data.caption(curves_tile(each), text) for each, text in zip(inputs, lines)], 2),
-                        ppg_curves(args, "black, red, blue"))
+    lines = [f"{rate:.1f} {PPG_UNITS[ppg_rate(args)]}" for rate in rates] or [""] * len(inputs)
+    tiles = [data.caption(curves_tile(curves), [line]) for curves, line in zip(inputs, lines)]
+    return data.caption(data.sheet(tiles, 2), ppg_curves(args, "black, red, blue"))
 
 
 def masked_network(args):
@@ -1235,21 +1238,21 @@ def quad_export(model, args):
                     {"scaler": args.facts["scaler"], "classes_of_training": args.facts["names"]})
 
 
+def quad_picture(x):
+    """One modality of one row: a curve of features, curves of the channels of a sequence, an image, the frames of a video side by side."""
+    if x.ndim < 3:
+        return curves_tile(x.reshape(len(x), -1).T, height=64, width=320)
+    frames = x[None] if x.ndim == 3 else x
+    frames = np.repeat(frames[:, :1], 3, axis=1) if frames.shape[1] < 3 else frames[:, :3]
+    frames = (frames - frames.min()) / max(np.ptp(frames), 1e-6) * 255
+    picture = np.concatenate([frame.transpose(1, 2, 0) for frame in frames.round().astype(np.uint8)], axis=1)
+    return data.enlarge(picture, max(1, min(64 // len(picture), 320 // picture.shape[1])))
+
+
 def quad_tile(modalities, lines):
     """The modalities of one row, {name: values, or None where it is absent}, one below the other under lines of text."""
-    parts = []
-    for name, x in modalities.items():
-        if x is None:
-            picture = np.full((64, 320, 3), 224, dtype=np.uint8)
-        elif x.ndim < 3:  # features, or a sequence with a curve per channel
-            picture = curves_tile(x.reshape(len(x), -1).T, height=64, width=320)
-        else:  # an image, or the frames of a video side by side
-            frames = x[None] if x.ndim == 3 else x
-            frames = np.repeat(frames[:, :1], 3, axis=1) if frames.shape[1] < 3 else frames[:, :3]
-            grey = (frames - frames.min()) / max(np.ptp(frames), 1e-6) * 255
-            picture = np.concatenate([each.transpose(1, 2, 0) for each in grey.round().astype(np.uint8)], axis=1)
-            picture = data.enlarge(picture, max(1, min(64 // len(picture), 320 // picture.shape[1])))
-        parts.append(data.caption(picture, [name + ": absent" * (x is None)], scale=1))
+    parts = [data.caption(np.full((64, 320, 3), 224, dtype=np.uint8), [f"{name}: absent"], scale=1) if x is None else
+             data.caption(quad_picture(x), [name], scale=1) for name, x in modalities.items()]
     return data.caption(data.sheet(parts, 1, gap=2), lines)
 
 
@@ -1261,9 +1264,9 @@ def quad_examples(model, split, args):
     cosine, nearest = (torch.cat(each).numpy() for each in zip(*(
         (F.normalize(part, dim=1) @ reference.T).topk(args.neighbours) for part in z.split(512))))
     neighbours = split.reference.labels[nearest]
-    strangers = (neighbours != split.labels[:, None]).sum(1)
+    badness = (neighbours != split.labels[:, None]).sum(1) + cosine.mean(1) / 3  # whole numbers, and a third of a mean within [-1, 1]
     tiles = []
-    for row in worst_first(strangers + cosine.mean(1) / 3, 12, split.labels * len(names) + predicted):
+    for row in worst_first(badness, 12, split.labels * len(names) + predicted):
         index = split.rows[row]
         modalities = {name: split.scaled(name, [index])[0].cpu().numpy() if split.present[name][index] else None for name in split.arrays}
         counts = np.bincount(neighbours[row], minlength=len(names))
@@ -1502,7 +1505,7 @@ def stay_export(model, args):
         {"variables": list(data.STAY_VARIABLES), "scale": args.facts["scale"], "deaths_of_training": args.facts["deaths"]})
 
 
-STAY_PICTURE = ["a row per variable, a column per hour; dark: not measured",
+STAY_PICTURE = ["a row per variable, a column per hour; dark: no event",
                 "blue below the training mean, white at it, red above, full at 3 sd"]
 
 
@@ -1514,10 +1517,10 @@ def stay_raster(minutes, variables, values):
     strength = np.clip(np.nan_to_num(cells) / 3, -1, 1)
     colours = np.stack([1 + np.minimum(strength, 0), 1 - np.abs(strength), 1 - np.maximum(strength, 0)], axis=2)
     colours = np.where(np.isnan(cells)[..., None], 60, (255 * colours).round()).astype(np.uint8)
-    names = np.full((8 * len(cells), 64, 3), 255, dtype=np.uint8)
+    names = np.full((9 * len(cells), 68, 3), 255, dtype=np.uint8)
     for i, name in enumerate(data.STAY_VARIABLES):
-        data.draw_text(names, 8 * i, 0, name, scale=1)
-    return np.concatenate([names, data.enlarge(colours, 8)], axis=1)
+        data.draw_text(names, 9 * i + 1, 0, name, scale=1)
+    return np.concatenate([names, data.enlarge(colours, 9)], axis=1)
 
 
 def stay_events(inputs):
@@ -1545,9 +1548,9 @@ def stay_examples(model, split, args):
 
 def stay_look(batch, args):
     """Without the events that were dropped; in pretraining without the outcome."""
-    outcomes = [["survived", "died"][int(each)] for each in batch.get("targets", [])[:9]] if args.mode != "pretrain" else []
-    events = stay_events(batch["inputs"])[:9]
-    tiles = [data.caption(stay_raster(*each), line) for each, line in zip(events, [[word] for word in outcomes] or [[]] * len(events))]
+    stays = stay_events(batch["inputs"])[:9]
+    outcomes = [""] * len(stays) if args.mode == "pretrain" else [("survived", "died")[int(each)] for each in batch["targets"]]
+    tiles = [data.caption(stay_raster(*events), [outcome]) for events, outcome in zip(stays, outcomes)]
     return data.caption(data.sheet(tiles, 3), STAY_PICTURE)
 
 
@@ -2524,7 +2527,8 @@ def round_ticks(low, high, most=5):
 
 
 def tick_label(value):
-    return np.format_float_scientific(value, precision=6, trim="-", exp_digits=1) if 0 < abs(value) < 1e-3 else f"{value:g}"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
 
 
 def log_ticks(low, high):
