@@ -7083,7 +7083,7 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         assert code == 2 and "already holds a run" in err
         # a fold by itself is the same run; the summary comes with --resume, which trains what is missing
         (f / "cv" / "fold-3" / "last.pt").rename(f / "third.pt")
-        for name in ("best.pt", "log.jsonl", "scores.json"):
+        for name in set(train.RUN_FILES) - {"last.pt"}:
             (f / "cv" / "fold-3" / name).unlink()
         before = (f / "cv" / "scores.json").read_text()
         (f / "cv" / "scores.json").unlink()
@@ -8575,7 +8575,8 @@ def test_train_curves_svg_shows_gaps_one_epoch_no_validation_and_a_thousand_epoc
     assert marks["f1"][0] == 2 and len(dots) == 1
     for rows, monitor, panels in ((made_up_history([0.1]), "f1", 4), (made_up_history([0.1, 0.4]), "f1", 4),
                                   (made_up_history([nan, nan]), "f1", 4), (made_up_history([0, 0, 0], validation=False), "loss", 3),
-                                  (made_up_history([0.5, 0.5], losses=[0.0, 0.0]), "loss", 4)):
+                                  (made_up_history([0.5, 0.5], losses=[0.0, 0.0]), "loss", 4),
+                                  (made_up_history([1e30, -1e-300, 3e-9], losses=[1e-300, 1e300, 2.0]), "f1", 4)):
         text = train.curves_svg(rows, {}, types.SimpleNamespace(**vars(PLOTTED) | {"monitor": monitor}))
         _, _, marks, dots = svg_parts(text)
         found = not math.isnan(rows[-1]["score"]) and len(rows) > 1
@@ -8617,6 +8618,16 @@ def test_train_curves_are_there_after_every_epoch():
         finally:
             train.epoch_line = line
         assert marks == [1, 2, 3, 4] and "curves.svg" in out.splitlines()[-1]
+
+
+def test_train_log_and_curves_that_a_kill_left_behind_are_made_up_for_by_a_resume():
+    with folder() as f:
+        run(f / "a", "--epochs", "2")
+        before = {name: (f / "a" / name).read_text() for name in ("log.jsonl", "curves.svg")}
+        for name in before:
+            (f / "a" / name).write_text("an epoch behind")
+        assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
+        assert before == {name: (f / "a" / name).read_text() for name in before}
 
 
 def picture_of(path):
@@ -8796,6 +8807,19 @@ def test_train_examples_need_a_split_that_is_held_out_and_go_with_overwrite():
         finally:
             train.report = report
         assert not (f / "b" / "examples.png").exists() and (f / "b" / "curves.svg").exists()
+
+
+def test_train_quad_picture_shows_every_kind_of_modality_and_stays_narrow():
+    rng, shape = np.random.default_rng(0), lambda *sides: train.quad_picture(rng.normal(size=sides)).shape
+    assert shape(9) == shape(50, 3) == shape(5000, 6) == (64, 320, 3)
+    assert shape(24, 16) == (64, 96, 3) and shape(3, 24, 24) == (48, 48, 3) and shape(4, 3, 16, 16) == (64, 256, 3)
+    assert shape(1, 20, 30) == (60, 90, 3) and shape(1000, 40) == (10, 250, 3) and shape(16, 3, 112, 112) == (19, 299, 3)
+    frames = np.zeros((2, 3, 4, 4))
+    frames[1, 0, 3, 0] = 2.0  # one red corner of the second frame
+    picture = train.quad_picture(frames)[::16, ::16]
+    assert picture.shape == (4, 8, 3) and picture[3, 4].tolist() == [255, 0, 0] and picture.sum() == 255
+    ramp = train.quad_picture(np.arange(7.0) * np.ones((5, 1)))[::9, ::9]
+    assert ramp[:, 0, 0].tolist() == [255, 212, 170, 128, 85, 42, 0]  # the first channel below
 
 
 SEEN = [("ocec", TINY, "EyeSplit", []), ("faceparse", FACEPARSE, "FaceSplit", []),

@@ -1239,14 +1239,20 @@ def quad_export(model, args):
 
 
 def quad_picture(x):
-    """One modality of one row: a curve of features, curves of the channels of a sequence, an image, the frames of a video side by side."""
+    """One modality of one row: a curve of features, curves of the channels of a sequence, an image, the frames of a video side by side.
+
+    A sequence of more than six channels is an image, time to the right, the first channel below. Wide pictures are thinned out.
+    """
+    if x.ndim == 2 and x.shape[1] > 6:
+        x = x.T[None, ::-1]
     if x.ndim < 3:
         return curves_tile(x.reshape(len(x), -1).T, height=64, width=320)
     frames = x[None] if x.ndim == 3 else x
     frames = np.repeat(frames[:, :1], 3, axis=1) if frames.shape[1] < 3 else frames[:, :3]
     frames = (frames - frames.min()) / max(np.ptp(frames), 1e-6) * 255
     picture = np.concatenate([frame.transpose(1, 2, 0) for frame in frames.round().astype(np.uint8)], axis=1)
-    return data.enlarge(picture, max(1, min(64 // len(picture), 320 // picture.shape[1])))
+    thin = -(-picture.shape[1] // 320)
+    return data.enlarge(picture[::thin, ::thin], max(1, min(64 // len(picture), 320 // picture.shape[1])))
 
 
 def quad_tile(modalities, lines):
@@ -2250,8 +2256,10 @@ def best_row(history, args):
 
 
 def fit(run, sets, args, folder, floor, stop):
-    """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, log, curves, last.pt."""
-    if not run.history:
+    """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, last.pt, log, curves."""
+    if run.history:
+        write_history(run, args, folder)  # a kill after last.pt left them an epoch behind
+    else:
         run.history.append(score_epoch(run, {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}, sets, args))
         finish_epoch(run, args, folder, floor)
     while run.history[-1]["epoch"] < args.epochs:
@@ -2277,13 +2285,18 @@ def fit(run, sets, args, folder, floor, stop):
         finish_epoch(run, args, folder, floor)
 
 
-def finish_epoch(run, args, folder, floor):
-    """Write the log, its curves and last.pt, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
+def write_history(run, args, folder):
+    """The log and its curves, both whole, from what last.pt holds as well."""
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
     with atomic_write(folder / "curves.svg") as file:
         file.write(curves_svg(run.history, run.floor, args))
+
+
+def finish_epoch(run, args, folder, floor):
+    """Write last.pt, log and curves, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
     save_run(folder / "last.pt", run, args)
+    write_history(run, args, folder)
     print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
@@ -2462,7 +2475,7 @@ def svg_panel(name, series, references, top, last, best, args):
 
 
 def svg_curves(name, series, legend_y):
-    """The curves of a panel, {series: points in pixels}, and their legend, from the right; each is thinner than the one it covers."""
+    """The curves of a panel, {series: points in pixels}, and their legend; each is thinner than the one it covers."""
     series = {key: points for key, points in series.items() if points}
     lines, legend_x = [], SVG_LEFT + SVG_PLOT - sum(6 * len(SVG_SERIES[key][0]) + 14 for key in series) + 14
     for i, (key, points) in enumerate(series.items()):
@@ -2522,7 +2535,7 @@ def padded_range(values):
 def round_ticks(low, high, most=5):
     """At most so many multiples of 1, 2 or 5 times a power of ten in [low, high]."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= most)
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= most)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -2532,8 +2545,8 @@ def tick_label(value):
 
 
 def log_ticks(low, high):
-    """Powers of ten between 10 ** low and 10 ** high, not more than six of them."""
-    powers = range(math.ceil(low), math.floor(high) + 1)
+    """Powers of ten between 10 ** low and 10 ** high, not more than six of them, none beyond what a float holds."""
+    powers = range(max(math.ceil(low), -307), min(math.floor(high), 308) + 1)
     return [10.0**power for power in powers[:: -(-len(powers) // 6)]]
 
 
