@@ -8518,6 +8518,195 @@ def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_n
         assert {path: path.stat().st_mtime_ns for path in f.rglob("*")} == before
 
 
+# train: diagnosis
+
+
+def told(counts=None, rows=(), untrained=None):
+    """Names of the findings of a run with these changes to a healthy one; each row is the changes of an epoch."""
+    healthy_counts = {
+        "epochs": len(rows), "steps_per_epoch": 10, "monitor": "f1", "headline": "f1", "schedule": "cosine", "peak_lr": 1e-3,
+        "planned_epochs": len(rows), "ema_decay": 0.99, "floor": {"loss": 0.7, "f1": 0.6}, "ceiling": {"loss": 0.0, "f1": 1.0},
+        "shared": {"groups": 0, "rows": 0}, "sampler": {"batches": 10, "single_class": 0, "largest_share": 0.5}, "done": True}
+    history = [{"epoch": 0, "step": 0, "raw": {"loss": 0.7, "f1": 0.5}, "ema": {"loss": 0.7, "f1": 0.5}} | (untrained or {})]
+    for epoch, changes in enumerate(rows, 1):
+        f1, loss = 1 - 0.4 / (1 + epoch), 0.7 / (1 + epoch)
+        row = {"epoch": epoch, "step": 10 * epoch, "train_loss": loss, "grad_norm": 1.0, "weight_change": 0.1, "spread": 1.0,
+               "lr_end": 1e-3 * (1 - epoch / len(rows)), "raw": {"loss": loss, "f1": f1}, "ema": {"loss": loss, "f1": f1 + 0.001},
+               "weights": "ema", "no_gradient": [], "frozen_in_training": []} | changes
+        history.append({"score": row[row["weights"]].get("f1")} | row)
+    findings = train.diagnose(healthy_counts | (counts or {}), history)
+    assert all(each["evidence"] and each["remedy"] for each in findings) and [each["name"] for each in findings] == [
+        name for name in train.RULES if name in {each["name"] for each in findings}]  # worst first
+    return {each["name"] for each in findings}
+
+
+def scored(f1, loss, train_loss=None, **more):
+    return {"raw": {"loss": loss, "f1": f1}, "ema": {"loss": loss, "f1": f1}, "train_loss": loss if train_loss is None else train_loss} | more
+
+
+def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
+    for n in (0, 1, 2, 3, 6, 12, 40):
+        assert told(rows=[{}] * n) == set(), n
+        assert told({"done": False, "epochs": 100}, rows=[{"lr_end": 1e-3}] * n) == set(), n
+    no_validation = [{"epoch": 0, "step": 0, "lr": 1e-3}] + [
+        {"epoch": i, "step": i, "lr": 1e-3, "lr_end": 1e-5, "train_loss": 1 / i, "grad_norm": 1.0, "weight_change": 0.1, "score": 1 / i,
+         "weights": "raw", "no_gradient": [], "frozen_in_training": []} for i in range(1, 15)]
+    counts = {"epochs": 14, "monitor": "loss", "headline": "loss", "schedule": "none", "peak_lr": 1e-3, "planned_epochs": 14, "ema_decay": 0.9,
+              "floor": {}, "ceiling": {}, "shared": {"groups": 0, "rows": 0}, "done": True}
+    assert train.diagnose(counts, no_validation) == []
+
+
+def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
+    flat = scored(0.6, 0.69, 0.69)
+    untrained = {"loss": 0.7, "f1": 0.5}
+    cases = {  # finding -> (counts, rows) with it, (counts, rows) of nearly the same run without it
+        "frozen-model": (({}, [{"weight_change": 0.0}] * 3), ({}, [{"weight_change": 0.0}] * 2 + [{}])),
+        "leak-across-split": (({"shared": {"groups": 1, "rows": 0}}, []), ({}, [])),
+        "single-class-batches": (({"sampler": {"batches": 10, "single_class": 1, "largest_share": 0.5}}, []),
+                                 ({"sampler": {"batches": 11, "single_class": 1, "largest_share": 0.5}}, [])),
+        "lr-too-large": (({}, [scored(0.65, 0.6, weight_change=4.0)] * 2), ({}, [scored(0.65, 0.5, weight_change=4.0)] * 2)),
+        "lr-too-small": (({}, [{"weight_change": 1e-4, "train_loss": 0.7}] * 3), ({}, [{"weight_change": 1e-2, "train_loss": 0.7}] * 3)),
+        "no-gradient": (({}, [{"no_gradient": ["a.b"]}]), ({}, [{"no_gradient": ["a.b"]}, {}])),
+        "backbone-in-train-mode": (({}, [{"frozen_in_training": ["encoder"]}]), ({}, [{}])),
+        "constant-prediction": (({}, [{"spread": 0.009}] * 3), ({}, [{"spread": 0.011}] * 3)),
+        "loss-at-bound": (({}, [scored(0.9, 0.3, 0.694)] * 3), ({}, [scored(0.9, 0.3, 0.692)] * 3)),
+        "score-at-floor": (({}, [scored(0.607, 0.5)] * 3), ({}, [scored(0.609, 0.5)] * 3)),
+        "ema-not-moving": (({}, [{"ema": untrained}] * 2), ({}, [{"ema": untrained}, {}])),
+        "ema-horizon-too-long": (({}, [{"ema": {"loss": 0.66, "f1": 0.7}, "raw": {"loss": 0.6, "f1": 0.8}}] * 3),
+                                 ({}, [{"ema": {"loss": 0.64, "f1": 0.7}, "raw": {"loss": 0.6, "f1": 0.8}}] * 3)),
+        "label-quantised": (({"labels": {"values": 5, "step": 6.0, "spread": 2.5}}, []),
+                            ({"labels": {"values": 30, "step": 1.0, "spread": 2.5}}, [])),
+        "imbalance": (({"sampler": {"batches": 10, "single_class": 0, "largest_share": 0.91}}, []),
+                      ({"sampler": {"batches": 10, "single_class": 0, "largest_share": 0.89}}, [])),
+        "schedule-outlasts-run": (({}, [{"lr_end": 7e-4}] * 4), ({"schedule": "none"}, [{"lr_end": 7e-4}] * 4)),
+        "plateau-too-eager": (({"epochs": 9}, [{}, {"plateau_lr": [1e-3, 9e-6]}] + [{}] * 7),
+                              ({"epochs": 3}, [{}, {"plateau_lr": [1e-3, 9e-6]}, {}])),
+        "monitor-mismatch": (({"monitor": "loss"}, [scored(0.7, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3),
+                             ({"monitor": "loss"}, [scored(0.77, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3)),
+        "overfit": (({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.4, 0.1)] * 5), ({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.36, 0.1)] * 5)),
+        "lucky-best": (({}, [scored(0.95, 0.3)] + [scored(0.8 + 0.01 * (i % 2), 0.3) for i in range(9)]),
+                       ({}, [scored(0.95, 0.3)] + [scored(0.88 + 0.01 * (i % 2), 0.3) for i in range(9)]))}
+    assert cases.keys() == train.RULES.keys()
+    for name, (ill, well) in cases.items():
+        assert name in told(*ill), (name, told(*ill))
+        assert name not in told(*well), name
+    assert "score-at-floor" not in told({"done": False}, [flat] * 9) and "score-at-floor" in told({"done": False}, [flat] * 10)
+    assert told({"stopped": "the loss became nan"}) == {"lr-too-large"}
+    below = {"monitor": "mae", "headline": "mae", "floor": {"loss": 1.0, "mae": 2.0}, "ceiling": {"mae": 0.0}}  # lower is better
+    errors = lambda mae: [{"raw": {"loss": 0.5, "mae": mae}, "ema": {"loss": 0.5, "mae": mae}, "train_loss": 0.5, "score": mae}] * 3
+    start = {"raw": {"loss": 1.0, "mae": 2.0}, "ema": {"loss": 1.0, "mae": 2.0}}
+    assert told(below, errors(1.97), start) == {"score-at-floor"} and told(below, errors(1.9), start) == set()
+
+
+def test_train_diagnosis_counts_groups_and_equal_rows_on_two_sides_of_a_split():
+    with folder() as f:
+        args, sets, state = prepared(f)
+        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 0}
+        sets.test.images = sets.test.images.clone()
+        sets.test.images[int(sets.test.rows[0])] = sets.train.images[int(sets.train.rows[3])]
+        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 1}
+        for each, groups in ((sets.train, [1, 2, 2, 3]), (sets.validation, [4, 3]), (sets.test, [5, 1])):
+            each.groups = np.array(groups)
+        assert train.shared_between(sets.train, [sets.validation, sets.test])["groups"] == 2
+
+
+def test_train_log_tells_how_far_weights_moved_what_has_no_gradient_and_what_is_frozen_in_training_mode():
+    with folder() as f:
+        args, sets, state = prepared(f, "--ema-decay", "0")
+        state.raw_model.idle = torch.nn.Linear(2, 2)
+        state.raw_model.kept = torch.nn.BatchNorm1d(2).requires_grad_(False)
+        state.optimizer.param_groups[0]["params"] += list(state.raw_model.idle.parameters())
+        before = {name: p.detach().clone() for name, p in state.raw_model.named_parameters() if p.requires_grad}
+        row = train.train_epoch(state, sets.train, 1, args, NEVER)
+        length = lambda tensors: float(torch.cat([each.detach().flatten() for each in tensors]).double().norm())
+        moved = [p - before[name] for name, p in state.raw_model.named_parameters() if p.requires_grad]
+        assert abs(row["weight_change"] - length(moved) / length(before.values())) < 1e-6 and row["weight_change"] > 0
+        assert row["no_gradient"] == ["idle.weight", "idle.bias"] and row["frozen_in_training"] == []
+        whole = train.models.train_mode
+        train.models.train_mode = lambda model: model.train()
+        try:
+            assert train.train_epoch(state, sets.train, 2, args, NEVER)["frozen_in_training"] == ["kept"]
+        finally:
+            train.models.train_mode = whole
+    x = torch.randn(50, 3)
+    for output, spread in ((x, 1.0), (x * 0 + 5, 0.0), (5 + 0.1 * x, 0.02), (0.1 * x[:, 0], 0.1)):
+        with train.spread_of_outputs(torch.nn.Identity()) as found:
+            pass
+        identity = torch.nn.Identity()
+        with train.spread_of_outputs(identity) as found:
+            identity(output), identity({"no": "tensor"}), identity(output[:1])
+        assert len(found) == 1 and abs(found[0] - spread) < 0.2 * spread + 1e-6, (found, spread)
+
+
+def test_train_prints_at_most_ten_findings_and_writes_all_of_them():
+    findings = [{"name": f"n{i}", "evidence": "e", "remedy": "r"} for i in range(14)]
+    for count, lines in ((3, 3), (10, 10), (11, 10), (14, 10)):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train.print_findings(findings[:count])
+        printed = out.getvalue().splitlines()
+        assert len(printed) == lines and printed[0] == "diagnosis: n0 | e | r"
+        assert (printed[-1] == f"diagnosis: and {count - 9} more in diagnosis.json") == (count > 10)
+
+
+def test_train_phases_are_thirds_and_what_came_after_the_best():
+    args = types.SimpleNamespace(monitor="f1")
+    history = [{"epoch": 0}] + [{"epoch": i, "score": score, "train_loss": 0.5, "raw": {"loss": 0.5 + i / 10}, "lr": 1e-3, "lr_end": 1e-3 / i}
+                                for i, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1)]
+    found = train.phases(history, args)
+    assert {name: (each["first"], each["last"]) for name, each in found.items()} == {
+        "early": (1, 2), "middle": (3, 4), "late": (5, 5), "after the best": (5, 5)}
+    assert abs(found["early"]["mean"] - 0.15) < 1e-12 and abs(found["early"]["sd"] - 0.1 / 2 ** 0.5) < 1e-12
+    assert abs(found["middle"]["gap"] - 0.35) < 1e-12 and math.isnan(found["late"]["sd"])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train.print_phases(history, args)
+    assert "best epoch 4 of 5, where the rate stood at 25% of its highest" in out.getvalue()
+
+
+@contextlib.contextmanager
+def replaced(where, name, value):
+    kept = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, kept)
+
+
+def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
+    """README's table of symptoms: the fault of each original, put into a small run, and the line that the run prints."""
+    def line_of(name, out):
+        return next(line for line in reversed(out.splitlines()) if line.startswith(f"diagnosis: {name} | "))
+
+    with folder() as f:
+        with replaced(ema.EMA, "update", lambda self, model: None):
+            out = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "eyes")[1]
+        assert "the averaged weights score in all 3 epochs what the untrained network does" in line_of("ema-not-moving", out)
+        assert {each["name"] for each in json.loads((f / "eyes" / "diagnosis.json").read_text())["findings"]} >= {"ema-not-moving"}
+
+        out = call(*FACEPARSE, "--data", faces_npz(f / "faces.npz"), "--cosine-epochs", "300", "--epochs", "1", "--out", f / "faces")[1]
+        assert "the cosine is planned for 300 epochs, the run ended after 1: the rate was still 100% of its peak" in line_of(
+            "schedule-outlasts-run", out)
+
+        windows = train.data.bidmc_windows
+        rounded = lambda *words, **options: (found := windows(*words, **options)) | {"labels": 6 * np.round(found["labels"] / 6)}
+        with replaced(data, "bidmc_windows", rounded):
+            out = call(*PPG[:1], "bidmc_rr", *PPG[2:], "--data", ppg_folder(f), "--out", f / "ppg")[1]
+        assert "6 apart: rounding alone costs a mean absolute error of 1.5" in line_of("label-quantised", out)
+
+        with replaced(train, "plan_batches", lambda split, epoch, args: [np.flatnonzero(split.labels == label)[:12] for label in range(3)]), \
+                replaced(train, "quad_check", lambda train, args: None):
+            out = call(*MODAL, "--data", quad_npz(f / "quad.npz"), "--out", f / "quad")[1]
+        assert "3 of 3 batches of the first epoch hold one class" in line_of("single-class-batches", out)
+
+        bias = models.TimeBias.forward
+        wrong = lambda self, minutes: torch.where(torch.isinf(bias(self, minutes)), -math.inf, bias(self, minutes).clamp(min=0))
+        with replaced(models.TimeBias, "forward", wrong):
+            out = call(*STAYS, "--epochs", "1", "--out", f / "stays")[1]
+        assert "2 (encoder.time_bias.log_slope, encoder.time_bias.log_tau) trainable tensors had no gradient" in line_of("no-gradient", out)
+
+
 # train: pictures
 
 PLOTTED = types.SimpleNamespace(task="ocec", variant="default", epochs=4, monitor="f1")

@@ -23,6 +23,7 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import html
 import io
 import itertools
@@ -275,6 +276,9 @@ def eyes_load(path, args):
     augment = {name: getattr(args, name) for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")}
     train, validation, test = (data.EyeSplit(images, labels, rows, device=args.device, augment=augment) if len(rows) else None
                                for rows in splits)
+    for each in (train, validation, test):
+        if each is not None and groups is not None:
+            each.groups = groups[each.rows]
     return Data(train, validation, test, whole, facts, notes)
 
 
@@ -1943,7 +1947,7 @@ def adopt_recipe(args, content):
         args.data = content["data"]
 
 
-RUN_FILES = ("best.pt", "last.pt", "log.jsonl", "curves.svg", "scores.json", "examples.png")
+RUN_FILES = ("best.pt", "last.pt", "log.jsonl", "curves.svg", "diagnosis.json", "scores.json", "examples.png")
 
 
 def writable_folder(args):
@@ -2165,6 +2169,7 @@ def train_epoch(run, split, epoch, args, stop):
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
     models.train_mode(run.model)
+    before = [p.detach().clone() for p in parameters]
     output = []
     hook = run.raw_model.register_forward_hook(lambda *call: output.append(call[-1])) if args.debug else None
     for i, window in enumerate(windows):
@@ -2209,7 +2214,20 @@ def train_epoch(run, split, epoch, args, stop):
     means = {name: value / seen for name, value in sums.items()}
     row |= {"step": run.step, "lr_end": lr, "train_loss": means.pop("train_loss"), "parts": means}
     return row | {"grad_norm": float(np.mean(norms)) if norms else math.nan, "skipped_steps": skipped,
-                  "seconds": round(seconds, 3), "rows_per_s": round(seen / seconds, 1)}
+                  "seconds": round(seconds, 3), "rows_per_s": round(seen / seconds, 1)} | look_at_weights(run, parameters, before)
+
+
+def look_at_weights(run, parameters, before):
+    """For the diagnosis, after an epoch: how far the trained weights moved, of their length; which never had a gradient; frozen modules
+    that are in training mode."""
+    length = lambda tensors: math.hypot(*(float(each.detach().double().norm()) for each in tensors))
+    moments = [run.optimizer.state.get(p, {}).get("exp_avg_sq") for p in parameters]  # Adam's mean of the squared gradients
+    silent = [moment is None or not moment.any() for moment in moments]
+    names = [name for name, p in run.raw_model.named_parameters() if p.requires_grad]
+    frozen = [name for name, module in run.raw_model.named_modules() if module.training and list(module.parameters()) and not any(
+        p.requires_grad for p in module.parameters())]
+    return {"weight_change": length(p - b for p, b in zip(parameters, before)) / max(length(before), 1e-12),
+            "no_gradient": [name for name, is_silent in zip(names, silent) if is_silent], "frozen_in_training": frozen}
 
 
 def evaluate(model, split, args):
@@ -2222,12 +2240,34 @@ def evaluate(model, split, args):
     return scores
 
 
+@contextlib.contextmanager
+def spread_of_outputs(model):
+    """A list that gets, for every batch that passes the model, how much its outputs differ between the rows.
+
+    Standard deviation over the rows, mean over the outputs, relative to outputs larger than 1; nothing for outputs that are no tensor.
+    """
+    spreads = []
+
+    def look(module, inputs, output):
+        if torch.is_tensor(output) and len(output) > 1:
+            x = output.float().reshape(len(output), -1)
+            spreads.append(float(x.std(0).mean() / x.square().mean().sqrt().clamp(min=1.0)))
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield spreads
+    finally:
+        hook.remove()
+
+
 def score_epoch(run, row, sets, args):
     """Add the validation scores of raw and EMA weights to the row, which of the two counts under --monitor, and its training scores."""
     split = sets.validation
     if split is None:
         return row | {"score": row.get("train_loss"), "weights": "raw"}
-    row["raw"] = evaluate(run.raw_model, split, args)
+    with spread_of_outputs(run.raw_model) as spreads:
+        row["raw"] = evaluate(run.raw_model, split, args)
+    row["spread"] = float(np.mean(spreads)) if spreads else None
     row |= {"score": row["raw"][args.monitor], "weights": "raw"}
     if run.ema is not None:
         row["ema"] = evaluate(run.ema.module, split, args)
@@ -2286,11 +2326,14 @@ def fit(run, sets, args, folder, floor, stop):
 
 
 def write_history(run, args, folder):
-    """The log and its curves, both whole, from what last.pt holds as well."""
+    """The log, its curves and what they show, all whole, from what last.pt holds as well."""
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
     with atomic_write(folder / "curves.svg") as file:
         file.write(curves_svg(run.history, run.floor, args))
+    with atomic_write(folder / "diagnosis.json") as file:
+        json.dump(without_nan({"findings": diagnose(run.counts, run.history), "phases": phases(run.history, args), "counts": run.counts}),
+                  file, indent=1)
 
 
 def finish_epoch(run, args, folder, floor):
@@ -2301,6 +2344,9 @@ def finish_epoch(run, args, folder, floor):
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
         print(f"plateau: lr {before:.3g} -> {after:.3g} after epoch {run.history[-1]['epoch']}")
+    findings = diagnose(run.counts, run.history)
+    print_findings([each for each in findings if each["name"] not in run.told])  # a finding is told when it first appears
+    run.told |= {each["name"] for each in findings}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2588,6 +2634,303 @@ def curves_tile(curves, *, height=96, width=480, grid=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Diagnosis: what a run that stands still would be asked. A rule looks at the counts taken before training and at the rows of the log,
+# and returns its evidence in numbers, or "" if there is nothing to say. Rows: history[0] is the untrained network.
+
+
+def gain(key, score, than):
+    """How much better a score is than another: positive is better, whichever way the score goes."""
+    return than - score if key in LOWER_IS_BETTER else score - than
+
+
+def share_gained(counts, key, score):
+    """Where a score stands between the best constant, 0, and what cannot be exceeded, 1; NaN where one of them is not known."""
+    floor, ceiling = counts["floor"].get(key, math.nan), counts["ceiling"].get(key, math.nan)
+    return gain(key, score, floor) / gain(key, ceiling, floor) if gain(key, ceiling, floor) > 0 else math.nan
+
+
+def fingerprints(split, most=20_000):
+    """Checksums of the rows' inputs, not augmented; of evenly spaced rows if there are more than `most`."""
+    found = set()
+    for i in np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).astype(int)):
+        inputs = {name: each for name, each in split.batch(np.array([i])).items() if name in ("inputs", "features", "present")}
+        tensors = [each for value in inputs.values() for each in (value.values() if isinstance(value, dict) else [value])]
+        found.add(hashlib.blake2b(b"".join(each.cpu().numpy().tobytes() for each in tensors), digest_size=8).digest())
+    return found
+
+
+def shared_between(train, others):
+    """Groups, and rows with the same inputs, that stand in the training split and in another one."""
+    groups = [set(np.unique(each.groups).tolist()) if getattr(each, "groups", None) is not None else set() for each in (train, *others)]
+    seen = fingerprints(train)
+    return {"groups": len(groups[0] & set().union(*groups[1:])), "rows": sum(len(seen & fingerprints(each)) for each in others)}
+
+
+def label_steps(labels):
+    """How finely labels that are numbers are told: how many values, the step between them, their mean distance to the median."""
+    values = np.unique(labels)
+    return {"values": len(values), "step": float(np.median(np.diff(values))) if len(values) > 1 else 0.0,
+            "spread": float(np.abs(labels - np.median(labels)).mean())}
+
+
+def count_before(run, sets, args):
+    """Everything that the rules know beside the log: plain numbers, taken before training."""
+    labels = getattr(sets.train, "labels", None)
+    others = [each for each in (sets.validation, sets.test) if each is not None]
+    headline = TASKS[args.task].defaults["monitor"].choices[0]
+    floor = best_constant(run.floor)
+    counts = {"epochs": args.epochs, "steps_per_epoch": run.steps_per_epoch, "monitor": args.monitor,
+              "headline": headline if headline in floor else args.monitor, "schedule": args.schedule, "peak_lr": max(run.schedule.base_lrs),
+              "planned_epochs": args.cosine_epochs or args.epochs, "ema_decay": args.ema_decay,
+              "floor": floor, "ceiling": plain(run.floor.get("ceiling", {})), "shared": shared_between(sets.train, others)}
+    if labels is not None and labels.dtype.kind in "iu":
+        report = data.sampler_report(plan_batches(sets.train, 1, args), labels)
+        counts["sampler"] = {key: report[key] for key in ("batches", "single_class", "largest_share")}
+    elif labels is not None:
+        counts["labels"] = label_steps(labels)
+    return counts
+
+
+def frozen_model(counts, history):
+    rows = history[1:]
+    return rows and all(row["weight_change"] == 0 for row in rows) and (
+        f"after {rows[-1]['step']:,} steps every weight is what it was, with a gradient of norm {rows[-1]['grad_norm']:.3g}")
+
+
+def no_gradient(counts, history):
+    names = history[-1].get("no_gradient", [])
+    return history[-1].get("weight_change") and names and f"{named(names)} trainable tensors had no gradient but 0 in any step"
+
+
+def backbone_in_train_mode(counts, history):
+    names = history[-1].get("frozen_in_training")
+    return names and f"{named(names)} frozen modules were in training mode: dropout on, batch statistics moving"
+
+
+def single_class_batches(counts, history):
+    sampler = counts.get("sampler", {"single_class": 0, "batches": 1})
+    return sampler["single_class"] >= 0.1 * sampler["batches"] and (
+        f"{sampler['single_class']} of {sampler['batches']} batches of the first epoch hold one class")
+
+
+def leak_across_split(counts, history):
+    groups, rows = counts["shared"]["groups"], counts["shared"]["rows"]
+    return (groups or rows) and f"{groups} groups, and {rows} rows with the same inputs, are in the training split and in another one"
+
+
+def ema_not_moving(counts, history):
+    rows, key = history[1:], counts["monitor"]
+    if not rows or "ema" not in rows[-1] or rows[-1]["raw"] == history[0]["raw"]:
+        return ""
+    return all(row["ema"] == history[0]["ema"] for row in rows) and (
+        f"the averaged weights score in all {len(rows)} epochs what the untrained network does, {key} {rows[-1]['ema'][key]:.4f}; the raw "
+        f"ones {rows[-1]['raw'][key]:.4f}")
+
+
+def constant_prediction(counts, history):
+    spread = history[-1].get("spread")
+    return settled(counts, history) and spread is not None and spread < 0.01 and (
+        f"outputs differ between the validation rows by {spread:.2g} (standard deviation, mean over the outputs)")
+
+
+def loss_at_bound(counts, history):
+    """For three epochs the training or the validation loss is a constant's, of SupCon that of features which are all alike."""
+    rows, bound = [row for row in history[1:] if "raw" in row][-3:], counts["floor"].get("loss")
+    for what, values in (("training", [row["train_loss"] for row in rows]), ("validation", [row["raw"]["loss"] for row in rows])):
+        if bound and len(rows) == 3 and all(abs(value - bound) <= 0.01 * abs(bound) for value in values):
+            return f"the {what} loss was {min(values):.4f} to {max(values):.4f} in the last 3 epochs, that of a constant is {bound:.4f}"
+
+
+def settled(counts, history):
+    """Whether it is late enough to judge what takes time: at the end, or after ten epochs."""
+    return len(history) > (3 if counts.get("done") else 10)
+
+
+def score_at_floor(counts, history):
+    best = best_score(counts, history)
+    for key in dict.fromkeys((counts["headline"], counts["monitor"])):
+        share = share_gained(counts, key, best.get(key, math.nan))
+        if settled(counts, history) and share < 0.02:
+            return f"best {key} of {len(history) - 1} epochs {best[key]:.4f}, a constant has {counts['floor'][key]:.4f}"
+
+
+def best_score(counts, history):
+    """The best validation score of every kind over the epochs, by raw or averaged weights."""
+    best = {}
+    for row in history[1:]:
+        for scores in (row.get("raw", {}), row.get("ema", {})):
+            for key, value in plain(scores).items():
+                if not math.isnan(value) and (key not in best or gain(key, value, best[key]) > 0):
+                    best[key] = value
+    return best
+
+
+def lr_too_large(counts, history):
+    if counts.get("stopped"):
+        return counts["stopped"]
+    rows, constant = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", math.nan)
+    if len(rows) < 2:
+        return ""
+    change, loss = max(row["weight_change"] for row in rows), rows[-1]["raw"]["loss"]
+    return change > 3 and loss > 0.8 * constant and (
+        f"in one epoch the weights moved by {change:.1f} times their length, at lr {counts['peak_lr']:.2g}; validation loss "
+        f"{loss:.4f} after {len(rows)} epochs, that of a constant is {constant:.4f}")
+
+
+def lr_too_small(counts, history):
+    rows = history[1:]
+    moved, train = sum(row["weight_change"] for row in rows), [row["train_loss"] for row in rows]
+    return len(rows) > 1 and 0 < moved < 0.005 and train[-1] > 0.9 * train[0] and (
+        f"in {len(rows)} epochs the weights moved by {moved:.2g} of their length, at lr {counts['peak_lr']:.2g}; training loss "
+        f"{train[0]:.4f} in epoch 1, {train[-1]:.4f} in the last")
+
+
+def schedule_outlasts_run(counts, history):
+    last = history[-1].get("lr_end", 0.0) / counts["peak_lr"]
+    return counts["schedule"] == "cosine" and counts.get("done") and last > 0.1 and (
+        f"the cosine is planned for {counts['planned_epochs']:g} epochs, the run ended after {len(history) - 1}: the rate was still "
+        f"{last:.0%} of its peak")
+
+
+def plateau_too_eager(counts, history):
+    cuts = [row for row in history[1:] if row.get("plateau_lr", (0, 0))[1] < row.get("plateau_lr", (0, 0))[0]]
+    low = next((row for row in cuts if row["plateau_lr"][1] < 0.01 * counts["peak_lr"]), None)
+    return low and low["epoch"] <= 0.5 * counts["epochs"] and (
+        f"{cuts.index(low) + 1} cuts took the rate from {counts['peak_lr']:.2g} to {low['plateau_lr'][1]:.2g} by epoch {low['epoch']} of "
+        f"{counts['epochs']}")
+
+
+def ema_horizon_too_long(counts, history):
+    """The loss of the averaged weights has gone less than half of the way of the raw ones."""
+    row, start = history[-1], history[0]
+    if not settled(counts, history) or "ema" not in row or row["ema"] == start["ema"]:
+        return ""
+    raw, averaged = (start["raw"]["loss"] - row[kind]["loss"] for kind in ("raw", "ema"))
+    return raw > 0.1 * abs(start["raw"]["loss"]) and averaged < 0.5 * raw and (
+        f"validation loss {start['raw']['loss']:.4f} untrained, {row['raw']['loss']:.4f} raw, {row['ema']['loss']:.4f} averaged over "
+        f"1 / (1 - decay) = {1 / (1 - counts['ema_decay']):,.0f} steps, of which the run made {row['step']:,}")
+
+
+def label_quantised(counts, history):
+    """Rounding to steps of s costs a perfect predictor a mean absolute error of s / 4: what is that beside a constant's error?"""
+    labels = counts.get("labels", {"step": 0.0, "spread": 1.0})
+    return labels["step"] / 4 > 0.2 * labels["spread"] and (
+        f"the labels take {labels['values']} values, {labels['step']:.3g} apart: rounding alone costs a mean absolute error of "
+        f"{labels['step'] / 4:.3g}, and a constant's is {labels['spread']:.3g}")
+
+
+def imbalance(counts, history):
+    share = counts.get("sampler", {"largest_share": 0.0})["largest_share"]
+    return share > 0.9 and f"one class is {share:.1%} of the rows drawn in an epoch"
+
+
+def monitor_mismatch(counts, history):
+    """The epoch that --monitor picks is much worse in the task's headline score than the best epoch is."""
+    monitor, key = counts["monitor"], counts["headline"]
+    rows = [row for row in history[1:] if "raw" in row and not math.isnan(row["score"])]
+    if monitor == key or len(rows) < 3:
+        return ""
+    best, picked = best_score(counts, history)[key], max(rows, key=lambda row: gain(monitor, row["score"], 0.0))
+    score = picked[picked["weights"]][key]
+    return gain(key, best, score) > 0.2 * abs(gain(key, best, counts["floor"][key])) and (
+        f"{monitor} picks epoch {picked['epoch']} with {key} {score:.4f}, the best was {best:.4f}")
+
+
+def overfit(counts, history):
+    """The validation loss rose by a quarter and a tenth of a constant's loss, or is above the training loss by a constant's loss."""
+    rows, constant = [row for row in history[1:] if "raw" in row], abs(counts["floor"].get("loss", 0.0))
+    if len(rows) < 5:
+        return ""
+    validation, train = ([row["raw"]["loss"] for row in rows], [row["train_loss"] for row in rows])
+    low, now = int(np.argmin(validation)), float(np.mean(validation[-3:]))
+    risen = now - validation[low] > max(0.25 * abs(validation[low]), 0.1 * constant) and low < len(rows) - 3
+    apart = settled(counts, history) and now - float(np.mean(train[-3:])) > constant
+    return (risen or apart) and train[-1] < train[low] and (
+        f"since epoch {rows[low]['epoch']} the validation loss went from {validation[low]:.4f} to {now:.4f} (last 3 epochs), the training "
+        f"loss from {train[low]:.4f} to {train[-1]:.4f}")
+
+
+def lucky_best(counts, history):
+    """The last epochs, at most ten and all after the best one, are below it by 2 of their sd and a fifth of its way from the floor."""
+    key, rows = counts["monitor"], [row for row in history[1:] if "raw" in row and not math.isnan(row["score"])]
+    best = max(rows, key=lambda row: gain(key, row["score"], 0.0), default=None)
+    if not counts.get("done") or len(rows) < 6 or rows.index(best) > len(rows) - 4:
+        return ""
+    last = [row[best["weights"]][key] for row in rows[rows.index(best) + 1 :][-10:]]
+    mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
+    above = gain(key, best["score"], mean)
+    return above > max(2 * sd, 0.2 * abs(gain(key, best["score"], counts["floor"][key]))) and (
+        f"{key} {best['score']:.4f} in epoch {best['epoch']}, the last {len(last)} epochs {mean:.4f} +- {sd:.4f}")
+
+
+RULES = {  # worst first: name of the finding -> (rule, what to do)
+    "frozen-model": (frozen_model, "the optimizer does not hold the parameters of the network: build it from model.parameters()"),
+    "leak-across-split": (leak_across_split, "split by group, and drop duplicates: the scores are of rows that were learnt"),
+    "single-class-batches": (single_class_batches, "stratify the batches: one class offers no contrast"),
+    "lr-too-large": (lr_too_large, "lower --lr by 10, warm up longer, or clip the gradient; --find-lr suggests a rate"),
+    "lr-too-small": (lr_too_small, "raise --lr; --find-lr suggests a rate"),
+    "no-gradient": (no_gradient, "look for a detach, a clamp, a sign, or a branch that forward never takes"),
+    "backbone-in-train-mode": (backbone_in_train_mode, "put frozen modules into eval mode after model.train(), as models.train_mode does"),
+    "constant-prediction": (constant_prediction, "look at the inputs' scale, dead activations, and the balance of the classes"),
+    "loss-at-bound": (loss_at_bound, "what is learnt is a constant: look at the batches, the labels and the rate"),
+    "score-at-floor": (score_at_floor, "the network knows no more than a constant does: look at labels, inputs and rate before tuning"),
+    "ema-not-moving": (ema_not_moving, "update the average after every optimizer step"),
+    "ema-horizon-too-long": (ema_horizon_too_long, "lower --ema-decay to 1 - 10 / steps, or let it warm up"),
+    "label-quantised": (label_quantised, "take labels at a finer resolution, or longer windows"),
+    "imbalance": (imbalance, "stratify the batches, or weigh the classes"),
+    "schedule-outlasts-run": (schedule_outlasts_run, "plan the schedule for the epochs that are run (--cosine-epochs, --patience)"),
+    "plateau-too-eager": (plateau_too_eager, "raise --plateau-patience or --plateau-factor"),
+    "monitor-mismatch": (monitor_mismatch, "monitor the score that is reported"),
+    "overfit": (overfit, "fewer epochs, more augmentation, dropout or weight decay, more data"),
+    "lucky-best": (lucky_best, "report the last epochs beside the best, validate on more rows"),
+}
+
+
+def diagnose(counts, history):
+    """The findings, worst first: name, evidence, what to do. A healthy run has none."""
+    found = [(name, rule(counts, history), remedy) for name, (rule, remedy) in RULES.items()]
+    return [{"name": name, "evidence": evidence, "remedy": remedy} for name, evidence, remedy in found if evidence]
+
+
+def print_findings(findings, most=10):
+    """At most ten lines."""
+    shown = findings if len(findings) <= most else findings[: most - 1]
+    for each in shown:
+        print("diagnosis: " + " | ".join(each.values()))
+    if len(findings) > len(shown):
+        print(f"diagnosis: and {len(findings) - len(shown)} more in diagnosis.json")
+
+
+def phases(history, args):
+    """The run in thirds and after its best epoch: mean and sd of the score, and how far the validation loss is above the training loss."""
+    rows, best = history[1:], best_row(history, args)
+    third = -(-len(rows) // 3)
+    after = rows[rows.index(best) + 1 :] if best else []
+    parts = {"early": rows[:third], "middle": rows[third : 2 * third], "late": rows[2 * third :], "after the best": after}
+    found = {}
+    for name, part in parts.items():
+        if part:
+            scores = [row["score"] for row in part]
+            gaps = [row["raw"]["loss"] - row["train_loss"] for row in part if "raw" in row]
+            found[name] = {"first": part[0]["epoch"], "last": part[-1]["epoch"], "mean": float(np.mean(scores)),
+                           "sd": float(np.std(scores, ddof=1)) if len(part) > 1 else math.nan,
+                           "gap": float(np.mean(gaps)) if gaps else math.nan}
+    return found
+
+
+def print_phases(history, args):
+    """The table of phases, and where the rate stood at the best epoch."""
+    peak, best = max(max(row["lr"], row["lr_end"]) for row in history[1:]), best_row(history, args)
+    print(f"\n{'epochs':<24}{args.monitor + ', mean and sd':>24}{'validation - training loss':>30}")
+    for name, each in phases(history, args).items():
+        score = f"{each['mean']:.4f} +- {each['sd']:.4f}" if each["last"] > each["first"] else f"{each['mean']:.4f}"
+        gap = "" if math.isnan(each["gap"]) else f"{each['gap']:+.4f}"
+        print(f"{name:<15}{each['first']:>4} to {each['last']:<4}{score:>21}{gap:>30}".rstrip())
+    if best:
+        print(f"best epoch {best['epoch']} of {history[-1]['epoch']}, where the rate stood at {best['lr_end'] / peak:.0%} of its highest")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # --debug: what a run that stands still is asked first
 
 
@@ -2751,7 +3094,7 @@ def prepare(args):
     batches = plan_batches(sets.train, 1, args)
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
-    run.floor, run.steps_per_epoch = floor, steps_per_epoch
+    run.floor, run.steps_per_epoch, run.told = floor, steps_per_epoch, set()
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
@@ -2759,6 +3102,7 @@ def prepare(args):
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
     if args.mode == "probe" or args.freeze:
         cache_features(run.raw_model, sets)
+    run.counts = {} if look_of(args) else count_before(run, sets, args)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
     weights, trained = (models.count_parameters(run.raw_model, trainable_only=only) for only in (False, True))
     counts = f"{weights:,} parameters" + f", {trained:,} trained" * (trained < weights)
@@ -2767,18 +3111,19 @@ def prepare(args):
     return run, sets, folder
 
 
-def report(history, sets, args, folder, seconds):
+def report(run, sets, args, folder, seconds):
     """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
     best = load_checkpoint(folder / "best.pt", args.task)
     model = task_of(args).network(args).to(args.device)
     load_weights(model, best, folder / "best.pt")
     print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
-    last = [row[best["weights"]][args.monitor] for row in history[1:][-10:]] if sets.validation else []
+    last = [row[best["weights"]][args.monitor] for row in run.history[1:][-10:]] if sets.validation else []
     if len(last) > 1:  # of the same kind of weights; a best far above them is luck
         mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
         scores["last"] = {"epochs": len(last), "mean": mean, "sd": sd}
         print(f"validation {args.monitor}: best {best['score']:.4f}, last {len(last)} epochs {mean:.4f} +- {sd:.4f}")
+    print_phases(run.history, args)
     titles = {"validation": "validation, which picked the epoch", "test": "test, used for nothing but this"}
     for name, split in sets.splits().items():
         if name in titles:
@@ -2788,6 +3133,10 @@ def report(history, sets, args, folder, seconds):
     held_out = [name for name in sets.splits() if name in titles]
     if held_out:
         write_examples(folder / "examples.png", model, sets.splits()[held_out[-1]], f"epoch {best['epoch']}, {held_out[-1]} split", args)
+    run.counts["done"] = True
+    write_history(run, args, folder)
+    print()
+    print_findings(diagnose(run.counts, run.history) or [{"name": "no finding"}])
     print(f"\nsaved in {folder}: {', '.join(name for name in RUN_FILES if (folder / name).exists())}")
 
 
@@ -2819,13 +3168,17 @@ def train(run, sets, folder, args):
     try:
         with StopSignal() as stop:
             fit(run, sets, args, folder, best_constant(run.floor), stop)
-            report(run.history, sets, args, folder, time.perf_counter() - start)
+            report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
                 print_verdicts(run, sets, args)
     except Interrupted as error:
         print(f"\n{error}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
         return 128 + error.number
     except NonFinite as error:
+        run.counts["stopped"] = str(error)
+        if run.history:
+            write_history(run, args, folder)
+            print_findings(diagnose(run.counts, run.history))
         saved = f"epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}" if run.history else "nothing is saved"
         print(f"train.py: stopped: {error}; {saved}: start again with a lower --lr, a longer --warmup-epochs or --clip 1", file=sys.stderr)
         return 1

@@ -1,0 +1,189 @@
+"""Which faults does a run's diagnosis find, and does it keep quiet where there is none?
+
+    $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data                  # all, some minutes on one core
+    $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data ema overfit      # those whose name holds a word
+
+Each fault goes into a short run of train.py on real data, of the task where it belongs: as flags where flags can do it, else by replacing
+one function of the code with one that is wrong, as the original teams had it. The diagnosis is told nothing: it sees the counts taken
+before training and the rows of the log, and diagnosis.json of the run is read as a user would. Then five healthy runs, one per task.
+A finding beside the injected one is printed, and is no false alarm: a fault has consequences. One in a healthy run is.
+
+--data is a folder with eyes_cew, celebamask_mini, bidmc_csv, motionsense and physionet2012 in it.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import unittest.mock
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import ema
+import models
+import train
+
+DATA = {"ocec": "eyes_cew", "faceparse": "celebamask_mini", "bidmc_rr": "bidmc_csv", "quadmodal": "motionsense/motionsense_18_subjects.npz",
+        "seqsetvae": "physionet2012"}
+EYES = "--task ocec --size 24x24 --channels 16 --blocks 2 --epochs 6 --lr 1e-3 --train-ratio 0.3 --val-ratio 0.2 --test-ratio 0.5"
+FEW_LEARNT = EYES + (" --train-ratio 0.01 --test-ratio 0.79 --channels 32 --blocks 4 --epochs 60 --lr 3e-3 --weight-decay 0 --dropout 0 "
+                     "--flip 0 --photometric 0 --clahe 0 --crop 0 --mixup 0")
+FEW_CHECKED = EYES + " --val-ratio 0.005 --test-ratio 0.695"
+FACES = "--task faceparse --lr 4e-3 --size 64 --epochs 8 --train-ratio 0.4 --val-ratio 0.1 --test-ratio 0.5"
+BREATHS = "--task bidmc_rr --lr 1e-3"
+MOTION = "--task quadmodal --lr 1e-3 --epochs 4"
+STAYS = "--task seqsetvae --width 32 --hidden 64 --epochs 4 --train-ratio 0.25 --val-ratio 0.1 --test-ratio 0.65"
+PRETRAINED = BREATHS + " --mode pretrain --epochs 1"
+
+
+def replaced(where, name, make):
+    """A patch: the function `name` of a module or class becomes make(what it was)."""
+    return unittest.mock.patch.object(where, name, make(getattr(where, name)))
+
+
+def shuffled_labels(read):
+    def wrong(*args, **options):
+        images, labels, groups, names = read(*args, **options)
+        return images, np.random.default_rng(0).permutation(labels), groups, names
+    return wrong
+
+
+def few_closed(read):
+    """All open eyes, and of the closed ones every fortieth."""
+    def wrong(*args, **options):
+        images, labels, groups, names = read(*args, **options)
+        kept = np.sort(np.concatenate([np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)[::40]]))
+        return images[torch.from_numpy(kept)], labels[kept], groups[kept], [names[i] for i in kept]
+    return wrong
+
+
+def zeros_read(prepare):
+    return lambda windows, args: torch.zeros_like(prepare(windows, args))
+
+
+def rows_not_groups(split_rows):
+    return lambda groups, args: split_rows(np.arange(len(groups)), args)
+
+
+def sorted_by_class(plan):
+    """Batches of rows as they lie in a file sorted by class."""
+    def wrong(split, epoch, args):
+        rows = np.argsort(split.labels, kind="stable")
+        batches = [part for label in np.unique(split.labels) for part in np.array_split(
+            rows[split.labels[rows] == label], max(1, int(np.sum(split.labels == label)) // args.batch_size))]
+        return [batches[i] for i in np.random.default_rng(epoch).permutation(len(batches))]
+    return wrong
+
+
+def unchecked(check):
+    return lambda *_: None
+
+
+def of_a_copy(optimizer):
+    """The optimizer is built before the network is moved or copied, and trains parameters that nothing reads."""
+    def wrong(groups, **options):
+        return optimizer([{**each, "params": [p.detach().clone().requires_grad_() for p in each["params"]]} for each in groups], **options)
+    return wrong
+
+
+def bias_clamped_to_zero(forward):
+    """The sign turned and a clamp at 0, as in the original: 0 throughout, with a gradient of 0."""
+    return lambda self, minutes: (-forward(self, minutes)).nan_to_num(posinf=-torch.inf).clamp(max=0.0).masked_fill(
+        torch.isinf(forward(self, minutes)), -torch.inf)
+
+
+def no_update(update):
+    return lambda self, model, **options: None
+
+
+def without_warm_up(ema_class):
+    return functools.partial(ema_class, warmup=False)
+
+
+def all_in_train_mode(train_mode):
+    return lambda model: model.train()
+
+
+FAULTS = {  # name -> (flags, patches, how it came about)
+    "frozen-model": (EYES, [(torch.optim, "AdamW", of_a_copy)], "the optimizer holds copies of the parameters"),
+    "leak-across-split": (EYES, [(train, "split_rows", rows_not_groups)], "a random split of crops: both eyes of a face on both sides"),
+    "single-class-batches": (MOTION, [(train, "plan_batches", sorted_by_class), (train, "quad_check", unchecked)],
+                             "a loader that reads a file sorted by class, and no refusal of it"),
+    "loss-at-bound": (MOTION, [(train, "plan_batches", sorted_by_class), (train, "quad_check", unchecked)],
+                      "the same: SupCon of one class is ln(B - 1) at best"),
+    "lr-too-large": (EYES + " --lr 1 --clip 0 --warmup-epochs 0", [], "--lr 1"),
+    "lr-too-small": (EYES + " --lr 1e-8 --warmup-start-lr 0 --min-lr 0", [], "--lr 1e-8"),
+    "no-gradient": (STAYS + " --epochs 1", [(models.TimeBias, "forward", bias_clamped_to_zero)], "a sign and a clamp in the time bias"),
+    "backbone-in-train-mode": (BREATHS + " --mode partial --epochs 2 --pretrained PRETRAINED", [(models, "train_mode", all_in_train_mode)],
+                               "model.train() after freezing"),
+    "constant-prediction": (BREATHS + " --epochs 4", [(train, "ppg_prepare", zeros_read)], "a channel that is read as zeros"),
+    "score-at-floor": (EYES, [(data, "read_eyes", shuffled_labels)], "labels that slid apart from their images"),
+    "ema-not-moving": (EYES, [(ema.EMA, "update", no_update)], "the update sits in a branch that never runs"),
+    "ema-horizon-too-long": (EYES + " --ema-decay 0.9999", [(ema, "EMA", without_warm_up)], "0.9999 without warm-up"),
+    "label-quantised": (BREATHS + " --variant original --epochs 2", [], "breaths counted in 10 s: steps of 6 per minute"),
+    "imbalance": (EYES + " --sampler shuffled", [(data, "read_eyes", few_closed)], "97 % of the eyes are open"),
+    "schedule-outlasts-run": (FACES + " --epochs 2 --cosine-epochs 300", [], "a cosine of 300 epochs, stopped early"),
+    "plateau-too-eager": (FEW_CHECKED + " --schedule plateau --plateau-factor 0.1 --plateau-patience 0 --lr 3e-2 --epochs 16", [],
+                          "--plateau-patience 0 --plateau-factor 0.1, 24 validation eyes"),
+    "monitor-mismatch": (FEW_LEARNT + " --monitor loss", [], "the loss picks the epoch, F1 is reported"),
+    "overfit": (FEW_LEARNT, [], "48 eyes, no augmentation, no dropout"),
+    "lucky-best": (FEW_CHECKED + " --lr 3e-2 --epochs 16 --seed 3", [], "24 validation eyes"),
+}
+HEALTHY = {"ocec": EYES + " --epochs 8", "faceparse": FACES, "bidmc_rr": BREATHS + " --epochs 20", "quadmodal": MOTION, "seqsetvae": STAYS}
+
+
+def run(words, patches, root, out):
+    """The names of a run's findings, its evidence, and the seconds it took."""
+    words = words.replace("PRETRAINED", str(out.parent / "pretrained")).split()
+    words += ["--data", str(root / DATA[words[1]]), "--cache", str(out.parent / "cache"), "--out", str(out)]
+    log, start = io.StringIO(), time.perf_counter()
+    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for where, name, make in patches:
+            stack.enter_context(replaced(where, name, make))
+        code = train.main(words)
+    if code not in (0, 1) or not (out / "diagnosis.json").is_file():
+        raise SystemExit(f"{' '.join(words)} ended with {code}:\n{log.getvalue()[-2000:]}")
+    findings = json.loads((out / "diagnosis.json").read_text())["findings"]
+    return {each["name"]: each["evidence"] for each in findings}, time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_args()
+    chosen = lambda names: [name for name in names if not args.words or any(word in name for word in args.words)]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores", flush=True)
+    found, alarms = 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if "backbone-in-train-mode" in chosen(FAULTS):
+            run(PRETRAINED, [], args.data, folder / "pretrained")
+        for name in chosen(FAULTS):
+            words, patches, cause = FAULTS[name]
+            findings, seconds = run(words, patches, args.data, folder / name)
+            found += name in findings
+            print(f"{'found ' if name in findings else 'MISSED'} {name} ({words.split()[1]}, {seconds:.0f} s): {cause}\n"
+                  f"       {findings.get(name, 'no such finding')}", flush=True)
+            others = [each for each in findings if each != name]
+            print(f"       also {', '.join(others)}\n" if others else "", end="", flush=True)
+        for task in chosen(HEALTHY):
+            findings, seconds = run(HEALTHY[task], [], args.data, folder / f"healthy-{task}")
+            alarms += len(findings)
+            print(f"healthy {task} ({seconds:.0f} s): " + ("no finding" if not findings else "FALSE ALARM " + "; ".join(
+                f"{name}: {evidence}" for name, evidence in findings.items())), flush=True)
+    print(f"{found} of {len(chosen(FAULTS))} faults found, {alarms} false alarms in {len(chosen(HEALTHY))} healthy runs")
+    return found < len(chosen(FAULTS)) or alarms > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
