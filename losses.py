@@ -308,7 +308,7 @@ def _flat_pixels(logits, targets, ignore_index):
     return logits, targets, kept
 
 
-def supcon_loss(features, labels, *, temperature=0.07):
+def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     """Supervised contrastive loss: of all other samples in the batch, those of the same class should be the most similar.
 
         loss = mean_i  mean_{p in P_i}  -log( exp(s_ip / T) / sum_{a != i} exp(s_ia / T) )
@@ -319,6 +319,7 @@ def supcon_loss(features, labels, *, temperature=0.07):
 
     With torch.distributed initialised the batch is that of all processes, and all of them must call it. Each returns the
     loss of the whole batch; their gradients, averaged as DDP does, are those of one process that holds the whole batch.
+    gather=False takes these rows alone, for scoring rows that every process holds.
     Computed and returned in float32, also under autocast, or in float64 for such features.
 
     Shape:  features (B, D), labels (B,) integers  ->  scalar
@@ -334,7 +335,7 @@ def supcon_loss(features, labels, *, temperature=0.07):
     if not temperature > 0:
         raise ValueError(f"need temperature > 0, got {temperature}")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    features, labels, processes = _of_all_processes(features, labels.long())
+    features, labels, processes = _of_all_processes(features, labels.long()) if gather else (features, labels.long(), 1)
 
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     positive = (labels.unsqueeze(1) == labels) & ~itself

@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tracemalloc
 import types
@@ -6766,14 +6767,6 @@ def test_train_a_write_that_fails_leaves_the_old_file():
         assert (f / "x").read_text() == "new"
 
 
-def test_train_refuses_several_processes():
-    os.environ["WORLD_SIZE"] = "2"
-    try:
-        assert "trains in one process" in call(*TINY)[2]
-    finally:
-        del os.environ["WORLD_SIZE"]
-
-
 def test_data_csv_with_a_byte_order_mark_is_read_and_a_path_listed_twice_is_refused():
     with folder() as f:
         (f / "a.csv").write_bytes("\ufeffx.png,1\n\ny.png, 0\n".encode())
@@ -8334,6 +8327,205 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
             assert not (f / "new").exists(), message
         code, _, err = call("--task", "seqsetvae", "--predict", f / "pre" / "best.pt", "--data", good, "--out", f / "p.csv")
         assert code == 2 and "predicts no death" in err and not (f / "p.csv").exists(), err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train: several processes. What a function named below does in each of them stands in the function; its test looks at what it left.
+
+IN_EACH_PROCESS = """
+import pathlib, sys
+sys.path.insert(0, {here!r})
+import test_all, train
+with train.processes():
+    test_all.{name}(pathlib.Path({folder!r}))
+train.leave(0)
+"""
+
+
+def start_two(work, f, **options):
+    """torchrun with two processes that call work(f)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        raise unittest.SkipTest("needs torch with gloo")
+    (f / "work.py").write_text(IN_EACH_PROCESS.format(here=str(HERE), name=work.__name__, folder=str(f)))
+    words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", f / "work.py"]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def in_two_processes(work, f):
+    """work(f) in two processes, to its end; what they printed."""
+    process = start_two(work, f)
+    try:
+        printed = process.communicate(timeout=300)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed
+    return printed
+
+
+def after_an_epoch(*words):
+    """A network after one epoch of plain SGD, AdamW would magnify the rounding of tiny gradients; its average; the epoch's row."""
+    args = train.parse_args(list(map(str, words)))
+    sets = train.task_of(args).load(args.data, args)
+    args.facts = sets.facts
+    state = train.build(args, 10)
+    state.optimizer = torch.optim.SGD(state.raw_model.parameters(), lr=0.1)
+    train.share_gradients(state)
+    with train.StopSignal() as stop:
+        row = train.train_epoch(state, sets.train, 1, args, stop)
+    return {"model": state.raw_model.state_dict(), "ema": state.ema.module.state_dict(), "loss": row["train_loss"], "parts": row["parts"],
+            "step": row["step"]}
+
+
+# No noise, no batch norm. 42 eyes: windows of 32 and of 10; stays in buckets, the last batch short; SupCon compares all rows of a batch.
+ALIKE = {
+    "ocec": (*TINY, "--data", "eyes.npz", "--block", "convnext", "--channels", "16", "--token-grid", "2x2", "--schedule", "none",
+             *(word for name in ("flip", "photometric", "clahe", "crop", "mixup", "dropout", "warmup-epochs") for word in (f"--{name}", "0"))),
+    "seqsetvae": (*STAYS, "--data", "stays", "--sampler", "bucketed", "--dropout", "0", "--head-dropout", "0", "--drop-events", "0"),
+    "quadmodal": (*MODAL, "--data", "modal.npz", "--dropout", "0", "--noise", "0", "--scale", "0", "--shift", "0", "--modality-dropout", "0"),
+}
+
+
+def alike_data(f):
+    make_npz(f / "eyes.npz")
+    stays_folder(f)
+    quad_npz(f / "modal.npz")
+
+
+def alike(f, task, batch_size, accumulate):
+    words = [f / word if word in ("eyes.npz", "stays", "modal.npz") else word for word in ALIKE[task]]
+    return after_an_epoch(*words, "--batch-size", batch_size, "--accumulate", accumulate)
+
+
+def work_alike(f):
+    for task in ALIKE:
+        torch.save(alike(f, task, 32, 1), f / f"{task}-{train.rank()}.pt")
+
+
+def test_train_two_processes_equal_one_and_equal_accumulation():
+    with folder() as f:
+        alike_data(f)
+        in_two_processes(work_alike, f)
+        for task in ALIKE:
+            two, other = (torch.load(f / f"{task}-{rank}.pt", weights_only=True) for rank in (0, 1))
+            assert same_bits(two, other), task
+            ways = {"one": alike(f, task, 32, 1)} | ({} if task == "quadmodal" else {"accumulated": alike(f, task, 16, 2)})
+            for way, want in ways.items():
+                assert two["step"] == want["step"] and two["parts"].keys() == want["parts"].keys(), (task, way)
+                assert abs(two["loss"] - want["loss"]) < 1e-5, (task, way, two["loss"], want["loss"])
+                for name, value in want["parts"].items():
+                    assert abs(two["parts"][name] - value) < 1e-5, (task, way, name)
+                for kind in ("model", "ema"):
+                    for name, value in want[kind].items():
+                        assert (two[kind][name] - value).abs().max() < 1e-5, (task, way, kind, name)
+
+
+def five_tasks(f):
+    """A call of every task and of both pretrainings, on data in f; all kinds of noise are on."""
+    return {"ocec": [*TINY, "--data", f / "eyes.npz", "--accumulate", "2", "--batch-size", "8", "--epochs", "2", "--schedule", "plateau"],
+            "faceparse": [*FACEPARSE, "--data", f / "faces.npz", "--mixup", "0.2"],
+            "bidmc_hr": [*PPG, "--data", f / "bidmc", "--mode", "pretrain", "--cache", f / "cache"],
+            "quadmodal": [*MODAL, "--data", f / "modal.npz", "--mixup", "0.3", "--modality-dropout", "0.5", "--sampler", "stratified"],
+            "seqsetvae": [*STAYS, "--data", f / "stays"],
+            "vae": [*STAYS, "--data", f / "stays", "--mode", "pretrain"],
+            "probe": [*PPG, "--data", f / "bidmc", "--mode", "probe", "--pretrained", f / "bidmc_hr", "--cache", f / "cache"]}
+
+
+def work_five_tasks(f):
+    """Every call straight, then again with SIGTERM to rank 1 after epoch 1, and resumed."""
+    finish = train.finish_epoch
+
+    def ends(run, *rest):
+        finish(run, *rest)
+        if run.history[-1]["epoch"] == 1 and train.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for name, words in five_tasks(f).items():
+        words, task = list(map(str, words)), words[1]
+        assert train.main([*words, "--out", str(f / name)]) == 0, name
+        train.finish_epoch = ends
+        assert train.main([*words, "--out", str(f / f"{name}-again")]) == 128 + signal.SIGTERM, name
+        train.finish_epoch = finish
+        cache = words[words.index("--cache"):][:2] if "--cache" in words else []
+        assert train.main(["--task", task, "--out", str(f / f"{name}-again"), "--resume", *cache]) == 0, name
+
+
+def test_train_two_processes_run_all_tasks_write_once_stop_together_and_resume_bit_for_bit():
+    with folder() as f:
+        alike_data(f)
+        faces_npz(f / "faces.npz")
+        ppg_folder(f)
+        printed = in_two_processes(work_five_tasks, f)
+        assert printed.count("epoch   1/2 |") == 2 * len(five_tasks(f)), printed  # once straight, once broken off
+        assert printed.count("SIGTERM: epoch 1 of 2 is saved") == len(five_tasks(f)) and "not bit for bit" not in printed
+        assert "go on with\n    torchrun --nproc-per-node 2 train.py --task ocec" in printed and "| 2 processes" in printed
+        for name in five_tasks(f):
+            log = (f / name / "log.jsonl").read_text().splitlines()
+            assert len(log) == 3 and sorted(each.name for each in (f / name).iterdir()) == sorted(train.RUN_FILES), name
+            for file in ("last.pt", "best.pt"):
+                assert same_bits(result_of(f / name, file), result_of(f / f"{name}-again", file)), (name, file)
+            scores = (f / name / "scores.json").read_text()
+            assert scores == (f / f"{name}-again" / "scores.json").read_text(), name
+            assert json.loads(scores)["validation"]["model"] == train.without_nan(scores_alone(f / name / "best.pt")), name
+
+
+def scores_alone(path):
+    """The validation scores of a checkpoint, in this process alone."""
+    content = torch.load(path, weights_only=True)
+    args = train.parse_args(["--task", content["task"], "--eval", str(path)])
+    train.adopt_recipe(args, content)
+    args.device = "cpu"
+    sets = train.task_of(args).load(args.data, args)
+    model = train.task_of(args).network(args)
+    model.load_state_dict(content["model"])
+    return json.loads(json.dumps(train.evaluate(model, sets.validation, args)))
+
+
+def work_refusals(f):
+    assert train.main(["--task", "ocec", "--find-lr"]) == 2
+    words = [*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a")]
+    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"]):
+        assert train.main([*words, *more]) == 2, more
+    if train.rank():
+        data.read_eyes = lambda *_, **__: np.load(f / "absent.npz")
+    assert train.main(words) == 2 and not (f / "a").exists()
+
+
+def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        printed = in_two_processes(work_refusals, f)
+    for message in ("--batch-size 17 counts the rows of all 2 processes, which take equal shares of it: give --batch-size 18",
+                    "--find-lr runs in one process, not in 2", "--folds runs in one process, not in 2: start it with python in place of "
+                    "torchrun, or one fold at a time with --fold", "--device cuda:1 is one for 2 processes: give --device cuda",
+                    "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
+        assert printed.count(message) == 1, (message, printed)
+
+
+def work_killed(f):
+    (f / f"pid{train.rank()}").write_text(str(os.getpid()))
+    train.main([*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a"), "--epochs", "60"])
+
+
+def test_train_two_processes_of_which_one_is_killed_end_with_a_message_and_one_process_goes_on():
+    for victim in (0, 1):
+        with folder() as f:
+            make_npz(f / "eyes.npz")
+            process, lines = start_two(work_killed, f), []
+            watchdog = threading.Timer(60, process.kill)
+            watchdog.start()
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("epoch   2/"):
+                    os.kill(int((f / f"pid{victim}").read_text()), signal.SIGKILL)
+            watchdog.cancel()
+            assert process.wait() == 1, lines
+            printed = "".join(lines)
+            assert f"train.py: stopped: process {1 - victim} of 2 lost another one" in printed and "is saved in" in printed, printed
+            assert f"go on with\n    torchrun --nproc-per-node 2 train.py --task ocec --out {f / 'a'} --resume" in printed
+            code, out, err = call("--task", "ocec", "--out", f / "a", "--resume")
+            assert code == 0 and "resumed over 1 processes, begun over 2" in out, err
+            assert len(result_of(f / "a")["history"]) == 61
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import html
@@ -44,6 +45,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -212,6 +214,105 @@ def check_crop(args):
         raise ValueError(f"--crop {args.crop} must be below the shorter side of --size {show(args.size)}: there is no more to mirror")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: those that torchrun started, or one. All of them read the data and hold the same weights; rank 0 prints and writes.
+
+# A process that dies closes its connections, which the others see at once; this long they wait for one that lives and hangs.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextlib.contextmanager
+def processes():
+    """Meet the processes that torchrun started, and leave together with them. Without torchrun, or when they have met: nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield
+        return
+    # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
+        yield
+    with contextlib.suppress(RuntimeError):  # one that has died has been dealt with
+        gathered(None)  # torchrun ends the others when the first one fails: not before rank 0 has said why
+    dist.destroy_process_group()
+
+
+def leave(code):
+    """End this process; where there were others at once, since gloo's threads now and then abort one that has reached its end."""
+    sys.stdout.flush()
+    (sys.exit if int(os.environ.get("WORLD_SIZE", "1")) == 1 else os._exit)(code)
+
+
+def gathered(value):
+    """[value of rank 0, of rank 1, ...] in every process; an exception among the values is raised in all of them."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    for each in values:
+        if isinstance(each, Exception):
+            each.shared = True
+            raise each
+    return values
+
+
+def summed(numbers):
+    """The sums over the processes of a list of numbers, float64; NaN and inf stay what they are."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+@contextlib.contextmanager
+def together():
+    """What is refused or not finite in one process is so in all: whatever the others wait for inside the block, they get the error."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NonFinite) as error:
+        if not hasattr(error, "shared"):
+            gathered(error)
+        raise
+    gathered(None)
+
+
+class Lost(Exception):
+    """Another process has died or hangs."""
+
+
+@contextlib.contextmanager
+def peers():
+    """What torch raises when it no longer reaches another process becomes Lost; gloo has no class of its own for that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise Lost(f"process {rank()} of {world_size()} lost another one, which died or hangs; if it could say why, that stands above "
+                   f"({str(error).splitlines()[0]})") from error
+
+
+def launcher():
+    """How this process was started, in words that can be typed again."""
+    if world_size() == 1:
+        return "python"
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    several = f"--nnodes {world_size() // local} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if local < world_size() else ""
+    return f"torchrun {several}--nproc-per-node {local}"
+
+
+def over_batches(compute, batches):
+    """[compute(batch) of every batch, in order]: each process computes every world_size-th of them, and all get the whole list."""
+    parts = gathered([compute(batch) for batch in itertools.islice(batches, rank(), None, world_size())])
+    return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
+
+
 def batches_in_order(split, chunk=512):
     """The whole of a split as batches for scoring: in order, none left out, not augmented."""
     for start in range(0, len(split), chunk):
@@ -232,7 +333,7 @@ def head_outputs(model, batch):
 
 def all_outputs(forward, split, chunk=512):
     """forward(batch) over a whole split, finite, float32 on the CPU."""
-    return finite(torch.cat([forward(batch) for batch in batches_in_order(split, chunk)]).float().cpu())
+    return finite(torch.cat(over_batches(lambda batch: forward(batch).float().cpu(), batches_in_order(split, chunk))))
 
 
 def unit_images(images):
@@ -522,14 +623,17 @@ def faces_scores(confusions):
 
 def faces_evaluate(model, split, args):
     """The loss is the mean over images of each one's own, at --size; the scores are counted at the masks' own resolution."""
-    confusions, kept = [], []
-    for batch in batches_in_order(split, chunk=16):
+    def score(batch):
+        confusions, kept = [], []
         logits = finite(faces_logits(model, batch["inputs"], args))
         for one, target, mask in zip(logits.split(1), batch["targets"].split(1), batch["masks"]):
             confusions.append(losses.confusion_matrix(faces_labels(one, mask.shape), mask, 19))
             if (target != 255).any():
                 loss, parts = faces_criterion(one, target, args)
                 kept.append({"loss": float(loss)} | {name: float(value) for name, value in parts.items()})
+        return confusions, kept
+
+    confusions, kept = (sum(each, []) for each in zip(*over_batches(score, batches_in_order(split, chunk=16))))
     if not kept:
         raise NonFinite(f"all pixels of the {len(split)} masks are ignored, there is no score")
     return {name: float(np.mean([each[name] for each in kept])) for name in kept[0]} | faces_scores(np.stack(confusions))
@@ -954,9 +1058,11 @@ def masked_scores(guesses, targets):
 
 def masked_evaluate(model, split, args):
     """Scores of the hidden samples or bins, in the unit of the input."""
-    pairs = [(model(inputs, mask.to(inputs.device))[mask], model.encoder.patches(inputs)[mask])
-             for inputs, mask in masked_patches(split, args)]
-    guesses, targets = (torch.cat(parts).float().cpu().flatten() for parts in zip(*pairs))
+    def score(batch):
+        inputs, mask = batch
+        return [each[mask].float().cpu().flatten() for each in (model(inputs, mask.to(inputs.device)), model.encoder.patches(inputs))]
+
+    guesses, targets = map(torch.cat, zip(*over_batches(score, masked_patches(split, args))))
     return masked_scores(finite(guesses), targets)
 
 
@@ -1129,7 +1235,7 @@ def quad_loss(model, batch, step, args):
     inputs, present, encoded, labels = (batch[name] for name in ("inputs", "present", "encoded", "targets"))
     supcon = functools.partial(losses.supcon_loss, temperature=args.temperature)
     if args.mixup:
-        lam = float(torch.distributions.Beta(args.mixup, args.mixup).sample())
+        lam = gathered(float(torch.distributions.Beta(args.mixup, args.mixup).sample()))[0]  # one batch over all processes, one lam
         other = torch.randperm(len(labels), device=labels.device)
         tokens = {name: model.encode_present(name, x, present[name]) for name, x in inputs.items()} | encoded
         tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
@@ -1139,8 +1245,9 @@ def quad_loss(model, batch, step, args):
     else:
         z = model(inputs, present, encoded=encoded)
         loss = supcon(z, labels)
+    z, labels = map(torch.cat, zip(*gathered((z.detach().cpu(), labels.cpu()))))  # supcon_loss is that of all processes' rows
     lower, collapsed = losses.supcon_bounds(labels, temperature=args.temperature)
-    return loss, {"bound": lower, "collapsed": collapsed, "cosine": float(losses.mean_cosine(z.detach())), "classes": len(labels.unique())}
+    return loss, {"bound": lower, "collapsed": collapsed, "cosine": float(losses.mean_cosine(z)), "classes": len(labels.unique())}
 
 
 def quad_probability(embeddings, args):
@@ -1169,7 +1276,7 @@ def quad_evaluate(model, split, args):
     z, reference = quad_embeddings(model, split), quad_embeddings(model, split.reference)
     nearest = losses.knn_predict(reference, split.reference.labels, z, k=args.neighbours)
     probe = losses.ridge_predict(reference, split.reference.labels, z)
-    loss = np.mean([float(losses.supcon_loss(z[rows], torch.from_numpy(split.labels[rows]), temperature=args.temperature))
+    loss = np.mean([float(losses.supcon_loss(z[rows], torch.from_numpy(split.labels[rows]), temperature=args.temperature, gather=False))
                     for rows in quad_batches(split.labels, args)])
     return {"loss": float(loss), **quad_report(nearest, split, args), "probe": float(np.mean(probe == split.labels)),
             "cosine": float(losses.mean_cosine(z))}
@@ -1604,7 +1711,11 @@ def vae_scores(recon, kl, correct, events, args):
 
 def vae_evaluate(model, split, args):
     """The loss at the full beta and without noise; `decoded` is the share of the events whose variable the reconstruction tells."""
-    return vae_scores(*zip(*(vae_parts(model, batch["inputs"], args) for batch in batches_in_order(split, 64))), args)
+    def score(batch):
+        recon, kl, correct, events = vae_parts(model, batch["inputs"], args)
+        return recon.cpu(), kl.cpu(), correct, events
+
+    return vae_scores(*zip(*over_batches(score, batches_in_order(split, 64))), args)
 
 
 def vae_floor(split, args):
@@ -1848,14 +1959,21 @@ def check_mode(args):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, this version trains in one process: use --nproc-per-node 1")
+    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)] + ["folds"] * (args.folds > 0 and not args.fold)
+    if world_size() > 1 and alone:
+        raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun"
+                         + ", or one fold at a time with --fold" * (alone[0] == "folds"))
 
 
 def resolve_device(name):
+    """The device of this process: `cuda` is the GPU that torchrun counted out for it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world_size() > 1 and ":" in name:
+        raise ValueError(f"--device {name} is one for {world_size()} processes: give --device cuda, then each takes its own")
     try:
+        if world_size() > 1 and name == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("this script knows cpu and cuda")
         torch.empty(0, device=name)
@@ -1874,7 +1992,7 @@ def command_line(args, names):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value != "":
             words += [flag, show(value)]
-    return "python " + shlex.join(words)
+    return f"{launcher()} {shlex.join(words)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1883,7 +2001,14 @@ def command_line(args, names):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Write to a temporary name beside path and move it there: a reader sees the old file or the new one, never a half."""
+    """Write to a temporary name beside path and move it there: a reader sees the old file or the new one, never a half.
+
+    Of several processes rank 0 writes; what the others write is thrown away.
+    """
+    if rank():
+        with open(os.devnull, mode) as nothing:
+            yield nothing
+        return
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -2013,8 +2138,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self):
-        if self.number:
-            raise Interrupted(self.number)
+        """Raises Interrupted in all processes if one of them was asked to end."""
+        for number, asked in zip(self.before, summed([self.number == each for each in self.before])):
+            if asked:
+                raise Interrupted(number)
 
 
 def tune_allocator():
@@ -2033,12 +2160,15 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def plan_batches(split, epoch, args):
+def plan_batches(split, epoch, args, rank=0, world_size=1):
+    """Rows of every batch of an epoch: whole batches, or the equal shares of them that one of several processes takes."""
+    options = dict(seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
+    share = args.batch_size // world_size
     if args.sampler == "stratified":
-        return data.stratified_batches(split.labels, args.batch_size, seed=args.seed, epoch=epoch)
+        return data.stratified_batches(split.labels, share, **options)
     if args.sampler == "bucketed":
-        return data.bucketed_batches(split.lengths, args.batch_size, seed=args.seed, epoch=epoch)
-    return data.shuffled_batches(len(split), args.batch_size, seed=args.seed, epoch=epoch)
+        return data.bucketed_batches(split.lengths, share, **options)
+    return data.shuffled_batches(len(split), share, **options)
 
 
 def watched_by_plateau(args):
@@ -2128,6 +2258,7 @@ def build(args, steps_per_epoch, pretrained=None):
     if args.channels_last:
         run.raw_model.to(memory_format=torch.channels_last)
     run.model = torch.compile(run.raw_model) if args.compile else run.raw_model
+    run.loss = LossOfBatch(run.model, task_of(args).loss)
     rows = args.batch_size * args.accumulate
     lr = args.lr * rows / args.base_batch if args.base_batch else args.lr
     run.optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr * share} for parameters, share in groups],
@@ -2143,7 +2274,8 @@ STATEFUL = ("optimizer", "schedule", "scaler", "ema")
 
 def save_run(path, run, args):
     states = {name: getattr(run, name).state_dict() for name in STATEFUL if getattr(run, name) is not None}
-    save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history} | states, args)
+    save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history,
+                           "processes": world_size()} | states, args)
 
 
 def load_run(run, content, path):
@@ -2154,6 +2286,30 @@ def load_run(run, content, path):
     run.step, run.history = content["step"], content["history"]
 
 
+class LossOfBatch(nn.Module):
+    """A task's loss as a forward: DistributedDataParallel wraps nothing else, and a loss may call any method of its network."""
+
+    def __init__(self, network, loss):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, batch, step, args):
+        return self.loss(self.network, batch, step, args)
+
+
+def share_gradients(run):
+    """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them."""
+    if world_size() > 1:
+        run.loss = nn.parallel.DistributedDataParallel(run.loss)
+
+
+def share_buffers(run):
+    """The buffers of rank 0 in all processes, those of the average too: they are what is scored and saved."""
+    averaged = run.ema.module.buffers() if run.ema is not None else ()
+    for buffer in (*run.raw_model.buffers(), *averaged) if world_size() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 def autocast(args):
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(args.device).type, dtype=dtype, enabled=args.amp != "off")
@@ -2161,10 +2317,10 @@ def autocast(args):
 
 def train_epoch(run, split, epoch, args, stop):
     """One pass over the training split; returns the row of the log so far. Raises NonFinite or Interrupted."""
-    task, parameters = task_of(args), [p for p in run.raw_model.parameters() if p.requires_grad]
-    torch.manual_seed(seed_of(args.seed, epoch))
-    generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1))
-    batches = plan_batches(split, epoch, args)
+    parameters = [p for p in run.raw_model.parameters() if p.requires_grad]
+    torch.manual_seed(seed_of(args.seed, epoch, 0, rank()))  # processes share the order of the rows, not dropout and augmentation
+    generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1, rank()))
+    batches = plan_batches(split, epoch, args, rank(), world_size())
     windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
@@ -2177,18 +2333,23 @@ def train_epoch(run, split, epoch, args, stop):
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
         for rows in window:
             batch = split.batch(rows, generator)
-            with autocast(args):
-                loss, parts = task.loss(run.model, batch, run.step, args)
-            if not torch.isfinite(loss):
-                raise NonFinite(f"the loss became {loss.item()} in epoch {epoch}, step {run.step}, at lr {lr:.3g} (gradient norm of "
-                                f"the step before: {norms[-1] if norms else math.nan:.3g})")
-            run.scaler.scale(loss * (len(rows) / rows_in_window)).backward()  # a short window divides by its own size
+            # gradients stay in this process until the last batch of the window; no_sync is for forward and backward
+            with contextlib.nullcontext() if world_size() == 1 or rows is window[-1] else run.loss.no_sync():
+                with autocast(args):
+                    loss, parts = run.loss(batch, run.step, args)
+                found = {"train_loss": loss.detach()} | parts
+                *totals, count = summed([*(float(value) * len(rows) for value in found.values()), len(rows)])
+                if not math.isfinite(totals[0]):  # in one process: all stop
+                    raise NonFinite(f"the loss became {totals[0] / count} in epoch {epoch}, step {run.step}, at lr {lr:.3g} (gradient norm "
+                                    f"of the step before: {norms[-1] if norms else math.nan:.3g})")
+                # A short window divides by its own size. Processes have equally many rows: the mean of their gradients is that of all rows.
+                run.scaler.scale(loss * (len(rows) / rows_in_window)).backward()
             if hook and i < 3 and rows is window[0]:
                 print_debug(epoch, i, batch, run, output[-1], lr)
             output.clear()
-            for name, value in ({"train_loss": loss.detach()} | parts).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
-            seen += len(rows)
+            for name, total in zip(found, totals):
+                sums[name] = sums.get(name, 0.0) + total
+            seen += count
         run.scaler.unscale_(run.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
         if math.isfinite(norm):
@@ -2210,6 +2371,7 @@ def train_epoch(run, split, epoch, args, stop):
             print(f"\repoch {epoch:3d} [{bar:<30}] loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
     if hook:
         hook.remove()
+    share_buffers(run)
     seconds = time.perf_counter() - start
     means = {name: value / seen for name, value in sums.items()}
     row |= {"step": run.step, "lr_end": lr, "train_loss": means.pop("train_loss"), "parts": means}
@@ -2233,7 +2395,7 @@ def look_at_weights(run, parameters, before):
 def evaluate(model, split, args):
     """The task's scores over a whole split, in eval mode and without gradients; no autocast, whatever --amp says."""
     model.eval()
-    with torch.inference_mode():
+    with together(), torch.inference_mode():
         scores = task_of(args).evaluate(model, split, args)
     if not math.isfinite(scores["loss"]):
         raise NonFinite(f"the loss over {len(split)} rows is {scores['loss']}")
@@ -2300,7 +2462,8 @@ def fit(run, sets, args, folder, floor, stop):
     if run.history:
         write_history(run, args, folder)  # a kill after last.pt left them an epoch behind
     else:
-        run.history.append(score_epoch(run, {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}, sets, args))
+        row = {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}
+        run.history.append(gathered(score_epoch(run, row, sets, args))[0])
         finish_epoch(run, args, folder, floor)
     while run.history[-1]["epoch"] < args.epochs:
         best = best_row(run.history, args)
@@ -2309,7 +2472,7 @@ def fit(run, sets, args, folder, floor, stop):
             break
         row = train_epoch(run, sets.train, run.history[-1]["epoch"] + 1, args, stop)
         try:
-            row = score_epoch(run, row, sets, args)
+            row = gathered(score_epoch(run, row, sets, args))[0]  # rank 0 decides for all: best epoch, plateau, early stopping
         except NonFinite as error:
             raise NonFinite(f"{error}, after epoch {row['epoch']}, step {run.step}, at lr {row['lr_end']:.3g}, mean gradient norm "
                             f"{row['grad_norm']:.3g}") from error
@@ -3026,7 +3189,8 @@ class Refused(Exception):
 def refusals():
     """What the user can cause, before training, becomes Refused. Errors in training itself are bugs and keep their traceback."""
     try:
-        yield
+        with together():
+            yield
     except (ValueError, OSError, ImportError, NonFinite) as error:
         raise Refused(error) from error
 
@@ -3041,10 +3205,10 @@ def check_one_row_batch(run, sets, batches, args):
         models.train_mode(model)
         task_of(args).loss(model, sets.train.batch(row), 0, args)
     except ValueError as error:
-        n = len(sets.train)
-        fits = next(size for size in itertools.count(args.batch_size + 1) if n % size != 1)
-        raise ValueError(f"--batch-size {args.batch_size} leaves a batch of 1 of the {n} training rows, which this network cannot "
-                         f"train on ({error}): try --batch-size {fits}") from error
+        n, world = len(sets.train), world_size()
+        fits = next(size for size in itertools.count(args.batch_size + world, world) if n // world % (size // world) != 1)
+        raise ValueError(f"--batch-size {args.batch_size} leaves a batch of 1 of the {n} training rows" + " to each process" * (world > 1)
+                         + f", which this network cannot train on ({error}): try --batch-size {fits}") from error
 
 
 def cache_features(model, sets):
@@ -3067,17 +3231,23 @@ def prepare(args):
     if not look_of(args):
         folder, resuming = open_run_folder(args)
         if resuming:
-            content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step"))
+            content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step", "processes"))
             adopt_recipe(args, content)
     task = task_of(args)
     for name, flag in task.defaults.items():  # such as AUROC to monitor in pretraining, which has no labels
         if flag.otherwise is not None and flag.unmet(args):
             setattr(args, name, flag.otherwise)
+    if args.batch_size % world_size():
+        raise ValueError(f"--batch-size {args.batch_size} counts the rows of all {world_size()} processes, which take equal shares of it: "
+                         f"give --batch-size {-(-args.batch_size // world_size()) * world_size()}")
     args.device = resolve_device(args.device)
     print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *filter(None, [look_of(args)])]), flush=True)
     if args.resume and not content:
         print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
-    sets = task.load(args.data, args)
+    for turn in (0, 1):  # what rank 0 writes to a cache the others read
+        with together():
+            if turn == min(rank(), 1):
+                sets = task.load(args.data, args)
     args.facts = sets.facts
     print("\n".join(sets.notes))
     if sets.validation is None:
@@ -3091,13 +3261,16 @@ def prepare(args):
     if math.isnan(best_constant(floor).get(args.monitor, 0.0)):
         raise ValueError(f"--monitor {args.monitor} is not defined on the {len(sets.validation)} validation rows (labels of one value "
                          "or one class): choose another, or other rows with --seed or the ratios")
-    batches = plan_batches(sets.train, 1, args)
+    batches = plan_batches(sets.train, 1, args, rank(), world_size())
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
     run.floor, run.steps_per_epoch, run.told = floor, steps_per_epoch, set()
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
+        if content["processes"] != world_size():
+            print(f"resumed over {world_size()} processes, begun over {content['processes']}: the same rows in the same order, but not "
+                  "bit for bit what it would have been")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
     if args.mode == "probe" or args.freeze:
@@ -3107,12 +3280,13 @@ def prepare(args):
     weights, trained = (models.count_parameters(run.raw_model, trainable_only=only) for only in (False, True))
     counts = f"{weights:,} parameters" + f", {trained:,} trained" * (trained < weights)
     print(f"{args.task} | {', '.join(sizes)} | {counts} | {steps_per_epoch} steps/epoch | "
-          f"{args.device}, amp {args.amp}")
+          f"{args.device}, amp {args.amp}" + f" | {world_size()} processes" * (world_size() > 1))
     return run, sets, folder
 
 
 def report(run, sets, args, folder, seconds):
     """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
+    gathered(None)  # rank 0 has written them
     best = load_checkpoint(folder / "best.pt", args.task)
     model = task_of(args).network(args).to(args.device)
     load_weights(model, best, folder / "best.pt")
@@ -3156,7 +3330,12 @@ def write_picture(path, picture, title):
 def resume_command(args):
     """The command that goes on with a run, or with all of a run's folds."""
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
-    return "python " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
+    return f"{launcher()} " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
+
+
+def saved(run, folder):
+    """What a run that broke off has left."""
+    return f"epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}" if run.history else "nothing is saved"
 
 
 def train(run, sets, folder, args):
@@ -3166,11 +3345,14 @@ def train(run, sets, folder, args):
     if run.floor:
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
-        with StopSignal() as stop:
+        with StopSignal() as stop, peers():
+            share_gradients(run)
             fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
                 print_verdicts(run, sets, args)
+    except Lost as error:
+        raise Lost(f"{error}; {saved(run, folder)}; go on with\n    {again}") from error
     except Interrupted as error:
         print(f"\n{error}: epoch {run.history[-1]['epoch']} of {args.epochs} is saved in {folder / 'last.pt'}; go on with\n    {again}")
         return 128 + error.number
@@ -3179,8 +3361,9 @@ def train(run, sets, folder, args):
         if run.history:
             write_history(run, args, folder)
             print_findings(diagnose(run.counts, run.history))
-        saved = f"epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}" if run.history else "nothing is saved"
-        print(f"train.py: stopped: {error}; {saved}: start again with a lower --lr, a longer --warmup-epochs or --clip 1", file=sys.stderr)
+        if not rank():
+            print(f"train.py: stopped: {error}; {saved(run, folder)}: start again with a lower --lr, a longer --warmup-epochs or --clip 1",
+                  file=sys.stderr)
         return 1
     return 0
 
@@ -3369,39 +3552,50 @@ def train_once(args):
              "check_sampler": check_sampler}[look_of(args)](run, sets, args)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if args.overwrite else ():
+        for name in RUN_FILES if args.overwrite and not rank() else ():
             (folder / name).unlink(missing_ok=True)
     return train(run, sets, folder, args)
 
 
+def carry_out(argv):
+    """The call that a command line asks for; returns the exit code."""
+    with refusals():
+        args = parse_args(argv)
+        if args.eval or args.predict or args.export:
+            apply_checkpoint(args)
+            return 0
+    if look_of(args):
+        args.fold = args.fold or min(args.folds, 1)
+    out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
+    if look_of(args):
+        args.out = out if args.look else ""
+        return train_once(args)
+    args.home = args.out = out
+    begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
+    many = begun if args.resume and not args.folds else args.folds and not args.fold
+    return cross_validate(args) if many else train_once(args)
+
+
 def main(argv=None):
     """Exit code 0: done; 1: training broke off; 2: the call is refused, before any training; 128 + n: ended by signal n."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    warnings.simplefilter("once", UserWarning)
     tune_allocator()
-    try:
-        with refusals():
-            args = parse_args(sys.argv[1:] if argv is None else argv)
-            if args.eval or args.predict or args.export:
-                apply_checkpoint(args)
-                return 0
-        if look_of(args):
-            args.fold = args.fold or min(args.folds, 1)
-        out = args.out or "/".join(["runs", args.task] + [f"fold-{args.fold}"] * (args.fold > 0))
-        if look_of(args):
-            args.out = out if args.look else ""
-            return train_once(args)
-        args.home = args.out = out
-        begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
-        many = begun if args.resume and not args.folds else args.folds and not args.fold
-        return cross_validate(args) if many else train_once(args)
-    except Refused as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted before training", file=sys.stderr)
-        return 128 + signal.SIGINT
+    with processes():
+        warnings.showwarning = lambda message, *_: None if rank() else print(f"warning: {message}", file=sys.stderr)
+        warnings.simplefilter("once", UserWarning)
+        try:
+            with peers():
+                return carry_out(sys.argv[1:] if argv is None else argv)
+        except Refused as error:
+            if not rank():
+                print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        except Lost as error:
+            print(f"train.py: stopped: {error}", file=sys.stderr, flush=True)
+            leave(1)
+        except KeyboardInterrupt:
+            print("train.py: interrupted before training", file=sys.stderr)
+            return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
