@@ -3,6 +3,7 @@
     $ python train.py --task ocec --lr 2e-4                          # no data needed: drawn eyes, about two minutes on 2 cores
     $ python train.py --task ocec --lr 2e-4 --data eyes/ --out runs/eyes
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
+    $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-4     # two processes, one GPU each where there are any
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
     $ python train.py --task ocec --data eyes/ --look                # the first batch as the network will see it: runs/ocec/look.png
@@ -11,7 +12,7 @@
     $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2      # one file that needs torch and nothing else
 
 One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
-One epoch starts from (seed, epoch) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
+One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
 A task is one entry in TASKS: flags, variants and ten functions. The loop knows no task.
 """
 
@@ -92,7 +93,7 @@ def engine_flags(**defaults):
     """The flags that the loop itself reads, with this task's defaults; every one of them must be given."""
     texts = {
         "epochs": dict(help="passes over the training set", low=1),
-        "batch_size": dict(help="rows per step", low=1),
+        "batch_size": dict(help="rows of a batch: of all processes of torchrun together, which take equal shares", low=1),
         "base_batch": dict(help="scale --lr by batch_size * accumulate / base_batch (0 = off)", low=0),
         "accumulate": dict(help="batches per optimizer step", low=1),
         "lr": dict(help="peak learning rate", above=0),
@@ -217,8 +218,8 @@ def check_crop(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes: those that torchrun started, or one. All of them read the data and hold the same weights; rank 0 prints and writes.
 
-# A process that dies closes its connections, which the others see at once; this long they wait for one that lives and hangs.
-PATIENCE = datetime.timedelta(minutes=30)
+# A process that dies closes its connections, which the others see at once. One that lives gets this long: rank 0 may decode a data set.
+TIMEOUT = datetime.timedelta(hours=1)
 
 
 def world_size():
@@ -236,7 +237,7 @@ def processes():
         yield
         return
     # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
         yield
     with contextlib.suppress(RuntimeError):  # one that has died has been dealt with
