@@ -8509,6 +8509,33 @@ def work_refusals(f):
     assert train.main(words) == 2 and not (f / "a").exists()
 
 
+def work_in_turn(f):
+    """Rank 0 reads the data before rank 1 does; it alone writes files; a loss of rank 1 that is no number stops both."""
+    read, criterion = data.read_eyes, train.eyes_criterion
+
+    def read_in_turn(*words, **options):
+        assert train.rank() == 0 or (f / "read by rank 0").exists()
+        found = read(*words, **options)
+        time.sleep(0.3 * (train.rank() == 0))  # the other would be here by now
+        with train.atomic_write(f / f"read by rank {train.rank()}") as file:
+            file.write("here")
+        return found
+
+    data.read_eyes = read_in_turn
+    if train.rank():
+        train.eyes_criterion = lambda logits, *rest: criterion(logits, *rest) * (math.nan if logits.requires_grad else 1)
+    assert train.main([*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a")]) == 1
+
+
+def test_train_two_processes_read_in_turn_write_once_and_stop_together_at_a_loss_that_is_no_number():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        printed = in_two_processes(work_in_turn, f)
+        assert [each.name for each in f.glob("read by*")] == ["read by rank 0"]
+        assert len(result_of(f / "a")["history"]) == 1
+    assert printed.count("train.py: stopped: the loss became nan in epoch 1, step 0, at lr ") == 1 and "Traceback" not in printed, printed
+
+
 def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
     with folder() as f:
         make_npz(f / "eyes.npz")
