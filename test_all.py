@@ -8410,6 +8410,15 @@ def results_of_two(f, name):
     return [torch.load(f / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+def test_train_a_world_size_without_torchrun_is_refused():
+    os.environ["WORLD_SIZE"] = "2"
+    try:
+        code, _, err = call(*TINY)
+    finally:
+        del os.environ["WORLD_SIZE"]
+    assert code == 2 and "WORLD_SIZE is 2, but RANK, LOCAL_RANK" in err and "start with torchrun" in err
+
+
 def test_train_two_processes_equal_one_and_equal_accumulation():
     with folder() as f:
         alike_data(f)
@@ -8541,8 +8550,8 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
         make_npz(f / "eyes.npz")
         printed = in_two_processes(work_refusals, f)
     for message in ("--batch-size 17 counts the rows of all 2 processes, which take equal shares of it: give --batch-size 18",
-                    "--find-lr runs in one process, not in 2", "--folds runs in one process, not in 2: start it with python in place of "
-                    "torchrun, or one fold at a time with --fold", "--device cuda:1 is one for 2 processes: give --device cuda",
+                    "--find-lr runs in one process, not in 2",
+                    "--folds runs in one process, not in 2: train one fold at a time", "--device cuda:1 is one for 2 processes: give --device cuda",
                     "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
         assert printed.count(message) == 1, (message, printed)
 

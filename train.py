@@ -215,6 +215,40 @@ def check_crop(args):
         raise ValueError(f"--crop {args.crop} must be below the shorter side of --size {show(args.size)}: there is no more to mirror")
 
 
+def batches_in_order(split, chunk=512):
+    """The whole of a split as batches for scoring: in order, none left out, not augmented."""
+    for start in range(0, len(split), chunk):
+        yield split.batch(np.arange(start, min(start + chunk, len(split))))
+
+
+def over_batches(compute, batches):
+    """[compute(batch) of every batch, in order]: each process computes every world_size-th of them, and all get the whole list."""
+    parts = gathered([compute(batch) for batch in itertools.islice(batches, rank(), None, world_size())])
+    return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
+
+
+def finite(outputs):
+    """The outputs, or NonFinite if any of them is not a finite number."""
+    if not torch.isfinite(outputs).all():
+        raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are not finite")
+    return outputs
+
+
+def head_outputs(model, batch):
+    """float32 (b,), one number a row: of the whole network, or of its head on the features of a frozen encoder where batches hold them."""
+    return (model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])).float()
+
+
+def all_outputs(forward, split, chunk=512):
+    """forward(batch) over a whole split, finite, float32 on the CPU."""
+    return finite(torch.cat(over_batches(lambda batch: forward(batch).float().cpu(), batches_in_order(split, chunk))))
+
+
+def unit_images(images):
+    """uint8 images (b, h, w, 3) as the image networks take them: float (b, 3, h, w) in [-1, 1]."""
+    return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes: those that torchrun started, or one. All of them read the data and hold the same weights; rank 0 prints and writes.
 
@@ -236,6 +270,11 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        print(f"train.py: error: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set: start with torchrun, "
+              "which sets them all, or unset WORLD_SIZE", file=sys.stderr)
+        sys.exit(2)
     # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
@@ -296,7 +335,7 @@ def peers():
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise Lost(f"process {rank()} of {world_size()} lost another one, which died or hangs; if it could say why, that stands above "
-                   f"({str(error).splitlines()[0]})") from error
+                   f"({str(error).split('. ')[0]})") from error
 
 
 def launcher():
@@ -306,40 +345,6 @@ def launcher():
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     several = f"--nnodes {world_size() // local} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if local < world_size() else ""
     return f"torchrun {several}--nproc-per-node {local}"
-
-
-def over_batches(compute, batches):
-    """[compute(batch) of every batch, in order]: each process computes every world_size-th of them, and all get the whole list."""
-    parts = gathered([compute(batch) for batch in itertools.islice(batches, rank(), None, world_size())])
-    return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
-
-
-def batches_in_order(split, chunk=512):
-    """The whole of a split as batches for scoring: in order, none left out, not augmented."""
-    for start in range(0, len(split), chunk):
-        yield split.batch(np.arange(start, min(start + chunk, len(split))))
-
-
-def finite(outputs):
-    """The outputs, or NonFinite if any of them is not a finite number."""
-    if not torch.isfinite(outputs).all():
-        raise NonFinite(f"{int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are not finite")
-    return outputs
-
-
-def head_outputs(model, batch):
-    """float32 (b,), one number a row: of the whole network, or of its head on the features of a frozen encoder where batches hold them."""
-    return (model.head(batch["features"]).squeeze(1) if "features" in batch else model(batch["inputs"])).float()
-
-
-def all_outputs(forward, split, chunk=512):
-    """forward(batch) over a whole split, finite, float32 on the CPU."""
-    return finite(torch.cat(over_batches(lambda batch: forward(batch).float().cpu(), batches_in_order(split, chunk))))
-
-
-def unit_images(images):
-    """uint8 images (b, h, w, 3) as the image networks take them: float (b, 3, h, w) in [-1, 1]."""
-    return (images.permute(0, 3, 1, 2).float() - 127.5) / 127.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1960,10 +1965,9 @@ def check_mode(args):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
-    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)] + ["folds"] * (args.folds > 0 and not args.fold)
+    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)]
     if world_size() > 1 and alone:
-        raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun"
-                         + ", or one fold at a time with --fold" * (alone[0] == "folds"))
+        raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
 
 
 def resolve_device(name):
@@ -2299,7 +2303,10 @@ class LossOfBatch(nn.Module):
 
 
 def share_gradients(run):
-    """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them."""
+    """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them.
+
+    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has.
+    """
     if world_size() > 1:
         run.loss = nn.parallel.DistributedDataParallel(run.loss)
 
@@ -3574,6 +3581,9 @@ def carry_out(argv):
     args.home = args.out = out
     begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
     many = begun if args.resume and not args.folds else args.folds and not args.fold
+    if many and world_size() > 1:
+        raise Refused(f"--folds runs in one process, not in {world_size()}: train one fold at a time with --fold, or start it with python "
+                      "in place of torchrun")
     return cross_validate(args) if many else train_once(args)
 
 
