@@ -6337,7 +6337,7 @@ def test_train_help_shows_the_defaults_of_the_variant():
     for variant, lr, batch in (("current", "0.0001", 4096), ("conservative", "0.0002", 4096), ("aggressive", "0.0003", 2048)):
         code, out, _ = call("--task", "ocec", "--variant", variant, "--help")
         text = " ".join(out.split())
-        assert code == 0 and f"peak learning rate (default: {lr})" in text and f"rows per step (default: {batch})" in text
+        assert code == 0 and f"peak learning rate (default: {lr})" in text and f"together (default: {batch})" in text
     assert set(train.parse_args(["--task", "ocec", "--variant", "balanced"]).__dict__) >= set(train.OCEC.defaults)
     for name, overrides in train.OCEC.variants.items():
         assert set(overrides) <= set(train.OCEC.defaults), name
@@ -8551,7 +8551,8 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
         printed = in_two_processes(work_refusals, f)
     for message in ("--batch-size 17 counts the rows of all 2 processes, which take equal shares of it: give --batch-size 18",
                     "--find-lr runs in one process, not in 2",
-                    "--folds runs in one process, not in 2: train one fold at a time", "--device cuda:1 is one for 2 processes: give --device cuda",
+                    "--folds runs in one process, not in 2: train one fold at a time",
+                    "--device cuda:1 is one for 2 processes: give --device cuda",
                     "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
         assert printed.count(message) == 1, (message, printed)
 
@@ -8578,7 +8579,7 @@ def test_train_two_processes_of_which_one_is_killed_end_with_a_message_and_one_p
             assert f"train.py: stopped: process {1 - victim} of 2 lost another one" in printed and "is saved in" in printed, printed
             assert f"go on with\n    torchrun --nproc-per-node 2 train.py --task ocec --out {f / 'a'} --resume" in printed
             code, out, err = call("--task", "ocec", "--out", f / "a", "--resume")
-            assert code == 0 and "resumed over 1 processes, begun over 2" in out, err
+            assert code == 0 and "number of processes: 2 so far, 1 from here on" in out, err
             assert len(result_of(f / "a")["history"]) == 61
 
 

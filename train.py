@@ -93,7 +93,7 @@ def engine_flags(**defaults):
     """The flags that the loop itself reads, with this task's defaults; every one of them must be given."""
     texts = {
         "epochs": dict(help="passes over the training set", low=1),
-        "batch_size": dict(help="rows of a batch: of all processes of torchrun together, which take equal shares", low=1),
+        "batch_size": dict(help="rows of a batch, those of all processes of torchrun together", low=1),
         "base_batch": dict(help="scale --lr by batch_size * accumulate / base_batch (0 = off)", low=0),
         "accumulate": dict(help="batches per optimizer step", low=1),
         "lr": dict(help="peak learning rate", above=0),
@@ -335,7 +335,7 @@ def peers():
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise Lost(f"process {rank()} of {world_size()} lost another one, which died or hangs; if it could say why, that stands above "
-                   f"({str(error).split('. ')[0]})") from error
+                   f"({str(error).splitlines()[0].split('. ')[0]})") from error
 
 
 def launcher():
@@ -2312,10 +2312,11 @@ def share_gradients(run):
 
 
 def share_buffers(run):
-    """The buffers of rank 0 in all processes, those of the average too: they are what is scored and saved."""
-    averaged = run.ema.module.buffers() if run.ema is not None else ()
-    for buffer in (*run.raw_model.buffers(), *averaged) if world_size() > 1 else ():
-        dist.broadcast(buffer, 0)
+    """The buffers of rank 0, such as batch statistics, in all processes, those of the average too: they are scored and saved."""
+    if world_size() > 1:
+        for module in [run.raw_model, run.ema.module] if run.ema is not None else [run.raw_model]:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def autocast(args):
@@ -2347,7 +2348,7 @@ def train_epoch(run, split, epoch, args, stop):
                     loss, parts = run.loss(batch, run.step, args)
                 found = {"train_loss": loss.detach()} | parts
                 *totals, count = summed([*(float(value) * len(rows) for value in found.values()), len(rows)])
-                if not math.isfinite(totals[0]):  # in one process: all stop
+                if not math.isfinite(totals[0]):  # the same sum in all processes: all stop
                     raise NonFinite(f"the loss became {totals[0] / count} in epoch {epoch}, step {run.step}, at lr {lr:.3g} (gradient norm "
                                     f"of the step before: {norms[-1] if norms else math.nan:.3g})")
                 # A short window divides by its own size. Processes have equally many rows: the mean of their gradients is that of all rows.
@@ -3277,8 +3278,8 @@ def prepare(args):
     if content:
         load_run(run, content, folder / "last.pt")
         if content["processes"] != world_size():
-            print(f"resumed over {world_size()} processes, begun over {content['processes']}: the same rows in the same order, but not "
-                  "bit for bit what it would have been")
+            print(f"number of processes: {content['processes']} so far, {world_size()} from here on; the run goes on, but not bit for bit "
+                  f"as it would have over {content['processes']}")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
     if args.mode == "probe" or args.freeze:
