@@ -8942,7 +8942,7 @@ def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
             out = call(*PPG[:1], "bidmc_rr", *PPG[2:], "--data", ppg_folder(f), "--out", f / "ppg")[1]
         assert "6 apart: rounding alone costs a mean absolute error of 1.5" in line_of("label-quantised", out)
 
-        with replaced(train, "plan_batches", lambda split, epoch, args: [np.flatnonzero(split.labels == label)[:12] for label in range(3)]), \
+        with replaced(train, "plan_batches", lambda split, *_: [np.flatnonzero(split.labels == label)[:12] for label in range(3)]), \
                 replaced(train, "quad_check", lambda train, args: None):
             out = call(*MODAL, "--data", quad_npz(f / "quad.npz"), "--out", f / "quad")[1]
         assert "3 of 3 batches of the first epoch hold one class" in line_of("single-class-batches", out)
@@ -9115,7 +9115,7 @@ def test_train_worst_first_ranks_from_the_largest_leaves_nan_out_and_takes_one_o
 def test_train_examples_of_eyes_show_the_most_wrongly_confident_first():
     with folder() as f, captions() as lines:
         out = run(f / "a", "--epochs", "1")
-        assert out.splitlines()[-1].endswith("curves.svg, scores.json, examples.png")
+        assert out.splitlines()[-1].endswith("curves.svg, diagnosis.json, scores.json, examples.png")
         args, sets, model = best_of(f / "a", *TINY, "--data", f / "eyes.npz")
         picture = picture_of(f / "a" / "examples.png")
         with torch.inference_mode():

@@ -76,7 +76,7 @@ def rows_not_groups(split_rows):
 
 def sorted_by_class(plan):
     """Batches of rows as they lie in a file sorted by class."""
-    def wrong(split, epoch, args):
+    def wrong(split, epoch, args, *processes):
         rows = np.argsort(split.labels, kind="stable")
         batches = [part for label in np.unique(split.labels) for part in np.array_split(
             rows[split.labels[rows] == label], max(1, int(np.sum(split.labels == label)) // args.batch_size))]
