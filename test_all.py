@@ -8788,7 +8788,8 @@ def told(counts=None, rows=(), untrained=None):
 
 
 def scored(f1, loss, train_loss=None, **more):
-    return {"raw": {"loss": loss, "f1": f1}, "ema": {"loss": loss, "f1": f1}, "train_loss": loss if train_loss is None else train_loss} | more
+    scores = {"loss": loss, "f1": f1}
+    return {"raw": scores, "ema": scores, "train_loss": loss if train_loss is None else train_loss} | more
 
 
 def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
@@ -8798,8 +8799,8 @@ def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
     no_validation = [{"epoch": 0, "step": 0, "lr": 1e-3}] + [
         {"epoch": i, "step": i, "lr": 1e-3, "lr_end": 1e-5, "train_loss": 1 / i, "grad_norm": 1.0, "weight_change": 0.1, "score": 1 / i,
          "weights": "raw", "no_gradient": [], "frozen_in_training": []} for i in range(1, 15)]
-    counts = {"epochs": 14, "monitor": "loss", "headline": "loss", "schedule": "none", "peak_lr": 1e-3, "planned_epochs": 14, "ema_decay": 0.9,
-              "floor": {}, "ceiling": {}, "shared": {"groups": 0, "rows": 0}, "done": True}
+    counts = {"epochs": 14, "monitor": "loss", "headline": "loss", "schedule": "none", "peak_lr": 1e-3, "planned_epochs": 14,
+              "ema_decay": 0.9, "floor": {}, "ceiling": {}, "shared": {"groups": 0, "rows": 0}, "done": True}
     assert train.diagnose(counts, no_validation) == []
 
 
@@ -8830,7 +8831,8 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
                               ({"epochs": 3}, [{}, {"plateau_lr": [1e-3, 9e-6]}, {}])),
         "monitor-mismatch": (({"monitor": "loss"}, [scored(0.7, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3),
                              ({"monitor": "loss"}, [scored(0.77, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3)),
-        "overfit": (({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.4, 0.1)] * 5), ({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.36, 0.1)] * 5)),
+        "overfit": (({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.4, 0.1)] * 5),
+                    ({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.36, 0.1)] * 5)),
         "lucky-best": (({}, [scored(0.95, 0.3)] + [scored(0.8 + 0.01 * (i % 2), 0.3) for i in range(9)]),
                        ({}, [scored(0.95, 0.3)] + [scored(0.88 + 0.01 * (i % 2), 0.3) for i in range(9)]))}
     assert cases.keys() == train.RULES.keys()
@@ -8898,8 +8900,9 @@ def test_train_prints_at_most_ten_findings_and_writes_all_of_them():
 
 def test_train_phases_are_thirds_and_what_came_after_the_best():
     args = types.SimpleNamespace(monitor="f1")
-    history = [{"epoch": 0}] + [{"epoch": i, "score": score, "train_loss": 0.5, "raw": {"loss": 0.5 + i / 10}, "lr": 1e-3, "lr_end": 1e-3 / i}
-                                for i, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1)]
+    history = [{"epoch": 0}] + [
+        {"epoch": i, "score": score, "train_loss": 0.5, "raw": {"loss": 0.5 + i / 10}, "lr": 1e-3, "lr_end": 1e-3 / i}
+        for i, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1)]
     found = train.phases(history, args)
     assert {name: (each["first"], each["last"]) for name, each in found.items()} == {
         "early": (1, 2), "middle": (3, 4), "late": (5, 5), "after the best": (5, 5)}
