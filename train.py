@@ -1196,7 +1196,7 @@ def quad_load(path, args):
     notes += [f"{title}: " + ", ".join(f"{n:,} {name}" for n, name in zip(np.bincount(labels[rows], minlength=len(names)), names))
               for title, rows in parts.items() if len(rows)]
     scaler = {name: data.channel_statistics(array, parts["train"], present[name]) for name, array in arrays.items()}
-    facts |= {"split": split_checksum(parts.values()),
+    facts |= {"split": split_checksum(parts.values()), "complete": [name for name in arrays if present[name][parts["train"]].all()],
               "scaler": {name: [each.tolist() for each in pair] for name, pair in scaler.items()}}
     splits = {title: data.ModalSplit(arrays, labels, rows, present=present, groups=groups, scaler=scaler, device=args.device,
                                      noise=args.noise, scale=args.scale, shift=args.shift) for title, rows in parts.items() if len(rows)}
@@ -1233,6 +1233,8 @@ def quad_network(args):
         depth=args.depth, hidden=args.hidden, embed=args.embed, patch=args.patch, dropout=args.dropout,
         modality_dropout=args.modality_dropout)
     models.freeze_encoders(model, frozen)
+    for name in [] if args.modality_dropout else args.facts.get("complete", []):
+        model.readouts[name].missing.requires_grad_(False)  # no training row lacks it: what stands in for it is never asked for
     return model
 
 
@@ -2412,24 +2414,34 @@ def evaluate(model, split, args):
     return scores
 
 
-@contextlib.contextmanager
-def spread_of_outputs(model):
-    """A list that gets, for every batch that passes the model, how much its outputs differ between the rows.
+class SpreadOfOutputs:
+    """How much the outputs of a model differ between the rows that pass it: standard deviation over the rows, mean over the outputs.
 
-    Standard deviation over the rows, mean over the outputs, relative to outputs larger than 1; nothing for outputs that are no tensor.
+    Relative to the root mean square of outputs larger than 1. None for outputs that are no tensor, and where nothing passed.
     """
-    spreads = []
 
-    def look(module, inputs, output):
-        if torch.is_tensor(output) and len(output) > 1:
-            x = output.float().reshape(len(output), -1)
-            spreads.append(float(x.std(0).mean() / x.square().mean().sqrt().clamp(min=1.0)))
+    def __init__(self, model):
+        self.model, self.rows, self.sums, self.squares = model, 0, 0.0, 0.0
 
-    hook = model.register_forward_hook(look)
-    try:
-        yield spreads
-    finally:
-        hook.remove()
+    def __enter__(self):
+        self.hook = self.model.register_forward_hook(self.look)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def look(self, module, inputs, output):
+        if torch.is_tensor(output) and output.ndim:
+            x = output.reshape(len(output), -1)
+            self.rows += len(x)
+            self.sums = self.sums + x.sum(0, dtype=torch.float64)
+            self.squares = self.squares + torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
+
+    def value(self):
+        if not self.rows:
+            return None
+        square, mean = self.squares / self.rows, self.sums / self.rows
+        return float((square - mean.square()).clamp(min=0).sqrt().mean() / square.mean().sqrt().clamp(min=1.0))
 
 
 def score_epoch(run, row, sets, args):
@@ -2437,9 +2449,9 @@ def score_epoch(run, row, sets, args):
     split = sets.validation
     if split is None:
         return row | {"score": row.get("train_loss"), "weights": "raw"}
-    with spread_of_outputs(run.raw_model) as spreads:
+    with SpreadOfOutputs(run.raw_model) as spread:
         row["raw"] = evaluate(run.raw_model, split, args)
-    row["spread"] = float(np.mean(spreads)) if spreads else None
+    row["spread"] = spread.value()
     row |= {"score": row["raw"][args.monitor], "weights": "raw"}
     if run.ema is not None:
         row["ema"] = evaluate(run.ema.module, split, args)
@@ -2817,32 +2829,35 @@ def gain(key, score, than):
 
 
 def share_gained(counts, key, score):
-    """Where a score stands between the best constant, 0, and what cannot be exceeded, 1; NaN where one of them is not known."""
-    floor, ceiling = counts["floor"].get(key, math.nan), counts["ceiling"].get(key, math.nan)
+    """Where a score stands between the best constant, 0, and what cannot be exceeded, 1; NaN where there is no constant."""
+    floor, ceiling = counts["floor"].get(key, math.nan), counts["ceiling"].get(key, float(key not in LOWER_IS_BETTER))
     return gain(key, score, floor) / gain(key, ceiling, floor) if gain(key, ceiling, floor) > 0 else math.nan
 
 
-def fingerprints(split, most=20_000):
-    """Checksums of the rows' inputs, not augmented; of evenly spaced rows if there are more than `most`."""
-    found = set()
+def fingerprints(split, most=5_000):
+    """A checksum of the inputs of each row, not augmented; of evenly spaced rows if there are more than `most`. Blank rows are left out."""
+    found = []
     for i in np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).astype(int)):
-        inputs = {name: each for name, each in split.batch(np.array([i])).items() if name in ("inputs", "features", "present")}
-        tensors = [each for value in inputs.values() for each in (value.values() if isinstance(value, dict) else [value])]
-        found.add(hashlib.blake2b(b"".join(each.cpu().numpy().tobytes() for each in tensors), digest_size=8).digest())
+        inputs = {name: each for name, each in split.batch(np.array([i])).items() if name in ("inputs", "present")}
+        tensors = [each.cpu() for value in inputs.values() for each in (value.values() if isinstance(value, dict) else [value])]
+        if any((each != each.flatten()[0]).any() for each in tensors):
+            found.append(hashlib.blake2b(b"".join(each.numpy().tobytes() for each in tensors), digest_size=8).digest())
     return found
 
 
 def shared_between(train, others):
-    """Groups, and rows with the same inputs, that stand in the training split and in another one."""
+    """Groups, and rows with the same inputs, that stand in the training split and in another one; `looked_at` rows were compared."""
     groups = [set(np.unique(each.groups).tolist()) if getattr(each, "groups", None) is not None else set() for each in (train, *others)]
-    seen = fingerprints(train)
-    return {"groups": len(groups[0] & set().union(*groups[1:])), "rows": sum(len(seen & fingerprints(each)) for each in others)}
+    seen, held_out = set(fingerprints(train)), [each for split in others for each in fingerprints(split)]
+    return {"groups": len(groups[0] & set().union(*groups[1:])), "rows": sum(each in seen for each in held_out), "looked_at": len(held_out)}
 
 
 def label_steps(labels):
-    """How finely labels that are numbers are told: how many values, the step between them, their mean distance to the median."""
-    values = np.unique(labels)
-    return {"values": len(values), "step": float(np.median(np.diff(values))) if len(values) > 1 else 0.0,
+    """The step that labels which are numbers are told in, 0 if they are no multiples of one, and their mean distance to the median."""
+    values = np.unique(np.round(labels, 6))
+    step = float(np.diff(values).min()) if len(values) > 1 else 0.0
+    places = (values - values[0]) / step if step else values * 0
+    return {"values": len(values), "step": step if np.allclose(places, places.round(), atol=1e-3) else 0.0,
             "spread": float(np.abs(labels - np.median(labels)).mean())}
 
 
@@ -2852,21 +2867,33 @@ def count_before(run, sets, args):
     others = [each for each in (sets.validation, sets.test) if each is not None]
     headline = TASKS[args.task].defaults["monitor"].choices[0]
     floor = best_constant(run.floor)
-    counts = {"epochs": args.epochs, "steps_per_epoch": run.steps_per_epoch, "monitor": args.monitor,
-              "headline": headline if headline in floor else args.monitor, "schedule": args.schedule, "peak_lr": max(run.schedule.base_lrs),
-              "planned_epochs": args.cosine_epochs or args.epochs, "ema_decay": args.ema_decay,
-              "floor": floor, "ceiling": plain(run.floor.get("ceiling", {})), "shared": shared_between(sets.train, others)}
-    if labels is not None and labels.dtype.kind in "iu":
-        report = data.sampler_report(plan_batches(sets.train, 1, args), labels)
-        counts["sampler"] = {key: report[key] for key in ("batches", "single_class", "largest_share")}
-    elif labels is not None:
-        counts["labels"] = label_steps(labels)
-    return counts
+    counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline if headline in floor else args.monitor,
+              "schedule": args.schedule, "planned_epochs": args.cosine_epochs or args.epochs, "warmup_epochs": args.warmup_epochs,
+              "ema_decay": args.ema_decay, "floor": floor, "ceiling": plain(run.floor.get("ceiling", {})),
+              "shared": shared_between(sets.train, others)}
+    if labels is None or args.mode == "pretrain":  # which reads no labels
+        return counts
+    if labels.dtype.kind not in "iu":
+        return counts | {"labels": label_steps(labels)}
+    batches = plan_batches(sets.train, 1, args)
+    report = data.sampler_report(batches, labels)
+    shares = np.array(list(report["class_counts"].values())) / report["rows"]
+    by_chance = sum(float((shares ** len(rows)).sum()) for rows in batches)
+    return counts | {"sampler": {key: report[key] for key in ("batches", "single_class", "largest_share")} | {"by_chance": by_chance}}
+
+
+def settled(counts, history):
+    """Whether it is late enough to judge what takes time: at the end, or ten epochs after the warm-up."""
+    return len(history) > (3 if counts.get("done") else 10 + counts["warmup_epochs"])
+
+
+def highest_rate(history):
+    return max((max(row["lr"], row["lr_end"]) for row in history[1:]), default=0.0)
 
 
 def frozen_model(counts, history):
-    rows = history[1:]
-    return rows and all(row["weight_change"] == 0 for row in rows) and (
+    rows = [row for row in history[1:] if row["lr_end"] > 0 and math.isfinite(row["grad_norm"])]
+    return rows and all(row["weight_change"] == 0 for row in history[1:]) and (
         f"after {rows[-1]['step']:,} steps every weight is what it was, with a gradient of norm {rows[-1]['grad_norm']:.3g}")
 
 
@@ -2881,23 +2908,26 @@ def backbone_in_train_mode(counts, history):
 
 
 def single_class_batches(counts, history):
-    sampler = counts.get("sampler", {"single_class": 0, "batches": 1})
-    return sampler["single_class"] >= 0.1 * sampler["batches"] and (
+    """More than a tenth of the batches, and more than twice as many as drawing rows at random would give."""
+    sampler = counts.get("sampler", {"single_class": 0, "batches": 1, "by_chance": 0.0})
+    return sampler["single_class"] > max(0.1 * sampler["batches"], 2 * sampler["by_chance"]) and (
         f"{sampler['single_class']} of {sampler['batches']} batches of the first epoch hold one class")
 
 
 def leak_across_split(counts, history):
-    groups, rows = counts["shared"]["groups"], counts["shared"]["rows"]
-    return (groups or rows) and f"{groups} groups, and {rows} rows with the same inputs, are in the training split and in another one"
+    shared = counts["shared"]
+    return (shared["groups"] or shared["rows"]) and (
+        f"{shared['groups']:,} groups are on both sides of the split, and {shared['rows']:,} of the {shared['looked_at']:,} held-out rows "
+        "looked at have the inputs of a training row")
 
 
 def ema_not_moving(counts, history):
-    rows, key = history[1:], counts["monitor"]
-    if not rows or "ema" not in rows[-1] or rows[-1]["raw"] == history[0]["raw"]:
+    rows, same = history[1:], lambda a, b: math.isclose(a["loss"], b["loss"], rel_tol=1e-6)
+    if not rows or "ema" not in rows[-1] or same(rows[-1]["raw"], history[0]["raw"]):
         return ""
-    return all(row["ema"] == history[0]["ema"] for row in rows) and (
-        f"the averaged weights score in all {len(rows)} epochs what the untrained network does, {key} {rows[-1]['ema'][key]:.4f}; the raw "
-        f"ones {rows[-1]['raw'][key]:.4f}")
+    return all(same(row["ema"], history[0]["ema"]) for row in rows) and (
+        f"the averaged weights have the validation loss of the untrained network in all {len(rows)} epochs, {rows[-1]['ema']['loss']:.4f}; "
+        f"the raw ones {rows[-1]['raw']['loss']:.4f}")
 
 
 def constant_prediction(counts, history):
@@ -2907,23 +2937,18 @@ def constant_prediction(counts, history):
 
 
 def loss_at_bound(counts, history):
-    """For three epochs the training or the validation loss is a constant's, of SupCon that of features which are all alike."""
-    rows, bound = [row for row in history[1:] if "raw" in row][-3:], counts["floor"].get("loss")
+    """The training or the validation loss is a constant's (of SupCon: that of equal features) for three epochs, and was never better."""
+    rows, bound = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", 0.0)
     for what, values in (("training", [row["train_loss"] for row in rows]), ("validation", [row["raw"]["loss"] for row in rows])):
-        if bound and len(rows) == 3 and all(abs(value - bound) <= 0.01 * abs(bound) for value in values):
-            return f"the {what} loss was {min(values):.4f} to {max(values):.4f} in the last 3 epochs, that of a constant is {bound:.4f}"
-
-
-def settled(counts, history):
-    """Whether it is late enough to judge what takes time: at the end, or after ten epochs."""
-    return len(history) > (3 if counts.get("done") else 10)
+        if settled(counts, history) and len(rows) > 2 and bound > 0 and min(values) > 0.97 * bound and all(
+                abs(value - bound) <= 0.01 * bound for value in values[-3:]):
+            return f"the {what} loss was {values[-3]:.4f} to {values[-1]:.4f} in the last 3 epochs, that of a constant is {bound:.4f}"
 
 
 def score_at_floor(counts, history):
     best = best_score(counts, history)
     for key in dict.fromkeys((counts["headline"], counts["monitor"])):
-        share = share_gained(counts, key, best.get(key, math.nan))
-        if settled(counts, history) and share < 0.02:
+        if settled(counts, history) and share_gained(counts, key, best.get(key, math.nan)) < 0.02:
             return f"best {key} of {len(history) - 1} epochs {best[key]:.4f}, a constant has {counts['floor'][key]:.4f}"
 
 
@@ -2939,44 +2964,43 @@ def best_score(counts, history):
 
 
 def lr_too_large(counts, history):
+    """The loss became infinite, or the weights were replaced several times over without a score that is worth it."""
     if counts.get("stopped"):
         return counts["stopped"]
-    rows, constant = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", math.nan)
-    if len(rows) < 2:
-        return ""
-    change, loss = max(row["weight_change"] for row in rows), rows[-1]["raw"]["loss"]
-    return change > 3 and loss > 0.8 * constant and (
-        f"in one epoch the weights moved by {change:.1f} times their length, at lr {counts['peak_lr']:.2g}; validation loss "
-        f"{loss:.4f} after {len(rows)} epochs, that of a constant is {constant:.4f}")
+    change, key = max((row["weight_change"] for row in history[1:]), default=0.0), counts["headline"]
+    best = best_score(counts, history).get(key, math.nan)
+    return len(history) > 2 and change > 3 and share_gained(counts, key, best) < 0.3 and (
+        f"in one epoch the weights moved by {change:.1f} times their length, at lr {highest_rate(history):.2g}; best {key} {best:.4f}, a "
+        f"constant has {counts['floor'][key]:.4f}")
 
 
 def lr_too_small(counts, history):
     rows = history[1:]
     moved, train = sum(row["weight_change"] for row in rows), [row["train_loss"] for row in rows]
-    return len(rows) > 1 and 0 < moved < 0.005 and train[-1] > 0.9 * train[0] and (
-        f"in {len(rows)} epochs the weights moved by {moved:.2g} of their length, at lr {counts['peak_lr']:.2g}; training loss "
+    return settled(counts, history) and 0 < moved < 0.005 and train[-1] > 0.9 * train[0] and (
+        f"in {len(rows)} epochs the weights moved by {moved:.2g} of their length, at lr {highest_rate(history):.2g}; training loss "
         f"{train[0]:.4f} in epoch 1, {train[-1]:.4f} in the last")
 
 
 def schedule_outlasts_run(counts, history):
-    last = history[-1].get("lr_end", 0.0) / counts["peak_lr"]
-    return counts["schedule"] == "cosine" and counts.get("done") and last > 0.1 and (
-        f"the cosine is planned for {counts['planned_epochs']:g} epochs, the run ended after {len(history) - 1}: the rate was still "
-        f"{last:.0%} of its peak")
+    epochs, share = len(history) - 1, history[-1].get("lr_end", 0.0) / max(highest_rate(history), 1e-12)
+    return counts.get("done") and counts["schedule"] == "cosine" and epochs < counts["planned_epochs"] and share > 0.5 and (
+        f"the cosine is planned for {counts['planned_epochs']:g} epochs, the run ended after {epochs}: the rate was still {share:.0%} of "
+        "its peak")
 
 
 def plateau_too_eager(counts, history):
-    cuts = [row for row in history[1:] if row.get("plateau_lr", (0, 0))[1] < row.get("plateau_lr", (0, 0))[0]]
-    low = next((row for row in cuts if row["plateau_lr"][1] < 0.01 * counts["peak_lr"]), None)
+    cuts, peak = [row for row in history[1:] if row.get("plateau_lr", (0, 0))[1] < row.get("plateau_lr", (0, 0))[0]], highest_rate(history)
+    low = next((row for row in cuts if row["plateau_lr"][1] < 0.01 * peak), None)
     return low and low["epoch"] <= 0.5 * counts["epochs"] and (
-        f"{cuts.index(low) + 1} cuts took the rate from {counts['peak_lr']:.2g} to {low['plateau_lr'][1]:.2g} by epoch {low['epoch']} of "
+        f"{cuts.index(low) + 1} cuts took the rate from {peak:.2g} to {low['plateau_lr'][1]:.2g} by epoch {low['epoch']} of "
         f"{counts['epochs']}")
 
 
 def ema_horizon_too_long(counts, history):
     """The loss of the averaged weights has gone less than half of the way of the raw ones."""
     row, start = history[-1], history[0]
-    if not settled(counts, history) or "ema" not in row or row["ema"] == start["ema"]:
+    if not settled(counts, history) or "ema" not in row or ema_not_moving(counts, history):
         return ""
     raw, averaged = (start["raw"]["loss"] - row[kind]["loss"] for kind in ("raw", "ema"))
     return raw > 0.1 * abs(start["raw"]["loss"]) and averaged < 0.5 * raw and (
@@ -2998,25 +3022,27 @@ def imbalance(counts, history):
 
 
 def monitor_mismatch(counts, history):
-    """The epoch that --monitor picks is much worse in the task's headline score than the best epoch is."""
+    """The epoch that --monitor picks loses, in the task's headline score, a fifth of what the best epoch gained over a constant."""
     monitor, key = counts["monitor"], counts["headline"]
     rows = [row for row in history[1:] if "raw" in row and not math.isnan(row["score"])]
     if monitor == key or len(rows) < 3:
         return ""
-    best, picked = best_score(counts, history)[key], max(rows, key=lambda row: gain(monitor, row["score"], 0.0))
+    best, picked = best_score(counts, history).get(key, math.nan), max(rows, key=lambda row: gain(monitor, row["score"], 0.0))
     score = picked[picked["weights"]][key]
-    return gain(key, best, score) > 0.2 * abs(gain(key, best, counts["floor"][key])) and (
+    gained, lost = share_gained(counts, key, best), share_gained(counts, key, best) - share_gained(counts, key, score)
+    return lost > max(0.05, 0.2 * gained) and (
         f"{monitor} picks epoch {picked['epoch']} with {key} {score:.4f}, the best was {best:.4f}")
 
 
 def overfit(counts, history):
     """The validation loss rose by a quarter and a tenth of a constant's loss, or is above the training loss by a constant's loss."""
-    rows, constant = [row for row in history[1:] if "raw" in row], abs(counts["floor"].get("loss", 0.0))
+    rows, constant = [row for row in history[1:] if "raw" in row], abs(counts["floor"].get("loss", math.nan))
     if len(rows) < 5:
         return ""
     validation, train = ([row["raw"]["loss"] for row in rows], [row["train_loss"] for row in rows])
     low, now = int(np.argmin(validation)), float(np.mean(validation[-3:]))
-    risen = now - validation[low] > max(0.25 * abs(validation[low]), 0.1 * constant) and low < len(rows) - 3
+    rise = now - validation[low]
+    risen = rise > 0.25 * abs(validation[low]) and not rise < 0.1 * constant and low < len(rows) - 3
     apart = settled(counts, history) and now - float(np.mean(train[-3:])) > constant
     return (risen or apart) and train[-1] < train[low] and (
         f"since epoch {rows[low]['epoch']} the validation loss went from {validation[low]:.4f} to {now:.4f} (last 3 epochs), the training "
@@ -3031,8 +3057,8 @@ def lucky_best(counts, history):
         return ""
     last = [row[best["weights"]][key] for row in rows[rows.index(best) + 1 :][-10:]]
     mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
-    above = gain(key, best["score"], mean)
-    return above > max(2 * sd, 0.2 * abs(gain(key, best["score"], counts["floor"][key]))) and (
+    gained, lost = share_gained(counts, key, best["score"]), share_gained(counts, key, best["score"]) - share_gained(counts, key, mean)
+    return gain(key, best["score"], mean) > 2 * sd and lost > max(0.05, 0.2 * gained) and (
         f"{key} {best['score']:.4f} in epoch {best['epoch']}, the last {len(last)} epochs {mean:.4f} +- {sd:.4f}")
 
 
@@ -3283,9 +3309,9 @@ def prepare(args):
                   f"as it would have over {content['processes']}")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
+    run.counts = {} if look_of(args) else count_before(run, sets, args)  # of the inputs, not of what a frozen encoder makes of them
     if args.mode == "probe" or args.freeze:
         cache_features(run.raw_model, sets)
-    run.counts = {} if look_of(args) else count_before(run, sets, args)
     sizes = [f"{len(split):,} {name}" for name, split in sets.splits().items()]
     weights, trained = (models.count_parameters(run.raw_model, trainable_only=only) for only in (False, True))
     counts = f"{weights:,} parameters" + f", {trained:,} trained" * (trained < weights)
