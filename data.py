@@ -124,21 +124,21 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
     global_batch = batch_size * world_size
     num_batches = -(-n // global_batch)
     rng = np.random.default_rng([seed, epoch])
-    classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    rows_by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
-    plan = np.empty(num_batches * global_batch, dtype=np.int64)
+    order = np.argsort(labels, kind="stable")
+    rows_by_class = np.split(order, np.flatnonzero(labels[order[1:]] != labels[order[:-1]]) + 1)
+    plan, k = np.empty(num_batches * global_batch, dtype=np.int64), len(rows_by_class)
     for c, rows in enumerate(rows_by_class):
-        slots = np.arange(c, len(plan), len(classes))
-        queue, filled = np.empty(len(slots), dtype=np.int64), 0
-        while filled < len(slots):
+        queue, filled = plan[c::k], 0  # a view: slot s of the plan is place s // k of its class's queue
+        while filled < len(queue):
             again = rng.permutation(rows)
             # The batch that straddles the seam must not see a row twice: what it already holds goes to the end.
-            first = np.searchsorted(slots, slots[filled] // global_batch * global_batch)
-            seen = np.isin(again, queue[first:filled])
-            again = np.concatenate([again[~seen], again[seen]])[: len(slots) - filled]
+            first = max(-(-((c + filled * k) // global_batch * global_batch - c) // k), 0)
+            if first < filled:
+                seen = np.isin(again, queue[first:filled])
+                again = np.concatenate([again[~seen], again[seen]])
+            again = again[: len(queue) - filled]
             queue[filled : filled + len(again)] = again
             filled += len(again)
-        plan[slots] = queue
     return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
 
 
