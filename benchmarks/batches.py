@@ -1,0 +1,123 @@
+"""What feeds a training loop: the plan of an epoch of class-balanced batches, and batches of augmented images.
+
+    $ pip install pytorch-metric-learning albumentations pillow torchvision
+    $ OMP_NUM_THREADS=1 python benchmarks/batches.py            # the allocator as glibc has it
+    $ OMP_NUM_THREADS=1 python benchmarks/batches.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
+
+Plan: all batches of 256 of an epoch over 470,811 labels of two classes, 53 to 47, as index lists; the second epoch is timed. Against
+pytorch-metric-learning's MPerClassSampler with 128 rows per class, and torch's WeightedRandomSampler in a BatchSampler, which draws with
+replacement, so that a third of the rows of an epoch is missing and no batch is exactly balanced.
+
+Images: an epoch over 4,096 synthetic eyes of 32 x 64 in batches of 256, each (256, 3, 32, 64) float32 in [-1, 1], with the probabilities of
+the ocec recipe: flip 0.5, photometric 0.5 for each of five changes, CLAHE 0.01 (crop and mixup are left out for all). Ours: gathered from
+one uint8 array in this process. The peers: a DataLoader with 2 persistent workers, started before the clock.
+    torchvision      PNG files, PIL, v2.RandomHorizontalFlip, v2.RandomPhotometricDistort; it has no CLAHE, which is in its favour
+    albumentations   from the array: HorizontalFlip, RandomBrightnessContrast, HueSaturationValue, ChannelShuffle at 0.5, CLAHE at 0.01
+
+All take turns; medians of the rounds are printed, of the ratios too, which are taken within a round.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import albumentations
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
+from torchvision.transforms import v2
+
+import data
+import train
+
+
+def compare(title, contestants, rounds, show):
+    seconds = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work(i)
+            seconds[name].append(time.perf_counter() - start)
+    print(title)
+    for name, (_, *taken) in seconds.items():  # the first round warms up
+        ratio = statistics.median(its / our for its, our in zip(taken, seconds["ours"][1:]))
+        print(f"    {name:<22} {show(statistics.median(taken)):>16}   {ratio:6.1f} x", flush=True)
+
+
+def compare_plans(n=470_811, size=256):
+    labels = (np.random.default_rng(0).random(n) < 0.53).astype(np.int64)
+    balanced = MPerClassSampler(labels, size // 2, batch_size=size, length_before_new_iter=n)
+    weighted = WeightedRandomSampler(torch.from_numpy(1 / np.bincount(labels)[labels]), n)
+    batched = lambda sampler: list(BatchSampler(sampler, size, drop_last=False))
+    compare(f"plan of {n:,} labels in batches of {size}",
+            {"ours": lambda i: data.stratified_batches(labels, size, seed=0, epoch=i), "MPerClassSampler": lambda i: batched(balanced),
+             "WeightedRandomSampler": lambda i: batched(weighted)}, 3, lambda s: f"{s * 1000:,.1f} ms")
+
+
+class Files(Dataset):
+    """PNG files, decoded by PIL and augmented by torchvision each time they are asked for."""
+
+    def __init__(self, folder, images):
+        self.files = [folder / f"{i}.png" for i in range(len(images))]
+        for file, image in zip(self.files, images):
+            file.write_bytes(data.encode_png(image))
+        self.transform = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(0.5), v2.RandomPhotometricDistort(p=0.5),
+                                     v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.transform(Image.open(self.files[i]).convert("RGB"))
+
+
+class Resident(Dataset):
+    """Images (h, w, 3) of an array, augmented by albumentations."""
+
+    def __init__(self, images):
+        import cv2
+        cv2.setNumThreads(0)
+        self.images, a = images, albumentations
+        self.transform = a.Compose([a.HorizontalFlip(p=0.5), a.RandomBrightnessContrast(0.125, 0.5, p=0.5), a.HueSaturationValue(p=0.5),
+                                    a.ChannelShuffle(p=0.5), a.CLAHE(2.0, (4, 4), p=0.01), a.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(np.ascontiguousarray(self.transform(image=self.images[i])["image"].transpose(2, 0, 1)))
+
+
+def compare_images(folder, n=4096, size=256):
+    images, labels, _, _ = data.synthetic_eyes(n, size=(32, 64))
+    split = data.EyeSplit(images, labels, np.arange(n), augment={"flip": 0.5, "photometric": 0.5, "clahe": 0.01})
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    loaders = [DataLoader(each, size, shuffle=True, num_workers=2, persistent_workers=True) for each in (Files(folder, pixels),
+                                                                                                         Resident(pixels))]
+
+    def ours(epoch):
+        generator = torch.Generator().manual_seed(epoch)
+        for rows in data.shuffled_batches(n, size, seed=0, epoch=epoch):
+            split.batch(rows, generator)
+
+    compare(f"{n:,} augmented images in batches of {size}",
+            {"ours": ours, "PIL + torchvision": lambda i: [None for _ in loaders[0]], "albumentations": lambda i: [None for _ in loaders[1]]},
+            3, lambda s: f"{n / s:,.0f} images/s")
+
+
+if __name__ == "__main__":
+    tuned = sys.argv[1:] == ["tuned"]
+    if tuned:
+        train.tune_allocator()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), allocator {'tuned' if tuned else 'default'} on all sides, load "
+          f"{os.getloadavg()[0]:.1f}")
+    compare_plans()
+    with tempfile.TemporaryDirectory() as folder:
+        compare_images(Path(folder))
