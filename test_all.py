@@ -1633,6 +1633,20 @@ def test_losses_confusion_matrix_counts_pairs_with_the_truth_in_rows():
     assert not losses.confusion_matrix(np.zeros(0, int), np.zeros(0, int), 2).any()
 
 
+def test_losses_confusion_matrix_is_the_same_at_every_number_of_classes_and_type_of_integer():
+    rng = np.random.default_rng(0)
+    for classes in (1, 2, 19, 127, 181, 182, 250):  # 182 classes are the first whose cells do not fit 16 bits
+        predictions, targets = rng.integers(0, classes, (2, 500))
+        predictions[:9], targets[:9], targets[-50:] = classes - 1, classes - 1, 255
+        want = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(want, (targets[:-50], predictions[:-50]), 1)
+        for kind in (np.uint8, np.int16, np.uint16, np.int64, np.uint64):
+            assert np.array_equal(losses.confusion_matrix(predictions.astype(kind), targets.astype(kind), classes), want), (classes, kind)
+    flags = np.array([True, False, True])
+    assert losses.confusion_matrix(flags, flags, 2).tolist() == [[1, 0], [0, 2]]
+    raises(ValueError, "targets must be in 0..2, got 3 to 4", lambda: losses.confusion_matrix([1, 1, 9], [3, 4, 255], 3))
+
+
 def test_losses_segmentation_scores_by_hand():
     confusion = [[3, 1], [0, 4]]
     np.testing.assert_allclose(losses.f_score_pooled(confusion), [6 / 7, 8 / 9])
