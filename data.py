@@ -2,7 +2,7 @@
 
 What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them, bucketed_batches,
-                         sampler_report
+                         sampler_report, read_ahead
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
                          sides_reversed, swap_labels, FaceSplit
@@ -25,6 +25,7 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
     [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
+import concurrent.futures
 import csv
 import hashlib
 import lzma
@@ -245,6 +246,28 @@ def sampler_report(batches, labels):
         "classes_min": int(classes.min()), "classes_mean": float(classes.mean()), "single_class": int((classes == 1).sum()),
         "repeats": int(sum(len(rows) - len(np.unique(rows)) for rows in batches)),
         "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
+
+
+def read_ahead(batches):
+    """The same batches in the same order, each made in a background thread while the one before it is being used.
+
+    One thread, one batch ahead: whatever random numbers `batches` draws, it draws in its own order. It must not share a generator
+    with the loop that uses them, such as torch's default one. The thread sees the same current GPU, but neither autocast nor
+    no_grad of the loop: batches are data. It ends with the batches, or when the loop is left and lets go of this generator, after
+    the batch that is under way at most.
+
+    batches  an iterable whose work lies in the iteration, such as (split.batch(rows) for rows in plan)
+    Errors: what `batches` raises is raised here, when its turn has come
+    Check:  list(read_ahead(range(3))) == [0, 1, 2]
+    """
+    iterator, end = iter(batches), object()
+    # CUDA's current device is a matter of each thread: process 1 of torchrun would gather on GPU 0
+    gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if torch.cuda.is_initialized() else {}
+    with concurrent.futures.ThreadPoolExecutor(1, "read_ahead", **gpu) as thread:
+        ahead = thread.submit(next, iterator, end)
+        while (batch := ahead.result()) is not end:
+            ahead = thread.submit(next, iterator, end)
+            yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4083,6 +4083,46 @@ def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
         assert "one partial batch" in str(caught[0].message)
 
 
+def test_data_read_ahead_gives_the_same_batches_and_random_numbers():
+    def batches(generator):
+        return (torch.rand(3, generator=generator) + i for i in range(20))
+
+    plain, used = list(batches(seeded())), []
+    for batch in data.read_ahead(batches(seeded())):
+        torch.rand(5)  # the loop draws its own, from the default generator
+        used.append(batch)
+    assert same_bits(used, plain) and list(data.read_ahead([])) == []
+
+
+def test_data_read_ahead_makes_one_batch_while_the_last_one_is_used():
+    made = []
+    batches = data.read_ahead(made.append(i) or threading.current_thread().name for i in range(9))
+    assert made == []  # nothing is done before the first is asked for
+    for used in range(3):
+        assert next(batches).startswith("read_ahead") and len(made) <= used + 2
+        for _ in range(1000):  # up to 10 s; it takes microseconds
+            time.sleep(0.01 * (len(made) < used + 2))
+        assert made == list(range(used + 2))
+
+
+def test_data_read_ahead_ends_its_thread_with_the_loop_however_that_ends():
+    def alive():
+        return [each for each in threading.enumerate() if each.name.startswith("read_ahead")]
+
+    def loop(error):
+        for batch in data.read_ahead(iter(range(10))):
+            if batch == 2 and error:
+                raise error
+
+    for error in (None, ValueError("here"), KeyboardInterrupt("here")):
+        raises(type(error), "here", lambda: loop(error)) if error else loop(error)
+        assert not alive(), error
+    batches = data.read_ahead(10 // n for n in (5, 2, 0, 1))
+    assert next(batches) == 2 and next(batches) == 5 and alive()
+    raises(ZeroDivisionError, "", lambda: next(batches))  # in its turn, in the loop
+    assert not alive()
+
+
 def make_npz(path, n=60, **changes):
     images, labels, groups, _ = data.synthetic_eyes(n, size=(12, 20), seed=1)
     arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": labels, "groups": groups} | changes
@@ -9409,6 +9449,7 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "split_by_group": "len(split_by_group(range(10), (0.8, 0.2), seed=0)[0]) == 8",
     "shuffled_batches": "len(shuffled_batches(10, 4, seed=0, epoch=0)) == 3",
     "stratified_batches": "len(stratified_batches([0, 1] * 5, 4, seed=0, epoch=0)) == 3",
+    "read_ahead": "list(read_ahead(range(3))) == [0, 1, 2]",
     "ShuffledBatchSampler": "len(list(ShuffledBatchSampler(10, 4))) == 3",
     "StratifiedBatchSampler": "len(list(StratifiedBatchSampler([0, 1] * 5, 4))) == 3",
     "horizontal_flip": f"horizontal_flip(torch.arange(3)[None], p=1.0, {GEN}).tolist() == [[2, 1, 0]]",
