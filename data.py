@@ -3,11 +3,12 @@
 What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them, bucketed_batches,
                          sampler_report, read_ahead
+    packed sets          pack_eyes, pack_bidmc, is_packed, read_pack, NpyWriter: sets larger than memory
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
                          sides_reversed, swap_labels, FaceSplit
     augmentation         horizontal_flip, color_jitter, photometric_distort, clahe, random_affine, random_crop, mixup, cutmix
-    breathing and heart  read_bidmc, synthetic_ppg, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
+    breathing and heart  read_bidmc, synthetic_ppg, Windows, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
                          respiratory_signals, band_spectrum, time_stretch, ppg_inputs, PPGSplit
     labels               LabelScaler
     modalities           read_modalities (.npz), synthetic_modalities, channel_statistics, ModalSplit
@@ -26,12 +27,15 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
 """
 
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
+import json
 import lzma
 import math
 import os
 import re
+import shutil
 import struct
 import warnings
 import zipfile
@@ -45,6 +49,7 @@ import torch.nn.functional as F
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EYE_FOLDERS = {"closed": 0, "close": 0, "0": 0, "open": 1, "opened": 1, "1": 1}
 BIDMC_HZ = 125  # samples per second of the PPG
+BIDMC_FIELDS = {"ppg": "float32", "breaths": "int64", "breaths_2": "int64", "time": "float64", "hr": "float64", "pulse": "float64"}
 RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}  # Hz: 6 to 36 breaths, 45 to 150 beats per minute
 ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}  # recording numbers, the rest trains
 
@@ -271,6 +276,112 @@ def read_ahead(batches):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Packed sets: what was decoded, as .npy files that are memory-mapped, for sets larger than memory
+#
+#     folder/pack.json    {"format": 1, "kind": "eyes", "size": [32, 64], "files": {"images.npy": CRC-32, ...}}
+#     folder/*.npy        eyes: images, labels, names and, if known, groups; recordings: see pack_bidmc
+#
+# The readers of such data take this folder for the data itself.
+
+
+class NpyWriter:
+    """An .npy file to which rows are appended, of a set larger than memory or of unknown length; `with` closes it.
+
+    Written and not memory-mapped, because a disk that is full is an OSError then, and a bus error that ends the process otherwise.
+
+    row_shape  of one row, () for numbers
+    Check:     np.load gives the concatenated rows, of the given type
+    """
+
+    def __init__(self, file, dtype, row_shape=()):
+        self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
+        self.stream = open(file, "wb")
+        self.write_header()
+
+    def write_header(self):
+        # numpy leaves room in the header for the number of rows to grow, so the second one is as long as the first
+        np.lib.format.write_array_header_1_0(self.stream, {"descr": self.dtype.str, "fortran_order": False,
+                                                           "shape": (self.rows, *self.row_shape)})
+
+    def append(self, rows):
+        self.stream.write(np.ascontiguousarray(rows, dtype=self.dtype))
+        self.rows += len(rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.stream:
+            self.stream.seek(0)
+            self.write_header()
+
+
+def file_checksum(file):
+    """CRC-32 of a file, read in blocks: of one on a fast disk about 1 GB/s."""
+    checksum = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+@contextlib.contextmanager
+def new_pack(folder, about):
+    """Gives a temporary folder beside `folder` to write .npy files into; at the end it gets pack.json and becomes `folder`.
+
+    What breaks off leaves no `folder`; a kill leaves the temporary one, which has no pack.json and is no packed set.
+
+    Errors: ValueError if `folder` holds anything, or if the folder that it is to lie in does not exist
+    Needs:  file_checksum
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already holds something: choose a folder that is new or empty")
+    if not folder.parent.is_dir():
+        raise ValueError(f"{folder}: the folder {folder.parent} does not exist; create it, or choose another one")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = {file.name: file_checksum(file) for file in sorted(temporary.glob("*.npy"))}
+        (temporary / "pack.json").write_text(json.dumps({"format": 1} | about | {"files": files}, indent=1))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_packed(path):
+    """Whether a path is the folder of a packed set, whole or not."""
+    return (Path(path) / "pack.json").is_file()
+
+
+def read_pack(folder, kind):
+    """What pack.json says of a packed set, and its arrays by name, memory-mapped: they take no memory of the process.
+
+    Each file is read through once, for its checksum: less than an epoch does with it.
+
+    kind    "eyes" or "recordings"
+    returns a dict, and {name: array}; a changed array does not change its file
+    Errors: ValueError naming the file for one that is missing, cut off or damaged, and for a set of another kind
+    Needs:  file_checksum
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "pack.json").read_text())
+        found, files = (about["format"], about["kind"]), about["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'pack.json'} is damaged ({error!r}): pack the set again") from error
+    if found != (1, kind):
+        raise ValueError(f"{folder} holds {found[1]} in format {found[0]}, not {kind} in format 1: give the data of this task, or pack "
+                         "them again")
+    for name, checksum in files:
+        if not (folder / name).is_file() or file_checksum(folder / name) != checksum:
+            raise ValueError(f"{folder / name} is missing, cut off or damaged: copy it again, or pack the set again")
+    # "c", copy on write: torch warns of tensors that cannot be written to
+    return about, {Path(name).stem: np.load(folder / name, mmap_mode="c", allow_pickle=False) for name, _ in files}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Eyes: one contiguous uint8 array, labels, groups, names
 
 
@@ -280,18 +391,21 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
         folder/open/*.png, folder/closed/*.png          (also 1/ and 0/)
         folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no headers
         file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1, optional groups (n,)
+        folder of pack_eyes    memory-mapped, for sets larger than memory
         folder of images       only with need_labels=False, for prediction
 
-    size    (height, width) every image is resized to (bilinear with antialiasing)
+    size    (height, width) every image is resized to (bilinear with antialiasing); a packed set has been already
     cache   a folder: the decoded images are kept there as one .npy and memory-mapped, decoded once per content
     returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None, names: list of n str
     Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape, NaN, or not 0 / 1;
             ImportError with the install command when image files need Pillow and it is missing.
-    Needs:  list_eye_files, read_eyes_npz, read_image, resize_uint8, decode_once
+    Needs:  is_packed, read_packed_eyes, list_eye_files, read_eyes_npz, read_image, resize_uint8, decode_once
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder of eye images or an .npz file")
+    if is_packed(path):
+        return read_packed_eyes(path, size)
     if path.is_file():
         arrays, labels, groups = read_eyes_npz(path, need_labels=need_labels)
         names = [f"{path.name}#{i}" for i in range(len(arrays))]
@@ -305,25 +419,50 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
     return images, labels, groups, names
 
 
+def pack_eyes(path, folder, *, size):
+    """Write the eyes that read_eyes reads from path as a packed set, a chunk of images at a time; returns how many.
+
+    An .npz is read whole, as read_eyes reads it: a set larger than memory comes as a folder of images.
+
+    Errors: ValueError of read_eyes, or if `folder` holds anything
+    Needs:  new_pack, read_eyes
+    """
+    with new_pack(folder, {"kind": "eyes", "size": list(size)}) as temporary:
+        _, labels, groups, names = read_eyes(path, size=size, cache=temporary)
+        [images] = temporary.iterdir()
+        images.rename(temporary / "images.npy")
+        for name, values in {"labels": labels, "names": np.array(names), "groups": groups}.items():
+            if values is not None:
+                np.save(temporary / f"{name}.npy", values)
+    return len(names)
+
+
+def read_packed_eyes(folder, size):
+    """The set of pack_eyes as read_eyes returns it, names as an array. Needs: read_pack"""
+    about, arrays = read_pack(folder, "eyes")
+    if tuple(about["size"]) != tuple(size):
+        packed, asked = ("x".join(map(str, each)) for each in (about["size"], size))
+        raise ValueError(f"{folder} holds images of {packed}, not of {asked}: ask for {packed}, or pack the set again with {asked}")
+    return torch.from_numpy(arrays["images"]), arrays["labels"], arrays.get("groups"), arrays["names"]
+
+
 def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
-    """Fill one contiguous uint8 array of this shape by load(start, stop); with `cache`, once per key, then memory-mapped."""
-
-    def fill(images):
-        for start in range(0, shape[0], chunk):
-            images[start : start + chunk] = load(start, min(start + chunk, shape[0]))
-        return images
-
+    """One contiguous uint8 array of this shape from load(start, stop); with `cache`, once per key, then memory-mapped. Needs: NpyWriter"""
+    chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
     if not cache:
-        return fill(torch.empty(shape, dtype=torch.uint8))
+        images = torch.empty(shape, dtype=torch.uint8)
+        for rows in chunks:
+            images[rows] = load(rows.start, rows.stop)
+        return images
     digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
     file = Path(cache) / f"{kind}-{digest}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            fill(torch.from_numpy(images))
-            images.flush()
+            with NpyWriter(temporary, np.uint8, shape[1:]) as writer:
+                for rows in chunks:
+                    writer.append(load(rows.start, rows.stop).numpy())
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)  # still there only if an image could not be read
@@ -1362,7 +1501,8 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
         bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1 and ann2
         bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second    bidmc_NN_Fix.txt       the patient
 
-    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording.
+    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording. A folder of pack_bidmc
+    gives the same list, of arrays that are memory-mapped.
 
     cache        a folder: what was parsed is kept there as one .npz, parsed once per content of the files
     progress     progress(text) is called before each recording that is parsed
@@ -1370,13 +1510,12 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
               annotators (1-based samples, sorted, as they are otherwise), time, hr, pulse float64 (one a second, NaN = none)
     Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
-    Needs:  read_bidmc_recording, read_bidmc_cache
+    Needs:  is_packed, read_packed_bidmc, list_bidmc_files, read_bidmc_recording, read_bidmc_cache
     """
     folder = Path(folder)
-    files = sorted(folder.glob("bidmc_[0-9]*_*"))
-    names = sorted({file.name.rpartition("_")[0] for file in files})
-    if not names:
-        raise ValueError(f"{folder} holds no bidmc_NN_Signals.csv: give PhysioNet's folder bidmc_csv")
+    if is_packed(folder):
+        return read_packed_bidmc(folder, need_labels=need_labels)
+    files, names = list_bidmc_files(folder)
     if cache:
         digest = hashlib.sha256(repr((1, need_labels)).encode())  # 1: raise it when the parsing changes
         for file in files:
@@ -1402,6 +1541,55 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
             os.replace(temporary, kept)
         except OSError as error:
             warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they will be parsed again")
+    return recordings
+
+
+def list_bidmc_files(folder):
+    """The files of a BIDMC folder, and the names of its recordings, sorted."""
+    files = sorted(Path(folder).glob("bidmc_[0-9]*_*"))
+    names = sorted({file.name.rpartition("_")[0] for file in files})
+    if not names:
+        raise ValueError(f"{folder} holds no bidmc_NN_Signals.csv: give PhysioNet's folder bidmc_csv")
+    return files, names
+
+
+def pack_bidmc(folder, packed, *, progress=None):
+    """Write the recordings that read_bidmc reads as a packed set, one recording at a time; returns how many.
+
+    Each field of all recordings is one array, end to end; ends.npy (recordings, fields) says where those of a recording end.
+
+    Errors: ValueError of read_bidmc, or if `packed` holds anything
+    Needs:  BIDMC_FIELDS, list_bidmc_files, read_bidmc_recording, new_pack, NpyWriter
+    """
+    _, names = list_bidmc_files(folder)
+    with new_pack(packed, {"kind": "recordings"}) as temporary, contextlib.ExitStack() as stack:
+        writers = {field: stack.enter_context(NpyWriter(temporary / f"{field}.npy", kind)) for field, kind in BIDMC_FIELDS.items()}
+        numbers, patients, ends = [], [], []
+        for i, name in enumerate(names):
+            if progress:
+                progress(f"packing {name} ({i + 1} of {len(names)})")
+            recording = read_bidmc_recording(Path(folder), name)
+            for field, writer in writers.items():
+                writer.append(recording[field])
+            numbers.append(recording["number"])
+            patients.append(recording["patient"])
+            ends.append([writer.rows for writer in writers.values()])
+        for name, values in {"number": numbers, "patient": patients, "ends": ends}.items():
+            np.save(temporary / f"{name}.npy", np.array(values))
+        stack.close()  # before new_pack looks at the files
+    return len(names)
+
+
+def read_packed_bidmc(packed, *, need_labels=True):
+    """The list that read_bidmc gives, of slices of the memory-mapped arrays of pack_bidmc. Needs: BIDMC_FIELDS, read_pack"""
+    _, arrays = read_pack(packed, "recordings")
+    fields = list(BIDMC_FIELDS) if need_labels else ["ppg"]
+    columns = [list(BIDMC_FIELDS).index(field) for field in fields]
+    recordings, start = [], np.zeros(len(BIDMC_FIELDS), dtype=np.int64)
+    for number, patient, end in zip(arrays["number"].tolist(), arrays["patient"].tolist(), arrays["ends"]):
+        parts = {field: np.asarray(arrays[field])[start[k] : end[k]] for field, k in zip(fields, columns)}
+        recordings.append({"number": number, "patient": patient} | parts)
+        start = end
     return recordings
 
 
@@ -1465,7 +1653,32 @@ def read_columns(path, names):
         raise ValueError(f"{path} is cut off or no such table ({error}): copy it again") from error
 
 
-def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0):
+class Windows:
+    """Windows of recorded signals, cut when they are asked for: windows[rows] is a float32 tensor (b, t), len() their number.
+
+    They overlap, and the signals may be memory-mapped: neither is ever copied as a whole.
+
+    signals  list of float32 arrays (t_i,); of window k the signal index[k] from sample starts[k] on, for `length` samples
+    reduce   each is given at a `reduce`-th of its rate, see reduce_rate
+    Check:   Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]
+    Needs:   reduce_rate
+    """
+
+    def __init__(self, signals, index, starts, length, *, reduce=1):
+        self.signals, self.index, self.starts, self.length, self.reduce = signals, np.asarray(index), np.asarray(starts), length, reduce
+        self.shape = (len(self.index), length // reduce)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, rows):
+        windows = np.empty((len(self.index[rows]), self.length), dtype=np.float32)
+        for window, k, start in zip(windows, self.index[rows].tolist(), self.starts[rows].tolist()):
+            window[:] = self.signals[k][start : start + self.length]
+        return reduce_rate(torch.from_numpy(windows), self.reduce)
+
+
+def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0, reduce=1):
     """Labelled windows: breaths per minute from the intervals between breath marks, or the monitor's mean heart rate.
 
         rr = 60 (m - 1) / (t_last - t_first)    of annotator 1's m >= 4 marks inside; ceiling: annotator 2's
@@ -1474,16 +1687,17 @@ def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0):
     Windows without a label are left out, and so are, for rr, those that overlap more than 10 s without a mark.
 
     rate     "rr" or "hr"; None: every window, labels and ceiling NaN
-    seconds  of a window; stride: seconds from one start to the next
-    returns  a dict: inputs float32 tensor (n, t), as recorded; labels and ceiling float64 (n,), per minute, ceiling NaN where
-             there is none; groups str (n,), the patients; recording int (n,), an index; starts float64 (n,), seconds
+    seconds  of a window; stride: seconds from one start to the next; reduce: factor by which the rate of its samples falls
+    returns  a dict: inputs Windows, whose inputs[rows] is a float32 tensor (b, t), as recorded; labels and ceiling float64 (n,), per
+             minute, ceiling NaN where there is none; groups str (n,), the patients; recording int (n,), an index; starts float64
+             (n,), seconds
     Errors: ValueError for another rate, no length or stride, a window longer than a recording, no window with a label.
     Needs:  BIDMC_HZ, cut_windows, breath_rate
     """
-    return cut_windows(recordings, rate, breath_rate, length=round(seconds * BIDMC_HZ), stride=round(stride * BIDMC_HZ))
+    return cut_windows(recordings, rate, breath_rate, length=round(seconds * BIDMC_HZ), stride=round(stride * BIDMC_HZ), reduce=reduce)
 
 
-def bidmc_original(recordings, *, rate):
+def bidmc_original(recordings, *, rate, reduce=1):
     """The windows, labels and split of the original run: 10 s every 2 s, breaths counted, recordings held out.
 
         rr = 6 x marks of annotator 1 in [start, start + 1250), the 1-based marks taken as 0-based; hr as in bidmc_windows
@@ -1495,18 +1709,18 @@ def bidmc_original(recordings, *, rate):
     Check:  9,912 / 1,180 / 1,416 windows; training labels 17.216 (sd 4.430) breaths, 88.12 (11.76) beats per minute
     Needs:  BIDMC_HZ, ORIGINAL_SPLIT, cut_windows, breath_count
     """
-    windows = cut_windows(recordings, rate, breath_count, length=10 * BIDMC_HZ, stride=2 * BIDMC_HZ)
+    windows = cut_windows(recordings, rate, breath_count, length=10 * BIDMC_HZ, stride=2 * BIDMC_HZ, reduce=reduce)
     numbers = np.array([recording["number"] for recording in recordings])[windows["recording"]]
     held_out = {name: np.isin(numbers, members) for name, members in ORIGINAL_SPLIT.items()}
     rows = {"train": ~(held_out["validation"] | held_out["test"])} | held_out
     return windows, {name: np.flatnonzero(chosen) for name, chosen in rows.items()}
 
 
-def cut_windows(recordings, rate, breaths_to_rate, *, length, stride):
+def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
     """The windows of bidmc_windows and bidmc_original, which see; length and stride in samples.
 
     breaths_to_rate  (marks, starts, length, total length), all in samples -> breaths per minute like starts, NaN = no label
-    Needs:  BIDMC_HZ, mean_inside
+    Needs:  BIDMC_HZ, mean_inside, Windows
     """
     if rate not in ("rr", "hr", None):
         raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart), or None for windows without labels")
@@ -1526,14 +1740,15 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride):
             time, since = recording["time"], starts / BIDMC_HZ
             labels, ceiling = (mean_inside(time, recording[name], since, seconds) for name in ("hr", "pulse"))
         keep = ~np.isnan(labels) | (rate is None)
-        windows = np.lib.stride_tricks.sliding_window_view(ppg, length)[starts[keep]]
-        parts.append({"inputs": windows, "labels": labels[keep], "ceiling": ceiling[keep],
-                      "starts": starts[keep] / BIDMC_HZ, "recording": np.full(len(windows), index),
-                      "groups": np.full(len(windows), recording["patient"])})
+        count = np.count_nonzero(keep)
+        parts.append({"labels": labels[keep], "ceiling": ceiling[keep], "starts": starts[keep], "recording": np.full(count, index),
+                      "groups": np.full(count, recording["patient"])})
     windows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if len(windows["labels"]) == 0:
         raise ValueError(f"no window of {seconds:g} s has a label: see bidmc_windows for which are left out")
-    return windows | {"inputs": torch.from_numpy(windows["inputs"])}
+    signals = [recording["ppg"] for recording in recordings]
+    inputs = Windows(signals, windows["recording"], windows["starts"], length, reduce=reduce)
+    return windows | {"inputs": inputs, "starts": windows["starts"] / BIDMC_HZ}
 
 
 def breath_rate(marks, starts, length, total):
@@ -1736,7 +1951,7 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
 class PPGSplit:
     """Some rows of a set of PPG windows as a training loop sees them: `labels`, and `batch(rows)` to train on.
 
-    windows   the dict of bidmc_windows, its inputs (n, t) at any reduced rate (never copied); rows (m,) of this split
+    windows   the dict of bidmc_windows, its inputs at any reduced rate (never copied as a whole); rows (m,) of this split
     prepare   (windows (b, t)) -> inputs of the network, such as ppg_inputs
     scaler    a fitted LabelScaler for the targets, or None for windows without labels
     stretch   limit of time_stretch, 1 is off
@@ -1754,7 +1969,7 @@ class PPGSplit:
 
     def signals(self, rows):
         """The windows (b, t) of rows of this split, as recorded."""
-        return self.inputs[torch.from_numpy(self.rows[rows])].to(self.device, non_blocking=True)
+        return self.inputs[self.rows[rows]].to(self.device, non_blocking=True)
 
     def batch(self, rows, generator=None):
         """inputs (b, c, n) or features (b, width), and targets float (b,), scaled. Stretches time if given a generator."""

@@ -4176,6 +4176,83 @@ def test_data_cache_maps_the_same_pixels_and_is_keyed_by_content():
         assert len(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
 
 
+def test_data_npy_writer_appends_rows_of_any_number_that_numpy_reads():
+    with folder() as f:
+        for rows, row_shape, kind in (((3, 0, 40), (2, 5), "uint8"), ((0,), (), "float64"), ((7,) * 200, (), "int64")):
+            parts = [np.arange(n * int(np.prod(row_shape))).reshape(n, *row_shape).astype(kind) for n in rows]
+            with data.NpyWriter(f / "a.npy", kind, row_shape) as writer:
+                for part in parts:
+                    writer.append(part)
+            for mode in (None, "c"):
+                read = np.load(f / "a.npy", mmap_mode=mode, allow_pickle=False)
+                assert read.dtype == kind and np.array_equal(read, np.concatenate(parts))
+            assert (f / "a.npy").stat().st_size == 128 + read.nbytes
+
+
+def test_data_packed_eyes_are_the_eyes_and_lie_in_the_file():
+    with folder() as f:
+        for groups in (None, np.repeat(["b", "a"], 30)):
+            path, packed = make_npz(f / "eyes.npz", groups=groups), f / f"packed-{groups is None}"
+            assert data.pack_eyes(path, packed, size=(16, 24)) == 60 and data.is_packed(packed) and not data.is_packed(f)
+            images, labels, read_groups, names = data.read_eyes(packed, size=(16, 24))
+            expected = data.read_eyes(path, size=(16, 24))
+            assert torch.equal(images, expected[0]) and np.array_equal(labels, expected[1]) and labels.dtype == expected[1].dtype
+            assert list(names) == expected[3] and (read_groups is None if groups is None else np.array_equal(read_groups, expected[2]))
+            assert isinstance(labels, np.memmap)
+            before = (packed / "images.npy").read_bytes()
+            images[0] = 0  # copy on write: the file stays as it is
+            assert (packed / "images.npy").read_bytes() == before
+        raises(ValueError, "holds images of 16x24, not of 32x64: ask for 16x24, or pack the set again", lambda: data.read_eyes(packed))
+
+
+def test_data_packed_recordings_are_the_recordings():
+    recordings = data.synthetic_ppg(3, seconds=12)
+    recordings[0]["hr"][3] = np.nan
+    recordings[1] |= {"breaths": recordings[1]["breaths"][:0], "patient": "a_longer_name"}
+    with folder() as f:
+        told = []
+        assert data.pack_bidmc(write_bidmc(f / "bidmc", recordings), f / "packed", progress=told.append) == 3
+        assert told[0] == "packing bidmc_01 (1 of 3)" and len(told) == 3
+        assert_same(data.read_bidmc(f / "packed"), recordings)
+        unlabelled = data.read_bidmc(f / "packed", need_labels=False)
+        assert_same(unlabelled, [{name: each[name] for name in ("number", "patient", "ppg")} for each in recordings])
+        ppg = unlabelled[2]["ppg"]
+        while not isinstance(ppg, np.memmap):
+            ppg = ppg.base  # not a copy
+        raises(ValueError, "holds recordings in format 1, not eyes in format 1", lambda: data.read_eyes(f / "packed"))
+
+
+def test_data_packed_set_that_is_damaged_is_refused_by_the_name_of_the_file():
+    with folder() as f:
+        data.pack_eyes(make_npz(f / "eyes.npz"), f / "packed", size=(12, 20))
+        for file in sorted((f / "packed").iterdir()):
+            whole = file.read_bytes()
+            flipped = bytearray(whole)
+            flipped[-9] ^= 4
+            for damage in (whole[:-1], whole + b"x", bytes(flipped), b"", None) if file.suffix == ".npy" else (whole[:-9], b"[]", b"{}"):
+                file.unlink() if damage is None else file.write_bytes(damage)
+                raises(ValueError, f"{file} is ", lambda: data.read_eyes(f / "packed", size=(12, 20)))
+            file.write_bytes(whole)
+        data.read_eyes(f / "packed", size=(12, 20))
+
+
+def test_data_pack_that_breaks_off_leaves_nothing_and_replaces_nothing():
+    with folder() as f:
+        make_class_folder(f / "eyes")
+        sorted((f / "eyes" / "open").iterdir())[-1].write_bytes(b"no image")
+        raises(ValueError, "is not a readable image", lambda: data.pack_eyes(f / "eyes", f / "packed", size=(12, 20)))
+        write_bidmc(f / "bidmc", data.synthetic_ppg(2, seconds=12))
+        (f / "bidmc" / "bidmc_02_Numerics.csv").unlink()
+        raises(ValueError, "bidmc_02_Numerics.csv is missing", lambda: data.pack_bidmc(f / "bidmc", f / "packed"))
+        assert sorted(each.name for each in f.iterdir()) == ["bidmc", "eyes"]
+        raises(ValueError, "eyes already holds something", lambda: data.pack_eyes(make_npz(f / "a.npz"), f / "eyes", size=(12, 20)))
+        raises(ValueError, "a.npz already holds something", lambda: data.pack_eyes(f / "a.npz", f / "a.npz", size=(12, 20)))
+        raises(ValueError, "does not exist; create it", lambda: data.pack_eyes(f / "a.npz", f / "no" / "packed", size=(12, 20)))
+        (f / "empty").mkdir()
+        assert data.pack_eyes(f / "a.npz", f / "empty", size=(12, 20)) == 60 and data.is_packed(f / "empty")
+        assert sorted(each.name for each in f.iterdir()) == ["a.npz", "bidmc", "empty", "eyes"]
+
+
 def test_data_resize_is_a_mean_over_blocks_when_it_halves():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8) * 3
     small = data.resize_uint8(image, (4, 4))
@@ -5215,17 +5292,17 @@ def test_data_bidmc_signals_alone_are_enough_to_predict_on():
 def test_data_bidmc_windows_are_slices_with_patient_and_start():
     recordings = data.synthetic_ppg(5, seconds=60)
     windows = data.bidmc_windows(recordings, rate="hr", seconds=20, stride=5)
-    assert windows["inputs"].shape == (5 * 9, 2500) and windows["inputs"].dtype == torch.float32
+    assert windows["inputs"].shape == windows["inputs"][:].shape == (5 * 9, 2500) and windows["inputs"][:2].dtype == torch.float32
     assert windows["starts"][:10].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40, 0]
     assert all(windows[name].dtype == np.float64 for name in ("labels", "ceiling", "starts"))
     for row in (0, 8, 9, 44):
         recording, start = recordings[windows["recording"][row]], int(windows["starts"][row])
-        assert np.array_equal(windows["inputs"][row].numpy(), recording["ppg"][125 * start : 125 * start + 2500])
+        assert np.array_equal(windows["inputs"][[row]][0].numpy(), recording["ppg"][125 * start : 125 * start + 2500])
         assert windows["groups"][row] == recording["patient"]
         assert windows["labels"][row] == recording["hr"][start : start + 20].mean()
         assert np.isclose(windows["ceiling"][row], recording["pulse"][start : start + 20].mean())
     exact = [recordings[0] | {"ppg": recordings[0]["ppg"][:2500]}]
-    assert torch.equal(data.bidmc_windows(exact, rate="hr", seconds=20)["inputs"], windows["inputs"][:1])
+    assert torch.equal(data.bidmc_windows(exact, rate="hr", seconds=20)["inputs"][:], windows["inputs"][:1])
     default = data.bidmc_windows(data.synthetic_ppg(1, seconds=40), rate="rr")
     assert default["inputs"].shape == (3, 4000) and default["starts"].tolist() == [0, 4, 8]
 
@@ -5479,7 +5556,7 @@ def test_data_synthetic_ppg_is_fixed_by_its_seed_and_holds_its_rates():
     for rate, bound in (("rr", 0.15), ("hr", 0.4)):  # known to annotator 2 and to PULSE, and to be found in the PPG
         windows = data.bidmc_windows(recordings, rate=rate)
         labels = windows["labels"]
-        spectral = data.spectral_rate(data.reduce_rate(windows["inputs"], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        spectral = data.spectral_rate(data.reduce_rate(windows["inputs"][:], 4), 31.25, data.RATE_BANDS[rate]).numpy()
         assert np.abs(windows["ceiling"] - labels).mean() < bound and np.median(np.abs(spectral - labels)) < 0.5
         assert np.abs(labels - np.median(labels)).mean() > 2
 
@@ -5552,7 +5629,7 @@ def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
         windows = data.bidmc_windows(real_recordings(), rate=rate)
         labels = windows["labels"]
         assert len(labels) == count and len(set(windows["groups"])) == 46 and not np.isnan(windows["ceiling"]).any()
-        estimate = data.spectral_rate(data.reduce_rate(windows["inputs"], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        estimate = data.spectral_rate(data.reduce_rate(windows["inputs"][:], 4), 31.25, data.RATE_BANDS[rate]).numpy()
         for prediction, expected in ((np.median(labels), floor), (windows["ceiling"], ceiling), (estimate, spectral)):
             assert abs(np.abs(prediction - labels).mean() - expected) < 0.01, (rate, np.abs(prediction - labels).mean())
 
@@ -6400,7 +6477,7 @@ def test_train_help_shows_the_defaults_of_the_variant():
 def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
     fields = [field.name for field in train.dataclasses.fields(train.Task)]
     assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "export",
-                      "examples", "look"]
+                      "examples", "look", "pack"]
     loop = Path(train.__file__).read_text().split("# The loop\n")[1]
     assert not re.search(r"ocec|eyes_|task ==", loop)
 
@@ -6827,6 +6904,65 @@ def test_data_csv_with_a_byte_order_mark_is_read_and_a_path_listed_twice_is_refu
         assert data.read_pairs(f / "a.csv") == {"x.png": "1", "y.png": "0"}
         (f / "b.csv").write_text("x.png,1\n\nx.png,0\n")
         raises(ValueError, "line 3: x.png is listed twice", lambda: data.read_pairs(f / "b.csv"))
+
+
+def same_run(a, b):
+    """Whether two runs left the same, but for what the clock and the path of the data put into it."""
+    logs = [[json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()] for each in (a, b)]
+    for row in itertools.chain(*logs):
+        row.pop("seconds", None), row.pop("rows_per_s", None)
+    checkpoints = [[result_of(each, name) | {"data": ""} for name in ("best.pt", "last.pt")] for each in (a, b)]
+    return logs[0] == logs[1] and same_bits(*checkpoints)
+
+
+def test_train_on_a_packed_set_equals_training_on_its_files_bit_for_bit():
+    with folder() as f:
+        words = ["--accumulate", "2", "--mixup", "0.4", "--clahe", "0.5", "--sampler", "stratified"]
+        run(f / "plain", *words)
+        code, out, err = call("--task", "ocec", "--size", "12x20", "--data", f / "eyes.npz", "--pack", f / "packed")
+        assert code == 0 and out == f"60 eyes of 12x20 in {f / 'packed'}: give that as --data\n", err
+        ahead, used = data.read_ahead, []
+        with replaced(data, "read_ahead", lambda batches: used.append(1) or ahead(batches)):
+            assert call(*TINY, *words, "--data", f / "packed", "--out", f / "a")[0] == 0
+            assert len(used) == 3 and same_run(f / "plain", f / "a")
+        assert call("--task", "ocec", "--data", f / "eyes.npz", "--out", f / "a", "--resume")[0] == 0  # the same set, by its content
+        for path in (f / "eyes.npz", f / "packed"):
+            assert call("--task", "ocec", "--predict", f / "a" / "best.pt", "--data", path, "--out", f / f"{path.stem}.csv")[0] == 0
+        assert (f / "eyes.csv").read_text() == (f / "packed.csv").read_text()
+
+
+def test_train_on_packed_recordings_equals_training_on_their_files_bit_for_bit():
+    with folder() as f:
+        assert call("--task", "bidmc_hr", "--data", ppg_folder(f), "--pack", f / "packed")[0] == 0
+        for task, words in (("bidmc_hr", ["--stretch", "1.2"]), ("bidmc_rr", ["--mode", "pretrain", "--stride", "2"])):
+            for name in ("bidmc", "packed"):
+                code, _, err = call(*PPG[:1], task, *PPG[2:], *words, "--data", f / name, "--out", f / f"{task}-{name}")
+                assert code == 0, err
+            assert same_run(f / f"{task}-bidmc", f / f"{task}-packed"), task
+
+
+def test_train_pack_refuses_what_it_cannot_write_and_what_is_not_read():
+    with folder() as f:
+        eyes = ["--task", "ocec", "--data", make_npz(f / "eyes.npz")]
+        assert call(*eyes, "--pack", f / "packed", "--size", "12x20")[0] == 0
+        (f / "full").mkdir()
+        (f / "full" / "a").write_text("")
+        for words, message in (
+                ([*eyes, "--pack", f / "full"], "full already holds something: choose a folder that is new or empty"),
+                ([*eyes, "--pack", f / "packed"], "packed already holds something"),
+                ([*eyes, "--pack", f / "new", "--lr", "1"], "--lr is not read by this call"),
+                ([*eyes[:2], "--pack", f / "new"], "--pack needs --data with what is to be packed, not nothing"),
+                ([*eyes[:3], f / "packed", "--pack", f / "new"], "not a packed set"),
+                (["--task", "faceparse", *eyes[2:], "--pack", f / "new"], "task faceparse reads no packed sets, ocec, bidmc_rr, bidmc_hr do"),
+                ([*eyes[:3], f / "packed", "--cache", f / "new", "--out", f / "new"], "--cache is not read with the packed set"),
+                ([*eyes[:3], f / "packed", "--out", f / "new"], "holds images of 12x20, not of 32x64: ask for 12x20")):
+            code, _, err = call(*words)
+            assert code == 2 and message in err, err
+        with open(f / "packed" / "labels.npy", "ab") as file:
+            file.write(b"x")
+        code, _, err = call(*eyes[:3], f / "packed", "--size", "12x20", "--out", f / "new")
+        assert code == 2 and f"{f / 'packed' / 'labels.npy'} is missing, cut off or damaged" in err
+        assert not (f / "new").exists()
 
 
 def test_train_names_the_image_that_cannot_be_read():
@@ -8689,7 +8825,7 @@ def ppg_exported(f, path, *words):
     model, args, _ = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
     export(path, args.task)
     recordings = data.read_bidmc(f / "bidmc")
-    raw = data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"]
+    raw = data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"][:]
     windows, _, prepare = train.ppg_windows(recordings, args, None)
     split = data.PPGSplit(windows, np.arange(len(raw)), prepare)
     return {"ppg": raw}, lambda rows: train.ppg_prediction(model(split.batch(rows)["inputs"]), args)
@@ -9495,6 +9631,13 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "flip_average": "flip_average(nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 6), ((1, 2),)).shape == (2, 4, 4, 6)",
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
     "read_bidmc": "callable(read_bidmc)",
+    "Windows": "Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]",
+    "pack_bidmc": "callable(pack_bidmc)",
+    "pack_eyes": "callable(pack_eyes)",
+    "is_packed": "not is_packed('.')",
+    "read_pack": "callable(read_pack)",
+    "NpyWriter": "callable(NpyWriter)",
+    "new_pack": "callable(new_pack)",
     "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
                      "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
     "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",

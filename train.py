@@ -5,6 +5,7 @@
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
     $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-4     # two processes, one GPU each where there are any
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
+    $ python train.py --task ocec --data eyes/ --pack packed/        # more images than memory holds: then --data packed/
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
     $ python train.py --task ocec --data eyes/ --look                # the first batch as the network will see it: runs/ocec/look.png
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
@@ -13,7 +14,7 @@
 
 One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
 One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and ten functions. The loop knows no task.
+A task is one entry in TASKS: flags, variants and ten functions, with --pack one more. The loop knows no task.
 """
 
 import argparse
@@ -166,6 +167,8 @@ class Task:
     export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
     examples: Callable  # (model, split, args) -> uint8 (h, w, 3): a picture of the rows that the model gets most wrong, the worst first
     look: Callable  # (batch, args) -> uint8 (h, w, 3): a picture of a batch as the network sees it, with its labels
+    pack: Callable = None  # (path, folder, args) -> what it wrote into folder, in words: the data that `load` reads there from disk as
+    #                        it needs them; None where a task has no such form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +456,10 @@ def eyes_export(model, args):
         facts={"pos_weight": args.facts["pos_weight"]})
 
 
+def eyes_pack(path, folder, args):
+    return f"{data.pack_eyes(path, folder, size=args.size):,} eyes of {show(args.size)}"
+
+
 def eyes_tile(image, lines, colour=(0, 0, 0)):
     return data.caption(data.enlarge(image, max(1, 256 // image.shape[1])), lines, colour)
 
@@ -521,6 +528,7 @@ OCEC = Task(
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
     evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples, look=eyes_look,
+    pack=eyes_pack,
 )
 
 
@@ -829,14 +837,24 @@ def ppg_seconds(args):
     return 10 if args.protocol == "original" else args.seconds
 
 
-def ppg_recordings(path, cache, need_labels=True):
-    """The recordings of a folder; on a terminal a line says which file is parsed."""
+@contextlib.contextmanager
+def ppg_progress():
+    """What shows on a terminal, in one line, which file is parsed; None elsewhere."""
     clear = "\r" + " " * 60 + "\r" if sys.stdout.isatty() else ""
-    progress = (lambda text: print(clear + text, end="", flush=True)) if clear else None
     try:
-        return data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
+        yield (lambda text: print(clear + text, end="", flush=True)) if clear else None
     finally:
         print(clear, end="", flush=True)
+
+
+def ppg_recordings(path, cache, need_labels=True):
+    with ppg_progress() as progress:
+        return data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
+
+
+def ppg_pack(path, folder, args):
+    with ppg_progress() as progress:
+        return f"{data.pack_bidmc(path, folder, progress=progress):,} recordings"
 
 
 def ppg_prepare(windows, args):
@@ -845,12 +863,11 @@ def ppg_prepare(windows, args):
 
 
 def ppg_windows(recordings, args, rate):
-    """Windows at the reduced rate, and the function that makes the network's input of them."""
+    """Windows at the reduced rate, the rows of the original split or None, and the function that makes the network's input of them."""
     if args.protocol == "original":
-        windows, rows = data.bidmc_original(recordings, rate=rate)
+        windows, rows = data.bidmc_original(recordings, rate=rate, reduce=args.reduce)
     else:
-        windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride), None
-    windows["inputs"] = data.reduce_rate(windows["inputs"], args.reduce)
+        windows, rows = data.bidmc_windows(recordings, rate=rate, seconds=args.seconds, stride=args.stride, reduce=args.reduce), None
     prepare = functools.partial(ppg_prepare, args=args)
     length = prepare(windows["inputs"][:1]).shape[-1]
     if length < 2 * args.patch:
@@ -878,6 +895,14 @@ def ppg_split(windows, rows, recordings, args):
     return rows, f"split: by patient, {', '.join(counts)}, none on two sides"
 
 
+def ppg_checksum(windows, chunk=512):
+    """Of all windows and labels, a chunk in memory at a time."""
+    checksum, inputs = 0, windows["inputs"]
+    for start in range(0, len(inputs), chunk):
+        checksum = zlib.crc32(inputs[start : start + chunk].numpy(), checksum)
+    return zlib.crc32(windows["labels"], checksum)
+
+
 def ppg_load(path, args):
     rate = None if args.mode == "pretrain" else ppg_rate(args)  # pretraining takes the windows without a label too
     if path:
@@ -890,14 +915,14 @@ def ppg_load(path, args):
     labels = windows["labels"]
     notes = [f"data: {path or 'SYNTHETIC recordings, drawn by the script: a score on them is no result'}, {len(recordings)} recordings of "
              f"{len({each['patient'] for each in recordings})} patients, {len(labels):,} windows of {show(ppg_seconds(args))} s"]
-    facts = {"data": zlib.crc32(windows["inputs"].numpy().tobytes() + labels.tobytes())}
+    facts = {"data": ppg_checksum(windows)}
     if args.split == "all":
         everything = data.PPGSplit(windows, np.arange(len(labels)), prepare, scaler=ppg_scaler(args), device=args.device)
         return Data(None, None, None, everything, facts, notes)
 
     rows, note = ppg_split(windows, rows, recordings, args)
     notes.append(note)
-    content = np.array([zlib.crc32(each["ppg"].tobytes()) for each in recordings])[windows["recording"]]
+    content = np.array([zlib.crc32(each["ppg"]) for each in recordings])[windows["recording"]]
     seen = content[rows["train"]]
     facts |= {"split": split_checksum(rows.values()),
               "seen": np.unique(seen).tolist(), "held_out": sorted({int(each) for each in content} - {int(each) for each in seen})}
@@ -968,9 +993,9 @@ def ppg_evaluate(model, split, args):
 
 def ppg_spectral(split, args):
     """The classical estimate of every window of a split; the training median where a window is flat."""
-    signals = split.signals(np.arange(len(split))).cpu()
-    rates = data.spectral_rate(signals, data.BIDMC_HZ / args.reduce, data.RATE_BANDS[ppg_rate(args)])
-    return torch.nan_to_num(rates, nan=args.facts["median"]).numpy()
+    parts = (split.signals(rows).cpu() for rows in np.array_split(np.arange(len(split)), -(-len(split) // 512)))
+    rates = [data.spectral_rate(part, data.BIDMC_HZ / args.reduce, data.RATE_BANDS[ppg_rate(args)]) for part in parts]
+    return torch.nan_to_num(torch.cat(rates), nan=args.facts["median"]).numpy()
 
 
 def ppg_floor(split, args):
@@ -1159,7 +1184,8 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look)
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look,
+        pack=ppg_pack)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1846,6 +1872,8 @@ RUN_FLAGS = {
             "folder), with --export the .pt2"),
     "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
                   "beside --out"),
+    "pack": ("", "write --data, decoded, to this new folder instead of training: given as --data it trains the same, from disk, "
+                 "whatever its size"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
@@ -1949,13 +1977,14 @@ def look_of(args):
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
-             "export": {"export", "out"},
+             "export": {"export", "out"}, "pack": {"pack", "data", "size"},
              **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and --export take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr and its like write nothing)")
+    check_pack(args)
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.export and Path(args.out).suffix != ".pt2":
@@ -1968,9 +1997,21 @@ def check_mode(args):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
-    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)]
+    alone = [name for name in ("eval", "predict", "export", "pack", *LOOKS) if getattr(args, name)]
     if world_size() > 1 and alone:
         raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
+
+
+def check_pack(args):
+    """Refuse to pack what cannot be, and a cache of what needs none."""
+    packed = args.data and data.is_packed(args.data)
+    if args.pack and TASKS[args.task].pack is None:
+        able = ", ".join(name for name, task in TASKS.items() if task.pack)
+        raise ValueError(f"--pack: task {args.task} reads no packed sets, {able} do: give --data and --cache")
+    if args.pack and (packed or not args.data):
+        raise ValueError(f"--pack needs --data with what is to be packed, not {'a packed set' if packed else 'nothing'}")
+    if args.cache and packed:
+        raise ValueError(f"--cache is not read with the packed set {args.data}: leave it out")
 
 
 def resolve_device(name):
@@ -2333,6 +2374,8 @@ def train_epoch(run, split, epoch, args, stop):
     torch.manual_seed(seed_of(args.seed, epoch, 0, rank()))  # processes share the order of the rows, not dropout and augmentation
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1, rank()))
     batches = plan_batches(split, epoch, args, rank(), world_size())
+    drawn = (split.batch(rows, generator) for rows in batches)
+    drawn = data.read_ahead(drawn) if data.is_packed(args.data) else drawn  # what is in memory is not worth a thread
     windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
@@ -2344,7 +2387,7 @@ def train_epoch(run, split, epoch, args, stop):
         stop.check()
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
         for rows in window:
-            batch = split.batch(rows, generator)
+            batch = next(drawn)
             # gradients stay in this process until the last batch of the window; no_sync is for forward and backward
             with contextlib.nullcontext() if world_size() == 1 or rows is window[-1] else run.loss.no_sync():
                 with autocast(args):
@@ -3599,6 +3642,9 @@ def carry_out(argv):
         args = parse_args(argv)
         if args.eval or args.predict or args.export:
             apply_checkpoint(args)
+            return 0
+        if args.pack:
+            print(f"{TASKS[args.task].pack(args.data, args.pack, args)} in {args.pack}: give that as --data")
             return 0
     if look_of(args):
         args.fold = args.fold or min(args.folds, 1)
