@@ -17,15 +17,15 @@ between, through /proc/self/clear_refs; ru_maxrss cannot be, and a new process i
 alike, so that freed memory goes back at once. "by stay" is the loop with a backward pass after every stay: the same gradients, the
 activations of one stay at a time.
 
-Last result, 7 minutes, torch 2.13.0+cpu, 2 cores, 1 thread, others at work beside it (load about 3): the seconds are too long, the
-ratios are taken side by side. The decoder's MLP was a quarter as wide as now, its seeds only shifted.
+Last result, torch 2.13.0+cpu, 2 cores, 1 thread, others at work beside it (load about 4): the seconds are far too long, the ratios are
+taken side by side. The row of 64 stays is of an earlier run, with a decoder whose MLP was a quarter as wide and whose seeds were only
+shifted; the time allowed for the last run ended before it.
 
     torch 2.13.0+cpu, 1 thread(s), 4,000 stays, physionet2012, 75 sets each of 5.9 events, the largest 39
-      8 stays of   633 sets   loop   2.64 s   packed  0.27 s     9.7 x   peak MB: loop   269, by stay   35, packed   120
-     16 stays of 1,110 sets   loop   4.88 s   packed  0.35 s    13.8 x   peak MB: loop   482, by stay   30, packed   206
-     32 stays of 1,914 sets   loop   9.47 s   packed  0.61 s    15.5 x   peak MB: loop   846, by stay   26, packed   330
+      8 stays of   633 sets   loop  19.36 s   packed  1.35 s    12.7 x   peak MB: loop   280, by stay   36, packed   130
+     16 stays of 1,110 sets   loop   7.71 s   packed  0.47 s    16.5 x   peak MB: loop   501, by stay   32, packed   218
+     32 stays of 1,914 sets   loop  32.22 s   packed  2.11 s    15.3 x   peak MB: loop   879, by stay   28, packed   352
      64 stays of 5,589 sets   loop  28.52 s   packed  1.72 s    16.5 x   peak MB: loop 2,331, by stay   49, packed   874
-    all three differ by at most 2e-07 (loss) and 5e-06 (gradients)
 """
 
 import argparse
