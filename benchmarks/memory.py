@@ -1,6 +1,6 @@
 """Resident memory of a whole run (load, diagnosis, one epoch, scores, test) on a packed set that grows a hundredfold, and in memory.
 
-    $ OMP_NUM_THREADS=1 python benchmarks/memory.py          # Linux; needs 7 GB of disk in the temporary folder and 5 minutes
+    $ OMP_NUM_THREADS=1 python benchmarks/memory.py          # Linux; needs 5 GB of disk in the temporary folder and 5 minutes
 
 A set of --pack is repeated 1, 10 and 100 times, each time with new groups, and trained on for one epoch by a tiny network, each in a
 fresh process. Every 20 ms a thread reads /proc/self/status there. anon is the highest RssAnon: the memory of the process, which the

@@ -13,6 +13,22 @@ has it; the others change one thing of plain. The first loss must agree to 1e-3 
 
 Start: from the start of the process's own code to the first optimizer step of `train.py --task ocec` on 100 eyes of an .npz, in a new process
 each, as multiples of `import torch` in the same process; and that of a script of five lines with one linear layer and AdamW.
+
+Last result of the EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, others at work beside it (load 2.9); step and
+start were not run to their end:
+
+    EMA of 547,713 parameters
+        ours                               1.970 ms    1.00 x
+        timm ModelEmaV3                    2.083 ms    1.05 x
+        timm, foreach=False                2.367 ms    1.22 x
+        torch AveragedModel, foreach       2.882 ms    1.49 x
+        torch AveragedModel                6.353 ms    3.24 x
+        ema-pytorch                        2.619 ms    1.31 x
+
+The arithmetic of the EMA is one foreach lerp, 0.47 ms; timm now does the same. The rest is finding the tensors by name and comparing names and
+shapes, 0.8 ms, or 0.2 % of a step; a list kept from the first call would break when the module moves to another device.
+The start: `python -X importtime` counts 1.0 s for torch, 0.88 s for torch._dynamo, which torch.optim.Optimizer imports when it is built
+(Optimizer.add_param_group, through torch._compile), 0.1 to 0.2 s for these modules. Only an optimizer of our own would avoid it.
 """
 
 import os
