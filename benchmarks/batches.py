@@ -28,10 +28,10 @@ the two workers of the peers had less than two cores:
     PIL + torchvision                              11.8, 12.0 x       11.5, 12.1 x
     albumentations                                   1.6, 1.6 x         1.6, 1.7 x
 
-What is left of the plan, alone 20 ms: sorting the rows by class 8 and three permutations 7; picking the rows of each class by comparison takes
-2 for two classes, but n * classes steps. Of a batch of 256, 18 ms: photometric 14, of which the hue is 6; these are some 40 passes over
-float32, none above a tenth, where albumentations looks up bytes in tables and rounds after each change. To pick out the images that drew
-a change gains 15 %, smaller or larger chunks 10 %: left out.
+What is left of the plan, alone 20 ms: sorting the rows by class 8 and three permutations 7; picking the rows of each class by comparison
+takes 2 for two classes, but n * classes steps. Of a batch of 256, 18 ms: photometric 14, of which the hue is 6; these are some 40 passes
+over float32, none above a tenth, where albumentations looks up bytes in tables and rounds after each change. To pick out the images that
+drew a change gains 15 %, smaller or larger chunks 10 %: left out.
 """
 
 import os
@@ -125,7 +125,8 @@ def compare_images(folder, n=4096, size=256):
             split.batch(rows, generator)
 
     compare(f"{n:,} augmented images in batches of {size}",
-            {"ours": ours, "PIL + torchvision": lambda i: [None for _ in loaders[0]], "albumentations": lambda i: [None for _ in loaders[1]]},
+            {"ours": ours, "PIL + torchvision": lambda i: [None for _ in loaders[0]],
+             "albumentations": lambda i: [None for _ in loaders[1]]},
             3, lambda s: f"{n / s:,.0f} images/s")
 
 
