@@ -6953,7 +6953,8 @@ def test_train_pack_refuses_what_it_cannot_write_and_what_is_not_read():
                 ([*eyes, "--pack", f / "new", "--lr", "1"], "--lr is not read by this call"),
                 ([*eyes[:2], "--pack", f / "new"], "--pack needs --data with what is to be packed, not nothing"),
                 ([*eyes[:3], f / "packed", "--pack", f / "new"], "not a packed set"),
-                (["--task", "faceparse", *eyes[2:], "--pack", f / "new"], "task faceparse reads no packed sets, ocec, bidmc_rr, bidmc_hr do"),
+                (["--task", "faceparse", *eyes[2:], "--pack", f / "new"],
+                 "task faceparse reads no packed sets, ocec, bidmc_rr, bidmc_hr do"),
                 ([*eyes[:3], f / "packed", "--cache", f / "new", "--out", f / "new"], "--cache is not read with the packed set"),
                 ([*eyes[:3], f / "packed", "--out", f / "new"], "holds images of 12x20, not of 32x64: ask for 12x20")):
             code, _, err = call(*words)
