@@ -2508,9 +2508,14 @@ def score_epoch(run, row, sets, args):
 LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd", "recon", "kl")
 
 
+def gain(key, score, than):
+    """How much better a score is than another: positive is better, whichever way the score goes."""
+    return than - score if key in LOWER_IS_BETTER else score - than
+
+
 def better(score, best, args):
     """Whether a monitored score beats another: lower for losses and errors, higher for the rest. NaN beats nothing."""
-    return score < best if args.monitor in LOWER_IS_BETTER else score > best
+    return gain(args.monitor, score, best) > 0
 
 
 def best_row(history, args):
@@ -2554,25 +2559,25 @@ def fit(run, sets, args, folder, floor, stop):
 
 
 def write_history(run, args, folder):
-    """The log, its curves and what they show, all whole, from what last.pt holds as well."""
+    """The log, its curves and what they show, all whole, from what last.pt holds as well; returns the findings."""
+    findings = diagnose(run.counts, run.history)
     with atomic_write(folder / "log.jsonl") as file:
         file.writelines(json.dumps(without_nan(row)) + "\n" for row in run.history)
     with atomic_write(folder / "curves.svg") as file:
         file.write(curves_svg(run.history, run.floor, args))
     with atomic_write(folder / "diagnosis.json") as file:
-        json.dump(without_nan({"findings": diagnose(run.counts, run.history), "phases": phases(run.history, args), "counts": run.counts}),
-                  file, indent=1)
+        json.dump(without_nan({"findings": findings, "phases": phases(run.history, args), "counts": run.counts}), file, indent=1)
+    return findings
 
 
 def finish_epoch(run, args, folder, floor):
     """Write last.pt, log and curves, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
     save_run(folder / "last.pt", run, args)
-    write_history(run, args, folder)
+    findings = write_history(run, args, folder)
     print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
         print(f"plateau: lr {before:.3g} -> {after:.3g} after epoch {run.history[-1]['epoch']}")
-    findings = diagnose(run.counts, run.history)
     print_findings([each for each in findings if each["name"] not in run.told])  # a finding is told when it first appears
     run.told |= {each["name"] for each in findings}
 
@@ -2866,11 +2871,6 @@ def curves_tile(curves, *, height=96, width=480, grid=1.0):
 # and returns its evidence in numbers, or "" if there is nothing to say. Rows: history[0] is the untrained network.
 
 
-def gain(key, score, than):
-    """How much better a score is than another: positive is better, whichever way the score goes."""
-    return than - score if key in LOWER_IS_BETTER else score - than
-
-
 def share_gained(counts, key, score):
     """Where a score stands between the best constant, 0, and what cannot be exceeded, 1; NaN where there is no constant."""
     floor, ceiling = counts["floor"].get(key, math.nan), counts["ceiling"].get(key, float(key not in LOWER_IS_BETTER))
@@ -2907,7 +2907,7 @@ def label_steps(labels):
 def count_before(run, sets, args):
     """Everything that the rules know beside the log: plain numbers, taken before training."""
     labels = getattr(sets.train, "labels", None)
-    others = [each for each in (sets.validation, sets.test) if each is not None]
+    others = [split for name, split in sets.splits().items() if name != "train"]
     headline = TASKS[args.task].defaults["monitor"].choices[0]
     floor = best_constant(run.floor)
     counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline if headline in floor else args.monitor,
@@ -3162,14 +3162,15 @@ def phases(history, args):
 
 def print_phases(history, args):
     """The table of phases, and where the rate stood at the best epoch."""
-    peak, best = max(max(row["lr"], row["lr_end"]) for row in history[1:]), best_row(history, args)
+    best = best_row(history, args)
     print(f"\n{'epochs':<24}{args.monitor + ', mean and sd':>24}{'validation - training loss':>30}")
     for name, each in phases(history, args).items():
         score = f"{each['mean']:.4f} +- {each['sd']:.4f}" if each["last"] > each["first"] else f"{each['mean']:.4f}"
         gap = "" if math.isnan(each["gap"]) else f"{each['gap']:+.4f}"
         print(f"{name:<15}{each['first']:>4} to {each['last']:<4}{score:>21}{gap:>30}".rstrip())
     if best:
-        print(f"best epoch {best['epoch']} of {history[-1]['epoch']}, where the rate stood at {best['lr_end'] / peak:.0%} of its highest")
+        print(f"best epoch {best['epoch']} of {history[-1]['epoch']}, where the rate stood at "
+              f"{best['lr_end'] / highest_rate(history):.0%} of its highest")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3387,9 +3388,9 @@ def report(run, sets, args, folder, seconds):
     if held_out:
         write_examples(folder / "examples.png", model, sets.splits()[held_out[-1]], f"epoch {best['epoch']}, {held_out[-1]} split", args)
     run.counts["done"] = True
-    write_history(run, args, folder)
+    findings = write_history(run, args, folder)
     print()
-    print_findings(diagnose(run.counts, run.history) or [{"name": "no finding"}])
+    print_findings(findings or [{"name": "no finding"}])
     print(f"\nsaved in {folder}: {', '.join(name for name in RUN_FILES if (folder / name).exists())}")
 
 
@@ -3438,8 +3439,7 @@ def train(run, sets, folder, args):
     except NonFinite as error:
         run.counts["stopped"] = str(error)
         if run.history:
-            write_history(run, args, folder)
-            print_findings(diagnose(run.counts, run.history))
+            print_findings(write_history(run, args, folder))
         if not rank():
             print(f"train.py: stopped: {error}; {saved(run, folder)}: start again with a lower --lr, a longer --warmup-epochs or --clip 1",
                   file=sys.stderr)
