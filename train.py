@@ -1549,7 +1549,8 @@ def stay_encoder(args):
 
 
 def stay_network(args):
-    return models.SeqSetClassifier(stay_encoder(args), layers=args.head_layers, dropout=args.head_dropout, prior=args.facts["deaths"])
+    return models.SeqSetClassifier(stay_encoder(args), layers=args.head_layers, dropout=args.head_dropout, prior=args.facts["deaths"],
+                                   events=args.events)
 
 
 def stay_criterion(logits, targets, args):
@@ -1639,8 +1640,7 @@ def stay_export(model, args):
         lengths = present.sum(1)
         low, high, mean, sd = (scale[name][variables.clamp(min=0)] for name in ("low", "high", "mean", "sd"))
         values = ((inputs["values"].clamp(low, high) - mean) / sd).float()  # as data.scale_events
-        hidden = model.encoder.padded(variables, values, minutes)
-        probability = stay_probability(model.head(model.readout(hidden, lengths)).squeeze(1), args)
+        probability = stay_probability(model.padded(variables, values, minutes), args)
         in_front = present == (torch.arange(minutes.shape[1]) < lengths[:, None])
         rising = minutes.diff(dim=1, prepend=torch.full_like(minutes[:, :1], -math.inf)) > 0
         in_order = (in_front & (rising | ~present)).all(1)
@@ -1803,7 +1803,7 @@ def vae_examples(model, split, args):
 STAY_AFTER = dict(
     mode="probe", width=256, depth=4, hidden=512, dropout=0.15, beta_steps=8000, epochs=100, batch_size=8, lr=3e-4, weight_decay=0.01,
     beta2=0.98, schedule="plateau", plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4, min_lr=1e-6, warmup_epochs=0.0,
-    ema_decay=0.0, patience=10, monitor="auroc", sampler="bucketed", loss="bce", drop_events=0.0, head_dropout=0.1)
+    ema_decay=0.0, patience=10, monitor="auroc", sampler="bucketed", loss="bce", drop_events=0.0, head_dropout=0.1, events=False)
 STAY_BEFORE = STAY_AFTER | dict(lr=1e-4, batch_size=4, monitor="loss", plateau_watches="loss", head_layers=4)
 # Our own, at width 64. With the note's beta of 0.05 and its dropout a code holds 12 nats, too few to tell a set's variables; here 48.
 STAY_PRETRAIN = dict(mode="pretrain", epochs=10, lr=2e-3, weight_decay=0.05, beta=0.005, dropout=0.0, drop_events=0.0)
@@ -1829,9 +1829,11 @@ def stay_task():
         set_heads=Flag(2, "attention heads in the set encoder", low=1, backbone=True),
         points=Flag(16, "induced points of the set encoder", low=1, backbone=True),
         dropout=Flag(0.3, "in the transformer, while it is trained", low=0, high=0.95, when={"mode": trained}),
-        drop_events=Flag(0.5, "probability to leave out an event in training", low=0, high=0.95, when={"mode": trained}),
+        drop_events=Flag(0.3, "probability to leave out an event in training", low=0, high=0.95, when={"mode": trained}),
         head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": labelled}),
         head_dropout=Flag(0.3, "between them", low=0, high=0.95, when={"mode": labelled}),
+        events=Flag(True, "the head reads the strongest events of a stay, too, beside what the sequence of its sets tells",
+                    when={"mode": tuple(each for each in labelled if each != "probe")}, otherwise=False),
         loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"), when={"mode": labelled}),
         pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)", low=0,
                         when={"loss": ("bce",), "mode": labelled}),
