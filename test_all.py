@@ -8634,7 +8634,17 @@ def work_alike(f):
     for task in ALIKE:
         torch.save(alike(f, task, 24, 1), f / f"{task}-{train.rank()}.pt")
         torch.save(alike(f, task, 12, 2), f / f"{task}-accumulated-{train.rank()}.pt")
+    share, own = train.share_buffers, {}
+
+    def look_and_share(state):
+        for name, model in (("model", state.raw_model), ("ema", state.ema.module)):
+            own[name] = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        share(state)
+
+    train.share_buffers = look_and_share
     torch.save(after_an_epoch(*TINY, "--data", f / "eyes.npz"), f / f"noisy-{train.rank()}.pt")  # with batch norm
+    train.share_buffers = share
+    torch.save(own, f / f"own-{train.rank()}.pt")
     torch.save(train.over_batches(lambda batch: (batch, train.rank()), range(5)), f / f"dealt-{train.rank()}.pt")
 
 
@@ -8671,6 +8681,9 @@ def test_train_two_processes_equal_one_and_equal_accumulation():
                         assert (two[kind][name] - value).abs().max() < 1e-5, (task, way, kind, name)
         one, two = results_of_two(f, "noisy")
         assert not set(one["seeds"]) & set(two["seeds"]) and same_bits(one | {"seeds": 0}, two | {"seeds": 0})
+        for name, buffers in results_of_two(f, "own")[0].items():  # batch statistics of rank 0, and of its average
+            assert buffers and all(torch.equal(one[name][key], value) for key, value in buffers.items()), name
+            assert not same_bits(buffers, results_of_two(f, "own")[1][name]), name
         assert results_of_two(f, "dealt") == [[(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]] * 2
 
 
@@ -8743,7 +8756,7 @@ def scores_alone(path):
 def work_refusals(f):
     assert train.main(["--task", "ocec", "--find-lr"]) == 2
     words = [*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a")]
-    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"]):
+    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"], ["--sync-bn"]):
         assert train.main([*words, *more]) == 2, more
     if train.rank():
         data.read_eyes = lambda *_, **__: np.load(f / "absent.npz")
@@ -8785,8 +8798,71 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
                     "--find-lr runs in one process, not in 2",
                     "--folds runs in one process, not in 2: train one fold at a time",
                     "--device cuda:1 is one for 2 processes: give --device cuda",
+                    "--sync-bn takes batch norm over several processes with a GPU each, here over 2 on cpu: leave it out",
                     "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
         assert printed.count(message) == 1, (message, printed)
+
+
+def test_train_sync_bn_without_gpus_processes_or_batch_norm_is_refused_before_training():
+    with folder() as f:
+        code, _, err = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "a", "--sync-bn")
+        assert code == 2 and "with a GPU each, here over 1 on cpu: leave it out, or start torchrun" in err and not (f / "a").exists(), err
+        code, _, err = call("--task", "ocec", "--sync-bn", "--check-sampler")
+        assert code == 2 and "--sync-bn is not read by this call" in err
+    world_size, train.world_size = train.world_size, lambda: 2
+    try:
+        train.check_sync_bn(nn.BatchNorm1d(2), "cuda:1")
+        for network, device, message in ((nn.BatchNorm1d(2), "cpu", "here over 2 on cpu"), (nn.LayerNorm(2), "cuda", "has 0 layers of")):
+            try:
+                train.check_sync_bn(network, device)
+                raise AssertionError("not refused")
+            except ValueError as error:
+                assert message in str(error) and "leave it out" in str(error), error
+    finally:
+        train.world_size = world_size
+
+
+def test_train_sync_bn_converts_the_network_and_neither_its_average_nor_any_name():
+    for words in (TINY, [*TINY, "--block", "inverted_se"], FACEPARSE, [*FACEPARSE[:2], "--network", "segformer", "--size", "32"], MODAL):
+        args = train.parse_args(words)
+        args.device = "cpu"
+        args.facts = train.task_of(args).load("", args).facts
+        state = train.build(args, 10)
+        before, parameters = state.raw_model.state_dict(keep_vars=True), list(state.raw_model.parameters())
+        norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in state.raw_model.modules())
+        state.raw_model.eval()
+        flags = [module.training for module in state.raw_model.modules()]
+        train.share_gradients(state, sync_bn=True)
+        modules = list(state.raw_model.modules())
+        assert sum(type(module) is nn.SyncBatchNorm for module in modules) == norms > 0 and [each.training for each in modules] == flags
+        after = state.raw_model.state_dict(keep_vars=True)
+        assert list(after) == list(before) and all(after[name] is before[name] for name in before), words
+        assert all(a is b for a, b in zip(parameters, state.raw_model.parameters(), strict=True))  # those of the optimizer
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in state.ema.module.modules())
+        state.ema.update(state.raw_model)
+        train.task_of(args).network(args).load_state_dict(state.raw_model.state_dict())
+
+
+def test_train_sync_bn_changes_nothing_that_is_saved_scored_or_resumed():
+    check, seen, save = train.check_sync_bn, [], train.save_run
+    train.check_sync_bn = lambda *_: None  # in one process torch's layer falls back to plain batch norm, on the CPU too
+    train.save_run = lambda path, run, args: (seen.append(run), save(path, run, args))
+    try:
+        with folder() as f:
+            plain, synced = run(f / "a"), run(f / "b", "--sync-bn")
+            assert "--sync-bn" not in plain and " --sync-bn" in synced.splitlines()[0]
+            kinds = [{type(module) for module in each.raw_model.modules()} for each in (seen[0], seen[-1])]
+            assert nn.SyncBatchNorm not in kinds[0] and nn.SyncBatchNorm in kinds[1] and nn.BatchNorm2d not in kinds[1]
+            assert same_bits(result_of(f / "a") | {"sync_bn": True}, result_of(f / "b"))
+            assert same_bits(result_of(f / "a", "best.pt"), result_of(f / "b", "best.pt"))
+            assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
+            for name, words, said in (("a", [], ""), ("a", ["--sync-bn"], "--sync-bn: off so far, on from here on; the run goes on, but"),
+                                      ("b", ["--sync-bn"], ""), ("b", [], "--sync-bn: on so far, off from here on; the run goes on, but")):
+                code, out, err = call("--task", "ocec", "--out", f / name, "--resume", *words)
+                assert code == 0 and said in out and ("so far" in out) == bool(said), (out, err)
+            assert train.resume_command(train.parse_args(["--task", "ocec", "--sync-bn"])).endswith("--resume --sync-bn")
+    finally:
+        train.check_sync_bn, train.save_run = check, save
 
 
 def work_killed(f):

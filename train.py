@@ -1877,6 +1877,7 @@ RUN_FLAGS = {
     "pack": ("", "write --data, decoded, to this new folder instead of training: given as --data it trains the same, from disk, "
                  "whatever its size"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
+    "sync_bn": (False, "several processes with a GPU each: batch norm over the rows of all of them, not of each"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
@@ -1980,7 +1981,7 @@ def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
              "export": {"export", "out"}, "pack": {"pack", "data", "size"},
-             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
+             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", "sync_bn", *LOOKS} | {look} for look in LOOKS}}
     modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
@@ -2326,7 +2327,7 @@ STATEFUL = ("optimizer", "schedule", "scaler", "ema")
 def save_run(path, run, args):
     states = {name: getattr(run, name).state_dict() for name in STATEFUL if getattr(run, name) is not None}
     save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history,
-                           "processes": world_size()} | states, args)
+                           "processes": world_size(), "sync_bn": args.sync_bn} | states, args)
 
 
 def load_run(run, content, path):
@@ -2348,11 +2349,14 @@ class LossOfBatch(nn.Module):
         return self.loss(self.network, batch, step, args)
 
 
-def share_gradients(run):
+def share_gradients(run, *, sync_bn=False):
     """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them.
 
-    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has.
+    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has. sync_bn replaces the batch
+    norm of the network, in place: the tensors stay, with their names, and run.ema, copied before, keeps the plain one to be scored with.
     """
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(run.raw_model)
     if world_size() > 1:
         run.loss = nn.parallel.DistributedDataParallel(run.loss)
 
@@ -3277,6 +3281,15 @@ def refusals():
         raise Refused(error) from error
 
 
+def check_sync_bn(network, device):
+    """Refuse --sync-bn, before training, where torch has none (it needs CUDA and several processes) or there is nothing to convert."""
+    if world_size() == 1 or torch.device(device).type != "cuda":
+        raise ValueError(f"--sync-bn takes batch norm over several processes with a GPU each, here over {world_size()} on {device}: leave "
+                         "it out, or start torchrun with several processes where there are GPUs")
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise ValueError("--sync-bn: this network has 0 layers of batch norm, there is nothing to convert: leave it out")
+
+
 def check_one_row_batch(run, sets, batches, args):
     """Refuse, before training, a batch of one row that the network cannot train on (batch norm over one value)."""
     row = next((rows for rows in batches if len(rows) == 1), None)
@@ -3323,7 +3336,8 @@ def prepare(args):
         raise ValueError(f"--batch-size {args.batch_size} counts the rows of all {world_size()} processes, which take equal shares of it: "
                          f"give --batch-size {-(-args.batch_size // world_size()) * world_size()}")
     args.device = resolve_device(args.device)
-    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *filter(None, [look_of(args)])]), flush=True)
+    given = [name for name in ("sync_bn", look_of(args)) if name and getattr(args, name)]
+    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *given]), flush=True)
     if args.resume and not content:
         print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
     for turn in (0, 1):  # what rank 0 writes to a cache the others read
@@ -3347,12 +3361,17 @@ def prepare(args):
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
     run.floor, run.steps_per_epoch, run.told = floor, steps_per_epoch, set()
+    if args.sync_bn:
+        check_sync_bn(run.raw_model, args.device)
     check_one_row_batch(run, sets, batches, args)
     if content:
         load_run(run, content, folder / "last.pt")
         if content["processes"] != world_size():
             print(f"number of processes: {content['processes']} so far, {world_size()} from here on; the run goes on, but not bit for bit "
                   f"as it would have over {content['processes']}")
+        if content.get("sync_bn", False) != args.sync_bn:  # a file from before the flag was written without
+            print(f"--sync-bn: {'off' if args.sync_bn else 'on'} so far, {'on' if args.sync_bn else 'off'} from here on; the run goes on, "
+                  "but not bit for bit")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
     run.counts = {} if look_of(args) else count_before(run, sets, args)  # of the inputs, not of what a frozen encoder makes of them
@@ -3412,6 +3431,7 @@ def write_picture(path, picture, title):
 def resume_command(args):
     """The command that goes on with a run, or with all of a run's folds."""
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
+    kept += ["--sync-bn"] * args.sync_bn
     return f"{launcher()} " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
 
 
@@ -3428,7 +3448,7 @@ def train(run, sets, folder, args):
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
         with StopSignal() as stop, peers():
-            share_gradients(run)
+            share_gradients(run, sync_bn=args.sync_bn)
             fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
