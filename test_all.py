@@ -14,6 +14,7 @@ import colorsys
 import contextlib
 import copy
 import csv
+import datetime
 import doctest
 import inspect
 import io
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -8565,8 +8567,10 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
 # train: several processes. What a function named below does in each of them stands in the function; its test looks at what it left.
 
 IN_EACH_PROCESS = """
-import pathlib, sys
+import os, pathlib, sys, time
 sys.path.insert(0, {here!r})
+if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    time.sleep(5)  # started again: the other is there first, for longer than gloo tries to connect
 import test_all, train
 with train.processes():
     test_all.{name}(pathlib.Path({folder!r}))
@@ -8574,19 +8578,19 @@ train.leave(0)
 """
 
 
-def start_two(work, f, **options):
-    """torchrun with two processes that call work(f)."""
+def start_two(work, f, *words):
+    """torchrun with two processes that call work(f), or with what words say."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise unittest.SkipTest("needs torch with gloo")
     (f / "work.py").write_text(IN_EACH_PROCESS.format(here=str(HERE), name=work.__name__, folder=str(f)))
-    words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", f / "work.py"]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    words = words or ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words, f / "work.py"],
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def in_two_processes(work, f):
+def in_two_processes(work, f, *words):
     """work(f) in two processes, to its end; what they printed."""
-    process = start_two(work, f)
+    process = start_two(work, f, *words)
     try:
         printed = process.communicate(timeout=300)[0]
     finally:
@@ -8889,6 +8893,132 @@ def test_train_two_processes_of_which_one_is_killed_end_with_a_message_and_one_p
             code, out, err = call("--task", "ocec", "--out", f / "a", "--resume")
             assert code == 0 and "number of processes: 2 so far, 1 from here on" in out, err
             assert len(result_of(f / "a")["history"]) == 61
+
+
+def work_killed_once(f):
+    """Rank 1 dies after epoch 2 of the first attempt; then, if torchrun starts it again, the same without."""
+    finish = train.finish_epoch
+
+    def dies(run, *rest):
+        finish(run, *rest)
+        if run.history[-1]["epoch"] == 2 and train.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.finish_epoch = dies
+    words = [*TINY, "--data", str(f / "eyes.npz"), "--epochs", "4"]
+    code = train.main([*words, "--out", str(f / "a"), "--resume"])
+    if code or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        train.leave(code)
+    assert train.main([*words, "--out", str(f / "b")]) == 0
+
+
+def test_train_max_restarts_goes_on_from_last_pt_after_a_sigkill_although_rank_0_is_late():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        printed = in_two_processes(work_killed_once, f, "--nproc-per-node", "2", "--max-restarts", "1")
+        first, again, _ = re.split("process 0 of 2 lost another one|best epoch", printed, maxsplit=2)
+        assert "--resume: there is no run in" in first and "epoch   2/4 |" in first and "epoch   2/4 |" not in again, printed
+        assert same_bits(result_of(f / "a"), result_of(f / "b"))
+        assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
+
+
+def test_train_processes_started_again_meet_under_a_name_of_their_own():
+    def meets(number, late=0.0):
+        time.sleep(late)
+        train.store_of_attempt(store, number, 3).set(f"here {number}", "yes")
+
+    store = torch.distributed.HashStore()
+    for late in ((0, 0, 0.3), (0.3, 0, 0)):  # in the second attempt all keys of the first are there
+        threads = [threading.Thread(target=meets, args=each, daemon=True) for each in enumerate(late)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(timeout=20)
+        name = store.get("attempt").decode()
+        assert all(store.check([f"{name}/here {number}"]) for number in range(3)), late
+    meeting, train.MEETING = train.MEETING, datetime.timedelta(seconds=0.3)
+    try:
+        train.store_of_attempt(store, 1, 3)
+        raise AssertionError("took the name of an earlier attempt")
+    except torch.distributed.DistStoreError as error:
+        assert "rank 0 has not answered" in str(error)
+    finally:
+        train.MEETING = meeting
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def on_two_machines(work, f):
+    """work(f) in two processes, each under a torchrun of its own as on two machines; exit codes and what each printed, within 60 s."""
+    port, rest = free_port(), ["--master-addr", "127.0.0.1", "--nproc-per-node", "1"]
+    both = [start_two(work, f, "--nnodes", "2", "--node-rank", node, "--master-port", str(port), *rest) for node in "01"]
+    try:
+        printed = [each.communicate(timeout=60)[0] for each in both]
+    except subprocess.TimeoutExpired:
+        for pid in [each.pid for each in both] + [int(path.read_text()) for path in f.glob("pid*")]:  # a process outlives its torchrun
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+    return [each.returncode for each in both], printed
+
+
+def work_two_machines(f):
+    """The run straight, then broken off by a signal to the second machine, and resumed."""
+    assert os.environ["LOCAL_RANK"] == "0" and train.world_size() == 2 and int(os.environ["GROUP_RANK"]) == train.rank()
+    (f / f"pid{train.rank()}").write_text(str(os.getpid()))
+    os.replace = None if train.rank() else os.replace  # files are written by rank 0 alone
+    words, finish = [*TINY, "--data", str(f / "eyes.npz"), "--epochs", "2"], train.finish_epoch
+    assert train.main([*words, "--out", str(f / "a")]) == 0
+
+    def ends(run, *rest):
+        finish(run, *rest)
+        if run.history[-1]["epoch"] == 1 and train.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train.finish_epoch = ends
+    assert train.main([*words, "--out", str(f / "b")]) == 128 + signal.SIGTERM
+    train.finish_epoch = finish
+    assert train.main(["--task", "ocec", "--out", str(f / "b"), "--resume"]) == 0
+
+
+def test_train_two_torchruns_as_on_two_machines_write_once_stop_together_and_resume():
+    with folder() as f:
+        make_npz(f / "eyes.npz")
+        codes, (first, second) = on_two_machines(work_two_machines, f)
+        assert codes == [0, 0], (first, second)
+        assert first.count("epoch   2/2 |") == 2 and "go on with\n    torchrun --nnodes 2 --" in first and "epoch" not in second
+        assert sorted(each.name for each in (f / "a").iterdir()) == sorted(train.RUN_FILES)
+        assert same_bits(result_of(f / "a"), result_of(f / "b"))
+
+
+def work_machine_lost(f):
+    """A long run, in epoch 2 of which one process, or the torchrun of one, is killed."""
+    (f / f"pid{train.rank()}").write_text(str(os.getpid()))
+    finish, (rank, victim) = train.finish_epoch, (f / "victim").read_text().split()
+
+    def kills(run, *rest):
+        finish(run, *rest)
+        if run.history[-1]["epoch"] == 1 and str(train.rank()) == rank:
+            os.kill(os.getppid() if victim == "torchrun" else os.getpid(), signal.SIGKILL)
+
+    train.finish_epoch = kills
+    train.leave(train.main([*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a"), "--epochs", "100000"]))
+
+
+def test_train_two_torchruns_end_with_a_message_when_one_or_its_process_is_killed():
+    for victim, messages in (("1 process", ["process 0 of 2 lost another one, which died", ""]),
+                             ("0 torchrun", ["torchrun has died on the machine of 1 of the 2 processes"] * 2)):
+        with folder() as f:
+            (f / "victim").write_text(victim)
+            make_npz(f / "eyes.npz")
+            codes, printed = on_two_machines(work_machine_lost, f)
+            assert codes == ([1, 1] if "process" in victim else [-signal.SIGKILL, 1]), (codes, printed)
+            for message, text in zip(messages, printed):
+                assert message in text and (not message or "go on with\n    torchrun --nnodes 2 --" in text), (victim, printed)
+            assert 2 <= len(result_of(f / "a")["history"]) < 100_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

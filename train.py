@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 import types
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -257,6 +258,8 @@ def unit_images(images):
 
 # A process that dies closes its connections, which the others see at once. One that lives gets this long: rank 0 may decode a data set.
 TIMEOUT = datetime.timedelta(hours=1)
+MEETING = datetime.timedelta(minutes=5)  # for all to start
+LAUNCHER = os.getppid()  # torchrun, if it started this process: it would train on without one, and another torchrun wait for it in the end
 
 
 def world_size():
@@ -265,6 +268,29 @@ def world_size():
 
 def rank():
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def store_of_attempt(store, number, count):
+    """The store through which the processes find each other, under a name that only those of this attempt know.
+
+    torchrun keeps one store. Processes that --max-restarts starts again would find the addresses of the dead ones in it and wait for
+    them (pytorch issue 135712; TORCHELASTIC_RESTART_COUNT is no name, it may differ between machines). Rank 0 draws a name. The others
+    take it once rank 0 has answered them under it, which nobody does any more under the name of an earlier attempt.
+    """
+    if number == 0:
+        name = uuid.uuid4().hex
+        store.set("attempt", name)
+        for other in range(1, count):
+            store.set(store.get(f"{name}/{other}").decode(), "answered")
+        return dist.PrefixStore(name, store)
+    mine, end = uuid.uuid4().hex, time.monotonic() + MEETING.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{number}", mine)
+        if store.check([mine]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.1)
+    raise dist.DistStoreError(f"rank 0 has not answered within {MEETING.total_seconds():g} s")
 
 
 @contextlib.contextmanager
@@ -279,7 +305,17 @@ def processes():
               "which sets them all, or unset WORLD_SIZE", file=sys.stderr)
         sys.exit(2)
     # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    serves = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # in place of torchrun
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, serves, timeout=MEETING)
+        store = store_of_attempt(store, number, count)
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, store=store,
+                                rank=number, world_size=count)
+    except RuntimeError as error:
+        print(f"train.py: stopped: process {number} of {count} did not meet the others: {error}", file=sys.stderr, flush=True)
+        leave(1)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
         yield
     with contextlib.suppress(RuntimeError):  # one that has died has been dealt with
@@ -2190,10 +2226,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self):
-        """Raises Interrupted in all processes if one of them was asked to end."""
-        for number, asked in zip(self.before, summed([self.number == each for each in self.before])):
-            if asked:
-                raise Interrupted(number)
+        """Raises Interrupted in all processes if one of them was asked to end, Lost if the torchrun of one of them has died."""
+        *asked, orphans = summed([self.number == each for each in self.before] + [os.getppid() != LAUNCHER])
+        if orphans and world_size() > 1:
+            raise Lost(f"torchrun has died on the machine of {orphans:.0f} of the {world_size()} processes")
+        for number in itertools.compress(self.before, asked):
+            raise Interrupted(number)
 
 
 def tune_allocator():
