@@ -152,14 +152,14 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range. Probabilities passed as
             logits look like logits and cannot be refused: their softmax is nearly flat, and so is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237; min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  _dice_and_log_p, _flat_pixels, _HardDiceSums
+    Needs:  _dice_and_sums, _flat_pixels, _ClassSums
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
-    return _dice_and_log_p(*_flat_pixels(logits, targets, ignore_index), per, absent, smooth, class_weights)[0]
+    return _dice_and_sums(*_flat_pixels(logits, targets, ignore_index), per, absent, smooth, class_weights)[0]
 
 
-def _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights):
-    """dice_loss of flat pixels; of class indices also log p at the target, (b, n), for a cross-entropy from the same softmax."""
+def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
+    """dice_loss of flat pixels; of class indices also the last three of _ClassSums, for a cross-entropy from the same softmax."""
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
@@ -170,9 +170,10 @@ def _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights):
 
     if targets.shape == logits.shape:
         p = logits.masked_fill(~kept.unsqueeze(1), 0).softmax(1) * kept.unsqueeze(1)
-        *sums, log_p = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2), None
+        sums, for_ce = (torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)), None
     else:
-        *sums, log_p = _HardDiceSums.apply(logits, targets, kept)
+        overlap, sum_p, *for_ce = _ClassSums.apply(logits, targets, kept)
+        sums = overlap, sum_p, for_ce[0]
     overlap, sum_p, sum_t = sums if per == "image" else (each.sum(0, keepdim=True) for each in sums)
 
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
@@ -182,42 +183,71 @@ def _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights):
     share = weights.to(dice) * (present if absent == "skip" else present.any(1, keepdim=True))
     total = share.sum(1)
     loss = (share * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
-    return loss.sum() / (total > 0).sum().clamp_min(1), log_p
+    return loss.sum() / (total > 0).sum().clamp_min(1), for_ce
 
 
-class _HardDiceSums(torch.autograd.Function):
-    """Of class indices, each (b, c) over the kept pixels: sum of p at the target class, sum of p, number of pixels;
-    and log p at the target class of each pixel, (b, n), 0 if not kept.
+class _ClassSums(torch.autograd.Function):
+    """Five sums over the kept pixels of an image, of class indices t and p = softmax(logits); each (b, c):
 
-    By hand because autograd passes several arrays of the size of the logits; this keeps the softmax and makes the gradient.
-    The definition in plain torch is its oracle in the tests. Differentiable once; a second time is an error.
+        where t = c, the sum of p_c    everywhere, of p_c    where t = c, of 1    where t = c, of log p_c    everywhere, of log p_c
+
+    Dice and cross-entropy, with weights and smoothing, are functions of these. Let o, a, -, l, h be their gradients. Of a pixel it is
+
+        grad_k = p_k (a_k - sum_j a_j p_j - sum_j h_j - u) + h_k + [k = t] u      u = o_t p_t + l_t
+
+    By hand because autograd passes and keeps several arrays of the size of the logits. This goes through the pixels in chunks that stay
+    in the cache, and takes the softmax a second time in backward, so that the gradient is the only such array. The definition in plain
+    torch is its oracle in the tests. Differentiable once; a second time is an error.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, kept):
-        log_p, index = logits.log_softmax(1), targets.masked_fill(~kept, 0)
-        log_p_t = log_p.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill_(~kept, 0)
-        p = log_p.exp_().masked_fill_(~kept.unsqueeze(1), 0)  # also what NaN logits left under ignored pixels
-        ctx.save_for_backward(p, index)
-        zeros = p.new_zeros(p.shape[:2], dtype=torch.float64)  # a running float32 sum of 2^18 terms rounds the last ones off
-        overlap = zeros.scatter_add(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
-        sum_t = zeros.scatter_add(1, index, kept.double())
-        return overlap.to(p.dtype), p.sum(2), sum_t.to(p.dtype), log_p_t
+        ctx.save_for_backward(logits, targets, kept)
+        ctx.set_materialize_grads(False)
+        # float64: a running float32 sum of 2^18 terms rounds the last ones off
+        overlap, sum_p, sum_t, log_p_t, log_p_all = sums = logits.new_zeros(5, *logits.shape[:2], dtype=torch.float64)
+        for _, index, keep, p, log_p in _ClassSums.chunks(logits, targets, kept):
+            overlap.scatter_add_(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
+            sum_p += p.sum(2)
+            sum_t.scatter_add_(1, index, keep.double())
+            log_p_t.scatter_add_(1, index, log_p.gather(1, index.unsqueeze(1)).squeeze(1).double())
+            log_p_all += log_p.sum(2)
+        return sums.to(logits.dtype).unbind()
+
+    @staticmethod
+    def chunks(logits, targets, kept):
+        """Slices of the pixels (m), and there: index and kept (b, m), p and log p (b, c, m), where not kept all 0, whatever was there."""
+        numbers = torch.get_num_threads() * 2**18 if logits.device.type == "cpu" else 2**24
+        step = max(1, numbers // max(1, logits.shape[0] * logits.shape[1]))
+        for start in range(0, logits.shape[2], step):
+            pixels = slice(start, start + step)
+            z, keep = logits[:, :, pixels], kept[:, pixels]
+            log_p = z - z.amax(1, keepdim=True)
+            p = log_p.exp()
+            total = p.sum(1, keepdim=True)
+            p, log_p = p.div_(total), log_p.sub_(total.log())
+            image, pixel = (~keep).nonzero(as_tuple=True)
+            p[image, :, pixel] = log_p[image, :, pixel] = 0  # many times faster than masked_fill
+            yield pixels, targets[:, pixels].masked_fill(~keep, 0), keep, p, log_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_overlap, grad_sum_p, _, grad_log_p):
-        p, index = ctx.saved_tensors
-        grad_p = grad_sum_p.unsqueeze(2)  # of every pixel; at its target class grad_overlap comes on top
-        at_target = p.gather(1, index.unsqueeze(1)) * grad_overlap.gather(1, index).unsqueeze(1) + grad_log_p.unsqueeze(1)
-        grad = grad_p - ((p * grad_p).sum(1, keepdim=True) + at_target)  # of softmax: p * (grad_p - sum_c p grad_p)
-        return grad.mul_(p).scatter_add_(1, index.unsqueeze(1), at_target), None, None
+    def backward(ctx, o, a, _, l, h):
+        logits, targets, kept = ctx.saved_tensors
+        smoothed, zeros = h is not None, logits.new_zeros(logits.shape[:2])
+        o, a, l, h = (zeros if each is None else each for each in (o, a, l, h))
+        a, h, sum_h, grad = a.unsqueeze(2), h.unsqueeze(2), h.sum(1)[:, None, None], torch.empty_like(logits)
+        for pixels, index, keep, p, _ in _ClassSums.chunks(logits, targets, kept):
+            u = (p.gather(1, index.unsqueeze(1)).squeeze(1) * o.gather(1, index) + keep * l.gather(1, index)).unsqueeze(1)
+            part = (a - ((a * p).sum(1, keepdim=True) + sum_h + u)).mul_(p).scatter_add_(1, index.unsqueeze(1), u)
+            grad[:, :, pixels] = part.add_(h * keep.unsqueeze(1)) if smoothed else part
+        return grad, None, None
 
 
 class DiceLoss(nn.Module):
     """dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
 
-    Needs:  dice_loss, _dice_and_log_p, _flat_pixels, _HardDiceSums
+    Needs:  dice_loss, _dice_and_sums, _flat_pixels, _ClassSums
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None, ignore_index=None):
@@ -244,19 +274,22 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  focal_label_smooth_ce, _dice_and_log_p, _flat_pixels, _HardDiceSums
+    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     if not ce_weight >= 0 or not dice_weight >= 0 or not 0 <= label_smoothing <= 1 or not gamma >= 0:
         raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; got "
                          f"ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, label_smoothing={label_smoothing}")
     logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
-    dice, log_p = _dice_and_log_p(logits, targets, kept, per, absent, smooth, class_weights)
+    dice, for_ce = _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights)
     soft = targets.shape == logits.shape
     weights = torch.ones(logits.shape[1]).to(logits) if class_weights is None else torch.as_tensor(class_weights).to(logits)
-    if not (soft or gamma or label_smoothing):  # plain cross-entropy of indices: the softmax of Dice serves it
-        share = weights[targets.masked_fill(~kept, 0)] * kept
-        ce = -(share * log_p).sum() / torch.where(kept.any(), share.sum(), 1)
+    if for_ce and not gamma:  # the softmax of Dice serves it
+        sum_t, log_p_t, log_p = for_ce
+        ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
+        if label_smoothing:
+            ce = ce - label_smoothing * (weights * log_p).sum() / logits.shape[1]
+        ce = ce / torch.where(kept.any(), (weights * sum_t).sum(), 1)
     elif not kept.any():
         ce = 0 * dice
     else:  # the kept pixels alone, in one row: NaN elsewhere would reach the gradient
@@ -271,7 +304,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 class CEDiceLoss(nn.Module):
     """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
 
-    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_log_p, _flat_pixels, _HardDiceSums
+    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
     """
 
     def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0, class_weights=None, ignore_index=-100,

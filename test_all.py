@@ -810,6 +810,45 @@ def test_losses_dice_gradient_equals_finite_differences():
         assert torch.autograd.gradcheck(lambda z: losses.dice_loss(z, targets, per=per, absent=absent, ignore_index=9), logits)
 
 
+def test_losses_ce_dice_in_many_chunks_equals_the_definition_in_value_and_gradient():
+    g, n = seeded(), torch.get_num_threads() * 2**17  # a chunk holds threads * 2^18 numbers: five of them, the last one short
+    targets = torch.randint(0, 4, (3, n), generator=g).masked_fill(torch.rand(3, n, generator=g) < 0.2, 255)
+    targets[0, n // 3 : n // 2] = targets[0, -5:] = 255
+    logits = 2 * torch.randn(3, 3, n, generator=g, dtype=torch.float64)
+    targets, kept = targets.masked_fill(targets == 3, 255), (targets < 3)
+    one_hot = F.one_hot(targets.masked_fill(~kept, 0), 3).transpose(1, 2).double()
+    weights, void = [1.0, 2.0, 0.5], ~kept.unsqueeze(1).expand_as(logits)
+    for per, smoothing in ("image", 0.0), ("batch", 0.1):
+        dice = lambda z: slow_dice(z, one_hot, kept, per=per, absent="skip", smooth=1e-5, weights=weights)
+        ce = lambda z: F.cross_entropy(z, targets, torch.tensor(weights).double(), ignore_index=255, label_smoothing=smoothing)
+        want, gradient = value_and_gradient(lambda z: ce(z) + 1.5 * dice(z), logits)
+        got, full = value_and_gradient(lambda z: losses.ce_dice_loss(z, targets, per=per, label_smoothing=smoothing, class_weights=weights,
+                                                                     ignore_index=255)[0], logits.masked_fill(void, math.nan))
+        assert abs(got - want) < 1e-10 * want and (full - gradient).abs().max() < 1e-9 * gradient.abs().max()
+        assert (full[void] == 0).all()
+
+
+def test_losses_ce_dice_keeps_nothing_of_the_size_of_the_logits_but_the_logits_and_can_be_passed_twice():
+    logits, targets = torch.randn(2, 5, 40, generator=seeded(), requires_grad=True), torch.arange(80).reshape(2, 40) % 5
+    for smoothing in 0.0, 0.1:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            loss = losses.ce_dice_loss(logits, targets, label_smoothing=smoothing)[0]
+        assert {each.data_ptr() for each in kept if each.numel() >= logits.numel()} == {logits.data_ptr()}
+        first, again = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, again)
+        raises(RuntimeError, "once_differentiable",
+               lambda: torch.autograd.grad(loss, logits, create_graph=True)[0].sum().backward())
+
+
+def test_losses_ce_dice_gradient_keeps_the_memory_format_of_the_logits():
+    logits, targets = torch.randn(2, 3, 4, 5, generator=seeded(), requires_grad=True), torch.arange(40).reshape(2, 4, 5) % 3
+    last = logits.detach().to(memory_format=torch.channels_last).requires_grad_()
+    want, got = (torch.autograd.grad(losses.ce_dice_loss(z, targets)[0], z)[0] for z in (logits, last))
+    torch.testing.assert_close(got, want)
+    assert want.is_contiguous() and got.is_contiguous(memory_format=torch.channels_last)
+
+
 def confident(targets, classes):
     """Logits of a perfect prediction."""
     return 100 * F.one_hot(targets, classes).movedim(-1, 1).float()
