@@ -8,6 +8,7 @@
 """
 
 import copy
+import operator
 
 import torch
 import torch.nn as nn
@@ -42,17 +43,18 @@ class EMA:
     Tied weights are one tensor, averaged once. bfloat16 and float16 weights have a float32 shadow, since in half precision
     a step of (1 - d) rounds away; give that shadow float32 inputs.
     The model may arrive wrapped (DistributedDataParallel, DataParallel, torch.compile, in any nesting) or not, here and in
-    update: the shadow is the plain model, and names are compared without `module.` and `_orig_mod.`.
+    update: the shadow is the plain model, and names are compared without `module.` and `_orig_mod.`. They are compared again when it is
+    another model or anything in it was replaced, which every update looks for; so the EMA, not its copies, refers to the last model.
 
     Errors: ValueError for a decay outside [0, 1); for a name or a shape that model and shadow do not share
-    Needs:  ema_decay, _unwrap, _named_tensors, import copy
+    Needs:  ema_decay, _unwrap, _named_tensors, _Matched, import copy, import operator
     Check:  after the first update the shadow is 0.1 * initial + 0.9 * model
     """
 
     def __init__(self, model, decay=0.999, *, warmup=True):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}: a decay of 1 never leaves the initial weights")
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.decay, self.warmup, self.updates, self._matched = decay, warmup, 0, None
         self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
         for tensor in _named_tensors(self.module).values():
             if tensor.dtype in (torch.bfloat16, torch.float16):
@@ -65,24 +67,25 @@ class EMA:
         check_finite=True raises ValueError with the name of the first tensor that holds NaN or inf. It reads every weight:
         for loops that do not already skip non-finite steps.
         """
-        shadow, source = _named_tensors(self.module), _named_tensors(model)
-        if shadow.keys() != source.keys():
-            raise ValueError(f"the model is not the one averaged: missing {sorted(shadow.keys() - source.keys())}, "
-                             f"unexpected {sorted(source.keys() - shadow.keys())}")
-        for name, tensor in source.items():
-            if tensor.shape != shadow[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its average {tuple(shadow[name].shape)}")
+        if self._matched is None or not self._matched.holds_for(self.module, model):
+            self._matched = _Matched(self.module, model)
+        matched = self._matched
+        for name, shadow, tensor in matched.pairs:
+            if tensor.shape != shadow.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its average {tuple(shadow.shape)}")
             if check_finite and not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf; the average was not updated")
 
-        averaged = [name for name, tensor in shadow.items() if tensor.is_floating_point() or tensor.is_complex()]
-        if averaged:
-            torch._foreach_lerp_([shadow[name] for name in averaged],
-                                 [source[name].to(shadow[name]) for name in averaged],  # its dtype and device
+        if matched.averaged:
+            torch._foreach_lerp_([shadow for _, shadow, _ in matched.averaged],
+                                 [tensor.to(shadow) for _, shadow, tensor in matched.averaged],  # its dtype and device
                                  1 - ema_decay(self.updates, self.decay, self.warmup))
-        for name in shadow.keys() - averaged:
-            shadow[name].copy_(source[name])
+        for _, shadow, tensor in matched.copied:
+            shadow.copy_(tensor)
         self.updates += 1
+
+    def __getstate__(self):  # what copy and pickle take: not the model
+        return self.__dict__ | {"_matched": None}
 
     def state_dict(self):
         """Tensors and plain numbers, all that an exact resume needs. The tensors are the shadow's own, as in nn.Module."""
@@ -94,6 +97,38 @@ class EMA:
             raise ValueError(f"an EMA state has the keys {list(self.state_dict())}, got {list(state)}")
         self.module.load_state_dict(state["module"])
         self.updates, self.decay, self.warmup = state["updates"], state["decay"], state["warmup"]
+
+
+class _Matched:
+    """The tensors of the shadow and of a model, paired by name once: finding names takes several times as long as averaging.
+
+    Parameters, buffers and parts of a module hang in three dictionaries of it. As long as those of all modules hold the same objects
+    under the same names and no others, nothing was replaced, added or removed. What changes in place, values, shapes, types, devices,
+    the update reads anew each time.
+
+    Needs:  _named_tensors, import operator
+    """
+
+    def __init__(self, module, model):
+        shadow, source = _named_tensors(module), _named_tensors(model)
+        if shadow.keys() != source.keys():
+            raise ValueError(f"the model is not the one averaged: missing {sorted(shadow.keys() - source.keys())}, "
+                             f"unexpected {sorted(source.keys() - shadow.keys())}")
+        self.pairs = [(name, tensor, source[name]) for name, tensor in shadow.items()]
+        averaged = [tensor.is_floating_point() or tensor.is_complex() for tensor in shadow.values()]
+        self.averaged = [pair for pair, yes in zip(self.pairs, averaged) if yes]
+        self.copied = [pair for pair, yes in zip(self.pairs, averaged) if not yes]
+        self.models = module, model
+        self.places = [place for each in self.models for part in each.modules()
+                       for place in (part._parameters, part._buffers, part._modules)]
+        self.holders = [place for place in self.places for _ in place]
+        self.names = [name for place in self.places for name in place]
+        self.objects = [each for place in self.places for each in place.values()]
+
+    def holds_for(self, *models):
+        found = map(dict.get, self.holders, self.names, self.holders)  # a name that is gone finds the dictionary, not None
+        return (all(map(operator.is_, models, self.models)) and sum(map(len, self.places)) == len(self.objects)
+                and all(map(operator.is_, found, self.objects)))
 
 
 def _unwrap(model):

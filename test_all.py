@@ -23,6 +23,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import signal
 import socket
@@ -2302,6 +2303,83 @@ def test_ema_refuses_a_missing_extra_or_reshaped_tensor_and_stays_as_it_was():
     reshaped[2] = nn.Linear(4, 3)
     raises(ValueError, "2.weight has shape (3, 4), its average (2, 4)", lambda: average.update(reshaped))
     assert bit_equal(average.module.state_dict(), before["module"]) and average.updates == 0
+
+
+def test_ema_notices_between_updates_whatever_was_replaced_in_model_or_shadow():
+    def other_weight(model, average):
+        model[0].weight = nn.Parameter(model[0].weight + 1)
+
+    def other_buffer(model, average):
+        model[1].running_mean = model[1].running_mean + 1
+
+    def other_part(model, average):
+        model[2] = nn.Linear(4, 2)
+
+    def swapped(model, average):
+        model[0].weight, model[2].weight = nn.Parameter(model[0].weight + 1), nn.Parameter(model[2].weight - 1)
+
+    def wrapped_part(model, average):
+        model[2] = Compiled(nn.Linear(4, 2))
+
+    def changed_in_place(model, average):
+        model[0].weight.data = model[0].weight.data.double() + 1
+
+    def shadow_as_float64(model, average):
+        average.module.double()
+
+    def other_shadow(model, average):
+        average.module = small_net(seed=3).eval()
+
+    for change in (other_weight, other_buffer, other_part, swapped, wrapped_part, changed_in_place, shadow_as_float64, other_shadow):
+        model = small_net()
+        average = ema.EMA(model, 0.5, warmup=False)
+        for n in range(2):
+            training_step(model, n)
+            average.update(model)
+        change(model, average)
+        fresh = copy.deepcopy(average)  # which has to match anew
+        average.update(model)
+        fresh.update(model)
+        assert bit_equal(average.module.state_dict(), fresh.module.state_dict()), change
+        at_model = ema._named_tensors(model)
+        for name, tensor in ema._named_tensors(average.module).items():
+            assert tensor.is_floating_point() or torch.equal(tensor, at_model[name])
+        average.update(small_net(seed=5))  # another model
+        fresh.update(small_net(seed=5))
+        assert bit_equal(average.module.state_dict(), fresh.module.state_dict()), change
+
+
+def test_ema_refuses_between_updates_what_no_longer_fits_and_stays_as_it_was():
+    def renamed(model):  # as many names as before, and a bias that was None
+        del model[3].bias
+        model[3].extra = nn.Parameter(torch.ones(2))
+
+    for change, text in ((lambda model: model.append(nn.Linear(2, 2)), "unexpected ['4.bias', '4.weight']"),
+                         (lambda model: model.__delitem__(3), "missing ['3.weight']"),
+                         (lambda model: model[1].register_buffer("extra", torch.ones(1)), "unexpected ['1.extra']"),
+                         (renamed, "unexpected ['3.extra']"),
+                         (lambda model: setattr(model[2].weight, "data", torch.ones(1, 4)), "2.weight has shape (1, 4), its")):
+        model = small_net().append(nn.Linear(2, 2, bias=False))
+        average = ema.EMA(model)
+        average.update(model)
+        before = copy.deepcopy(average.state_dict())
+        change(model)
+        raises(ValueError, text, lambda: average.update(model))
+        assert bit_equal(average.module.state_dict(), before["module"]) and average.updates == 1
+
+
+def test_ema_copies_and_pickles_without_the_model():
+    model = small_net()
+    average = ema.EMA(model)
+    size = len(pickle.dumps(average))
+    training_step(model, 0)
+    average.update(model)
+    assert abs(len(pickle.dumps(average)) - size) < 20
+    twins = copy.deepcopy(average), pickle.loads(pickle.dumps(average)), average
+    training_step(model, 1)
+    for twin in twins:
+        twin.update(model)
+        assert twin.updates == 2 and bit_equal(twin.module.state_dict(), twins[0].module.state_dict())
 
 
 def test_ema_check_finite_names_the_tensor_and_leaves_the_shadow_as_it_was():
