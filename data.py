@@ -130,8 +130,11 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
     global_batch = batch_size * world_size
     num_batches = -(-n // global_batch)
     rng = np.random.default_rng([seed, epoch])
+    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
+        labels = labels.astype(np.uint16)  # of 16 bits, numpy's stable sort is a radix sort: five times faster
     order = np.argsort(labels, kind="stable")
-    rows_by_class = np.split(order, np.flatnonzero(labels[order[1:]] != labels[order[:-1]]) + 1)
+    ordered = labels[order]
+    rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
     plan, k = np.empty(num_batches * global_batch, dtype=np.int64), len(rows_by_class)
     for c, rows in enumerate(rows_by_class):
         queue, filled = plan[c::k], 0  # a view: slot s of the plan is place s // k of its class's queue
@@ -140,6 +143,7 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
             # The batch that straddles the seam must not see a row twice: what it already holds goes to the end.
             first = max(-(-((c + filled * k) // global_batch * global_batch - c) // k), 0)
             if first < filled:
+                again = again[: len(queue) - first]  # enough, even if all that the batch holds is among them
                 seen = np.isin(again, queue[first:filled])
                 again = np.concatenate([again[~seen], again[seen]])
             again = again[: len(queue) - filled]
