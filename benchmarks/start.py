@@ -1,0 +1,73 @@
+"""The wait before the first training step, and for --help, in times of `import torch`.
+
+    $ python benchmarks/start.py
+
+Whole processes, as a user starts them: from the start of Python to the end of the first optimizer step of `train.py --task ocec` on 100
+eyes of an .npz, with all that comes before it (reading and splitting the data, what learns nothing, the untrained network scored and
+saved, the batch); `train.py --task ocec --help`; and the least that a script can do, one linear layer and AdamW(). Eleven of each in
+turns, medians, bytecode cached for all (train.py itself is compiled at every start, as any script). The allocator: train.py tunes
+its own, the others have glibc's default.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LINEAR = """
+import os, torch
+layer = torch.nn.Linear(4, 1)
+optimizer = torch.optim.AdamW(layer.parameters())
+layer(torch.ones(2, 4)).sum().backward()
+optimizer.step()
+os._exit(0)"""
+FIRST_STEP = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+script = runpy.run_path(sys.argv[1] + "/train.py", run_name="train")
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(lambda *_: os._exit(0))
+script["main"](["--task", "ocec", "--lr", "2e-4", "--data", sys.argv[2], "--out", sys.argv[3]])"""
+
+
+def seconds(*words):
+    """Wall time of a Python process that must end well."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    taken = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr)
+    return taken
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import torch
+
+    import data
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        images, labels, _, _ = data.synthetic_eyes(100)
+        np.savez(f"{folder}/eyes.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels)
+        rounds = []
+        for i in range(12):
+            rounds.append({
+                "import torch": seconds("-c", "import os, torch; os._exit(0)"),
+                "train.py --help": seconds(str(ROOT / "train.py"), "--task", "ocec", "--help"),
+                "train.py, first step": seconds("-c", FIRST_STEP, str(ROOT), f"{folder}/eyes.npz", f"{folder}/{i}"),
+                "linear layer and AdamW()": seconds("-c", LINEAR)})
+    for name in rounds[0]:
+        taken = [each[name] for each in rounds[1:]]  # the first round fills the caches
+        ratio = statistics.median(each[name] / each["import torch"] for each in rounds[1:])
+        print(f"    {name:<26} {statistics.median(taken):6.2f} s   {ratio:5.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
