@@ -24,8 +24,8 @@ statistics are young after 28 steps):
     peer, glibc's allocator       160 images/s    2.81 x    43.4, 46.1 s
     peer, tuned                   263 images/s    1.72 x    28.5, 25.9 s
 
-A later run, cut off after its first round, load 4: ours 18.9 s (15.0 in the second), peer 43.8 (2.3 x), tuned 24.2 (1.3 x); loss of the last
-epoch 0.445, peer 0.366.
+A later run, cut off after its first round, load 4: ours 18.9 s (15.0 in the second), peer 43.8 (2.3 x), tuned 24.2 (1.3 x); loss of the
+last epoch 0.445, peer 0.366.
 
 Of our 15 s, by steps.py and start.py, 28 steps take 10 and the start 2; the rest is scoring, batches, files and pictures.
 """
