@@ -1559,24 +1559,21 @@ class SeqSetClassifier(nn.Module):
         states = [mean of the hidden states, last of them]
         logit  = head(states), or with events=True head([scale * states, StrongestEvents])
 
-    The latent vectors are mu, without noise. `scale`, a number per channel, starts at 0.01 and is learnt: beside states at their full
-    size the strongest events are learnt slowly and badly.
+    The latent vectors are mu, without noise. `scale` is small and fixed: beside states at their full size, or at a learnt one, the
+    strongest events are learnt slowly and badly.
     Head: width `hidden` and ReLU in all layers but the last, whose bias starts at the log-odds of `prior`, the share of positives: else
     the first epochs go into learning that they are rare.
 
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
-    Source: `scale`: Touvron et al. 2021 (LayerScale), arXiv:2103.17239, eq. 1
     Check:  the head at width 256, read out twice: 65,793 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
             TransformerLayer, SetSequenceEncoder, StrongestEvents
     """
 
-    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5, events=False):
+    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5, events=False, scale=0.1):
         super().__init__()
-        self.encoder, width = encoder, encoder.width
+        self.encoder, self.scale, width = encoder, scale, encoder.width
         self.strongest = StrongestEvents(2 * encoder.variables, width=width) if events else None
-        if events:
-            self.scale = nn.Parameter(torch.full((2 * width,), 0.01))
         widths = [(3 if events else 2) * width] + [hidden] * (layers - 1)
         blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in zip(widths, widths[1:])]
         self.head = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))

@@ -3650,8 +3650,9 @@ def test_models_seqset_classifier_reads_the_strongest_events_beside_its_scaled_d
     assert torch.allclose(net(inputs), logits, atol=1e-5) and net.head[0][0].in_features == 48
     for sets, width in ((40, 7), (45, 11)):
         assert torch.allclose(net.padded(**padded_sets(stays, sets, width)), logits, atol=1e-5)
-    fresh = models.SeqSetClassifier(set_encoder(), events=True)
-    assert torch.equal(fresh.scale, torch.full((32,), 0.01)) and fresh.strongest.longest == 2880
+    assert net.scale == 0.1 and net.strongest.longest == 2880
+    net.scale = 1.0
+    assert (net(inputs) - logits).abs().min() > 1e-4
 
 
 @torch.no_grad()
@@ -8568,7 +8569,7 @@ def test_train_stays_modes_train_what_they_say_from_the_pretrained_encoder():
             state = result_of(f / mode)["model"]
             moved = {name.split(".")[1] if ".layers." not in name else ".".join(name.split(".")[1:3]) for name in tensors
                      if not torch.equal(state[name], pretrained[name])}
-            assert any(name.startswith("strongest.") for name in state) == ("scale" in state) == (mode == "finetune")
+            assert any(name.startswith("strongest.") for name in state) == (mode == "finetune")
             assert moved == {"probe": set(), "partial": {"layers.1", "norm"},
                              "finetune": {"sets", "mu", "gap", "time_bias", "layers.0", "layers.1", "norm"}}[mode], (mode, moved)
         for variant, rate, layers in (("before", 1e-4, 4), ("after", 3e-4, 2)):
