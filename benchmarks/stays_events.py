@@ -3,10 +3,16 @@ stays, splits, batches, loss and schedule as `train.py --task seqsetvae` with it
 
     $ OMP_NUM_THREADS=1 python benchmarks/stays_events.py --data ../shared/data/physionet2012 --seed 0 1 2      # half a minute a seed
 
-Raw weights, no EMA; the validation stays pick the epoch by AUROC; the test stays are scored once. The last row is the mean over the
-seeds of (this - logistic regression), with the interval of benchmarks/stays_table.py.
+Raw weights, no EMA; the validation stays pick the epoch by AUROC; the test stays are scored once. The last rows are the means over the
+seeds, of (this - logistic regression) with the interval of benchmarks/stays_table.py.
 
-Last result: RESULT
+Last result, torch 2.13.0+cpu, one of 2 busy cores, half a minute a seed:
+
+    seed 0: AUROC 0.8371, AUPRC 0.4153; logistic regression 0.8273, 0.4271
+    seed 1: AUROC 0.8195, AUPRC 0.4516; logistic regression 0.8230, 0.4682
+    seed 2: AUROC 0.8356, AUPRC 0.4468; logistic regression 0.8126, 0.4406
+    auroc: 0.831 +- 0.010, minus the regression +0.010 [-0.009, +0.030]
+    auprc: 0.438 +- 0.020, minus the regression -0.007 [-0.046, +0.032]
 """
 
 import argparse
