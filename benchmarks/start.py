@@ -8,13 +8,15 @@ saved, the batch); `train.py --task ocec --help`; and the least that a script ca
 turns, medians, bytecode cached for all (train.py itself is compiled at every start, as any script). The allocator: train.py tunes
 its own, the others have glibc's default.
 
-Last results, torch 2.13.0+cpu, one core and 1 thread; 2 cores, 2 threads, others at work (load 5 at the start):
+Last result, torch 2.13.0+cpu, 1 thread on one of 2 cores, others at work (load 2):
 
-    import torch                 1.08 s    1.00 x    1.18 s    1.00 x
-    train.py --help              1.18 s    1.11 x    1.17 s    1.04 x
-    train.py, first step         2.00 s    1.91 x    2.85 s    2.13 x
-    linear layer and AdamW()     2.17 s    2.01 x    2.31 s    1.87 x
+    import torch                 1.04 s    1.00 x
+    train.py --help              1.58 s    1.51 x
+    train.py, first step         2.52 s    2.37 x
+    linear layer and AdamW()     2.19 s    2.04 x
 
+With Python's garbage collector off while train.py and torch._dynamo were imported (gc.disable, gc.freeze, gc.enable around both) an
+earlier run had 1.11 and 1.91: the only gain found, left out because a script that others import should not switch it.
 Of 1.8 s, 1 thread, torch takes 0.85 (0.95 to 1.1 with the collector on), torch._dynamo 0.65 to 0.8, these modules and compiling train.py
 0.1, the data, floors, untrained scores and files 0.1, the step 0.1. Every torch.optim optimizer imports torch._dynamo when it is built
 (add_param_group, through torch._compile) and again asks for it in step(): only an optimizer of our own would avoid it. A thread that
