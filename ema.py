@@ -104,7 +104,7 @@ class _Matched:
 
     Parameters, buffers and parts of a module hang in three dictionaries of it. As long as those of all modules hold the same objects
     under the same names and no others, nothing was replaced, added or removed. What changes in place, values, shapes, types, devices,
-    the update reads anew each time.
+    the update reads anew each time. A dictionary that is itself exchanged, which torch does not do, is not seen.
 
     Needs:  _named_tensors, import operator
     """

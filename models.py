@@ -1554,7 +1554,7 @@ class StrongestEvents(nn.Module):
 
 
 class SeqSetClassifier(nn.Module):
-    """One logit of a stay: SetSequenceEncoder, then a head on the mean and on the last of its hidden states.
+    """One logit of a stay: SetSequenceEncoder, then a head on the mean and the last of its hidden states, and on the strongest events.
 
         states = [mean of the hidden states, last of them]
         logit  = head(states), or with events=True head([scale * states, StrongestEvents])
@@ -1565,7 +1565,7 @@ class SeqSetClassifier(nn.Module):
     the first epochs go into learning that they are rare.
 
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
-    Check:  the head at width 256, read out twice: 65,793 parameters
+    Check:  the head at width 256, without events: 65,793 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
             TransformerLayer, SetSequenceEncoder, StrongestEvents
     """

@@ -259,7 +259,8 @@ def unit_images(images):
 # A process that dies closes its connections, which the others see at once. One that lives gets this long: rank 0 may decode a data set.
 TIMEOUT = datetime.timedelta(hours=1)
 MEETING = datetime.timedelta(minutes=5)  # for all to start
-LAUNCHER = os.getppid()  # torchrun, if it started this process: it would train on without one, and another torchrun wait for it in the end
+# torchrun, where it started this process, which would train on without it, while another torchrun waits for it in the end
+LAUNCHER = os.getppid()
 
 
 def world_size():
@@ -2227,7 +2228,8 @@ class StopSignal:
 
     def check(self):
         """Raises Interrupted in all processes if one of them was asked to end, Lost if the torchrun of one of them has died."""
-        *asked, orphans = summed([self.number == each for each in self.before] + [os.getppid() != LAUNCHER])
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
+        *asked, orphans = summed([self.number == each for each in self.before] + [orphan])
         if orphans and world_size() > 1:
             raise Lost(f"torchrun has died on the machine of {orphans:.0f} of the {world_size()} processes")
         for number in itertools.compress(self.before, asked):

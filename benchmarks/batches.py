@@ -16,15 +16,19 @@ one uint8 array in this process. The peers: a DataLoader with 2 persistent worke
 
 All take turns; medians of the rounds are printed, of the ratios too, which are taken within a round.
 
-Last result, tuned, one run, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators,
-unused, were declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores, 1 thread, others at work beside it (load 3
-to 4), so that the two workers of the peers had less than two cores. With the default allocator it was not run since the code changed.
+Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators,
+unused, were declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores, nothing else at
+work, 1 thread; default allocator, its second run, and tuned, one run:
 
-    plan                   ours 21.9 ms             MPerClassSampler 962 x    WeightedRandomSampler 7.9 x
-    images                 ours 15,100 images/s     PIL + torchvision 26 x    albumentations 2.9 x
+    plan      ours 11.0 ms            MPerClassSampler 921 x     WeightedRandomSampler 11.7 x, tuned 11.4 x
+    images    ours 21,655 images/s    PIL + torchvision 10.1 x   albumentations 1.9 x
+    tuned     ours 25,192 images/s    PIL + torchvision  9.7 x   albumentations 1.5 x
+
+The first run had 10.3 x, 29,015 images/s, 11.1 x and 1.7 x. Beside other programs (load 3 to 4) the peers' workers lose more than we do:
+26 x and 2.9 x. MPerClassSampler took 0.6 s elsewhere, here 10 s; why was not looked into.
 
 What is left of the plan: three permutations are 9.5 of 15.8 ms (line by line), the sort by class 4; the order of the batches hangs on
-them. Of a batch of 256, 8.6 ms in one process (10.1 before; of 32, 1.4 and 2.2), photometric is about 5 and CLAHE of 3 images 1.1: some
+them. Of a batch of 256, 8.6 ms of one process alone, photometric is about 5 and CLAHE of 3 images 1.1: some
 33 passes over float32, each at the speed of the cache. To pick out the images that drew a change, side by side, gains 10 % of a batch of
 256 and nothing of 32: left out. To skip the hue of those that drew none gains more, but moves 222 of 430 million bytes by one level.
 """

@@ -16,11 +16,12 @@ Last result, torch 2.13.0+cpu, 1 thread on one of 2 cores, others at work (load 
     linear layer and AdamW()     2.19 s    2.04 x
 
 With Python's garbage collector off while train.py and torch._dynamo were imported (gc.disable, gc.freeze, gc.enable around both) an
-earlier run had 1.11 and 1.91: the only gain found, left out because a script that others import should not switch it.
-Of 1.8 s, 1 thread, torch takes 0.85 (0.95 to 1.1 with the collector on), torch._dynamo 0.65 to 0.8, these modules and compiling train.py
-0.1, the data, floors, untrained scores and files 0.1, the step 0.1. Every torch.optim optimizer imports torch._dynamo when it is built
-(add_param_group, through torch._compile) and again asks for it in step(): only an optimizer of our own would avoid it. A thread that
-imports it meanwhile has nothing to run beside: the imports hold the interpreter's lock, and little else happens before the optimizer.
+earlier run had --help 1.11 x and the first step 1.91 x, 2.00 s: the only gain found, left out because a script that others import should
+not switch it. Of 1.8 s of such a run, 1 thread, timed inside, torch takes 0.85 (0.95 to 1.1 with the collector on), torch._dynamo 0.65 to
+0.8, these modules and compiling train.py 0.1, the data, floors, untrained scores and files 0.1, the step 0.1. Every torch.optim optimizer
+imports torch._dynamo when it is built (add_param_group, through torch._compile) and again asks for it in step(): only an optimizer of our
+own would avoid it. A thread that imports it meanwhile has nothing to run beside: the imports hold the interpreter's lock, and little else
+happens before the optimizer.
 """
 
 import os

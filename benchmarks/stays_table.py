@@ -3,9 +3,9 @@
     $ for seed in 0 1 2; do
     >     python train.py --task seqsetvae --data physionet2012 --seed $seed --out runs/stays-scratch-$seed
     >     python train.py --task seqsetvae --data physionet2012 --seed $seed --variant pretrain --out runs/stays-pretrain-$seed
-    >     for mode in probe finetune; do
+    >     for mode in "probe --epochs 60" finetune; do
     >         python train.py --task seqsetvae --data physionet2012 --seed $seed --mode $mode --pretrained runs/stays-pretrain-$seed \\
-    >             --out runs/stays-$mode-$seed; done; done
+    >             --out runs/stays-${mode%% *}-$seed; done; done
     $ python benchmarks/stays_table.py runs/stays-scratch-{0,1,2} -- runs/stays-probe-{0,1,2} -- runs/stays-finetune-{0,1,2}
 
 The difference is the mean over the seeds of (model - logistic regression), each on the test stays of its seed; its 95 % interval

@@ -29,7 +29,8 @@ Of an EMA update 0.10 ms are the arithmetic, one foreach lerp over 91 tensors, w
 type or device changed in place; 0.03 to see that nothing was replaced; 0.02 shapes; 0.01 counters. Copying a flat array of that size takes
 0.05, but the weights do not lie in one: gathering them takes 0.06 and a lerp of the flat arrays 0.05, no less than the foreach.
 
-Step, 2 threads on 2 cores that others used as well; three rounds (the ratio to a plain loop with glibc's allocator, and tuned):
+Step, 2 threads on 2 cores that others used as well; three rounds, the command makes two (the ratio to a plain loop with glibc's
+allocator, and tuned):
 
     plain, glibc's allocator      1219.1 ms    1.00 x    0.44 x
     plain, tuned                   533.4 ms    2.29 x    1.00 x
@@ -44,7 +45,7 @@ and of two other rounds with --compile (g++ 12), one of which was disturbed, the
     ours                           355.7 ms    3.72 x    1.68 x
     ours, --compile                513.6 ms    2.58 x    1.16 x, the first step 42.6 s; 379.2 ms and 3.5 s in the other, its code cached
 
-Where a step of 0.53 s goes (torch.profiler, 1 thread; 0.74 s under it): backward of the convolutions 40 %, of batch norm 19, of ReLU 12;
+Where a step of `plain, tuned` goes (torch.profiler, 1 thread, 0.74 s): backward of the convolutions 40 %, of batch norm 19, of ReLU 12;
 forward of the convolutions 15, of batch norm 6, of ReLU 3. With glibc's allocator a plain step takes 420,000 to 520,000 page faults, half
 of its time in the kernel; tuned, few or none once the heap has grown. bf16 is no faster although the processor has it: the backward of the
 three first depthwise convolutions of stride 2 takes 100 ms each in oneDNN, 40 % of the step, against 22 at most in float32.
