@@ -29,6 +29,7 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import lzma
@@ -1122,7 +1123,7 @@ def photometric_distort(images, *, p=0.5, generator):
 
     images  (B, 3, H, W) uint8 RGB
     returns the same shape, uint8
-    Needs:  photometric_draw, photometric_apply, turn_hue
+    Needs:  photometric_draw, photometric_apply, turn_hue_
     Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first, normalise afterwards.
     Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's v2.RandomPhotometricDistort
     Check:  p=0 returns equal values
@@ -1131,7 +1132,7 @@ def photometric_distort(images, *, p=0.5, generator):
         raise ValueError(f"photometric_distort needs uint8 RGB (B, 3, H, W), got {images.dtype} "
                          f"{tuple(images.shape)}: distort before you normalise, the limits are 0 and 255")
     settings = photometric_draw(len(images), p=p, generator=generator)
-    step = 64 if images.device.type == "cpu" else max(len(images), 1)  # 64 small images stay in a CPU's cache
+    step = 256 if images.device.type == "cpu" else max(len(images), 1)  # a CPU's cache holds some hundred small images
     chunks = [slice(i, i + step) for i in range(0, max(len(images), 1), step)]
     return torch.cat([photometric_apply(images[chunk], **{name: value[chunk] for name, value in settings.items()})
                       for chunk in chunks])
@@ -1141,7 +1142,7 @@ def color_jitter(images, *, strength, generator):
     """Multiply brightness, contrast and saturation of each image by its own U(1 - strength, 1 + strength), in this order.
 
     images  (B, 3, H, W) uint8 RGB  ->  the same
-    Needs:  photometric_apply, turn_hue
+    Needs:  photometric_apply, turn_hue_
     Errors: ValueError for a strength outside [0, 1], for anything but uint8 RGB
     Source: torchvision's ColorJitter(strength, strength, strength), there in random order
     Check:  strength=0 returns equal values
@@ -1189,52 +1190,60 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
         order       channel c becomes what was channel order[c]
 
     (torchvision truncates to uint8 after brightness, contrast and saturation, each time half a grey level darker.)
-    Every image takes every step, neutral ones too (f = 1): picking out those that drew it saves at most a tenth.
+    The dear steps are done where they were drawn: the images are sorted so that saturation is one slice, and hue another.
 
     images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, on any device
-    Needs:  turn_hue
+    Needs:  turn_hue_
     """
-    device = images.device
+    n, device = len(images), images.device
+    saturated, turned = saturation != 1, hue != 0
+    rows = (2 * turned + (turned != saturated).int()).argsort()  # neither, saturation, both, hue
+    start = n - int((saturated | turned).sum())
+    saturated, turned = slice(start, start + int(saturated.sum())), slice(n - int(turned.sum()), n)
     brightness, contrast_before, saturation, hue, contrast_after = (
-        setting.to(device)[:, None, None, None]
-        for setting in (brightness, contrast_before, saturation, hue, contrast_after))
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=device)[:, None, None]
+        setting[rows].to(device)[:, None, None] for setting in (brightness, contrast_before, saturation, hue, contrast_after))
 
     def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number per image
-        grey = (other * weights).sum(1, keepdim=True)
-        return x.mul_(factor).add_((1 - factor) * grey).clamp_(0, 255)
+        grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
+        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
 
-    x = images.float().mul_(brightness).clamp_(max=255)
-    x = blend(x, contrast_before, x.mean((2, 3), keepdim=True))  # the grey of the means is the mean of the grey
-    x = blend(x, saturation, x)
-    x = turn_hue(x, hue)
-    x = blend(x, contrast_after, x.mean((2, 3), keepdim=True))
+    channels = torch.arange(3, device=rows.device)[:, None]
+    planes = (3 * rows + channels).to(device)  # (3, B): all the reds in their new order, then the greens, then the blues
+    x = images.flatten(0, 1).index_select(0, planes.flatten()).view(3, *images[:, 0].shape).float()
+    x.mul_(brightness).clamp_(max=255)
+    blend(x, contrast_before, x.mean((2, 3), keepdim=True))  # the grey of the means is the mean of the grey
+    blend(x[:, saturated], saturation[saturated], x[:, saturated])
+    turn_hue_(x[:, turned], hue[turned])
+    blend(x, contrast_after, x.mean((2, 3), keepdim=True))
     x = x.round_().to(torch.int32).to(torch.uint8)  # float to uint8 in one go is 2.5 times slower on CPU
-    planes = order.to(device) + 3 * torch.arange(len(x), device=device)[:, None]
-    return x.flatten(0, 1).index_select(0, planes.flatten()).view_as(x)
+    planes = (order * n + rows.argsort()[:, None]).to(device)  # (B, 3): where the channels of each image are now
+    return x.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
 
 
-def turn_hue(images, turn):
-    """Turn the hue by a part of the full circle and keep value (max) and chroma (max - min): RGB to HSV and back.
+def turn_hue_(planes, turn):
+    """Turn the hue in place by a part of the full circle and keep value (max) and chroma (max - min): RGB to HSV and back.
 
-    In sixths of the circle, with red at 0, green at 2, blue at -2, and without a branch:
+    In sixths of the circle times the chroma, with red at 0, green at 2, blue at -2; without a branch and without a division:
 
-        hue = copysign(1 + (G + B - R - min) / chroma, G - B)
-        channel = min + chroma * clamp(abs(abs(hue + 6 turn - centre) - 3) - 1, 0, 1)    centre 0, 2, -2 for R, G, B
+        hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
+        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)    centre 0, 2, -2 for R, G, B
 
-    The last line is the trapezoid that a channel follows: 1 up to one sixth from its centre, 0 from two sixths on.
+    The last line is the trapezoid that a channel follows: chroma up to one sixth from its centre, 0 from two sixths on.
 
-    images  (B, 3, H, W) float RGB of any scale
-    turn    (B, 1, 1, 1) part of the full circle, |turn| <= 1/3
+    planes  (3, ...) float RGB of any scale
+    turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
     Check:  red turned by 1/3 is green; grey stays grey
     """
-    red, green, blue = images.split(1, dim=1)
-    low = images.amin(1, keepdim=True)
-    chroma = images.amax(1, keepdim=True).sub_(low)
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-6)).add_(1)
-    hue = torch.copysign(hue, green - blue).add_(6 * turn)
-    centre = torch.tensor([0.0, 2.0, -2.0], device=images.device)[:, None, None]
-    return (hue - centre).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
+    red, green, blue = planes
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    hue = torch.copysign((green + blue).sub_(red).sub_(low).add_(chroma), green - blue).add_(6 * turn * chroma)
+    three, base = 3 * chroma, low - chroma
+    for channel, centre in zip(planes, (0, 2, -2)):
+        torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
+        torch.clamp(channel, low, high, out=channel)
+    return planes
 
 
 def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
@@ -1249,7 +1258,7 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     clip_limit  0 = no limit
     grid        tiles as (rows, columns), where OpenCV's tileGridSize is (columns, rows)
     returns the same shape, uint8
-    Needs:  clahe_axis, clahe_tables, rgb_to_lab, lab_to_rgb
+    Needs:  clahe_axis, clahe_tables, rgb_to_lab, lab_to_rgb, lab_tables
     Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite, an empty grid.
     Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
     """
@@ -1265,28 +1274,27 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     (rows, columns), (height, width), device = grid, images.shape[-2:], images.device
     levels = images.reshape(-1, height, width).long()
     uneven = height % rows > 0 or width % columns > 0
-    y, top, bottom, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
-    x, left, right, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
+    y, row, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
+    x, column, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
     tiles = (levels[:, y[:, None], x] if uneven else levels).unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
     tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
     image = torch.arange(len(levels), device=device)[:, None, None]
-
-    def look_up(row, column):  # the new level of every pixel in the table of tile (row, column)
-        tile = (image * rows + row[:, None]) * columns + column
-        return tables.index_select(0, (tile * 256 + levels).flatten()).view_as(levels)
-
-    upper = look_up(top, left) * (1 - across) + look_up(top, right) * across
-    lower = look_up(bottom, left) * (1 - across) + look_up(bottom, right) * across
+    # (2, 2, B, H, W): each pixel's new level in the tables of the four tiles about it, upper and lower, left and right
+    tile = (image * rows + row[:, None, None, :, None]) * columns + column[:, None, None]
+    upper_left, upper_right, lower_left, lower_right = tables.index_select(0, (256 * tile + levels).flatten()).view(4, *levels.shape)
+    upper = upper_left * (1 - across) + upper_right * across
+    lower = lower_left * (1 - across) + lower_right * across
     down = down[:, None]
     return (upper * (1 - down) + lower * down).round().to(torch.uint8).view_as(images)
 
 
+@functools.cache
 def clahe_axis(size, tiles, uneven):
     """One side of an image for clahe: where its padded pixels come from, and between which two tiles each pixel lies.
 
     If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one pixel per tile.
 
-    returns source (padded size,), first and second tile (size,), weight of the second (size,) float32
+    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; made once
     Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge (reflect-101)
     """
     padded = size + (tiles - size % tiles if uneven else 0)
@@ -1295,7 +1303,7 @@ def clahe_axis(size, tiles, uneven):
     position = torch.arange(size, dtype=torch.float32) * (1 / (padded // tiles)) - 0.5
     first = position.floor()
     weight, first = position - first, first.long()
-    return torch.minimum(source, period - source), first.clamp(min=0), (first + 1).clamp(max=tiles - 1), weight
+    return torch.minimum(source, period - source), torch.stack([first, first + 1]).clamp_(0, tiles - 1), weight
 
 
 def clahe_tables(tiles, clip_limit):
@@ -1321,14 +1329,10 @@ def rgb_to_lab(images):
     Linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24 colours come out as OpenCV's. The
     formulas in float miss L by 1 here and there, of which an equalised histogram makes tens of grey levels.
 
+    Needs:  lab_tables
     Check:  (255, 0, 0) becomes (136, 208, 195)
     """
-    level = torch.arange(256, dtype=torch.float64) / 255
-    light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
-    light = (light * 2040).round().int().to(images.device)
-    share = torch.arange(3072, dtype=torch.float64) / 2040
-    root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
-    root = (root.float() * 2**15).round().int().to(images.device)
+    light, root, _ = (table.to(images.device) for table in lab_tables())
     look_up = lambda table, index: table.index_select(0, index.flatten()).view_as(index)  # faster than table[index] on CPU
     red, green, blue = look_up(light, images.int()).unbind(1)
     x = look_up(root, (1777 * red + 1541 * green + 778 * blue + 2**11) >> 12)  # sRGB to XYZ, white at 2^12
@@ -1338,20 +1342,32 @@ def rgb_to_lab(images):
     return ((lab + 2**14) >> 15).to(torch.uint8)  # 296 = 1.16 * 255, 1336934 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
 
 
+@functools.cache
+def lab_tables():
+    """What rgb_to_lab and lab_to_rgb look up, on the CPU, made once: linear light (256,) in 1/2040 of the sRGB levels, f (3072,) in
+    1/2^15 of the light; and the matrix float (3, 3) from XYZ over the white point to linear RGB."""
+    level = torch.arange(256, dtype=torch.float64) / 255
+    light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    share = torch.arange(3072, dtype=torch.float64) / 2040
+    root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
+    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169], [0.019334, 0.119193, 0.950227]])
+    to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True))
+    return (light * 2040).round().int(), (root.float() * 2**15).round().int(), to_rgb
+
+
 def lab_to_rgb(lab):
     """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): formulas in float32, clipped to the sRGB gamut, rounded.
 
     Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1, 0.001 % by 2 or 3.
 
+    Needs:  lab_tables
     Check:  (136, 208, 195) becomes (255, 2, 1)
     """
     lightness, a, b = lab.transpose(0, 1).float().flatten(1)  # channels first: planes
     y = (lightness / 2.55 + 16) / 116
     f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200])
     xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
-    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169],
-                           [0.019334, 0.119193, 0.950227]])
-    to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True)).to(lab.device)
+    to_rgb = lab_tables()[2].to(lab.device)
     light = (to_rgb @ xyz).clamp_(0, 1)
     rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (255 * rgb).round().to(torch.uint8).unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()

@@ -4634,10 +4634,10 @@ def test_data_photometric_equals_the_oracle_step_by_step_and_all_together():
 
 
 def test_data_photometric_distort_equals_the_oracle_across_chunks():
-    images = colourful(131, 4, 7)  # chunks of 64, 64 and 3
-    settings = data.photometric_draw(131, p=0.5, generator=seeded(3))
+    images = colourful(515, 4, 7)  # chunks of 256, 256 and 3
+    settings = data.photometric_draw(515, p=0.5, generator=seeded(3))
     distorted = data.photometric_distort(images, generator=seeded(3))
-    for i in (0, 1, 2, 63, 64, 65, 127, 128, 129, 130):
+    for i in (0, 1, 2, 64, 131, 255, 256, 257, 511, 512, 513, 514):
         exact = photometric_oracle(images[i], **{name: value[i].numpy() for name, value in settings.items()})
         assert np.abs(distorted[i].numpy() - exact).max() < 0.501
 
@@ -4681,12 +4681,14 @@ def test_data_photometric_distort_refuses_normalised_input():
 
 
 def test_data_turn_hue_keeps_value_and_chroma():
-    images = torch.rand(4, 3, 8, 8, generator=seeded())
-    turn = torch.tensor([0.0, 0.05, -0.2, 1 / 3])[:, None, None, None]
-    turned = data.turn_hue(images, turn)
-    assert torch.allclose(turned.amax(1), images.amax(1), atol=1e-6) and torch.allclose(turned.amin(1), images.amin(1))
-    assert torch.allclose(turned[0], images[0], atol=1e-6)
-    assert torch.allclose(turned[3], images[3].roll(1, 0), atol=1e-5)  # a third of a turn: red to green, green to blue
+    planes = torch.rand(3, 4, 8, 8, generator=seeded())
+    turn = torch.tensor([0.0, 0.05, -0.2, 1 / 3])[:, None, None]
+    turned = data.turn_hue_(planes.clone(), turn)
+    assert torch.equal(turned.amax(0), planes.amax(0)) and torch.equal(turned.amin(0), planes.amin(0))
+    assert torch.allclose(turned[:, 0], planes[:, 0], atol=1e-6)
+    assert torch.allclose(turned[:, 3], planes[:, 3].roll(1, 0), atol=1e-5)  # a third of a turn: red to green, green to blue
+    whole = torch.randint(0, 256, (3, 5, 6), generator=seeded()).float()
+    assert torch.equal(data.turn_hue_(whole.clone(), 0.0), whole)  # nothing is divided: whole numbers stay what they are
 
 
 # ---------------------------------------------------------------------------------------------------------------------

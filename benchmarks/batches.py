@@ -1,36 +1,43 @@
 """What feeds a training loop: the plan of an epoch of class-balanced batches, and batches of augmented images.
 
     $ pip install pytorch-metric-learning albumentations pillow torchvision
-    $ OMP_NUM_THREADS=1 python benchmarks/batches.py            # the allocator as glibc has it
-    $ OMP_NUM_THREADS=1 python benchmarks/batches.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
+    $ python benchmarks/batches.py            # the allocator as glibc has it
+    $ python benchmarks/batches.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
 
 Plan: all batches of 256 of an epoch over 470,811 labels of two classes, 53 to 47, as index lists; the second epoch is timed. Against
 pytorch-metric-learning's MPerClassSampler with 128 rows per class, and torch's WeightedRandomSampler in a BatchSampler, which draws with
 replacement, so that a third of the rows of an epoch is missing and no batch is exactly balanced.
 
-Images: an epoch over 4,096 synthetic eyes of 32 x 64 in batches of 256, each (256, 3, 32, 64) float32 in [-1, 1], with the probabilities of
-the ocec recipe: flip 0.5, photometric 0.5 for each of five changes, CLAHE 0.01 (crop and mixup are left out for all). Ours: gathered from
-one uint8 array in this process. The peers: a DataLoader with 2 persistent workers, started before the clock.
+Images: an epoch over 16,384 synthetic eyes of 32 x 64 in batches of 256, each (256, 3, 32, 64) float32 in [-1, 1], with the probabilities
+of the ocec recipe: flip 0.5, photometric 0.5 for each of five changes, CLAHE 0.01 (crop and mixup are left out for all). Ours: gathered
+from one uint8 array in this process, with as many threads as the peers have workers, and with one. The peers: a DataLoader with 2
+persistent workers, started before the clock.
     torchvision      PNG files, PIL, v2.RandomHorizontalFlip, v2.RandomPhotometricDistort; it has no CLAHE, which is in its favour
     albumentations   from the array: HorizontalFlip, RandomBrightnessContrast, HueSaturationValue, ChannelShuffle at 0.5, CLAHE at 0.01
 
 All take turns; medians of the rounds are printed, of the ratios too, which are taken within a round.
 
-Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators,
-unused, were declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores, nothing else at
-work, 1 thread; default allocator, its second run, and tuned, one run:
+Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators, unused, were
+declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512, nothing else of ours at work;
+two runs each:
 
-    plan      ours 11.0 ms            MPerClassSampler 921 x     WeightedRandomSampler 11.7 x, tuned 11.4 x
-    images    ours 21,655 images/s    PIL + torchvision 10.1 x   albumentations 1.9 x
-    tuned     ours 25,192 images/s    PIL + torchvision  9.7 x   albumentations 1.5 x
+                  ours                         ours, 1 thread               MPerClassSampler   WeightedRandomSampler
+    plan          13.3, 14.4 ms                                             960, 857 x         8.6,  9.3 x
+    tuned         10.6, 11.3 ms                                            1009, 934 x        11.5, 10.6 x
 
-The first run had 10.3 x, 29,015 images/s, 11.1 x and 1.7 x. Beside other programs (load 3 to 4) the peers' workers lose more than we do:
-26 x and 2.9 x. MPerClassSampler took 0.6 s elsewhere, here 10 s; why was not looked into.
+                                                                            PIL + torchvision  albumentations
+    images        41,576, 38,903 images/s      34,943, 34,032 images/s      16.7, 17.6 x       2.8, 2.8 x
+    tuned         42,395, 48,308 images/s      34,121, 37,034 images/s      18.4, 19.9 x       3.8, 3.2 x
+
+In quiet moments ours has 69,000 images/s with two threads and 44,000 with one; then others on the machine slow us down more than the peers,
+presumably because our batches lie in the cache that all share, and their single images in the cores' own. MPerClassSampler draws each
+128 rows with np.random.choice without replacement, which permutes the whole class.
 
 What is left of the plan: three permutations are 9.5 of 15.8 ms (line by line), the sort by class 4; the order of the batches hangs on
-them. Of a batch of 256, 8.6 ms of one process alone, photometric is about 5 and CLAHE of 3 images 1.1: some
-33 passes over float32, each at the speed of the cache. To pick out the images that drew a change, side by side, gains 10 % of a batch of
-256 and nothing of 32: left out. To skip the hue of those that drew none gains more, but moves 222 of 430 million bytes by one level.
+them. Of a batch of 256, 5.9 ms at best with one thread: photometric 3.9 (hue 1.2, of half of the images; contrast 0.8; out of float32 and
+into it 0.6; saturation 0.35; gathering 0.4; draws and sort 0.25), CLAHE of 2.6 images 0.9, some 90 small operations; gathering, flip and
+scaling 0.9. Each pass over float32 runs at the speed of the cache and each operation costs 3 to 5 us before it starts, so neither smaller
+nor larger chunks help. Sorting by contrast as well would gain 0.3, taking each operation in inference mode 0.2: left out.
 """
 
 import os
@@ -111,20 +118,21 @@ class Resident(Dataset):
         return torch.from_numpy(np.ascontiguousarray(self.transform(image=self.images[i])["image"].transpose(2, 0, 1)))
 
 
-def compare_images(folder, n=4096, size=256):
+def compare_images(folder, n=16_384, size=256):
     images, labels, _, _ = data.synthetic_eyes(n, size=(32, 64))
     split = data.EyeSplit(images, labels, np.arange(n), augment={"flip": 0.5, "photometric": 0.5, "clahe": 0.01})
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     loaders = [DataLoader(each, size, shuffle=True, num_workers=2, persistent_workers=True) for each in (Files(folder, pixels),
                                                                                                          Resident(pixels))]
 
-    def ours(epoch):
+    def ours(epoch, threads=2):
+        torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(epoch)
         for rows in data.shuffled_batches(n, size, seed=0, epoch=epoch):
             split.batch(rows, generator)
 
     compare(f"{n:,} augmented images in batches of {size}",
-            {"ours": ours, "PIL + torchvision": lambda i: [None for _ in loaders[0]],
+            {"ours": ours, "ours, 1 thread": lambda i: ours(i, 1), "PIL + torchvision": lambda i: [None for _ in loaders[0]],
              "albumentations": lambda i: [None for _ in loaders[1]]},
             3, lambda s: f"{n / s:,.0f} images/s")
 
@@ -133,7 +141,7 @@ if __name__ == "__main__":
     tuned = sys.argv[1:] == ["tuned"]
     if tuned:
         train.tune_allocator()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), allocator {'tuned' if tuned else 'default'} on all sides, load "
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, allocator {'tuned' if tuned else 'default'} on all sides, load "
           f"{os.getloadavg()[0]:.1f}")
     compare_plans()
     with tempfile.TemporaryDirectory() as folder:
