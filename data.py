@@ -88,7 +88,7 @@ def split_by_group(groups, shares, *, seed):
 
 
 def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Every row once per epoch in an order fixed by (seed, epoch): a list of ceil(n / batch_size / world_size) index arrays.
+    """Every row once per epoch in an order fixed by (seed, epoch): a list of ceil(n // world_size / batch_size) index arrays.
 
     The last batch may be smaller. Each global batch is dealt to the ranks in turn, so ranks are disjoint and equal in
     length; of n rows, n % world_size are left out (others in the next epoch). With world_size 1 nothing is.
@@ -540,11 +540,14 @@ def read_pairs(path):
     pairs = {}
     with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
         for i, row in enumerate(csv.reader(file), start=1):
-            if row and len(row) != 2:
+            if not row:
+                continue
+            if len(row) != 2:
                 raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
-            if row and row[0].strip() in pairs:
-                raise ValueError(f"{path}, line {i}: {row[0].strip()} is listed twice")
-            pairs.update([(row[0].strip(), row[1].strip())] if row else [])
+            first, second = row[0].strip(), row[1].strip()
+            if first in pairs:
+                raise ValueError(f"{path}, line {i}: {first} is listed twice")
+            pairs[first] = second
     return pairs
 
 
@@ -847,8 +850,9 @@ def sides_reversed(masks, pairs, *, chunk=64):
         for left, right in pairs:
             sums = [(part == label).sum(1).double() for label in (left, right)]  # pixels of each column
             x_left, x_right = (each @ columns / each.sum(1) for each in sums)  # NaN where the part is absent
-            votes[rows] += (torch.sign(torch.nan_to_num(x_right - x_left))).int().numpy()
-            counts[rows] += (~torch.isnan(x_right - x_left)).numpy()
+            apart = x_right - x_left
+            votes[rows] += apart.nan_to_num().sign().int().numpy()
+            counts[rows] += (~apart.isnan()).numpy()
     return np.where((counts == 0) | (votes == 0), -1, votes > 0).astype(np.int8)
 
 
@@ -1051,8 +1055,8 @@ class FaceSplit:
         Not augmented without a generator, and then `masks` (b, H, W) holds the ids as they are, at their own resolution.
         """
         index = torch.from_numpy(self.rows[rows])
-        images = self.images[index].to(self.device, non_blocking=True)
-        masks = None if self.masks is None else self.masks[index].to(self.device, non_blocking=True)
+        images = self.images.index_select(0, index).to(self.device, non_blocking=True)  # much faster than images[index]
+        masks = None if self.masks is None else self.masks.index_select(0, index).to(self.device, non_blocking=True)
         scale = lambda images: images.float().sub_(127.5).div_(127.5)
         if generator is None or not self.augment:
             batch = {"inputs": scale(images)}
@@ -1089,7 +1093,7 @@ def soft_targets(masks, classes, *, ignore=255):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in place
+# Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in place but turn_hue_
 
 
 def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
@@ -1192,14 +1196,14 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
     (torchvision truncates to uint8 after brightness, contrast and saturation, each time half a grey level darker.)
     The dear steps are done where they were drawn: the images are sorted so that saturation is one slice, and hue another.
 
-    images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, on any device
+    images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, all of them on one device, any
     Needs:  turn_hue_
     """
     n, device = len(images), images.device
-    saturated, turned = saturation != 1, hue != 0
-    rows = (2 * turned + (turned != saturated).int()).argsort()  # neither, saturation, both, hue
-    start = n - int((saturated | turned).sum())
-    saturated, turned = slice(start, start + int(saturated.sum())), slice(n - int(turned.sum()), n)
+    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))  # 0 neither, 1 saturation, 2 both, 3 hue: each change is one slice
+    rows = kind.argsort()
+    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()  # where saturation begins, both begin, hue alone begins
+    saturated, turned = slice(first, last), slice(both, n)
     brightness, contrast_before, saturation, hue, contrast_after = (
         setting[rows].to(device)[:, None, None] for setting in (brightness, contrast_before, saturation, hue, contrast_after))
 
@@ -1208,8 +1212,8 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
         x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
 
     channels = torch.arange(3, device=rows.device)[:, None]
-    planes = (3 * rows + channels).to(device)  # (3, B): all the reds in their new order, then the greens, then the blues
-    x = images.flatten(0, 1).index_select(0, planes.flatten()).view(3, *images[:, 0].shape).float()
+    source = (3 * rows + channels).to(device)  # (3, B): all the reds in their new order, then the greens, then the blues
+    x = images.flatten(0, 1).index_select(0, source.flatten()).view(3, *images[:, 0].shape).float()
     x.mul_(brightness).clamp_(max=255)
     blend(x, contrast_before, x.mean((2, 3), keepdim=True))  # the grey of the means is the mean of the grey
     blend(x[:, saturated], saturation[saturated], x[:, saturated])
@@ -1262,7 +1266,8 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite, an empty grid.
     Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
     """
-    if images.dtype != torch.uint8 or images.ndim not in (2, 3, 4) or images.ndim == 4 and images.shape[1] != 3:
+    wrong = images.ndim not in (2, 3, 4) or images.ndim == 4 and images.shape[1] != 3 or 0 in images.shape[-2:]
+    if images.dtype != torch.uint8 or wrong:
         raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} "
                          f"{tuple(images.shape)}: equalise before you normalise")
     if not 0 <= clip_limit < float("inf") or min(grid) < 1:
@@ -1294,7 +1299,7 @@ def clahe_axis(size, tiles, uneven):
 
     If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one pixel per tile.
 
-    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; made once
+    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; kept, so not to be changed
     Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge (reflect-101)
     """
     padded = size + (tiles - size % tiles if uneven else 0)
@@ -1344,7 +1349,7 @@ def rgb_to_lab(images):
 
 @functools.cache
 def lab_tables():
-    """What rgb_to_lab and lab_to_rgb look up, on the CPU, made once: linear light (256,) in 1/2040 of the sRGB levels, f (3072,) in
+    """What rgb_to_lab and lab_to_rgb look up, on the CPU, kept: linear light (256,) in 1/2040 of the sRGB levels, f (3072,) in
     1/2^15 of the light; and the matrix float (3, 3) from XYZ over the white point to linear RGB."""
     level = torch.arange(256, dtype=torch.float64) / 255
     light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
@@ -1368,7 +1373,8 @@ def lab_to_rgb(lab):
     f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200])
     xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
     to_rgb = lab_tables()[2].to(lab.device)
-    light = (to_rgb @ xyz).clamp_(0, 1)
+    with torch.autocast(lab.device.type, enabled=False):  # in half precision a third of the values would be off
+        light = (to_rgb @ xyz).clamp_(0, 1)
     rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return (255 * rgb).round().to(torch.uint8).unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()
 
@@ -1405,7 +1411,7 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
     height, width = images.shape[2:]
     if not len(images):
         return images if masks is None else (images, masks.new_empty((0, height, width)))
-    c, s = ((each / scale).to(images.device)[:, None, None] for each in (angle.cos(), angle.sin()))
+    c, s = ((each / scale).float().to(images.device)[:, None, None] for each in (angle.cos(), angle.sin()))
     y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
     source_x, source_y = c * x - s * y[:, None], s * x + c * y[:, None]  # (B, H, W), pixels from the centre
     grid = torch.stack([source_x * (2 / width), source_y * (2 / height)], -1)
@@ -1492,7 +1498,8 @@ def cutmix(inputs, targets, *, alpha, generator):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
     height, width = inputs.shape[-2:]
     is_mask = targets.ndim > 2
-    if targets.shape[-2:] != (height, width) if is_mask else not targets.is_floating_point():
+    fits = targets.shape[-2:] == (height, width) if is_mask else targets.is_floating_point()
+    if not fits:
         raise ValueError(f"cutmix needs float targets (B,) or (B, C), or masks of {height}x{width}, got "
                          f"{targets.dtype} {tuple(targets.shape)}: for class indices pass F.one_hot(targets).float()")
     if alpha == 0:
@@ -1750,9 +1757,9 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
         raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart), or None for windows without labels")
     if length < 1 or stride < 1:
         raise ValueError(f"windows of {length} samples every {stride}: both must be at least 1, {BIDMC_HZ} are a second")
-    parts = []
+    seconds, parts = length / BIDMC_HZ, []
     for index, recording in enumerate(recordings):
-        ppg, seconds = recording["ppg"], length / BIDMC_HZ
+        ppg = recording["ppg"]
         if len(ppg) < length:
             raise ValueError(f"recording {recording['number']} lasts {len(ppg) / BIDMC_HZ:.1f} s, a window {seconds:g} s")
         starts = np.arange(0, len(ppg) - length + 1, stride)
@@ -1947,7 +1954,7 @@ def time_stretch(windows, labels, *, limit, generator):
     left = place.floor().long().clamp(0, t - 2)
     ahead = windows.gather(1, left + 1)
     behind = windows.gather(1, left)
-    return behind + (place - left) * (ahead - behind), labels * factor.to(labels)
+    return behind + (place - left) * (ahead - behind), labels * factor.to(labels.device)
 
 
 def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
@@ -2261,9 +2268,9 @@ class ModalSplit:
     arrays   {name: (n, ...)} of the whole set in any numeric type (never copied); labels (n,) or None; rows (m,) of this split
     present  {name: bool (n,)}: where False the inputs are 0, and the batch says so; a name that is not in it is always present
     scaler   {name: (mean, sd)} of channel_statistics over the training rows; None: values as they are
-    In batches with a generator, in units of the scaled values, 0 is off:
     features set it to {name: tensor (m, T, width)}, and batches hold its rows as `encoded` instead of these inputs: what frozen
              encoders made of them
+    In batches with a generator, in units of the scaled values, 0 is off:
     noise    sd of Gaussian noise, added to every value
     scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its channels alike
     shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike: streams of one rate stay in step
@@ -2283,19 +2290,19 @@ class ModalSplit:
     def batch(self, rows, generator=None):
         """inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features, present {name: bool (b,)}, and with
         labels targets int64 (b,). Augments inputs if given a generator."""
-        index = self.rows[np.asarray(rows)]
+        rows = np.asarray(rows)
+        index = self.rows[rows]
         inputs = {name: self.scaled(name, index) for name in self.arrays if name not in self.features}
-        present = {name: torch.from_numpy(self.present[name][index] if name in self.present else np.ones(len(index), dtype=bool))
-                   for name in self.arrays}
-        present = {name: here.to(self.device) for name, here in present.items()}
+        present = {name: torch.from_numpy(self.present[name][index] if name in self.present else np.ones(len(index), dtype=bool)).to(
+            self.device) for name in self.arrays}
         if generator is not None:
             inputs = self.augmented(inputs, generator)
         for name, x in inputs.items():
             x[~present[name]] = 0  # not times 0: an absent row may hold NaN
-        encoded = {name: each[torch.from_numpy(np.asarray(rows))] for name, each in self.features.items()}
+        encoded = {name: each[torch.from_numpy(rows)] for name, each in self.features.items()}
         batch = {"inputs": inputs, "encoded": encoded, "present": present}
         if self.labels is not None:
-            batch["targets"] = torch.from_numpy(self.labels[np.asarray(rows)]).long().to(self.device)
+            batch["targets"] = torch.from_numpy(self.labels[rows]).long().to(self.device)
         return batch
 
     def scaled(self, name, index):

@@ -283,7 +283,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
     dice, for_ce = _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights)
     soft = targets.shape == logits.shape
-    weights = torch.ones(logits.shape[1]).to(logits) if class_weights is None else torch.as_tensor(class_weights).to(logits)
+    weights = logits.new_ones(logits.shape[1]) if class_weights is None else torch.as_tensor(class_weights).to(logits)
     if for_ce and not gamma:  # the softmax of Dice serves it
         sum_t, log_p_t, log_p = for_ce
         ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
@@ -708,8 +708,9 @@ def regression_report(predictions, targets, groups=None):
     def mean(x):
         return float(x.mean()) if x.size else math.nan
 
-    spread = mean(np.square(target - target.mean())) if n and target.min() < target.max() else math.nan
-    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(mean(np.square(error))), "r2": 1 - mean(np.square(error)) / spread}
+    spread = mean(np.square(target - target.mean())) if n and target.min() < target.max() else 0.0
+    square = mean(np.square(error))
+    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(square), "r2": 1 - square / (spread or math.nan)}
     if groups is None:
         return report
     names, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -733,7 +734,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
     predictions, targets = (np.asarray(each.detach().cpu() if torch.is_tensor(each) else each) for each in (predictions, targets))
-    if predictions.shape != targets.shape or predictions.dtype.kind not in "biu" or targets.dtype.kind not in "biu":
+    if predictions.shape != targets.shape or predictions.size and not {predictions.dtype.kind, targets.dtype.kind} <= set("biu"):
         raise ValueError("predictions and targets must be class indices of equal shapes (of logits take argmax(1)); got predictions "
                          f"{predictions.shape} of {predictions.dtype}, targets {targets.shape} of {targets.dtype}")
     kept = targets != ignore_index

@@ -1605,6 +1605,7 @@ def test_losses_regression_report_of_constants_is_what_the_docstring_says():
     median = losses.regression_report(np.full(101, np.median(targets)), targets)
     assert abs(mean["r2"]) < 1e-12 and median["r2"] < 0 and median["mae"] < mean["mae"] and mean["rmse"] < median["rmse"]
     assert losses.regression_report([12, 20], [14, 18]) == {"mae": 2, "rmse": 2, "r2": 0}
+    assert math.isnan(losses.regression_report([0.0, 0.0], [0.0, 1e-200])["r2"])  # their variance is 0 in float64
 
 
 def test_losses_regression_report_refuses_what_it_cannot_score():
@@ -1672,7 +1673,7 @@ def test_losses_confusion_matrix_counts_pairs_with_the_truth_in_rows():
     assert losses.confusion_matrix([1], [0], 2, ignore_index=None).tolist() == [[0, 1], [0, 0]]
     many = losses.confusion_matrix(np.full(1000, 299, np.uint16), np.full(1000, 299, np.uint16), 300, ignore_index=None)
     assert many[299, 299] == many.sum() == 1000
-    assert not losses.confusion_matrix(np.zeros(0, int), np.zeros(0, int), 2).any()
+    assert not losses.confusion_matrix(np.zeros(0, int), np.zeros(0, int), 2).any() and not losses.confusion_matrix([], [], 2).any()
 
 
 def test_losses_confusion_matrix_is_the_same_at_every_number_of_classes_and_type_of_integer():
@@ -4101,6 +4102,8 @@ def test_data_shuffled_batches_hold_every_row_once():
         batches = data.shuffled_batches(n, size, seed=0, epoch=0)
         assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
         assert all(len(rows) == size for rows in batches[:-1])
+    for rank in range(2):  # of 5 rows 2 each
+        assert [len(rows) for rows in data.shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)] == [2]
 
 
 def balanced(plan, labels):
@@ -4791,11 +4794,14 @@ def test_data_clahe_of_an_image_is_independent_of_its_batch():
         assert batch.shape == images.shape and batch.dtype == torch.uint8
         assert all(torch.equal(batch[i : i + 1], data.clahe(images[i : i + 1])) for i in range(len(images)))
         assert data.clahe(images[:0]).shape == images[:0].shape  # no image of a batch drew it
+        with torch.autocast("cpu", torch.bfloat16):  # nor does it matter where it is called
+            assert torch.equal(data.clahe(images), batch)
 
 
 def test_data_clahe_refuses_what_it_cannot_do():
     raises(ValueError, "before you normalise", lambda: data.clahe(torch.rand(2, 8, 8)))
-    raises(ValueError, "(2, 4, 8, 8)", lambda: data.clahe(random_images(2, 4, 8, 8)))
+    for shape in ((2, 4, 8, 8), (2, 0, 8), (2, 3, 8, 0)):
+        raises(ValueError, str(shape), lambda: data.clahe(random_images(*shape)))
     for options in ({"clip_limit": -1}, {"clip_limit": float("nan")}, {"clip_limit": float("inf")}, {"grid": (0, 4)}):
         raises(ValueError, "at least 0", lambda: data.clahe(random_images(8, 8), **options))
 
@@ -4917,6 +4923,7 @@ def test_data_affine_by_a_quarter_is_rot90_of_image_and_mask():
     turned, labels = data.affine(images, angle, scale, masks=masks)
     assert turned.dtype == torch.uint8 and torch.equal(turned, images.rot90(1, (2, 3))) and torch.equal(labels, masks.rot90(1, (1, 2)))
     assert torch.equal(data.affine(images, -angle, scale), images.rot90(-1, (2, 3)))
+    assert torch.equal(data.affine(images, angle.double(), scale.double()), turned)  # as numpy has them
 
 
 def test_data_affine_samples_where_the_formula_says_in_pixels_of_any_frame():
@@ -5660,8 +5667,9 @@ def test_data_time_stretch_at_its_seams():
     expected = (torch.arange(65.0) - 32) * factor[:, None] + 32
     expected = torch.where(expected < 0, -expected, torch.where(expected > 64, 128 - expected, expected))
     assert torch.allclose(stretched, expected, atol=1e-3)
-    again = data.time_stretch(ramp, torch.ones(50), limit=1.9, generator=seeded())
-    assert torch.equal(again[0], stretched) and torch.equal(again[1], factor)
+    for dtype in (torch.float32, torch.float64, torch.int64):  # whole rates come back as fractions
+        again = data.time_stretch(ramp, torch.ones(50, dtype=dtype), limit=1.9, generator=seeded())
+        assert torch.equal(again[0], stretched) and torch.equal(again[1].float(), factor)
     for limit in (0.5, 2.0):
         raises(ValueError, f"limit {limit:g} must be at least 1",
                lambda: data.time_stretch(windows, labels, limit=limit, generator=seeded()))
