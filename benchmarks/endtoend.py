@@ -17,15 +17,13 @@ In turns, images/s are training images over the seconds of the process; crop and
 same number of steps and come below a loss of 0.6, where a constant has 0.69, in the last epoch (ours with pos_weight, 1.1 here or near it).
 
 Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators, unused here, were
-declared by hand), 2 cores, 2 threads, two rounds, which printed an accuracy in place of the loss (all near one half: batch norm's running
-statistics are young after 28 steps):
+declared by hand), 2 cores, 2 threads, load 1, two rounds:
 
-    ours                          450 images/s    1.00 x    15.3, 16.5 s
-    peer, glibc's allocator       160 images/s    2.81 x    43.4, 46.1 s
-    peer, tuned                   263 images/s    1.72 x    28.5, 25.9 s
+    ours                          454 images/s    1.00 x    15.6, 16.0 s    loss of the last epoch 0.438
+    peer, glibc's allocator       161 images/s    2.81 x    44.3, 44.5 s    0.366
+    peer, tuned                   236 images/s    1.92 x    29.5, 31.3 s    0.366
 
-A later run, cut off after its first round, load 4: ours 18.9 s (15.0 in the second), peer 43.8 (2.3 x), tuned 24.2 (1.3 x); loss of the
-last epoch 0.445, peer 0.366.
+Two rounds on another day gave 2.81 and 1.72 x, one under load 4 gave 2.3 and 1.3 x.
 
 Of our 15 s, by steps.py and start.py, 28 steps take 10 and the start 2; the rest is scoring, batches, files and pictures.
 """

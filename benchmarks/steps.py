@@ -14,36 +14,32 @@ NaN, the schedule and the EMA that plain has not, and AdamW(fused=True). The fir
 
     $ python benchmarks/steps.py step    # or ema; the rows of the step alone, on all cores
 
-Last result, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, others at work beside it (load 1 to 4): EMA the second of
-two runs, the first had 3.16 x of timm.
+Last result, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, others on the machine beside it (load 2): EMA the third
+of three runs, the others had 3.06 and 3.16 x of timm.
 
     EMA of 547,713 parameters
-        ours                           0.223 ms    1.00 x
-        timm ModelEmaV3                0.697 ms    3.06 x
-        timm, foreach=False            0.855 ms    3.88 x
-        torch AveragedModel, foreach   0.998 ms    4.47 x
-        torch AveragedModel            2.498 ms   11.11 x
-        ema-pytorch                    0.887 ms    3.98 x
+        ours                           0.280 ms    1.00 x
+        timm ModelEmaV3                1.035 ms    3.23 x
+        timm, foreach=False            1.235 ms    4.28 x
+        torch AveragedModel, foreach   1.365 ms    4.57 x
+        torch AveragedModel            3.395 ms   11.59 x
+        ema-pytorch                    1.244 ms    4.31 x
 
-Of an EMA update 0.10 ms are the arithmetic, one foreach lerp over 91 tensors, which timm does as well; 0.04 `to`, for a model whose
-type or device changed in place; 0.03 to see that nothing was replaced; 0.02 shapes; 0.01 counters. Copying a flat array of that size takes
-0.05, but the weights do not lie in one: gathering them takes 0.06 and a lerp of the flat arrays 0.05, no less than the foreach.
+Of an EMA update of 0.22 ms, alone on a core, 0.10 are the arithmetic, one foreach lerp over 91 tensors, which timm does as well; 0.04 `to`,
+for a model whose type or device changed in place; 0.03 to see that nothing was replaced; 0.02 shapes; 0.01 counters. Copying a flat array
+of that size takes 0.05, but the weights do not lie in one: gathering them takes 0.06 and a lerp of the flat arrays 0.05, no less than the
+foreach.
 
-Step, 2 threads on 2 cores that others used as well; three rounds, the command makes two (the ratio to a plain loop with glibc's
-allocator, and tuned):
+Step, 2 threads on 2 cores, load 1 to 2, two runs (the ratio to a plain loop with glibc's allocator, and tuned); two before had 3.9 and 3.7,
+1.7 and 1.7 x for `ours`. --compile with g++ 12; its first step takes 41 s, with its code cached 4.
 
-    plain, glibc's allocator      1219.1 ms    1.00 x    0.44 x
-    plain, tuned                   533.4 ms    2.29 x    1.00 x
-    ours, --no-channels-last       505.2 ms    2.28 x    1.03 x
-    ours                           322.8 ms    3.93 x    1.72 x
-    ours, --amp bf16               390.4 ms    3.07 x    1.46 x
-
-and of two other rounds with --compile (g++ 12), one of which was disturbed, the undisturbed one:
-
-    plain, glibc's allocator      1322.7 ms    1.00 x    0.45 x
-    plain, tuned                   597.0 ms    2.22 x    1.00 x
-    ours                           355.7 ms    3.72 x    1.68 x
-    ours, --compile                513.6 ms    2.58 x    1.16 x, the first step 42.6 s; 379.2 ms and 3.5 s in the other, its code cached
+                                               first run                            second run
+    plain, glibc's allocator      1168.8 ms    1.00 x    0.47 x          1265.7 ms    1.00 x    0.47 x
+    plain, tuned                   554.0 ms    2.11 x    1.00 x           591.5 ms    2.15 x    1.00 x
+    ours, --no-channels-last       492.1 ms    2.37 x    1.13 x           597.9 ms    2.12 x    0.99 x
+    ours                           354.4 ms    3.31 x    1.57 x           353.7 ms    3.58 x    1.67 x
+    ours, --amp bf16               462.7 ms    2.53 x    1.20 x           525.9 ms    2.44 x    1.13 x
+    ours, --compile                440.6 ms    2.65 x    1.25 x           431.2 ms    2.96 x    1.39 x
 
 Where a step of `plain, tuned` goes (torch.profiler, 1 thread, 0.74 s): backward of the convolutions 40 %, of batch norm 19, of ReLU 12;
 forward of the convolutions 15, of batch norm 6, of ReLU 3. With glibc's allocator a plain step takes 420,000 to 520,000 page faults, half
