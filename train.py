@@ -12,7 +12,7 @@
     $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
     $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2      # one file that needs torch and nothing else
 
-One step: forward, loss, backward, unscale, finite check, clip, optimizer step, scaler update, schedule, EMA (train_epoch).
+One step: forward, loss, backward, unscale, clip, finite check, optimizer step, schedule, EMA, scaler update (train_epoch).
 One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
 A task is one entry in TASKS: flags, variants and ten functions, with --pack one more. The loop knows no task.
 """
@@ -160,7 +160,8 @@ class Task:
     load: Callable  # (path or "", args) -> Data
     network: Callable  # (args) -> nn.Module
     loss: Callable  # (model, batch, step, args) -> scalar, {part: scalar}, the parts of a sum
-    probability: Callable  # (network output, args) -> what is reported and written: a probability, or the predicted number
+    probability: Callable  # (network output, args) -> what is reported and written: a probability, or the predicted number; evaluate,
+    #                        predict, export and examples of the task call it, the loop does not
     evaluate: Callable  # (model, split, args) -> {score: float} over the whole split, "loss" is one of them; {row: {column: number}}
     #                     in place of a float is a table of its own, such as a score of every class
     floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
@@ -327,7 +328,9 @@ def processes():
 def leave(code):
     """End this process; where there were others at once, since gloo's threads now and then abort one that has reached its end."""
     sys.stdout.flush()
-    (sys.exit if int(os.environ.get("WORLD_SIZE", "1")) == 1 else os._exit)(code)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def gathered(value):
@@ -477,11 +480,8 @@ def eyes_predict(model, path, out, args):
     images, _, _, names = data.read_eyes(path, size=args.size, cache=args.cache, need_labels=False)
     split = data.EyeSplit(images, None, np.arange(len(names)), device=args.device)
     logits = eyes_logits(model, split)
-    with atomic_write(out) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "logit", "prob_open"])
-        writer.writerows([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in zip(
-            names, logits.tolist(), eyes_probability(logits, args).tolist()))
+    write_csv(out, ["path", "logit", "prob_open"], ([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in zip(
+        names, logits.tolist(), eyes_probability(logits, args).tolist())))
     return len(names)
 
 
@@ -962,7 +962,7 @@ def ppg_load(path, args):
     content = np.array([zlib.crc32(each["ppg"]) for each in recordings])[windows["recording"]]
     seen = content[rows["train"]]
     facts |= {"split": split_checksum(rows.values()),
-              "seen": np.unique(seen).tolist(), "held_out": sorted({int(each) for each in content} - {int(each) for each in seen})}
+              "seen": np.unique(seen).tolist(), "held_out": np.setdiff1d(content, seen).tolist()}
     scaler = None
     if rate:
         train_labels = labels[rows["train"]]
@@ -1053,11 +1053,9 @@ def ppg_predict(model, path, out, args):
     windows, _, prepare = ppg_windows(recordings, args, None)
     split = data.PPGSplit(windows, np.arange(len(windows["starts"])), prepare, device=args.device)
     rates = ppg_prediction(ppg_all_outputs(model, split), args).tolist()
-    with atomic_write(out) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["recording", "start_s", "seconds", PPG_UNITS[ppg_rate(args)].replace(" ", "_")])
-        writer.writerows([recordings[index]["number"], f"{start:g}", show(ppg_seconds(args)), f"{each:.3f}"]
-                         for index, start, each in zip(windows["recording"], windows["starts"], rates))
+    write_csv(out, ["recording", "start_s", "seconds", PPG_UNITS[ppg_rate(args)].replace(" ", "_")],
+              ([recordings[index]["number"], f"{start:g}", show(ppg_seconds(args)), f"{each:.3f}"]
+               for index, start, each in zip(windows["recording"], windows["starts"], rates)))
     return len(rates)
 
 
@@ -1150,9 +1148,10 @@ def masked_floor(split, args):
     return {name: masked_scores(np.concatenate(guesses), np.concatenate(targets)) for name, guesses in parts.items()}
 
 
-def masked_refused(*_):
-    """In place of predict and export."""
-    raise ValueError("a checkpoint of --mode pretrain predicts no rate: give it as --pretrained to --mode probe, partial or finetune first")
+def pretrained_refuses(what, *_):
+    """In place of predict and export of a pretrained encoder, which has no head."""
+    raise ValueError(f"a checkpoint of --mode pretrain predicts no {what}: give it as --pretrained to --mode probe, partial or "
+                     "finetune first")
 
 
 def masked_examples(model, split, args):
@@ -1279,9 +1278,9 @@ def quad_check(train, args):
         raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the training rows there are")
     if len(held) < 2 and not args.allow_single_class:
         raise ValueError(f"all {len(train):,} training rows are of class {held[0]}: the loss then cannot fall below ln(B - 1), "
-                         f"{math.log(args.batch_size - 1):.5f} for batches of {args.batch_size}, whatever the network learns; add the "
-                         "other classes, split by other groups (--seed, the ratios), or watch it with --allow-single-class")
-    for rows in (rows for epoch in range(1, args.epochs + 1) for rows in plan_batches(train, epoch, args)):
+                         f"{math.log(max(args.batch_size - 1, 1)):.5f} for batches of {args.batch_size}, whatever the network learns; add "
+                         "the other classes, split by other groups (--seed, the ratios), or watch it with --allow-single-class")
+    for rows in itertools.chain.from_iterable(plan_batches(train, epoch, args) for epoch in range(1, args.epochs + 1)):
         counts = np.bincount(train.labels[rows])
         if counts.max() < 2 or len(held) > 1 and np.count_nonzero(counts) < 2:
             raise ValueError(f"a batch of {len(rows)} rows holds {np.count_nonzero(counts)} classes, at most {counts.max()} rows of one: "
@@ -1373,9 +1372,10 @@ def quad_floor(split, args):
     majority = np.full(len(split), np.bincount(train.labels).argmax())
     rows = {"constant majority": {"loss": float(bounds[1]), **quad_report(majority, split, args)}}
     fitted, scored = quad_statistics(train), quad_statistics(split)
-    for name in [*fitted, "all"]:
-        x, y = (np.concatenate([each[key] for key in ([*fitted] if name == "all" else [name])], axis=1) for each in (fitted, scored))
-        rows[f"ridge {name}"] = quad_report(losses.ridge_predict(x, train.labels, y), split, args)
+    for each in (fitted, scored):
+        each["all"] = np.concatenate(list(each.values()), axis=1)
+    for name in fitted:
+        rows[f"ridge {name}"] = quad_report(losses.ridge_predict(fitted[name], train.labels, scored[name]), split, args)
     return rows | {"ceiling": {"loss": float(bounds[0]), **quad_report(split.labels, split, args)}}
 
 
@@ -1552,7 +1552,8 @@ def stay_load(path, args):
         if len(rows) and died in (0, len(rows)):
             raise ValueError(f"of the {len(rows)} {title} stays {died} died: AUROC and AUPRC need both outcomes; change the ratios or "
                              "--seed")
-        notes += [f"{title}: {len(rows):,} stays, {died:,} deaths, {died / len(rows):.1%}"] if len(rows) else []
+        if len(rows):
+            notes.append(f"{title}: {len(rows):,} stays, {died:,} deaths, {died / len(rows):.1%}")
     scaler = data.event_scaler(stays, parts[0])
     held_out = np.concatenate(parts[1:])
     facts |= {"split": split_checksum(parts), "scale": {name: each.tolist() for name, each in scaler.items()},
@@ -1658,12 +1659,10 @@ def stay_predict(model, path, out, args):
         print(f"left out: {reason}: {named(items)}")
     split = data.StaySplit(stays, np.arange(len(stays["ids"])), scaler=args.facts["scale"], device=args.device)
     logits = stay_all_logits(model, split)
-    with atomic_write(out) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["RecordID", "logit", "prob_death"])
-        writer.writerows([each, f"{logit:.6f}", f"{prob:.6f}"] for each, logit, prob in zip(
-            stays["ids"].tolist(), logits.tolist(), stay_probability(logits, args).tolist()))
-        writer.writerows([each, "", ""] for each in stays["left_out"].get("stay without an event", []))
+    rows = [[each, f"{logit:.6f}", f"{prob:.6f}"] for each, logit, prob in zip(
+        stays["ids"].tolist(), logits.tolist(), stay_probability(logits, args).tolist())]
+    write_csv(out, ["RecordID", "logit", "prob_death"],
+              rows + [[each, "", ""] for each in stays["left_out"].get("stay without an event", [])])
     return len(logits)
 
 
@@ -1809,12 +1808,6 @@ def vae_floor(split, args):
                                "decoded": 1.0}}
 
 
-def vae_refused(*_):
-    """In place of predict and export."""
-    raise ValueError("a checkpoint of --mode pretrain predicts no death: give it as --pretrained to --mode probe, partial or "
-                     "finetune first")
-
-
 def vae_guesses(model, inputs):
     """(minutes, variables, values) of the events that a stay is rebuilt of: each guess is the variable that it points to most of all."""
     output, width = model(inputs), len(data.STAY_VARIABLES)
@@ -1870,7 +1863,7 @@ def stay_task():
         head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": labelled}),
         head_dropout=Flag(0.3, "between them", low=0, high=0.95, when={"mode": labelled}),
         events=Flag(True, "the head reads the strongest events of a stay, too, beside what the sequence of its sets tells",
-                    when={"mode": tuple(each for each in labelled if each != "probe")}, otherwise=False),
+                    when={"mode": ("scratch", "finetune", "partial")}, otherwise=False),
         loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"), when={"mode": labelled}),
         pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)", low=0,
                         when={"loss": ("bce",), "mode": labelled}),
@@ -1891,10 +1884,12 @@ def stay_task():
 TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
          "seqsetvae": stay_task()}
 PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, loss=masked_loss, evaluate=masked_evaluate,
-                                         floor=masked_floor, predict=masked_refused, export=masked_refused, examples=masked_examples)
+                                         floor=masked_floor, predict=functools.partial(pretrained_refuses, "rate"),
+                                         export=functools.partial(pretrained_refuses, "rate"), examples=masked_examples)
                for name in ("bidmc_rr", "bidmc_hr")}
 PRETRAINING["seqsetvae"] = dataclasses.replace(TASKS["seqsetvae"], network=vae_network, loss=vae_loss, evaluate=vae_evaluate,
-                                               floor=vae_floor, predict=vae_refused, export=vae_refused, examples=vae_examples)
+                                               floor=vae_floor, predict=functools.partial(pretrained_refuses, "death"),
+                                               export=functools.partial(pretrained_refuses, "death"), examples=vae_examples)
 
 
 def task_of(args):
@@ -1970,7 +1965,8 @@ def add_flag(parser, name, default, text, choices=(), shown=None):
 
 def parse_args(argv):
     """Command line -> settings: the task's defaults, then the variant's, then what was typed (kept in args.typed)."""
-    argv = [word.split("=")[0].replace("_", "-") + word[len(word.split("=")[0]):] if word.startswith("--") else word for word in argv]
+    parts = [word.partition("=") for word in argv]
+    argv = [(flag.replace("_", "-") if flag.startswith("--") else flag) + sign + value for flag, sign, value in parts]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task")
     first.add_argument("--variant", default="default")
@@ -2108,6 +2104,12 @@ def atomic_write(path, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
+def write_csv(out, header, rows):
+    """A table of rows under a header, written whole or not at all."""
+    with atomic_write(out) as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
 def save_checkpoint(path, content, args):
     """content plus what is needed to use it without the command line: task, recipe, facts and data."""
     recipe = {name: getattr(args, name) for name in TASKS[args.task].defaults}
@@ -2120,7 +2122,7 @@ def load_checkpoint(path, task, needs=("model",)):
     """A checkpoint of this task, on the CPU; ValueError that says what is wrong with the file otherwise."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"checkpoint {path} " + ("is a folder: give the best.pt in it" if path.is_dir() else "does not exist"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -2151,7 +2153,7 @@ def adopt_recipe(args, content):
     for name in late_flags(args) if args.eval or args.predict or args.export else ():
         del stored[name]
     for name in sorted(args.typed & set(stored)):
-        if getattr(args, name) != stored[name]:
+        if getattr(args, name) != stored[name] and not (name == "monitor" and stored["val_ratio"] == 0):  # there the loss picked, whatever
             raise ValueError(f"{spelled(name)} {show(getattr(args, name))} contradicts the run that is resumed "
                              f"({show(stored[name])} there): leave it out, or start a new run in another --out")
     for name, value in stored.items():
@@ -2271,7 +2273,7 @@ def watched_by_plateau(args):
 def make_schedule(optimizer, args, steps_per_epoch):
     """The schedule of --schedule; epochs become optimizer steps here and nowhere else."""
     limit = "cosine_epochs" if args.schedule == "cosine" and 0 < args.cosine_epochs < args.epochs else "epochs"
-    if args.warmup_epochs >= getattr(args, limit):
+    if args.schedule != "cyclic" and args.warmup_epochs >= getattr(args, limit):
         raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below {spelled(limit)} {show(getattr(args, limit))}: "
                          "train longer or warm up less")
     peak = max(group["lr"] for group in optimizer.param_groups)
@@ -2428,7 +2430,8 @@ def train_epoch(run, split, epoch, args, stop):
     models.train_mode(run.model)
     before = [p.detach().clone() for p in parameters]
     output = []
-    hook = run.raw_model.register_forward_hook(lambda *call: output.append(call[-1])) if args.debug else None
+    hooked = run.raw_model.head if torch.is_tensor(getattr(split, "features", None)) else run.raw_model  # of features, as head_outputs
+    hook = hooked.register_forward_hook(lambda *call: output.append(call[-1])) if args.debug else None
     for i, window in enumerate(windows):
         stop.check()
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
@@ -2573,14 +2576,14 @@ def best_row(history, args):
     return best
 
 
-def fit(run, sets, args, folder, floor, stop):
+def fit(run, sets, args, folder, constant, stop):
     """Train from the epoch after the last finished one to the end. After each epoch: score, best.pt, last.pt, log, curves."""
     if run.history:
         write_history(run, args, folder)  # a kill after last.pt left them an epoch behind
     else:
         row = {"epoch": 0, "step": 0, "lr": run.schedule.get_last_lr()[0]}
         run.history.append(gathered(score_epoch(run, row, sets, args))[0])
-        finish_epoch(run, args, folder, floor)
+        finish_epoch(run, args, folder, constant)
     while run.history[-1]["epoch"] < args.epochs:
         best = best_row(run.history, args)
         if args.patience and best and run.history[-1]["epoch"] - best["epoch"] >= args.patience:
@@ -2601,7 +2604,7 @@ def fit(run, sets, args, folder, floor, stop):
             weights = run.ema.module if row["weights"] == "ema" else run.raw_model
             content = {"model": weights.state_dict(), "epoch": row["epoch"], "weights": row["weights"], "score": row["score"]}
             save_checkpoint(folder / "best.pt", content, args)
-        finish_epoch(run, args, folder, floor)
+        finish_epoch(run, args, folder, constant)
 
 
 def write_history(run, args, folder):
@@ -2616,11 +2619,11 @@ def write_history(run, args, folder):
     return findings
 
 
-def finish_epoch(run, args, folder, floor):
+def finish_epoch(run, args, folder, constant):
     """Write last.pt, log and curves, print the epoch's line. A kill before last.pt replays the epoch, one after it does not."""
     save_run(folder / "last.pt", run, args)
     findings = write_history(run, args, folder)
-    print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, floor), flush=True)
+    print(("\r" + 60 * " " + "\r" if sys.stdout.isatty() else "") + epoch_line(run.history, args, constant), flush=True)
     before, after = run.history[-1].get("plateau_lr", (0, 0))
     if after != before:
         print(f"plateau: lr {before:.3g} -> {after:.3g} after epoch {run.history[-1]['epoch']}")
@@ -2632,8 +2635,8 @@ def finish_epoch(run, args, folder, floor):
 # What is printed
 
 
-def epoch_line(history, args, floor):
-    """One line per epoch; `*` marks a new best of --monitor, `floor` is the best constant answer on the same rows."""
+def epoch_line(history, args, constant):
+    """One line per epoch; `*` marks a new best of --monitor, `floor` is what the best constant answer has on the same rows."""
     row = history[-1]
     parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
     if row["epoch"]:
@@ -2644,7 +2647,7 @@ def epoch_line(history, args, floor):
         for name in watched_scores(row, args):
             parts += [f"{name} {row['raw'][name]:.4f}"] + ([f"ema {row['ema'][name]:.4f}"] if "ema" in row else [])
             parts += [f"train {name} {row['train_eval'][name]:.4f}"] if "train_eval" in row else []
-            parts += [f"floor {floor[name]:.4f}"]
+            parts += [f"floor {constant[name]:.4f}"]
     if row["epoch"]:
         parts += [f"grad {row['grad_norm']:6.2f}", f"{row['rows_per_s']:5.0f} rows/s"]
         parts += [f"skipped {row['skipped_steps']}"] if row["skipped_steps"] else []
@@ -2661,7 +2664,7 @@ def best_constant(rows):
 
 
 def without_nan(value):
-    """NaN -> None, all the way down: JSON has no NaN."""
+    """NaN and infinite numbers -> None, in nested dictionaries (lists stay as they are): JSON has neither."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -2905,7 +2908,8 @@ def as_pixels(inputs):
 def curves_tile(curves, *, height=96, width=480, grid=1.0):
     """Curves (t,) in one picture, black, red, blue, ..., scaled alike; with a line at every `grid` of the width."""
     picture = np.full((height, width, 3), 244, dtype=np.uint8)
-    picture[:, (np.arange(grid, 1, grid) * width).astype(int)] = 200
+    places = (np.arange(grid, 1, grid) * width).astype(int)
+    picture[:, places[places < width]] = 200  # arange may round its last place up to the edge
     low, high = padded_range([float(value) for curve in curves for value in curve if math.isfinite(value)])
     for curve, colour in zip(curves, itertools.cycle([(0, 0, 0), RED, (0, 90, 200), (0, 130, 90), (200, 120, 0), (130, 60, 160)])):
         data.draw_curve(picture, curve, colour, low=low, high=high)
@@ -2914,7 +2918,7 @@ def curves_tile(curves, *, height=96, width=480, grid=1.0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Diagnosis: what a run that stands still would be asked. A rule looks at the counts taken before training and at the rows of the log,
-# and returns its evidence in numbers, or "" if there is nothing to say. Rows: history[0] is the untrained network.
+# and returns its evidence in numbers, or something false if there is nothing to say. Rows: history[0] is the untrained network.
 
 
 def share_gained(counts, key, score):
@@ -3035,13 +3039,13 @@ def loss_at_bound(counts, history):
 
 
 def score_at_floor(counts, history):
-    best = best_score(counts, history)
+    best = best_score(history)
     for key in dict.fromkeys((counts["headline"], counts["monitor"])):
         if settled(counts, history) and share_gained(counts, key, best.get(key, math.nan)) < 0.02:
             return f"best {key} of {len(history) - 1} epochs {best[key]:.4f}, a constant has {counts['floor'][key]:.4f}"
 
 
-def best_score(counts, history):
+def best_score(history):
     """The best validation score of every kind over the epochs, by raw or averaged weights."""
     best = {}
     for row in history[1:]:
@@ -3053,11 +3057,11 @@ def best_score(counts, history):
 
 
 def lr_too_large(counts, history):
-    """The loss became infinite, or the weights were replaced several times over without a score that is worth it."""
+    """Training broke off on a number that is not finite, or the weights were replaced several times over without a score worth it."""
     if counts.get("stopped"):
         return counts["stopped"]
     change, key = max((row["weight_change"] for row in history[1:]), default=0.0), counts["headline"]
-    best = best_score(counts, history).get(key, math.nan)
+    best = best_score(history).get(key, math.nan)
     return len(history) > 2 and change > 3 and share_gained(counts, key, best) < 0.3 and (
         f"in one epoch the weights moved by {change:.1f} times their length, at lr {highest_rate(history):.2g}; best {key} {best:.4f}, a "
         f"constant has {counts['floor'][key]:.4f}")
@@ -3116,7 +3120,7 @@ def monitor_mismatch(counts, history):
     rows = [row for row in history[1:] if "raw" in row and not math.isnan(row["score"])]
     if monitor == key or len(rows) < 3:
         return ""
-    best, picked = best_score(counts, history).get(key, math.nan), max(rows, key=lambda row: gain(monitor, row["score"], 0.0))
+    best, picked = best_score(history).get(key, math.nan), max(rows, key=lambda row: gain(monitor, row["score"], 0.0))
     score = picked[picked["weights"]][key]
     gained, lost = share_gained(counts, key, best), share_gained(counts, key, best) - share_gained(counts, key, score)
     return lost > max(0.05, 0.2 * gained) and (
@@ -3216,7 +3220,7 @@ def print_phases(history, args):
         print(f"{name:<15}{each['first']:>4} to {each['last']:<4}{score:>21}{gap:>30}".rstrip())
     if best:
         print(f"best epoch {best['epoch']} of {history[-1]['epoch']}, where the rate stood at "
-              f"{best['lr_end'] / highest_rate(history):.0%} of its highest")
+              f"{best['lr_end'] / max(highest_rate(history), 1e-12):.0%} of its highest")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3238,13 +3242,13 @@ def describe(tensor):
     return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {tensor.numel() - len(kept)} not finite"
 
 
-def gradients_by_part(model):
-    """{top-level part: (trainable tensors with a gradient that is not 0, trainable tensors, norm of the gradient)}."""
+def gradients_by_part(model, scale=1.0):
+    """{top-level part: (trainable tensors with a gradient that is not 0, trainable tensors, norm)}; fp16 multiplied the loss by scale."""
     parts = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             reached, tensors, norm = parts.get(name.split(".")[0], (0, 0, 0.0))
-            here = 0.0 if p.grad is None else p.grad.float().norm().item()
+            here = 0.0 if p.grad is None else p.grad.float().norm().item() / scale
             parts[name.split(".")[0]] = (reached + (here != 0), tensors + 1, math.hypot(norm, here))
     return parts
 
@@ -3254,7 +3258,7 @@ def print_debug(epoch, i, batch, run, output, lr):
     print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
     if i == 0:
         output = next(iter(output.values())) if isinstance(output, dict) else output  # of several outputs the first
-        run.gradients = gradients_by_part(run.raw_model)
+        run.gradients = gradients_by_part(run.raw_model, run.scaler.get_scale())  # 1 without fp16
         reached, tensors, norms = zip(*run.gradients.values())
         print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {sum(reached)} of {sum(tensors)} "
               f"trainable tensors have a gradient, norm {math.hypot(*norms):.3g} (healthy: 1 to 10): "
@@ -3304,7 +3308,7 @@ def print_sampler(report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kinds of call: train (or --find-lr), --eval, --predict, --export
+# The kinds of call: train, the looks (--find-lr and its like), --eval, --predict, --export, --pack
 
 
 class Refused(Exception):
@@ -3341,9 +3345,10 @@ def check_one_row_batch(run, sets, batches, args):
         task_of(args).loss(model, sets.train.batch(row), 0, args)
     except ValueError as error:
         n, world = len(sets.train), world_size()
-        fits = next(size for size in itertools.count(args.batch_size + world, world) if n // world % (size // world) != 1)
+        sizes = range(args.batch_size + world, n + world + 1, world)
+        fits = next((f"try --batch-size {size}" for size in sizes if n // world % (size // world) != 1), "add rows")
         raise ValueError(f"--batch-size {args.batch_size} leaves a batch of 1 of the {n} training rows" + " to each process" * (world > 1)
-                         + f", which this network cannot train on ({error}): try --batch-size {fits}") from error
+                         + f", which this network cannot train on ({error}): {fits}") from error
 
 
 def cache_features(model, sets):
@@ -3362,8 +3367,10 @@ def cache_features(model, sets):
 
 def prepare(args):
     """Everything that can fail for the user's sake, before the run's folder is touched: returns run, sets, folder."""
-    folder, content = writable_folder(args) if args.look else None, None
-    if not look_of(args):
+    folder = content = None
+    if args.look:
+        writable_folder(args)  # refused before the data are read; look_at_batch writes there
+    elif not look_of(args):
         folder, resuming = open_run_folder(args)
         if resuming:
             content = load_checkpoint(folder / "last.pt", args.task, needs=("model", "history", "step", "processes"))
@@ -3493,6 +3500,8 @@ def train(run, sets, folder, args):
             report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
                 print_verdicts(run, sets, args)
+            if args.fold:
+                stop.check()  # asked to end while this fold was scored: the next one must not begin
     except Lost as error:
         raise Lost(f"{error}; {saved(run, folder)}; go on with\n    {again}") from error
     except Interrupted as error:
@@ -3529,13 +3538,13 @@ def show_schedule(run, sets, args, width=50):
     steps, base = run.steps_per_epoch, max(run.schedule.base_lrs)
     rates = [[run.schedule.lr_at(step, base) for step in (epoch * steps, (epoch + 1) * steps - 1)] for epoch in range(args.epochs)]
     for epoch, (first, last) in enumerate(rates, 1):
-        bar = "#" * round(width * last / max(map(max, rates)))
+        bar = "#" * round(width * last / max(1e-12, *map(max, rates)))
         print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | {bar}")
 
 
 def look_at_batch(run, sets, args):
     """Draw the first batch that train_epoch would train on, as it is drawn there."""
-    generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1))
+    generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1, 0))
     rows = plan_batches(sets.train, 1, args)[0]
     batch = sets.train.batch(rows, generator)
     if len(batch.get("inputs", ())) == 0:
@@ -3665,16 +3674,20 @@ def cross_validate(args):
         try:
             code = train_once(one)
         except (Refused, KeyboardInterrupt):
-            print(f"the folds before fold {one.fold} are finished; go on with\n    {resume_command(args)}", flush=True)
+            if (folder / "fold-1" / "last.pt").is_file():
+                print(f"the folds before fold {one.fold} are finished; go on with\n    {resume_command(args)}", flush=True)
             raise
         if code:
             return code
     folds = [json.loads((Path(one.out) / "scores.json").read_text())["test"] for one in runs]
-    rows = {name: {key: [math.nan if fold[name][key] is None else fold[name][key] for fold in folds] for key in plain(folds[0][name])
-                   if not key.endswith(("_low", "_high"))}  # a mean of intervals is no interval
-            for name in folds[0] if name != "rows" and all(name in fold for fold in folds)}
-    mean, sd = ({name: {key: float(of(values)) for key, values in scores.items()} for name, scores in rows.items()}
-                for of in (np.mean, lambda values: np.std(values, ddof=1)))
+    mean, sd = {}, {}
+    for name in folds[0]:
+        if name != "rows" and all(name in fold for fold in folds):
+            mean[name], sd[name] = {}, {}
+            for key in plain(folds[0][name]):
+                if not key.endswith(("_low", "_high")):  # a mean of intervals is no interval
+                    values = np.array([fold[name][key] for fold in folds], dtype=float)  # None, written for NaN, is NaN again
+                    mean[name][key], sd[name][key] = float(values.mean()), float(values.std(ddof=1))
     count = sum(fold["rows"] for fold in folds)
     print(f"\n{args.folds} folds, {count:,} test rows in all, mean over the folds\n{score_table(mean)}\n"
           f"standard deviation over the folds\n{score_table(sd)}")
@@ -3685,7 +3698,7 @@ def cross_validate(args):
 
 
 def train_once(args):
-    """One run, or --find-lr, from its settings to its exit code."""
+    """One run, or one of the looks, from its settings to its exit code."""
     with refusals():
         run, sets, folder = prepare(args)
         if look_of(args):
