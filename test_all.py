@@ -6737,6 +6737,10 @@ def test_train_amp_schedules_and_samplers_all_train():
             run(f / str(i), *words, "--epochs", "2")
             history = result_of(f / str(i))["history"]
             assert len(history) == 3 and all(math.isfinite(row["train_loss"]) for row in history[1:]), words
+        words = ["--val-ratio", "0", "--test-ratio", "0.3", "--monitor", "auroc", "--epochs", "1"]
+        run(f / "blind", *words)
+        run(f / "blind", *words, "--resume")  # the training loss picks there, and the same command goes on
+        assert "at 0% of its highest" in run(f / "still", "--epochs", "1", "--batch-size", "64", *NO_RATE)
 
 
 def test_train_lr_of_a_step_is_the_schedule_of_that_step():
@@ -6884,6 +6888,7 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("cannot be used", ["--device", "cuda:9"]),
             ("this script knows cpu and cuda", ["--device", "meta"]),
             ("is not a readable checkpoint", ["--eval", f / "zero.pt"]),
+            ("is a folder: give the best.pt in it", ["--eval", f / "done"]),
             ("does not hold the weights of its own recipe", ["--eval", f / "lacking.pt"]),
             ("not a readable .npz", ["--data", f / "plain.npy"]),
             ("'groups' has shape (60, 2)", ["--data", make_npz(f / "groups.npz", groups=np.zeros((60, 2)))]),
@@ -7278,14 +7283,14 @@ def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say()
         out = ppg_run(f / "pre", "--mode", "pretrain")
         assert "interpolation" in out and "constant shape" in out and "PULSE" not in out
         source = {name: value for name, value in result_of(f / "pre", "best.pt")["model"].items() if name.startswith("encoder.")}
-        for mode, words, moved in (("probe", (), ()),
+        for mode, words, moved in (("probe", ("--debug",), ()),
                                    ("partial", ("--unfreeze-last", "1", "--backbone-lr", "2e-4"), ("layers.1.", "norm.")),
                                    ("finetune", ("--backbone-lr", "2e-4"), ("embed.", "layers.0.", "layers.1.", "norm."))):
             out = ppg_run(f / mode, "--mode", mode, "--pretrained", f / "pre" / "best.pt", *words)
             scalars = sum(value.numel() for value in source.values())
             assert f"encoder: 28 tensors, {scalars:,} scalars loaded" in out
             assert "0 missing, 0 unexpected; left there: mask_token, decoder.weight" in out
-            assert ("17 trained" in out) == (mode == "probe")
+            assert ("17 trained" in out) == ("| output (" in out) == (mode == "probe")
             last = result_of(f / mode)
             for name, value in source.items():
                 expected = name.removeprefix("encoder.").startswith(moved) if moved else False
@@ -7491,6 +7496,26 @@ def test_train_interrupted_folds_say_how_to_go_on_with_all_of_them():
         assert process.wait() == 128 + signal.SIGTERM
         assert lines[-1].split()[2:] == ["--task", "bidmc_hr", "--out", str(f / "cv"), "--resume", "--device", "cpu"], lines[-1]
         code, out, err = call(*lines[-1].split()[2:])
+        assert code == 0 and "2 folds, " in out, err
+
+
+def test_train_a_signal_while_a_fold_is_scored_keeps_the_next_from_starting():
+    def scored_late(*words):
+        report(*words)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with folder() as f:
+        words, report = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "1", "--out", f / "cv"], train.report
+        with replaced(train, "train_once", interrupted):
+            code, out, err = call(*words)
+        assert code == 128 + signal.SIGINT and "the folds before" not in out  # there is nothing to go on with
+        with replaced(train, "report", scored_late):
+            code, out, err = call(*words)
+        assert code == 128 + signal.SIGTERM and "\nfold 1 of 2" in out and "\nfold 2 of 2" not in out and "--resume" in out, (out, err)
+        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
         assert code == 0 and "2 folds, " in out, err
 
 
@@ -8353,6 +8378,13 @@ def test_train_show_schedule_prints_first_and_last_rate_of_every_epoch():
         code, out, err = call("--task", task, *words, "--show-schedule", "--schedule", "plateau")
         shown = re.findall(r"^epoch +\d+ \| lr [0-9.e-]+ to [0-9.e-]+ \| #+$", out, re.M)
         assert code == 0 and len(shown) == int(words[words.index("--epochs") + 1]), err
+    code, out, err = call(*TINY, "--variant", "aggressive", "--schedule", "cyclic", "--show-schedule")
+    assert code == 0, err  # the five epochs of warm-up of the variant, more than there are, are not read
+    code, out, err = call(*TINY, "--epochs", "1", "--batch-size", "2000", *NO_RATE, "--show-schedule")
+    assert code == 0 and "epoch    1 | lr 0.00e+00 to 0.00e+00" in out, (out, err)
+
+
+NO_RATE = ["--schedule", "none", "--warmup-epochs", "0.9", "--warmup-start-lr", "0"]  # where an epoch is one step
 
 
 def test_train_check_sampler_walks_all_batches_of_an_epoch():
@@ -8388,6 +8420,10 @@ def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing
         assert checklist[7].startswith("yes") and "1 of 1 tensors of tokens" in checklist[7]  # the vectors of absences are not reached
         some, every = map(int, re.search(r"(\d+) of (\d+) tensors of readouts", checklist[7]).groups())
         assert some == every
+    net = nn.Linear(3, 1)
+    (2.0**16 * net(torch.ones(2, 3)).sum()).backward()
+    (part,) = {name: norm for name, (_, _, norm) in train.gradients_by_part(net, 2.0**16).items() if name == "weight"}.values()
+    assert math.isclose(part, 2 * 3**0.5, rel_tol=1e-6)  # as without the scale of fp16
     run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), gradients={"weight": (0, 1, 0.0)}, history=[{}] + [
         {"lr": 1e-3, "grad_norm": 20.0, "train_loss": 1.0 + i, "skipped_steps": 1} for i in range(3)])
     args = train.parse_args(["--task", "ocec", "--warmup-epochs", "1", "--batch-size", "5"])
@@ -8953,6 +8989,18 @@ def test_train_sync_bn_without_gpus_processes_or_batch_norm_is_refused_before_tr
                 assert message in str(error) and "leave it out" in str(error), error
     finally:
         train.world_size = world_size
+
+
+def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_would_do():
+    args = train.parse_args([*TINY, "--block", "inverted_se", "--batch-size", "2"])
+    state = types.SimpleNamespace(raw_model=train.task_of(args).network(args))
+    args.facts = {"pos_weight": 1.0}
+    for n, advice in ((2, "add rows"), (6, "try --batch-size 6")):
+        split = data.EyeSplit(random_images(n, 3, 12, 20), np.arange(n) % 2, np.arange(n))
+        with replaced(train, "world_size", lambda: 2):
+            raises(ValueError, f"1 of the {n} training rows to each process", lambda: train.check_one_row_batch(
+                state, types.SimpleNamespace(train=split), [np.array([0])], args))
+            raises(ValueError, advice, lambda: train.check_one_row_batch(state, types.SimpleNamespace(train=split), [np.array([0])], args))
 
 
 def test_train_sync_bn_converts_the_network_and_neither_its_average_nor_any_name():
@@ -9752,6 +9800,9 @@ def test_train_examples_of_ppg_show_the_worst_window_of_each_patient():
             assert np.allclose(told, largest, atol=0.11 if mode == "scratch" else 1e-3) and len(told) == len(patients) >= 2
             assert lines[0].startswith(f"{sets.test.groups[errors.argmax()]}: ") or mode == "pretrain"
             assert picture_of(f / mode / "examples.png").shape[1] > 480
+    for seconds in (30, 32, 70, 190):  # whose tens of seconds numpy.arange may round up to the edge
+        picture = train.curves_tile([np.arange(9.0)], grid=10 / seconds)
+        assert len(np.flatnonzero((picture[0] == 200).all(1))) == math.ceil(seconds / 10) - 1, seconds
 
 
 def test_train_examples_of_modalities_name_the_neighbours_and_show_each_mistake_once():
