@@ -19,15 +19,15 @@ All take turns; medians of the rounds are printed, of the ratios too, which are 
 
 Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators, unused, were
 declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512, nothing else of ours at work;
-two runs each:
+the last two of four runs each, the first two in brackets:
 
                   ours                         ours, 1 thread               MPerClassSampler   WeightedRandomSampler
-    plan          13.3, 14.4 ms                                             960, 857 x         8.6,  9.3 x
-    tuned         10.6, 11.3 ms                                            1009, 934 x        11.5, 10.6 x
+    plan          12.3, 11.8 ms                                             981, 913 x         11.1,  9.6 x  (8.6,  9.3)
+    tuned         12.0, 14.4 ms                                             866, 732 x         10.6,  7.7 x  (11.5, 10.6)
 
                                                                             PIL + torchvision  albumentations
-    images        41,576, 38,903 images/s      34,943, 34,032 images/s      16.7, 17.6 x       2.8, 2.8 x
-    tuned         42,395, 48,308 images/s      34,121, 37,034 images/s      18.4, 19.9 x       3.8, 3.2 x
+    images        33,748, 54,580 images/s      30,317, 39,770 images/s      15.7, 19.9 x       2.6, 3.1 x    (2.8, 2.8)
+    tuned         42,633, 43,375 images/s      31,851, 33,821 images/s      19.0, 18.6 x       2.8, 3.2 x    (3.8, 3.2)
 
 In quiet moments ours has 69,000 images/s with two threads and 44,000 with one; then others on the machine slow us down more than the peers,
 presumably because our batches lie in the cache that all share, and their single images in the cores' own. MPerClassSampler draws each
