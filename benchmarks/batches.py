@@ -21,13 +21,13 @@ Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside
 declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512, nothing else of ours at work;
 the last two of four runs each, the first two in brackets:
 
-                  ours                         ours, 1 thread               MPerClassSampler   WeightedRandomSampler
-    plan          12.3, 11.8 ms                                             981, 913 x         11.1,  9.6 x  (8.6,  9.3)
-    tuned         12.0, 14.4 ms                                             866, 732 x         10.6,  7.7 x  (11.5, 10.6)
+              ours                      ours, 1 thread            MPerClassSampler         WeightedRandomSampler
+    plan      12.3, 11.8 ms                                       981, 913 x (960, 857)    11.1,  9.6 x  (8.6,  9.3)
+    tuned     12.0, 14.4 ms                                       866, 732 x (1009, 934)   10.6,  7.7 x (11.5, 10.6)
 
-                                                                            PIL + torchvision  albumentations
-    images        33,748, 54,580 images/s      30,317, 39,770 images/s      15.7, 19.9 x       2.6, 3.1 x    (2.8, 2.8)
-    tuned         42,633, 43,375 images/s      31,851, 33,821 images/s      19.0, 18.6 x       2.8, 3.2 x    (3.8, 3.2)
+                                                                  PIL + torchvision         albumentations
+    images    33,748, 54,580 images/s   30,317, 39,770 images/s   15.7, 19.9 x (16.7, 17.6)   2.6, 3.1 x (2.8, 2.8)
+    tuned     42,633, 43,375 images/s   31,851, 33,821 images/s   19.0, 18.6 x (18.4, 19.9)   2.8, 3.2 x (3.8, 3.2)
 
 In quiet moments ours has 69,000 images/s with two threads and 44,000 with one; then others on the machine slow us down more than the peers,
 presumably because our batches lie in the cache that all share, and their single images in the cores' own. MPerClassSampler draws each

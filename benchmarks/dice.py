@@ -15,7 +15,7 @@ The losses agree but for smp's: its Dice pools the batch, which is 5e-7 here, an
 which is 4e-5; in float64 it equals dice_loss(per="batch").
 
 Last result, torch 2.13.0+cpu, MONAI 1.6.1, smp 0.6.0, 2 cores, 1 thread, a machine that others use as well (load 1). A run on another day
-(load 3) gave 2.8, 2.6 and 2.7 x of MONAI; with 2 threads 1.9, 2.2 and 4.3 x, and 1.1 in memory but 2.1 tuned.
+(load 3) gave 2.8, 2.6 and 2.7 x of MONAI, 4.4, 4.5 and 5.4 x of smp; with 2 threads 1.9, 2.2 and 4.3 x, and 1.1 in memory but 2.1 tuned.
 
     allocator returned
         ce_dice_loss  loss 4.82372    0.510 s    1.00 x ce_dice_loss   peak  1.09 x logits

@@ -1,6 +1,6 @@
 """Which faults does a run's diagnosis find, and does it keep quiet where there is none?
 
-    $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data                  # all, some minutes on one core
+    $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data                  # all, 25 minutes on one busy core
     $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data ema overfit      # those whose name holds a word
 
 Each fault goes into a short run of train.py on real data, of the task where it belongs: as flags where flags can do it, else by replacing
