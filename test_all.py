@@ -9302,7 +9302,9 @@ def test_train_exported_networks_give_the_numbers_of_their_task_without_this_scr
             "heart": lambda path: ppg_exported(f, path, "--task", "bidmc_hr", "--seconds", "10", "--inputs", "waveform", "--reduce", "3"),
             "breath": lambda path: ppg_exported(f, path, "--task", "bidmc_rr", "--bins", "16"),
             "quad": lambda path: quad_exported(f, path), "stays": lambda path: stays_exported(f, path)}
-        own, text = {}, {}
+        if torch.__version__ < "2.6":
+            del cases["breath"]  # its FFT cannot be exported there, which is refused
+        own = {}
         for name, case in cases.items():
             inputs, numbers = case(f / "runs" / name)
             counts = (1, 3, len(next(iter(inputs.values()))))

@@ -337,7 +337,8 @@ def gathered(value):
     """[value of rank 0, of rank 1, ...] in every process; an exception among the values is raised in all of them."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        with torch.inference_mode(False):  # evaluation is in it, and torch 2.4 cannot gather into what is made there
+            dist.all_gather_object(values, value)
     for each in values:
         if isinstance(each, Exception):
             each.shared = True
