@@ -461,16 +461,24 @@ def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
         return images
     digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
     file = Path(cache) / f"{kind}-{digest}.npy"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    if file.exists():
         try:
-            with NpyWriter(temporary, np.uint8, shape[1:]) as writer:
-                for rows in chunks:
-                    writer.append(load(rows.start, rows.stop).numpy())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)  # still there only if an image could not be read
+            kept = np.load(file, mmap_mode="c", allow_pickle=False)
+            if kept.dtype == np.uint8 and kept.shape == tuple(shape):
+                return torch.from_numpy(kept)
+            error = f"{kept.dtype} {kept.shape}"
+        except (ValueError, OSError, EOFError) as what:
+            error = what
+        warnings.warn(f"{file} cannot be read ({error}): it is decoded again")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with NpyWriter(temporary, np.uint8, shape[1:]) as writer:
+            for rows in chunks:
+                writer.append(load(rows.start, rows.stop).numpy())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only if an image could not be read
     return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
 
 
@@ -480,7 +488,7 @@ def read_eyes_npz(path, *, need_labels=True):
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("images", "labels", "groups") if name in archive}
             present = archive.files
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "images=..., labels=...), no objects") from error
     for name in ("images", "labels") if need_labels else ("images",):
@@ -523,7 +531,8 @@ def list_eye_files(folder, *, need_labels=True):
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no annotation.csv")
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is listed in annotation.csv but does not exist")
+            raise ValueError(f"{folder / name} " + ("is listed in annotation.csv but does not exist" if annotation.is_file() else
+                                                    "is no file, but a folder or a broken link: remove it"))
     groups = None
     if (folder / "groups.csv").is_file():
         group_of = read_pairs(folder / "groups.csv")
@@ -538,16 +547,20 @@ def list_eye_files(folder, *, need_labels=True):
 def read_pairs(path):
     """A two-column CSV without a header as {first: second}; ValueError with the line of whatever is not, or comes twice."""
     pairs = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
-        for i, row in enumerate(csv.reader(file), start=1):
-            if not row:
-                continue
-            if len(row) != 2:
-                raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
-            first, second = row[0].strip(), row[1].strip()
-            if first in pairs:
-                raise ValueError(f"{path}, line {i}: {first} is listed twice")
-            pairs[first] = second
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it as such, and look for a stray quotation mark") from error
+    for i, row in enumerate(rows, start=1):
+        if not row:
+            continue
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
+        first, second = row[0].strip(), row[1].strip()
+        if first in pairs:
+            raise ValueError(f"{path}, line {i}: {first} is listed twice")
+        pairs[first] = second
     return pairs
 
 
@@ -573,7 +586,7 @@ def read_image(path):
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")  # converted to RGB it would be clipped to white
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image ({error}): repair or remove it") from error
 
 
@@ -785,7 +798,7 @@ def read_mask(path, image=None, shape=None):
         if image is not None:
             with Image.open(image) as file:
                 image_size = file.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable mask ({error}): repair or remove it, and its image") from error
     if mode != "P" and (mode != "L" or bits != 8):
         raise ValueError(f"{path} is a {mode} image of {bits} bits: a mask is a palette or 8-bit grey PNG whose values are class ids, "
@@ -816,7 +829,7 @@ def read_faces_npz(path, *, need_masks=True):
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in ("images", "masks") if name in file}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
     images, masks = content.get("images"), content.get("masks")
     if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or 0 in images.shape:
@@ -1548,7 +1561,7 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
         return read_packed_bidmc(folder, need_labels=need_labels)
     files, names = list_bidmc_files(folder)
     if cache:
-        digest = hashlib.sha256(repr((1, need_labels)).encode())  # 1: raise it when the parsing changes
+        digest = hashlib.sha256(repr((2, need_labels)).encode())  # raise the 2 when the parsing changes
         for file in files:
             digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
         kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
@@ -1642,8 +1655,9 @@ def read_bidmc_recording(folder, name, *, need_labels=True):
     if not patient and need_labels:
         raise ValueError(f"{fix} is missing or has no line 'MIMIC II matched wdb ID: sNNNNN': no patient, no safe split")
     [ppg] = read_columns(folder / f"{name}_Signals.csv", ["PLETH"])
-    if np.isnan(ppg).any():
-        raise ValueError(f"{folder / name}_Signals.csv: PLETH holds {np.isnan(ppg).sum()} NaN in {len(ppg)} rows: cut them "
+    if not np.isfinite(ppg).all():
+        what = "NaN" if np.isnan(ppg).any() else "infinite values"
+        raise ValueError(f"{folder / name}_Signals.csv: PLETH holds {(~np.isfinite(ppg)).sum()} {what} in {len(ppg)} rows: cut them "
                          "out or remove the recording")
     recording = {"number": int(name.partition("_")[2]), "patient": patient[1] if patient else name, "ppg": ppg.astype(np.float32)}
     if not need_labels:
@@ -1651,6 +1665,8 @@ def read_bidmc_recording(folder, name, *, need_labels=True):
     time, hr, pulse = read_columns(folder / f"{name}_Numerics.csv", ["Time [s]", "HR", "PULSE"])
     breaths = read_columns(folder / f"{name}_Breaths.csv", [f"breaths ann{k} [signal sample no]" for k in (1, 2)])
     for column, values in {"Time [s]": time, "HR": hr, "PULSE": pulse}.items():
+        if np.isinf(values).any():
+            raise ValueError(f"{folder / name}_Numerics.csv: {column} holds {np.isinf(values).sum()} infinite values: empty those cells")
         if np.isnan(values).all():
             raise ValueError(f"{folder / name}_Numerics.csv: {column} holds no number: remove the recording")
     seconds, last = len(ppg) / BIDMC_HZ, np.nanmax(time)
@@ -1672,7 +1688,7 @@ def read_columns(path, names):
     if not path.is_file():
         raise ValueError(f"{path} is missing (and so is {packed.name}): copy the whole folder bidmc_csv")
     try:
-        with (lzma.open if path == packed else open)(path, "rt", encoding="utf-8") as file:
+        with (lzma.open if path == packed else open)(path, "rt", encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
             absent = [name for name in names if name not in header]
             if absent:

@@ -4335,9 +4335,22 @@ def test_data_cache_maps_the_same_pixels_and_is_keyed_by_content():
         plain = data.read_eyes(path, size=(16, 24))[0]
         for _ in range(2):
             assert torch.equal(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0], plain)
-        assert len(list((f / "cache").iterdir())) == 1
+        [kept] = (f / "cache").iterdir()
+        for damaged in (b"", kept.read_bytes()[:500]):
+            kept.write_bytes(damaged)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                assert torch.equal(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0], plain)
+            assert "decoded again" in str(told[0].message)
         make_npz(path, n=58)
         assert len(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
+
+
+def test_data_read_pairs_names_the_file_that_is_no_csv():
+    with folder() as f:
+        for content in ("a.png,1\n".encode("utf-16"), "ä.png,1\n".encode("latin-1"), b'"a.png,1\n' + b"b.png,0\n" * 20_000):
+            (f / "annotation.csv").write_bytes(content)
+            raises(ValueError, "annotation.csv is no CSV in UTF-8", lambda: data.read_pairs(f / "annotation.csv"))
 
 
 def test_data_npy_writer_appends_rows_of_any_number_that_numpy_reads():
@@ -5418,10 +5431,12 @@ def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
         ("Signals.csv", lambda text: text.partition("\n")[0] + "\n", "signals last 0.0 s"),
         ("Signals.csv", lambda text: text.replace(" PLETH", " PPG"), "no column 'PLETH' among ['Time [s]', 'RESP', 'PPG', 'V']"),
         ("Signals.csv", lambda text: text + "12,1,NaN,1\n", "PLETH holds 1 NaN in 1502 rows"),
+        ("Signals.csv", lambda text: text + "12,1,inf,1\n", "PLETH holds 1 infinite"),
         ("Signals.csv", lambda text: text + "12,1,x,1\n", "could not convert"),
         ("Numerics.csv", half, "the numerics"),
         ("Numerics.csv", lambda text: text.replace(" HR", " HF"), "no column 'HR'"),
         ("Numerics.csv", lambda text: "Time [s], HR, PULSE\n" + "12,NaN,80\n", "HR holds no number"),
+        ("Numerics.csv", lambda text: "Time [s], HR, PULSE\n" + "12,inf,80\n", "HR holds 1 infinite"),
         ("Breaths.csv", lambda text: text.replace("ann2", "ann3"), "no column 'breaths ann2"),
         ("Breaths.csv", lambda text: "", "no column 'breaths ann1"),
     )
@@ -6789,6 +6804,40 @@ def test_train_predict_writes_the_probability_that_eval_scores():
         assert (f / "p2.csv").read_text().replace("unlabelled", "eyes") == (f / "preds.csv").read_text()
 
 
+def test_train_predictions_never_replace_what_they_are_made_from():
+    with folder() as f:
+        run(f / "a", "--epochs", "1")
+        (f / "copy.pt").write_bytes((f / "a" / "best.pt").read_bytes())
+        (f / "folder").mkdir()
+        for out, message in (("copy.pt", "would replace"), ("eyes.npz", "would replace"), ("a/log.jsonl", "would replace"),
+                             ("folder", "is a folder")):
+            before = {each: each.read_bytes() for each in f.rglob("*") if each.is_file()}
+            code, _, err = call("--task", "ocec", "--predict", f / "copy.pt", "--data", f / "eyes.npz", "--out", f / out)
+            assert code == 2 and message in err and {each: each.read_bytes() for each in f.rglob("*") if each.is_file()} == before, err
+        (f / "copy.pt2").write_bytes((f / "copy.pt").read_bytes())
+        code, _, err = call("--task", "ocec", "--export", f / "copy.pt2", "--out", f / "copy.pt2")
+        assert code == 2 and "would replace" in err and (f / "copy.pt2").read_bytes() == (f / "copy.pt").read_bytes(), err
+
+
+def test_train_a_folder_in_which_a_run_trains_is_refused_to_another():
+    def second(*words):
+        found.append(call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1"))
+        return report(*words)
+
+    with folder() as f:
+        found, report = [], train.report
+        with replaced(train, "report", second):
+            run(f / "a", "--epochs", "1")
+        [(code, _, err)] = found
+        assert code == 2 and "another process is training in this folder" in err, err
+        assert call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")[0] == 0  # it is free again
+        (f / "a" / "best.pt").write_bytes((f / "a" / "best.pt").read_bytes()[:500])
+        code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")
+        assert code == 2 and "best.pt is not a readable checkpoint" in err, err  # before it trains on
+        code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / ("x" * 300))
+        assert code == 2 and "too long" in err, err
+
+
 def test_train_find_lr_prints_a_curve_and_writes_nothing():
     with folder() as f:
         make_npz(f / "eyes.npz")
@@ -6869,6 +6918,7 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("not of the form ROWSxCOLUMNS", ["--size", "32xa"]),
             ("add up to 1", ["--train-ratio", "0.9"]),
             ("there is no run in", ["--resume"]),
+            ("--epochs 1" + 40 * "0", ["--epochs", "1" + 40 * "0"]),
             ("is a file, not a folder", ["--out", f / "file" / "below"]),
             ("already holds a run", ["--out", f / "done"]),
             ("give one of them", ["--out", f / "done", "--resume", "--overwrite"]),
@@ -8032,6 +8082,15 @@ FOUR_BITS = b"\x89PNG\r\n\x1a\n" + b"".join(
         (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\x00\x1f")), (b"IEND", b"")))
 
 
+def test_train_faces_notices_other_images_beside_the_same_masks():
+    with folder() as f:
+        faces_run(f / "a", "--epochs", "1")
+        faces_npz(f / "faces.npz", change=lambda arrays: arrays | {"images": 255 - arrays["images"]})
+        for words in (["--out", f / "a", "--resume"], ["--eval", f / "a" / "best.pt", "--split", "validation"]):
+            code, _, err = call("--task", "faceparse", *words)
+            assert code == 2 and "data" in err, (code, err)
+
+
 def test_train_faces_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
     image = need_pillow()
     with folder() as f:
@@ -8065,6 +8124,7 @@ def test_train_faces_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
             ("003.png and 003.jpg have the same stem",
              spoiled("r", lambda path: image.new("RGB", (32, 32)).save(path / "images" / "003.jpg"))),
             ("is not a readable .npz file", ["--data", f / "plain.npy"]),
+            ("masks are 255, which do not count", npz("t.npz", lambda a: a | {"masks": np.full_like(a["masks"], 255)})),
             ("got uint8 (30, 0, 32, 3)", npz("s.npz", lambda a: a | {"images": a["images"][:, :0]})),
             ("003.png is not a readable mask", spoiled("f", truncate)),
             ("000.png is not a readable", spoiled("g", lambda path: (path / "images" / "000.png").write_bytes(b"no png"))),
@@ -8318,6 +8378,26 @@ def test_train_quad_resumed_run_equals_straight_run_bit_for_bit():
         check_resume(MODAL, quad_run, f, ["--epochs", "3", "--mixup", "0.4", "--modality-dropout", "0.2"])
 
 
+def test_train_quad_that_diverges_stops_with_where_and_at_which_rate():
+    with folder() as f:
+        quad_npz(f / "quad.npz")
+        code, _, err = call(*MODAL, "--data", f / "quad.npz", "--out", f / "a", "--noise", "1e38")
+        assert code == 1 and "not finite" in err and "in epoch 1, step 0, at lr" in err, (code, err)
+
+
+def test_train_compile_without_a_compiler_is_refused_before_training():
+    def fails(*_):
+        raise RuntimeError("no working C++ compiler found")
+
+    def missing(what):
+        return what if isinstance(what, nn.Module) else fails  # as torch.compile, which compiles at the first call
+
+    with folder() as f, replaced(torch, "compile", missing):
+        raises(ValueError, "install a C++ compiler", lambda: train.check_compile("cpu"))
+        code, _, err = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "a", "--compile")
+        assert code == 2 and "install a C++ compiler" in err and not (f / "a").exists(), err
+
+
 def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
     with folder() as f:
         quad_run(f / "run")
@@ -8333,6 +8413,8 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("labels", npz("d.npz", lambda c: {name: each for name, each in c.items() if name != "labels"})),
             ("class", npz("e.npz", lambda c: c | {"labels": np.where(np.arange(240) == 3, 2, np.minimum(c["labels"], 1))})),
             ("--neighbours 500 must be at most", ["--neighbours", "500"]),
+            ("--cache is not read by task quadmodal", ["--cache", f / "cache"]),
+            ("--shift 100000000000000000000", ["--shift", "100000000000000000000"]),
             ("no class has two of the 3 validation rows", npz("g.npz", lambda c: {
                 name: each for name, each in c.items() if name not in ("groups", "label_names")} | {"labels": np.arange(240) % 120}) + [
                 "--train-ratio", "0.7875", "--val-ratio", "0.0125", "--batch-size", "240"]),
@@ -8700,6 +8782,7 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
             ("set-a/3.txt line", ["--data", stays_folder(f, "b1", line("set-a/3.txt", lambda text: end(text) + "\n07:00,HR,high\n"))]),
             ("RecordID", ["--data", stays_folder(f, "b2", line("set-a/3.txt", lambda text: text.replace("RecordID,3", "RecordID,4")))]),
             ("Outcomes-a.txt is missing", ["--data", stays_folder(f, "b3", lambda path: (path / "Outcomes-a.txt").unlink())]),
+            ("has an outcome", ["--mode", "pretrain", "--data", stays_folder(f, "b3")]),
             ("In-hospital_death", ["--data", stays_folder(f, "b4", line("Outcomes-a.txt", lambda text: end(text)[:-1] + "7\n"))]),
             ("stays 0 died", ["--data", stays_folder(f, "b5", line("Outcomes-a.txt", lambda text: text.replace(",1\n", ",0\n")))]),
             ("holds no stays", ["--data", f / "pre"]),

@@ -83,7 +83,7 @@ class Flag:
     def check(self, name, value):
         """ValueError with value, bound and remedy for a number outside the bounds."""
         bad = [part for part in (value if isinstance(value, tuple) else (value,)) if not isinstance(part, str) and not (
-            math.isfinite(part) and self.low <= part <= self.high and part > self.above)]
+            (abs(part) < 2**64 if isinstance(part, int) else math.isfinite(part)) and self.low <= part <= self.high and part > self.above)]
         if bad:
             bounds = [f"at least {self.low:g}"] * (self.low > -math.inf) + [f"above {self.above:g}"] * (
                 self.above > -math.inf) + [f"at most {self.high:g}"] * (self.high < math.inf)
@@ -586,12 +586,17 @@ def faces_load(path, args):
     notes = [f"data: {path or 'SYNTHETIC faces, drawn by the script: a score on them is no result'}, {n:,} images at {show(args.size)}, "
              f"masks at {show(tuple(masks.shape[1:]))}"]
     told = f"left and right: {np.sum(sides < 0)} of {n:,} masks cannot be told, reversed in {np.sum(sides == 1)}"
-    facts = {"data": zlib.crc32(masks[:: max(1, n // 100)].numpy().tobytes())}  # enough masks to tell this set from another
+    some = slice(None, None, max(1, n // 100))  # enough to tell this set from another
+    facts = {"data": zlib.crc32(images[some].numpy().tobytes(), zlib.crc32(masks[some].numpy().tobytes()))}
     split = functools.partial(data.FaceSplit, images, masks, device=args.device, pairs=data.FACE_PAIRS)
     if args.split == "all":
         return Data(None, None, None, split(np.arange(n)), facts, notes + [told])
 
     parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(n), args)))
+    for name, rows in parts.items():
+        if len(rows) and not any((masks[row] != 255).any() for row in rows):
+            raise ValueError(f"all pixels of the {len(rows)} {name} masks are 255, which do not count: there is nothing to learn from or "
+                             "to score; change --seed or the ratios, or take those images out")
     reversed_in = ", ".join(f"{np.sum(sides[rows] == 1)} {name}" for name, rows in parts.items())
     notes += ["split: by image; whether a person has several is not known", f"{told}: {reversed_in}; "
               + ("set right for training" if args.fix_reversed else "kept, --fix-reversed sets them right for training")]
@@ -1310,11 +1315,11 @@ def quad_loss(model, batch, step, args):
         other = torch.randperm(len(labels), device=labels.device)
         tokens = {name: model.encode_present(name, x, present[name]) for name, x in inputs.items()} | encoded
         tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
-        z = model.fuse(tokens, {name: here & here[other] for name, here in present.items()})
+        z = finite(model.fuse(tokens, {name: here & here[other] for name, here in present.items()}))
         # a mixed row is lam one class and 1 - lam another: it is contrasted as either, by these shares
         loss = lam * supcon(z, labels) + (1 - lam) * supcon(z, labels[other])
     else:
-        z = model(inputs, present, encoded=encoded)
+        z = finite(model(inputs, present, encoded=encoded))
         loss = supcon(z, labels)
     z, labels = map(torch.cat, zip(*gathered((z.detach().cpu(), labels.cpu()))))  # supcon_loss is that of all processes' rows
     lower, collapsed = losses.supcon_bounds(labels, temperature=args.temperature)
@@ -1509,7 +1514,7 @@ QUADMODAL = Task(
         freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run once on rows that are not augmented"),
         noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
         scale=Flag(0.4, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
-        shift=Flag(64, "roll sequences by up to so many steps", low=0),
+        shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6),
         mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
         allow_single_class=Flag(False, "train although there is one class, to see the loss stand at its bound"),
     ),
@@ -1543,6 +1548,9 @@ def stay_load(path, args):
                  f"{labels[known].mean():.1%} died in hospital" if len(known) else "no outcomes")]
     notes += [f"left out: {reason}: {named(items)}" for reason, items in stays["left_out"].items()]
     facts = {"data": zlib.crc32(stays["values"].tobytes() + ids.tobytes() + labels.tobytes())}
+    if not len(known):
+        raise ValueError(f"none of the {len(ids):,} stays of {path} has an outcome: the splits are drawn from stays with one, also in "
+                         "pretraining, and --eval scores those; add Outcomes-?.txt beside set-?")
     if args.split == "all":
         return Data(None, None, None, data.StaySplit(stays, known, scaler=args.facts["scale"], device=args.device), facts, notes)
 
@@ -2028,6 +2036,8 @@ def check_mode(args):
         raise ValueError(f"--export needs --out, a file whose name ends in .pt2 as torch.export.load expects it, not {args.out!r}")
     if (args.predict or args.export) and not Path(args.out).parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist; create it, or choose another --out")
+    if args.predict or args.export:
+        check_output(args)
     if args.split not in ("", "train", "validation", "test", "all"):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
     if args.resume and args.overwrite:
@@ -2039,6 +2049,18 @@ def check_mode(args):
         raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
 
 
+def check_output(args):
+    """Refuse to write predictions or an exported network over what they are made from, or over the files of a run."""
+    out = Path(args.out)
+    if args.predict and args.task == "faceparse" or not out.exists():  # faces_predict takes a new or an empty folder alone
+        return
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the file to write")
+    kept = [Path(each).resolve() for each in (args.predict, args.export, args.data) if each]
+    if out.name in RUN_FILES or any(each in (out.resolve(), *out.resolve().parents) for each in kept):
+        raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose another --out")
+
+
 def check_pack(args):
     """Refuse to pack what cannot be, and a cache of what needs none."""
     packed = args.data and data.is_packed(args.data)
@@ -2047,6 +2069,9 @@ def check_pack(args):
         raise ValueError(f"--pack: task {args.task} reads no packed sets, {able} do: give --data and --cache")
     if args.pack and (packed or not args.data):
         raise ValueError(f"--pack needs --data with what is to be packed, not {'a packed set' if packed else 'nothing'}")
+    if args.cache and (args.task == "quadmodal" or not args.data and not (args.eval or args.resume)):
+        raise ValueError("--cache is not read " + ("by task quadmodal" if args.task == "quadmodal" else "without --data")
+                         + ": leave it out")
     if args.cache and packed:
         raise ValueError(f"--cache is not read with the packed set {args.data}: leave it out")
 
@@ -2098,7 +2123,7 @@ def atomic_write(path, mode="w"):
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         os.replace(temporary, path)
     finally:
@@ -2279,10 +2304,11 @@ def make_schedule(optimizer, args, steps_per_epoch):
                          "train longer or warm up less")
     peak = max(group["lr"] for group in optimizer.param_groups)
     for name in ("warmup_start_lr", "min_lr"):
-        if not TASKS[args.task].defaults[name].unmet(args) and getattr(args, name) > peak:
+        read = not TASKS[args.task].defaults[name].unmet(args) and (name != "warmup_start_lr" or args.warmup_epochs > 0)
+        if read and getattr(args, name) > peak:
             raise ValueError(f"{spelled(name)} {show(getattr(args, name))} must not be above the peak rate, {show(peak)}: lower it")
     steps = lambda epochs: round(epochs * steps_per_epoch)
-    warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=args.warmup_start_lr)
+    warmup = dict(warmup_steps=steps(args.warmup_epochs), warmup_start_lr=min(args.warmup_start_lr, peak))  # without warm-up not read
     if args.schedule == "cosine":
         return schedulers.WarmupCosine(optimizer, steps(args.cosine_epochs or args.epochs), min_lr=args.min_lr, **warmup)
     if args.schedule == "restarts":
@@ -2440,8 +2466,11 @@ def train_epoch(run, split, epoch, args, stop):
             batch = next(drawn)
             # gradients stay in this process until the last batch of the window; no_sync is for forward and backward
             with contextlib.nullcontext() if world_size() == 1 or rows is window[-1] else run.loss.no_sync():
-                with autocast(args):
-                    loss, parts = run.loss(batch, run.step, args)
+                try:
+                    with autocast(args):
+                        loss, parts = run.loss(batch, run.step, args)
+                except NonFinite as error:
+                    raise NonFinite(f"{error}, in epoch {epoch}, step {run.step}, at lr {lr:.3g}") from error
                 found = {"train_loss": loss.detach()} | parts
                 *totals, count = summed([*(float(value) * len(rows) for value in found.values()), len(rows)])
                 if not math.isfinite(totals[0]):  # the same sum in all processes: all stop
@@ -3269,7 +3298,8 @@ def print_debug(epoch, i, batch, run, output, lr):
 def print_verdicts(run, sets, args):
     """What a run that stands still is asked, each question with a verdict and with what was measured."""
     rows, labels = run.history[1:], getattr(sets.train, "labels", None)
-    rates, norms, train = ([row[key] for row in rows] for key in ("lr", "grad_norm", "train_loss"))
+    norms, train = ([row[key] for row in rows] for key in ("grad_norm", "train_loss"))
+    rates = [row[key] for row in rows for key in ("lr", "lr_end") if key in row]
     warmup = [row["lr"] for row in rows[: math.ceil(args.warmup_epochs) + 1]] if args.schedule != "cyclic" else []
     trained, whole = (models.count_parameters(run.raw_model, trainable_only=only) for only in (True, False))
     found = []
@@ -3333,6 +3363,15 @@ def check_sync_bn(network, device):
                          "it out, or start torchrun with several processes where there are GPUs")
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise ValueError("--sync-bn: this network has 0 layers of batch norm, there is nothing to convert: leave it out")
+
+
+def check_compile(device):
+    """Refuse --compile, before training, where torch.compile finds no compiler: it looks for one at the first batch only."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # torch has no public class for it
+        raise ValueError(f"--compile: torch.compile does not work here ({' '.join(str(error).split())[:200]}): install a C++ compiler such "
+                         "as g++ (on a GPU Triton too), or leave --compile out") from error
 
 
 def check_one_row_batch(run, sets, batches, args):
@@ -3412,6 +3451,8 @@ def prepare(args):
     if args.sync_bn:
         check_sync_bn(run.raw_model, args.device)
     check_one_row_batch(run, sets, batches, args)
+    if args.compile and not look_of(args):
+        check_compile(args.device)
     if content:
         load_run(run, content, folder / "last.pt")
         if content["processes"] != world_size():
@@ -3422,6 +3463,8 @@ def prepare(args):
                   "but not bit for bit")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
+        if (folder / "best.pt").is_file():
+            load_checkpoint(folder / "best.pt", args.task, needs=("model", "epoch", "weights", "score"))  # `report` reads it in the end
     run.counts = {} if look_of(args) else count_before(run, sets, args)  # of the inputs, not of what a frozen encoder makes of them
     if args.mode == "probe" or args.freeze:
         cache_features(run.raw_model, sets)
@@ -3698,18 +3741,45 @@ def cross_validate(args):
     return 0
 
 
+@contextlib.contextmanager
+def held(folder):
+    """The run's folder is this process's alone until the block or the process ends: two runs in it would overwrite each other's files."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"--out {folder}: another process is training in this folder: wait for it, end it, or choose another "
+                         "--out") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def train_once(args):
     """One run, or one of the looks, from its settings to its exit code."""
-    with refusals():
-        run, sets, folder = prepare(args)
-        if look_of(args):
-            {"find_lr": find_lr, "show_schedule": show_schedule, "look": look_at_batch,
-             "check_sampler": check_sampler}[look_of(args)](run, sets, args)
-            return 0
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if args.overwrite and not rank() else ():
-            (folder / name).unlink(missing_ok=True)
-    return train(run, sets, folder, args)
+    with contextlib.ExitStack() as stack:
+        with refusals():
+            run, sets, folder = prepare(args)
+            if look_of(args):
+                {"find_lr": find_lr, "show_schedule": show_schedule, "look": look_at_batch,
+                 "check_sampler": check_sampler}[look_of(args)](run, sets, args)
+                return 0
+            folder.mkdir(parents=True, exist_ok=True)
+            if not rank():
+                stack.enter_context(held(folder))
+                open_run_folder(args)  # another run may have begun here while this one read its data
+            for name in RUN_FILES if args.overwrite and not rank() else ():
+                (folder / name).unlink(missing_ok=True)
+        return train(run, sets, folder, args)
 
 
 def carry_out(argv):
@@ -3729,7 +3799,8 @@ def carry_out(argv):
         args.out = out if args.look else ""
         return train_once(args)
     args.home = args.out = out
-    begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
+    with refusals():  # a folder that may not be looked into
+        begun = (Path(args.out) / "fold-1" / "last.pt").is_file() and not (Path(args.out) / "last.pt").is_file()
     many = begun if args.resume and not args.folds else args.folds and not args.fold
     if many and world_size() > 1:
         raise Refused(f"--folds runs in one process, not in {world_size()}: train one fold at a time with --fold, or start it with python "
