@@ -6918,7 +6918,6 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("not of the form ROWSxCOLUMNS", ["--size", "32xa"]),
             ("add up to 1", ["--train-ratio", "0.9"]),
             ("there is no run in", ["--resume"]),
-            ("--epochs 1" + 40 * "0", ["--epochs", "1" + 40 * "0"]),
             ("is a file, not a folder", ["--out", f / "file" / "below"]),
             ("already holds a run", ["--out", f / "done"]),
             ("give one of them", ["--out", f / "done", "--resume", "--overwrite"]),
@@ -6938,7 +6937,6 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
             ("cannot be used", ["--device", "cuda:9"]),
             ("this script knows cpu and cuda", ["--device", "meta"]),
             ("is not a readable checkpoint", ["--eval", f / "zero.pt"]),
-            ("is a folder: give the best.pt in it", ["--eval", f / "done"]),
             ("does not hold the weights of its own recipe", ["--eval", f / "lacking.pt"]),
             ("not a readable .npz", ["--data", f / "plain.npy"]),
             ("'groups' has shape (60, 2)", ["--data", make_npz(f / "groups.npz", groups=np.zeros((60, 2)))]),
@@ -8415,6 +8413,8 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("--neighbours 500 must be at most", ["--neighbours", "500"]),
             ("--cache is not read by task quadmodal", ["--cache", f / "cache"]),
             ("--shift 100000000000000000000", ["--shift", "100000000000000000000"]),
+            ("--epochs 1" + 40 * "0", ["--epochs", "1" + 40 * "0"]),
+            ("is a folder: give the best.pt in it", ["--eval", f / "run"]),
             ("no class has two of the 3 validation rows", npz("g.npz", lambda c: {
                 name: each for name, each in c.items() if name not in ("groups", "label_names")} | {"labels": np.arange(240) % 120}) + [
                 "--train-ratio", "0.7875", "--val-ratio", "0.0125", "--batch-size", "240"]),
