@@ -478,6 +478,7 @@ def eyes_floor(split, args):
 
 
 def eyes_predict(model, path, out, args):
+    refuse_folder(out)
     images, _, _, names = data.read_eyes(path, size=args.size, cache=args.cache, need_labels=False)
     split = data.EyeSplit(images, None, np.arange(len(names)), device=args.device)
     logits = eyes_logits(model, split)
@@ -1055,6 +1056,7 @@ def ppg_floor(split, args):
 
 
 def ppg_predict(model, path, out, args):
+    refuse_folder(out)
     recordings = ppg_recordings(path, args.cache, need_labels=False)
     windows, _, prepare = ppg_windows(recordings, args, None)
     split = data.PPGSplit(windows, np.arange(len(windows["starts"])), prepare, device=args.device)
@@ -1243,7 +1245,13 @@ def quad_chosen(arrays, args):
     return {name: arrays[name] for name in chosen}
 
 
+def quad_refuse_cache(args):
+    if args.cache:
+        raise ValueError("--cache is not read by task quadmodal: leave it out")
+
+
 def quad_load(path, args):
+    quad_refuse_cache(args)
     arrays, labels, groups, names, present = data.read_modalities(path) if path else data.synthetic_modalities()
     arrays = quad_chosen(arrays, args)
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
@@ -1392,6 +1400,8 @@ def quad_scaler(args):
 
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
+    refuse_folder(out)
+    quad_refuse_cache(args)
     arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
     missing = [name for name in args.facts["shapes"] if name not in arrays]
     if missing:
@@ -1663,6 +1673,7 @@ def stay_floor(split, args):
 
 def stay_predict(model, path, out, args):
     """One row per stay; a stay without any event keeps its row, with nothing in it."""
+    refuse_folder(out)
     stays = data.read_stays(path, cache=args.cache, need_outcomes=False)
     for reason, items in stays["left_out"].items():
         print(f"left out: {reason}: {named(items)}")
@@ -2049,15 +2060,19 @@ def check_mode(args):
         raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
 
 
+def refuse_folder(out):
+    """Before anything is computed for it: --out must be a file, or nothing yet."""
+    if Path(out).is_dir():
+        raise ValueError(f"--out {out} is a folder: give the file to write")
+
+
 def check_output(args):
     """Refuse to write predictions or an exported network over what they are made from, or over the files of a run."""
     out = Path(args.out)
-    if args.predict and args.task == "faceparse" or not out.exists():  # faces_predict takes a new or an empty folder alone
-        return
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give the file to write")
+    if args.export:
+        refuse_folder(out)  # what --predict writes, a file or a folder, its task knows
     kept = [Path(each).resolve() for each in (args.predict, args.export, args.data) if each]
-    if out.name in RUN_FILES or any(each in (out.resolve(), *out.resolve().parents) for each in kept):
+    if out.is_file() and (out.name in RUN_FILES or any(each in (out.resolve(), *out.resolve().parents) for each in kept)):
         raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose another --out")
 
 
@@ -2069,9 +2084,8 @@ def check_pack(args):
         raise ValueError(f"--pack: task {args.task} reads no packed sets, {able} do: give --data and --cache")
     if args.pack and (packed or not args.data):
         raise ValueError(f"--pack needs --data with what is to be packed, not {'a packed set' if packed else 'nothing'}")
-    if args.cache and (args.task == "quadmodal" or not args.data and not (args.eval or args.resume)):
-        raise ValueError("--cache is not read " + ("by task quadmodal" if args.task == "quadmodal" else "without --data")
-                         + ": leave it out")
+    if args.cache and not (args.data or args.eval or args.resume):
+        raise ValueError("--cache is not read without --data: leave it out")
     if args.cache and packed:
         raise ValueError(f"--cache is not read with the packed set {args.data}: leave it out")
 
