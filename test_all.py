@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
-import datetime
 import doctest
 import inspect
 import io
@@ -7264,16 +7263,6 @@ def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch()
         assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
 
 
-def test_train_torchrun_resume_without_a_run_starts_afresh():
-    with folder() as f:
-        os.environ["TORCHELASTIC_RUN_ID"] = "x"
-        try:
-            assert "starting afresh" in run(f / "a", "--resume", "--epochs", "1")
-        finally:
-            del os.environ["TORCHELASTIC_RUN_ID"]
-        assert (f / "a" / "best.pt").exists()
-
-
 def test_train_overwrite_replaces_and_changed_data_are_refused():
     with folder() as f:
         run(f / "a", "--epochs", "1")
@@ -8853,10 +8842,8 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
 # train: several processes. What a function named below does in each of them stands in the function; its test looks at what it left.
 
 IN_EACH_PROCESS = """
-import os, pathlib, sys, time
+import os, pathlib, sys
 sys.path.insert(0, {here!r})
-if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
-    time.sleep(5)  # started again: the other is there first, for longer than gloo tries to connect
 import test_all, train
 with train.processes():
     test_all.{name}(pathlib.Path({folder!r}))
@@ -9046,7 +9033,7 @@ def scores_alone(path):
 def work_refusals(f):
     assert train.main(["--task", "ocec", "--find-lr"]) == 2
     words = [*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a")]
-    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"], ["--sync-bn"]):
+    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"]):
         assert train.main([*words, *more]) == 2, more
     if train.rank():
         data.read_eyes = lambda *_, **__: np.load(f / "absent.npz")
@@ -9088,28 +9075,8 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
                     "--find-lr runs in one process, not in 2",
                     "--folds runs in one process, not in 2: train one fold at a time",
                     "--device cuda:1 is one for 2 processes: give --device cuda",
-                    "--sync-bn takes batch norm over several processes with a GPU each, here over 2 on cpu: leave it out",
                     "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
         assert printed.count(message) == 1, (message, printed)
-
-
-def test_train_sync_bn_without_gpus_processes_or_batch_norm_is_refused_before_training():
-    with folder() as f:
-        code, _, err = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "a", "--sync-bn")
-        assert code == 2 and "with a GPU each, here over 1 on cpu: leave it out, or start torchrun" in err and not (f / "a").exists(), err
-        code, _, err = call("--task", "ocec", "--sync-bn", "--check-sampler")
-        assert code == 2 and "--sync-bn is not read by this call" in err
-    world_size, train.world_size = train.world_size, lambda: 2
-    try:
-        train.check_sync_bn(nn.BatchNorm1d(2), "cuda:1")
-        for network, device, message in ((nn.BatchNorm1d(2), "cpu", "here over 2 on cpu"), (nn.LayerNorm(2), "cuda", "has 0 layers of")):
-            try:
-                train.check_sync_bn(network, device)
-                raise AssertionError("not refused")
-            except ValueError as error:
-                assert message in str(error) and "leave it out" in str(error), error
-    finally:
-        train.world_size = world_size
 
 
 def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_would_do():
@@ -9122,49 +9089,6 @@ def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_
             raises(ValueError, f"1 of the {n} training rows to each process", lambda: train.check_one_row_batch(
                 state, types.SimpleNamespace(train=split), [np.array([0])], args))
             raises(ValueError, advice, lambda: train.check_one_row_batch(state, types.SimpleNamespace(train=split), [np.array([0])], args))
-
-
-def test_train_sync_bn_converts_the_network_and_neither_its_average_nor_any_name():
-    for words in (TINY, [*TINY, "--block", "inverted_se"], FACEPARSE, [*FACEPARSE[:2], "--network", "segformer", "--size", "32"], MODAL):
-        args = train.parse_args(words)
-        args.device = "cpu"
-        args.facts = train.task_of(args).load("", args).facts
-        state = train.build(args, 10)
-        before, parameters = state.raw_model.state_dict(keep_vars=True), list(state.raw_model.parameters())
-        norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in state.raw_model.modules())
-        state.raw_model.eval()
-        flags = [module.training for module in state.raw_model.modules()]
-        train.share_gradients(state, sync_bn=True)
-        modules = list(state.raw_model.modules())
-        assert sum(type(module) is nn.SyncBatchNorm for module in modules) == norms > 0 and [each.training for each in modules] == flags
-        after = state.raw_model.state_dict(keep_vars=True)
-        assert list(after) == list(before) and all(after[name] is before[name] for name in before), words
-        assert all(a is b for a, b in zip(parameters, state.raw_model.parameters(), strict=True))  # those of the optimizer
-        assert not any(isinstance(module, nn.SyncBatchNorm) for module in state.ema.module.modules())
-        state.ema.update(state.raw_model)
-        train.task_of(args).network(args).load_state_dict(state.raw_model.state_dict())
-
-
-def test_train_sync_bn_changes_nothing_that_is_saved_scored_or_resumed():
-    check, seen, save = train.check_sync_bn, [], train.save_run
-    train.check_sync_bn = lambda *_: None  # in one process torch's layer falls back to plain batch norm, on the CPU too
-    train.save_run = lambda path, run, args: (seen.append(run), save(path, run, args))
-    try:
-        with folder() as f:
-            plain, synced = run(f / "a"), run(f / "b", "--sync-bn")
-            assert "--sync-bn" not in plain and " --sync-bn" in synced.splitlines()[0]
-            kinds = [{type(module) for module in each.raw_model.modules()} for each in (seen[0], seen[-1])]
-            assert nn.SyncBatchNorm not in kinds[0] and nn.SyncBatchNorm in kinds[1] and nn.BatchNorm2d not in kinds[1]
-            assert same_bits(result_of(f / "a") | {"sync_bn": True}, result_of(f / "b"))
-            assert same_bits(result_of(f / "a", "best.pt"), result_of(f / "b", "best.pt"))
-            assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
-            for name, words, said in (("a", [], ""), ("a", ["--sync-bn"], "--sync-bn: off so far, on from here on; the run goes on, but"),
-                                      ("b", ["--sync-bn"], ""), ("b", [], "--sync-bn: on so far, off from here on; the run goes on, but")):
-                code, out, err = call("--task", "ocec", "--out", f / name, "--resume", *words)
-                assert code == 0 and said in out and ("so far" in out) == bool(said), (out, err)
-            assert train.resume_command(train.parse_args(["--task", "ocec", "--sync-bn"])).endswith("--resume --sync-bn")
-    finally:
-        train.check_sync_bn, train.save_run = check, save
 
 
 def work_killed(f):
@@ -9191,57 +9115,6 @@ def test_train_two_processes_of_which_one_is_killed_end_with_a_message_and_one_p
             code, out, err = call("--task", "ocec", "--out", f / "a", "--resume")
             assert code == 0 and "number of processes: 2 so far, 1 from here on" in out, err
             assert len(result_of(f / "a")["history"]) == 61
-
-
-def work_killed_once(f):
-    """Rank 1 dies after epoch 2 of the first attempt; then, if torchrun starts it again, the same without."""
-    finish = train.finish_epoch
-
-    def dies(run, *rest):
-        finish(run, *rest)
-        if run.history[-1]["epoch"] == 2 and train.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train.finish_epoch = dies
-    words = [*TINY, "--data", str(f / "eyes.npz"), "--epochs", "4"]
-    code = train.main([*words, "--out", str(f / "a"), "--resume"])
-    if code or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        train.leave(code)
-    assert train.main([*words, "--out", str(f / "b")]) == 0
-
-
-def test_train_max_restarts_goes_on_from_last_pt_after_a_sigkill_although_rank_0_is_late():
-    with folder() as f:
-        make_npz(f / "eyes.npz")
-        printed = in_two_processes(work_killed_once, f, "--nproc-per-node", "2", "--max-restarts", "1")
-        first, again, _ = re.split("process 0 of 2 lost another one|best epoch", printed, maxsplit=2)
-        assert "--resume: there is no run in" in first and "epoch   2/4 |" in first and "epoch   2/4 |" not in again, printed
-        assert same_bits(result_of(f / "a"), result_of(f / "b"))
-        assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
-
-
-def test_train_processes_started_again_meet_under_a_name_of_their_own():
-    def meets(number, late=0.0):
-        time.sleep(late)
-        train.store_of_attempt(store, number, 3).set(f"here {number}", "yes")
-
-    store = torch.distributed.HashStore()
-    for late in ((0, 0, 0.3), (0.3, 0, 0)):  # in the second attempt all keys of the first are there
-        threads = [threading.Thread(target=meets, args=each, daemon=True) for each in enumerate(late)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(timeout=20)
-        name = store.get("attempt").decode()
-        assert all(store.check([f"{name}/here {number}"]) for number in range(3)), late
-    meeting, train.MEETING = train.MEETING, datetime.timedelta(seconds=0.3)
-    try:
-        train.store_of_attempt(store, 1, 3)
-        raise AssertionError("took the name of an earlier attempt")
-    except torch.distributed.DistStoreError as error:
-        assert "rank 0 has not answered" in str(error)
-    finally:
-        train.MEETING = meeting
 
 
 def free_port():

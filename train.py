@@ -40,7 +40,6 @@ import signal
 import sys
 import time
 import types
-import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -259,9 +258,7 @@ def unit_images(images):
 
 # A process that dies closes its connections, which the others see at once. One that lives gets this long: rank 0 may decode a data set.
 TIMEOUT = datetime.timedelta(hours=1)
-MEETING = datetime.timedelta(minutes=5)  # for all to start
-# torchrun, where it started this process, which would train on without it, while another torchrun waits for it in the end
-LAUNCHER = os.getppid()
+PARENT = os.getppid()  # torchrun, if that started this process: a process whose torchrun has died would train on without it
 
 
 def world_size():
@@ -270,29 +267,6 @@ def world_size():
 
 def rank():
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def store_of_attempt(store, number, count):
-    """The store through which the processes find each other, under a name that only those of this attempt know.
-
-    torchrun keeps one store. Processes that --max-restarts starts again would find the addresses of the dead ones in it and wait for
-    them (pytorch issue 135712; TORCHELASTIC_RESTART_COUNT is no name, it may differ between machines). Rank 0 draws a name. The others
-    take it once rank 0 has answered them under it, which nobody does any more under the name of an earlier attempt.
-    """
-    if number == 0:
-        name = uuid.uuid4().hex
-        store.set("attempt", name)
-        for other in range(1, count):
-            store.set(store.get(f"{name}/{other}").decode(), "answered")
-        return dist.PrefixStore(name, store)
-    mine, end = uuid.uuid4().hex, time.monotonic() + MEETING.total_seconds()
-    while time.monotonic() < end:
-        name = store.get("attempt").decode()
-        store.set(f"{name}/{number}", mine)
-        if store.check([mine]):
-            return dist.PrefixStore(name, store)
-        time.sleep(0.1)
-    raise dist.DistStoreError(f"rank 0 has not answered within {MEETING.total_seconds():g} s")
 
 
 @contextlib.contextmanager
@@ -307,16 +281,11 @@ def processes():
               "which sets them all, or unset WORLD_SIZE", file=sys.stderr)
         sys.exit(2)
     # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    serves = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # in place of torchrun
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, serves, timeout=MEETING)
-        store = store_of_attempt(store, number, count)
-        store.set_timeout(TIMEOUT)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, store=store,
-                                rank=number, world_size=count)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     except RuntimeError as error:
-        print(f"train.py: stopped: process {number} of {count} did not meet the others: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: stopped: process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others: {error}",
+              file=sys.stderr, flush=True)
         leave(1)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
         yield
@@ -1929,7 +1898,6 @@ RUN_FLAGS = {
     "pack": ("", "write --data, decoded, to this new folder instead of training: given as --data it trains the same, from disk, "
                  "whatever its size"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
-    "sync_bn": (False, "several processes with a GPU each: batch norm over the rows of all of them, not of each"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
@@ -2034,7 +2002,7 @@ def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
              "export": {"export", "out"}, "pack": {"pack", "data", "size"},
-             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", "sync_bn", *LOOKS} | {look} for look in LOOKS}}
+             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
@@ -2223,8 +2191,6 @@ def open_run_folder(args):
     """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
     folder = writable_folder(args)
     if args.resume and not (folder / "last.pt").is_file():
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
-            return folder, False
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
     if (folder / "fold-1").is_dir() and not args.resume:  # the files of folds and of a single run would be taken for each other's
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
@@ -2270,7 +2236,7 @@ class StopSignal:
 
     def check(self):
         """Raises Interrupted in all processes if one of them was asked to end, Lost if the torchrun of one of them has died."""
-        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         *asked, orphans = summed([self.number == each for each in self.before] + [orphan])
         if orphans and world_size() > 1:
             raise Lost(f"torchrun has died on the machine of {orphans:.0f} of the {world_size()} processes")
@@ -2410,7 +2376,7 @@ STATEFUL = ("optimizer", "schedule", "scaler", "ema")
 def save_run(path, run, args):
     states = {name: getattr(run, name).state_dict() for name in STATEFUL if getattr(run, name) is not None}
     save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history,
-                           "processes": world_size(), "sync_bn": args.sync_bn} | states, args)
+                           "processes": world_size()} | states, args)
 
 
 def load_run(run, content, path):
@@ -2432,14 +2398,11 @@ class LossOfBatch(nn.Module):
         return self.loss(self.network, batch, step, args)
 
 
-def share_gradients(run, *, sync_bn=False):
+def share_gradients(run):
     """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them.
 
-    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has. sync_bn replaces the batch
-    norm of the network, in place: the tensors stay, with their names, and run.ema, copied before, keeps the plain one to be scored with.
+    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has.
     """
-    if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(run.raw_model)
     if world_size() > 1:
         run.loss = nn.parallel.DistributedDataParallel(run.loss)
 
@@ -3401,15 +3364,6 @@ def refusals():
         raise Refused(error) from error
 
 
-def check_sync_bn(network, device):
-    """Refuse --sync-bn, before training, where torch has none (it needs CUDA and several processes) or there is nothing to convert."""
-    if world_size() == 1 or torch.device(device).type != "cuda":
-        raise ValueError(f"--sync-bn takes batch norm over several processes with a GPU each, here over {world_size()} on {device}: leave "
-                         "it out, or start torchrun with several processes where there are GPUs")
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        raise ValueError("--sync-bn: this network has 0 layers of batch norm, there is nothing to convert: leave it out")
-
-
 def check_compile(device):
     """Refuse --compile, before training, where torch.compile finds no compiler: it looks for one at the first batch only."""
     try:
@@ -3469,10 +3423,8 @@ def prepare(args):
                          f"give --batch-size {-(-args.batch_size // world_size()) * world_size()}")
     args.device = resolve_device(args.device)
     warn_slow_amp(args)
-    given = [name for name in ("sync_bn", look_of(args)) if name and getattr(args, name)]
-    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *given]), flush=True)
-    if args.resume and not content:
-        print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
+    look = [look_of(args)] if look_of(args) else []
+    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *look]), flush=True)
     for turn in (0, 1):  # what rank 0 writes to a cache the others read
         with together():
             if turn == min(rank(), 1):
@@ -3494,8 +3446,6 @@ def prepare(args):
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
     run.floor, run.steps_per_epoch, run.told = floor, steps_per_epoch, set()
-    if args.sync_bn:
-        check_sync_bn(run.raw_model, args.device)
     check_one_row_batch(run, sets, batches, args)
     if args.compile and not look_of(args):
         check_compile(args.device)
@@ -3504,9 +3454,6 @@ def prepare(args):
         if content["processes"] != world_size():
             print(f"number of processes: {content['processes']} so far, {world_size()} from here on; the run goes on, but not bit for bit "
                   f"as it would have over {content['processes']}")
-        if content.get("sync_bn", False) != args.sync_bn:  # a file from before the flag was written without
-            print(f"--sync-bn: {'off' if args.sync_bn else 'on'} so far, {'on' if args.sync_bn else 'off'} from here on; the run goes on, "
-                  "but not bit for bit")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
         if (folder / "best.pt").is_file():
@@ -3568,7 +3515,6 @@ def write_picture(path, picture, title):
 def resume_command(args):
     """The command that goes on with a run, or with all of a run's folds."""
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
-    kept += ["--sync-bn"] * args.sync_bn
     return f"{launcher()} " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
 
 
@@ -3585,7 +3531,7 @@ def train(run, sets, folder, args):
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
         with StopSignal() as stop, peers():
-            share_gradients(run, sync_bn=args.sync_bn)
+            share_gradients(run)
             fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
