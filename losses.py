@@ -358,7 +358,7 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     Shape:  features (B, D), labels (B,) integers  ->  scalar
     Errors: ValueError for other shapes or types, no two samples of one class, temperature <= 0, processes with unequal shapes
     Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out)
-    Needs:  _of_all_processes
+    Needs:  all_rows
     Check:  equal features cost ln(B - 1) whatever their labels, 3.4340 for B = 32; one class never less
     """
     labels = torch.as_tensor(labels, device=features.device)
@@ -368,7 +368,7 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     if not temperature > 0:
         raise ValueError(f"need temperature > 0, got {temperature}")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    features, labels, processes = _of_all_processes(features, labels.long()) if gather else (features, labels.long(), 1)
+    features, labels, processes = all_rows(features, labels.long()) if gather else (features, labels.long(), 1)
 
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     positive = (labels.unsqueeze(1) == labels) & ~itself
@@ -387,7 +387,7 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     return loss if processes == 1 else loss.detach() + processes * (loss - loss.detach())
 
 
-def _of_all_processes(features, labels):
+def all_rows(features, labels):
     """Features and labels of all processes, one after the other, of which the own rows keep their graph; number of processes."""
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

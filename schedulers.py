@@ -149,6 +149,27 @@ class WarmRestarts(_Schedule):
         return self.min_lr + (peak - self.min_lr) * (1 + math.cos(math.pi * place / length)) / 2
 
 
+class Constant(_Schedule):
+    """Linear warm-up to the optimizer's lr, which then stays.
+
+        t < W:         start + (base - start) * t / W
+        t >= W:        base
+
+    Needs:  _Schedule
+    Check:  W=10, base 1e-3: 5e-4 at t=5, 1e-3 at t=10 and for good
+    """
+
+    def __init__(self, optimizer, *, warmup_steps=0, warmup_start_lr=0.0):
+        super().__init__(optimizer, warmup_steps=warmup_steps, warmup_start_lr=warmup_start_lr)
+        self._set_lr()
+
+    def lr_at(self, step, base_lr):
+        """Rate during update `step`; pure."""
+        if step < self.warmup_steps:
+            return self.warmup_start_lr + (base_lr - self.warmup_start_lr) * step / self.warmup_steps
+        return base_lr
+
+
 class Cyclic(_Schedule):
     """Triangles between base_lr and max_lr: up in steps_up updates, down in steps_down (default: the same).
 

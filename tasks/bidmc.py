@@ -6,7 +6,6 @@
 Reading, windows and drawn recordings are in bidmc_data.py, --mode pretrain in bidmc_pretrain.py.
 """
 
-import contextlib
 import functools
 import sys
 import zlib
@@ -265,7 +264,7 @@ def rate_scores(prediction, split, args, facts, rows=slice(None)):
 def spectral_peak(split, args, facts):
     """The classical estimate of every window; the training median where a window is flat."""
     chunks = np.array_split(np.arange(len(split)), -(-len(split) // 512))
-    band = bidmc_data.RATE_BANDS[rate_of(args)]
+    band = data.RATE_BANDS[rate_of(args)]
     peaks = [data.spectral_rate(split.signals(rows).cpu(), hz_of(args), band) for rows in chunks]
     return torch.nan_to_num(torch.cat(peaks), nan=facts["median"]).numpy()
 

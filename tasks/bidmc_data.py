@@ -4,7 +4,6 @@ import hashlib
 import lzma
 import os
 import re
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,7 +16,6 @@ import data
 
 BIDMC_HZ = 125  # samples per second of the PPG
 BIDMC_FIELDS = {"ppg": "float32", "breaths": "int64", "breaths_2": "int64", "time": "float64", "hr": "float64", "pulse": "float64"}
-RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}  # Hz: 6 to 36 breaths, 45 to 150 beats per minute
 ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}  # recording numbers, the rest trains
 
 
@@ -281,11 +279,11 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
     Errors: ValueError for another kind or rate.
     Check:  4 * x + 1 gives what x gives, but for rounding
     """
-    if kind not in ("waveform", "spectrum") or rate not in RATE_BANDS:
+    if kind not in ("waveform", "spectrum") or rate not in data.RATE_BANDS:
         raise ValueError(f"kind {kind!r} and rate {rate!r} must be 'waveform' or 'spectrum', 'rr' or 'hr'")
     if kind == "waveform":
         return data.standardise(windows)[:, None]
-    low, high = RATE_BANDS[rate]
+    low, high = data.RATE_BANDS[rate]
     signals = data.respiratory_signals(windows, rate_hz) if rate == "rr" else windows[:, None]
     return data.band_spectrum(signals, rate_hz, (low / 1.25, high * 1.25), bins)
 

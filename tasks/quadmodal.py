@@ -7,7 +7,6 @@ Files, drawn modalities, batches; then the recipe: load, network, loss, scores, 
 """
 
 import math
-import time
 import warnings
 import zipfile
 import zlib
