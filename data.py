@@ -1217,3 +1217,25 @@ def encode_png(pixels, palette=None):
     chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
     content = b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     return b"\x89PNG\r\n\x1a\n" + content
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """A file to write to: under a temporary name beside path, moved there at the end.
+
+    A reader sees the old file or the new one, never a half; an error leaves the old one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, header, rows):
+    """A table of rows under a header, written whole or not at all. Needs: atomic_write"""
+    with atomic_write(path, "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -18,9 +18,7 @@ of call. A recipe is one file in tasks/. The loop knows no task.
 
 import argparse
 import contextlib
-import copy
 import io
-import itertools
 import math
 import signal
 import sys
@@ -37,13 +35,15 @@ import data
 import ema
 import models
 import schedulers
-from runtime import checkpoint, debug, diagnosis, export, page, pretrained, processes, report
+from runtime import (
+    checkpoint, checks, debug, diagnosis, export, looks, page, pretrained, processes, report)
 from runtime.checkpoint import RUN_FILES
 from runtime.processes import Interrupted, ProcessLost, rank, world_size
 from runtime.settings import (
-    Refused, Settings, check_paths, command_line, refusals, resolve_device, resume_command)
+    CHECKS, USES, Refused, Settings, autocast, check_call, check_flags, chosen_of, command_line,
+    late_flags, refusals, resolve_device, resume_command)
 from tasks import bidmc, bidmc_pretrain, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
-from tasks.common import NonFinite, finite, plan_batches, show, spelled
+from tasks.common import NonFinite, finite, plan_batches, seed_of, show, spelled
 
 TASKS = {"ocec": ocec.TASK, "faceparse": faceparse.TASK, **bidmc.TASKS, "quadmodal": quadmodal.TASK,
          "seqsetvae": seqsetvae.TASK}
@@ -166,20 +166,6 @@ def train_epoch(run, split, epoch, stop):
             "grad_norm": float(np.mean(norms)) if norms else math.nan, "skipped_steps": skipped,
             "seconds": round(seconds, 3), "rows_per_s": round(seen / seconds, 1)}
     return row | diagnosis.weight_facts(run, before)
-
-
-def seed_of(*numbers):
-    """One 63-bit seed from several numbers: (1, 2) and (2, 1) have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def autocast_dtype(args):
-    return torch.float16 if args.amp == "fp16" else torch.bfloat16
-
-
-def autocast(args):
-    kind = torch.device(args.device).type
-    return torch.autocast(kind, dtype=autocast_dtype(args), enabled=args.amp != "off")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,8 +411,6 @@ RUN_FLAGS = {
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead "
                       "of training"),
 }
-CHECKS = ("find_lr", "show_schedule", "look", "check_sampler")  # in place of training
-USES = ("eval", "predict", "export")  # of a checkpoint
 # what the loop takes where a task has no such flag
 NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",),
@@ -494,73 +478,8 @@ def parse_args(argv):
     settings = NOT_OF_THE_TASK | run_defaults | recipe | {"variant": chosen.variant} | typed
     args = Settings(**settings, typed=set(typed) - {"task"}, home="")  # home: the --out to resume
     check_flags(args, flags)
-    check_call(args, flags)
+    check_call(args, TASKS[args.task], RUN_FILES)
     return args
-
-
-def check_flags(args, flags):
-    """Refuse values out of bounds, and typed flags that the other settings leave unread."""
-    for name, flag in flags.items():
-        flag.check(name, getattr(args, name))
-        unmet = flag.unmet(args)
-        if unmet and name in args.typed and not args.resume:
-            other, values = unmet
-            raise ValueError(f"{spelled(name)} is read only with {spelled(other)} "
-                             f"{' or '.join(map(show, values))}, not with {show(getattr(args, other))}: "
-                             f"leave it out, or change {spelled(other)}")
-
-
-def late_flags(args, flags):
-    """The typed flags that --eval, --predict and --export read beside the recipe in the checkpoint."""
-    return {name for name in args.typed & set(flags) if flags[name].late}
-
-
-def chosen_of(args, names):
-    """The first of these flags that was given, or None."""
-    for name in names:
-        if getattr(args, name):
-            return name
-    return None
-
-
-def check_call(args, flags):
-    """Refuse flags that this kind of call would not read, and what contradicts itself."""
-    use, check = chosen_of(args, USES), chosen_of(args, CHECKS)
-    reads = args.typed - {"split"}
-    if use:
-        reads = {"eval": {"eval", "data", "cache", "split", "device"},
-                 "predict": {"predict", "data", "cache", "out", "device"},
-                 "export": {"export", "out"}}[use] | late_flags(args, flags)
-    elif check:
-        unread = {"out", "resume", "overwrite", "split", "debug", *CHECKS} - {check}
-        reads = args.typed - (unread - {"out"} if check == "look" else unread)
-    for name in sorted(args.typed - reads):
-        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and "
-                         "--export take the recipe from the checkpoint, --split goes with --eval, "
-                         "--find-lr and its like write nothing)")
-    if args.cache and not (args.data or args.eval or args.resume):
-        raise ValueError("--cache is not read without --data: leave it out")
-    if args.predict and not (args.data and args.out):
-        raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
-    if args.export and TASKS[args.task].export is None:
-        raise ValueError(f"task {args.task} has no --export: use --predict")
-    if args.export and Path(args.out).suffix != ".pt2":
-        raise ValueError("--export needs --out, a file whose name ends in .pt2 as torch.export.load "
-                         f"expects it, not {args.out!r}")
-    if args.predict or args.export:
-        check_paths(args, RUN_FILES)
-    if args.split not in ("", "train", "validation", "test", "all"):
-        raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    several_folds = args.folds != 1 and (args.fold <= args.folds
-                                         or args.resume and "folds" not in args.typed)
-    if not several_folds:
-        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, "
-                         "numbered from 1 to --folds")
-    if world_size() > 1 and (use or check):
-        raise ValueError(f"{spelled(use or check)} runs in one process, not in {world_size()}: start it "
-                         "with python in place of torchrun")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,7 +501,7 @@ def prepare(args):
                                       needs=("model", "history", "step", "processes"))
             args = checkpoint.adopt_recipe(args, content)
     args = settled_args(args)
-    warn_slow_amp(args)
+    checks.warn_slow_amp(args)
     splits = load_splits(args)
     if content and content["facts"] != splits.facts:
         differ = [key for key, value in splits.facts.items() if content["facts"].get(key) != value]
@@ -618,34 +537,6 @@ def settled_args(args):
     return args
 
 
-def slowdown(dtype, device):
-    """Seconds of one small matrix product in `dtype`, divided by those in float32; the best of three.
-
-    A processor without bf16 or fp16 instructions converts every value: it takes 10 to 500 times as long.
-    """
-    side = 128 if torch.device(device).type == "cpu" else 4096  # large enough to be more than a launch
-    seconds = {}
-    for kind in (torch.float32, dtype):
-        matrix = torch.ones(side, side, dtype=kind, device=device)
-        times = []
-        for _ in range(4):  # the first one loads the kernel
-            start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # item() waits for the device
-            times.append(time.perf_counter() - start)
-        seconds[kind] = min(times[1:])
-    return seconds[dtype] / seconds[torch.float32]
-
-
-def warn_slow_amp(args):
-    """Say so where --amp is slower than float32: on most processors, and on GPUs older than Ampere."""
-    if args.amp == "off":
-        return
-    ratio = slowdown(autocast_dtype(args), args.device)
-    if ratio > 2:
-        print(f"warning: --amp {args.amp} is slow on this {args.device}: one small matrix product takes "
-              f"{ratio:.0f} times as long as in float32; leave --amp out", flush=True)
-
-
 def load_splits(args):
     """The task's splits, with their notes printed; what rank 0 writes to a cache the others read."""
     for turn in (0, 1):
@@ -672,9 +563,9 @@ def prepare_run(args, splits, content):
         encoder = pretrained.read_encoder(args, splits.facts, task.flags)
     run = build(args, splits.facts, -(-len(batches) // args.accumulate), encoder)
     run.floors = floors
-    check_one_row_batch(run, splits.train, batches)
+    checks.check_one_row_batch(run, splits.train, batches)
     if args.compile and not chosen_of(args, CHECKS):
-        check_compile(args.device)
+        checks.check_compile(args.device)
     return run
 
 
@@ -690,35 +581,6 @@ def restore(run, content, folder):
     if best.is_file():  # it is read in the end
         checkpoint.load(best, run.args.task, run.task.flags,
                         needs=("model", "epoch", "weights", "score"))
-
-
-def check_compile(device):
-    """Refuse --compile where torch.compile finds no compiler: it looks for one at the first batch only."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # torch has no public class for it
-        raise ValueError(f"--compile: torch.compile does not work here "
-                         f"({' '.join(str(error).split())[:200]}): install a C++ compiler such as g++ (on "
-                         "a GPU Triton too), or leave --compile out") from error
-
-
-def check_one_row_batch(run, train, batches):
-    """Refuse a batch of one row that the network cannot train on (batch norm over one value)."""
-    single = [rows for rows in batches if len(rows) == 1]
-    if not single:
-        return
-    try:
-        model = copy.deepcopy(run.raw_model)
-        models.train_mode(model)
-        run.task.loss(model, train.batch(single[0]) | {"step": 0}, run.args, run.facts)
-    except ValueError as error:
-        n, world, size = len(train), world_size(), run.args.batch_size
-        sizes = range(size + world, n + world + 1, world)
-        fitting = [other for other in sizes if n // world % (other // world) != 1]
-        remedy = f"try --batch-size {fitting[0]}" if fitting else "add rows"
-        share = " to each process" if world > 1 else ""
-        raise ValueError(f"--batch-size {size} leaves a batch of 1 of the {n} training rows{share}, which "
-                         f"this network cannot train on ({error}): {remedy}") from error
 
 
 def print_summary(run, splits):
@@ -820,62 +682,6 @@ def write_examples(folder, model, split, run):
         outputs = outputs_of(model, split, run)
     badness, columns = run.task.examples(outputs, split, run.args, run.facts)
     page.write_examples(folder, split, badness, columns)
-
-
-def find_lr(run, splits):
-    """Learning-rate range test on the training split; writes nothing."""
-    args = run.args
-    generator = torch.Generator().manual_seed(seed_of(args.seed, 0, 1))
-
-    def batches():
-        for epoch in itertools.count():
-            for rows in plan_batches(splits.train, epoch, args):
-                yield splits.train.batch(rows, generator) | {"step": 0}
-
-    def loss(model, batch):
-        models.train_mode(model)
-        with autocast(args):
-            return run.task.loss(model, batch, args, run.facts)[0]
-
-    for group, lr in zip(run.optimizer.param_groups, run.schedule.base_lrs):
-        group["lr"] = lr  # as before the schedule was built
-    report.print_lr_curve(*schedulers.find_lr(run.raw_model, run.optimizer, loss, batches()))
-
-
-def show_schedule(run, splits, width=50):
-    """First and last rate of every epoch, and the curve as text.
-
-    The reductions of plateau depend on the scores to come.
-    """
-    steps, base = run.steps_per_epoch, max(run.schedule.base_lrs)
-    rates = []
-    for epoch in range(run.args.epochs):
-        first, last = epoch * steps, (epoch + 1) * steps - 1
-        rates.append((run.schedule.lr_at(first, base), run.schedule.lr_at(last, base)))
-    top = max(1e-12, *(max(pair) for pair in rates))
-    for epoch, (first, last) in enumerate(rates, 1):
-        print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | {'#' * round(width * last / top)}")
-
-
-def look(run, splits):
-    """The first images of the first batch that train_epoch would train on, as one PNG."""
-    args = run.args
-    generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1, 0))
-    inputs = splits.train.batch(plan_batches(splits.train, 1, args)[0], generator).get("inputs")
-    if not page.is_image(inputs):
-        raise ValueError(f"--look shows images, and the rows of task {args.task} are none: leave it out")
-    path = Path(args.out) / "look.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.write_images(path, inputs[:24])
-    print(f"saved: {path}")
-
-
-def check_sampler(run, splits):
-    """What the batches of the first epoch hold, all of them."""
-    labels = getattr(splits.train, "labels", None)
-    if labels is None or labels.dtype.kind not in "iu":
-        raise ValueError("--check-sampler counts the classes of the rows: this task has none")
-    report.print_sampler(data.sampler_report(plan_batches(splits.train, 1, run.args), labels))
 
 
 def apply_checkpoint(args):
@@ -997,8 +803,7 @@ def train_once(args):
             run, splits, folder = prepare(args)
             check = chosen_of(args, CHECKS)
             if check:
-                {"find_lr": find_lr, "show_schedule": show_schedule, "look": look,
-                 "check_sampler": check_sampler}[check](run, splits)
+                looks.LOOKS[check](run, splits)
                 return 0
             folder.mkdir(parents=True, exist_ok=True)
             if not rank():

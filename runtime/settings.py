@@ -11,6 +11,10 @@ from runtime import processes
 from tasks.common import NonFinite, show, spelled
 
 
+CHECKS = ("find_lr", "show_schedule", "look", "check_sampler")  # in place of training
+USES = ("eval", "predict", "export")  # of a checkpoint
+
+
 class Settings(types.SimpleNamespace):
     """The flags of a run. They do not change after parsing: replace() gives a changed copy."""
 
@@ -93,3 +97,77 @@ def check_paths(args, run_files):
     if out.name in run_files or any(path in inside for path in sources):
         raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose "
                          "another --out")
+
+
+def check_flags(args, flags):
+    """Refuse values out of bounds, and typed flags that the other settings leave unread."""
+    for name, flag in flags.items():
+        flag.check(name, getattr(args, name))
+        unmet = flag.unmet(args)
+        if unmet and name in args.typed and not args.resume:
+            other, values = unmet
+            raise ValueError(f"{spelled(name)} is read only with {spelled(other)} "
+                             f"{' or '.join(map(show, values))}, not with {show(getattr(args, other))}: "
+                             f"leave it out, or change {spelled(other)}")
+
+
+def late_flags(args, flags):
+    """The typed flags that --eval, --predict and --export read beside the recipe in the checkpoint."""
+    return {name for name in args.typed & set(flags) if flags[name].late}
+
+
+def chosen_of(args, names):
+    """The first of these flags that was given, or None."""
+    for name in names:
+        if getattr(args, name):
+            return name
+    return None
+
+
+def check_call(args, task, run_files):
+    """Refuse flags that this kind of call would not read, and what contradicts itself."""
+    use, check = chosen_of(args, USES), chosen_of(args, CHECKS)
+    reads = args.typed - {"split"}
+    if use:
+        reads = {"eval": {"eval", "data", "cache", "split", "device"},
+                 "predict": {"predict", "data", "cache", "out", "device"},
+                 "export": {"export", "out"}}[use] | late_flags(args, task.flags)
+    elif check:
+        unread = {"out", "resume", "overwrite", "split", "debug", *CHECKS} - {check}
+        reads = args.typed - (unread - {"out"} if check == "look" else unread)
+    for name in sorted(args.typed - reads):
+        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and "
+                         "--export take the recipe from the checkpoint, --split goes with --eval, "
+                         "--find-lr and its like write nothing)")
+    if args.cache and not (args.data or args.eval or args.resume):
+        raise ValueError("--cache is not read without --data: leave it out")
+    if args.predict and not (args.data and args.out):
+        raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
+    if args.export and task.export is None:
+        raise ValueError(f"task {args.task} has no --export: use --predict")
+    if args.export and Path(args.out).suffix != ".pt2":
+        raise ValueError("--export needs --out, a file whose name ends in .pt2 as torch.export.load "
+                         f"expects it, not {args.out!r}")
+    if args.predict or args.export:
+        check_paths(args, run_files)
+    if args.split not in ("", "train", "validation", "test", "all"):
+        raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    several_folds = args.folds != 1 and (args.fold <= args.folds
+                                         or args.resume and "folds" not in args.typed)
+    if not several_folds:
+        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, "
+                         "numbered from 1 to --folds")
+    if processes.world_size() > 1 and (use or check):
+        raise ValueError(f"{spelled(use or check)} runs in one process, not in {processes.world_size()}: start it "
+                         "with python in place of torchrun")
+
+
+def autocast_dtype(args):
+    return torch.float16 if args.amp == "fp16" else torch.bfloat16
+
+
+def autocast(args):
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, dtype=autocast_dtype(args), enabled=args.amp != "off")

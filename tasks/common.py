@@ -342,3 +342,8 @@ def plan_batches(split, epoch, args, rank=0, world_size=1):
     if args.sampler == "bucketed":
         return data.bucketed_batches(split.lengths, share, **options)
     return data.shuffled_batches(len(split), share, **options)
+
+
+def seed_of(*numbers):
+    """One 63-bit seed from several numbers: (1, 2) and (2, 1) have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
