@@ -888,161 +888,59 @@ def swap_labels(masks, pairs):
 def synthetic_faces(n=200, *, size=(128, 128), seed=0):
     """Drawn faces and the class of each pixel. For running and teaching, never for a result.
 
-    Shift, scale, tilt and turn of the head, light, noise and every colour vary by face. Skin, nose, ears and neck share one
-    colour, hair and brows another, any colour can be that of a hat, of cloth or behind the head, and both sides of a pair are
-    painted alike: place and shape tell the classes apart. Glasses, hats, jewellery, open mouths and, under hair or turned
-    away, ears are in some images only. Parts that are narrower than a pixel of a small `size` are missing.
+    A face is a pile of ellipses. Place, size, tilt and turn of the head, every part, its colour,
+    light and noise vary by face. Skin, nose, ears and neck have nearly one colour, hair and brows
+    another, any colour can be that of a hat or of the background, and both sides of a pair are
+    painted alike: place and shape tell the classes apart. Glasses, hats, jewellery, open mouths and
+    ears are in some images only. Parts narrower than a pixel of a small `size` are missing.
 
-    returns images uint8 tensor (n, 3, h, w), masks uint8 tensor (n, h, w) of ids in FACE_CLASSES, names: list of n str
-    Needs:  draw_face_settings, draw_face_masks, draw_face_colours, paint_faces, FACE_CLASSES
+    returns images uint8 tensor (n, 3, h, w), masks uint8 tensor (n, h, w) of ids in FACE_CLASSES,
+            names: list of n str
+    Needs:  FACE_CLASSES
     Check:  200 faces hold all 19 classes, one face 14 of them on average
     """
+    # back to front: class, x, y, half width, half height, shift when the head turns, share of faces
+    parts = (
+        ("hair", 0, -0.2, 1, 1.15, 0, 0.95), ("cloth", 0, 2.3, 1.9, 1.1, 0, 1),
+        ("neck", 0, 1, 0.48, 0.65, 0, 1), ("neck_l", 0, 1.4, 0.48, 0.09, 0, 0.15),
+        ("l_ear", 0.84, 0.1, 0.16, 0.26, 0, 0.55), ("ear_r", 0.88, 0.42, 0.08, 0.11, 0, 0.15),
+        ("skin", 0, 0, 0.78, 1.05, 0.05, 1), ("hair", 0, -0.9, 0.66, 0.35, 0.05, 0.9),
+        ("hat", 0, -1.05, 1.1, 0.45, 0, 0.15), ("nose", 0, 0.2, 0.15, 0.32, 0.4, 1),
+        ("eye_g", 0, -0.08, 0.66, 0.21, 0.2, 0.2), ("l_eye", 0.34, -0.1, 0.16, 0.09, 0.2, 1),
+        ("l_brow", 0.34, -0.38, 0.23, 0.07, 0.2, 1), ("u_lip", 0, 0.62, 0.3, 0.11, 0.2, 1),
+        ("l_lip", 0, 0.76, 0.28, 0.11, 0.2, 1), ("mouth", 0, 0.69, 0.22, 0.08, 0.2, 0.4))
     rng = np.random.default_rng(seed)
-    settings = draw_face_settings(n, rng)
-    colours = draw_face_colours(n, rng)
-    images, masks = torch.empty((n, 3, *size), dtype=torch.uint8), torch.empty((n, *size), dtype=torch.uint8)
-    v, u = (axis.astype(np.float32) / min(size) for axis in np.mgrid[1 - size[0] : size[0] : 2, 1 - size[1] : size[1] : 2])
-    for start in range(0, n, 8):  # 8 faces stay in a CPU's cache
-        rows = slice(start, start + 8)
-        p = {name: values[rows, None, None].astype(np.float32) for name, values in settings.items()}
-        right, down = (u - p["dx"]) / p["scale"], (v - p["dy"]) / p["scale"]
-        x = np.cos(p["tilt"]) * right + np.sin(p["tilt"]) * down
-        y = np.cos(p["tilt"]) * down - np.sin(p["tilt"]) * right
-        mask = draw_face_masks(p, x, y)
-        masks[rows] = torch.from_numpy(mask)
-        images[rows] = torch.from_numpy(paint_faces(mask, colours[rows], p, x, y, rng))
+    images = torch.empty((n, 3, *size), dtype=torch.uint8)
+    masks = torch.empty((n, *size), dtype=torch.uint8)
+    rows, columns = np.mgrid[1 - size[0] : size[0] : 2, 1 - size[1] : size[1] : 2] / min(size)
+    for i in range(n):
+        dx, dy, tilt = rng.uniform((-0.12, -0.12, -0.25), (0.12, 0.12, 0.25))
+        scale, turn = rng.uniform((0.54, -1), (0.7, 1))
+        mask = np.zeros(size, dtype=np.uint8)
+        right, down = (columns - dx) / scale, (rows - dy) / scale
+        x = np.cos(tilt) * right + np.sin(tilt) * down
+        y = np.cos(tilt) * down - np.sin(tilt) * right
+        for name, part_x, part_y, width, height, depth, share in parts:
+            for side in (1, -1) if part_x else (1,):  # a part beside the middle has a twin
+                across = (x - side * part_x - depth * turn) / (width * rng.uniform(0.85, 1.15))
+                along = (y - part_y - rng.uniform(-0.04, 0.04)) / (height * rng.uniform(0.85, 1.15))
+                if rng.random() < share:  # x > 0 is the person's left
+                    twin = name.replace("l_", "r_") if side < 0 else name
+                    mask[across**2 + along**2 < 1] = FACE_CLASSES.index(twin)
+        colour = dict(zip(FACE_CLASSES, rng.uniform(15, 240, (19, 3))))
+        skin = rng.uniform(70, 245) * rng.uniform(0.72, 0.9) ** np.arange(3)  # red, green, blue
+        hair = rng.uniform(15, 200) * rng.uniform(0.65, 1) ** np.arange(3)
+        colour |= {"skin": skin, "nose": 0.88 * skin, "neck": 0.8 * skin, "hair": hair}
+        colour |= {"u_lip": skin * [0.9, 0.6, 0.65], "l_lip": skin * [1, 0.7, 0.75]}
+        for part, shade in (("ear", 0.92 * skin), ("brow", 0.8 * hair), ("eye", 0.3 * skin + 150)):
+            colour[f"l_{part}"] = colour[f"r_{part}"] = shade
+        image = np.stack([colour[name] for name in FACE_CLASSES])[mask]
+        light = 1 + rng.uniform(-0.2, 0.2) * x + rng.uniform(-0.15, 0.1) * y
+        image *= rng.uniform(0.65, 1.1) * np.maximum(light, 0.1)[..., None]
+        image += rng.normal(scale=rng.uniform(3, 14), size=image.shape)
+        images[i] = torch.from_numpy(np.clip(image, 0, 255).astype(np.uint8)).permute(2, 0, 1)
+        masks[i] = torch.from_numpy(mask)
     return images, masks, [f"synthetic/{i:05d}" for i in range(n)]
-
-
-def draw_face_settings(n, rng):
-    """What differs between n faces, but for their colours: arrays (n,) by name, in the coordinates of draw_face_masks."""
-    p = {name: rng.uniform(low, high, n) for name, (low, high) in {
-        "dx": (-0.12, 0.12), "dy": (-0.15, 0.05), "scale": (0.54, 0.7), "tilt": (-0.25, 0.25), "turn": (-1, 1),
-        "width": (0.7, 0.84), "jaw": (0.05, 0.22), "eye_gap": (0.31, 0.37), "eye_width": (0.13, 0.17), "eye_open": (0.05, 0.1),
-        "gaze": (-0.05, 0.05), "brow_y": (-0.36, -0.26), "brow_arch": (0.03, 0.1), "brow_thick": (0.04, 0.08),
-        "nose_width": (0.17, 0.25), "nose_y": (0.38, 0.48), "mouth_y": (0.68, 0.78), "mouth_width": (0.24, 0.36),
-        "smile": (-0.3, 1.0), "lip": (0.06, 0.12), "open": (-0.15, 0.25), "ear_y": (0.05, 0.2), "neck_width": (0.42, 0.58),
-        "collar": (0.05, 0.7), "shoulder": (1.2, 1.45), "hair_volume": (0.05, 0.3), "hair_length": (0.4, 2.4),
-        "hair_line": (-0.85, -0.55), "parting": (-0.3, 0.3), "brim": (-0.5, 0.5), "light": (0.65, 1.15),
-        "light_x": (-0.2, 0.2), "light_y": (-0.15, 0.1), "texture": (0, 2 * np.pi), "blur": (0.1, 0.7), "noise": (3, 14)}.items()}
-    for name, share in {"glasses": 0.15, "sunglasses": 0.3, "hat": 0.1, "earring": 0.35, "necklace": 0.12, "bald": 0.05,
-                        "hidden_ears": 0.35}.items():
-        p[name] = rng.random(n) < share
-    for side, name in ((1, "l"), (-1, "r")):  # the person's left is at x > 0; so is the far side where turn > 0
-        p[f"{name}_far"] = np.maximum(side * p["turn"], 0)
-        p[f"{name}_eye_x"] = 0.18 * p["turn"] + side * p["eye_gap"] * (1 - 0.25 * p[f"{name}_far"])
-    return p
-
-
-def draw_face_masks(p, x, y):
-    """Lay the parts of faces over one another, back to front, for synthetic_faces: a uint8 mask (c, h, w) of class ids.
-
-    When the head turns, what is in front moves with it, the nose most, and the far side gets narrower until its ear is gone.
-
-    p     the settings of draw_face_settings, each of shape (c, 1, 1)
-    x, y  (c, h, w) where a pixel is in the face: x to the right of the image, y down, eyes at -0.1, chin at 1.1
-    Needs: FACE_CLASSES
-    """
-    mask = np.zeros(x.shape, dtype=np.uint8)
-
-    def lay(name, region):
-        np.putmask(mask, region, FACE_CLASSES.index(name))
-
-    def oval(centre_x, centre_y, width, height, power=2):
-        return np.abs((x - centre_x) / width) ** power + np.abs((y - centre_y) / height) ** power < 1
-
-    turn, width, glasses, hat = p["turn"], p["width"], p["glasses"] > 0, p["hat"] > 0
-    hidden_ears = p["hidden_ears"] > 0
-    hair_bottom = np.where(hidden_ears, p["hair_length"] + 0.3, 0.5 * p["hair_length"])
-    in_hair = oval(0, -0.25, width + p["hair_volume"], np.where(y < -0.25, 1.05 + p["hair_volume"], hair_bottom), 2.5)
-    in_hair &= (p["bald"] == 0) & (~hat | (y > -0.6))
-    lay("hair", in_hair)
-    lay("cloth", y > p["shoulder"] + 0.2 * x**2)
-    neck_edge = np.abs(x) - p["neck_width"] - 0.5 * np.maximum(y - 1.1, 0) ** 2
-    lay("neck", (y > 0.3) & (neck_edge < 0) & (y < p["shoulder"] + p["collar"] * (1 - (x / p["neck_width"]) ** 2)))
-    chain = np.abs(y - p["shoulder"] - 0.15 * (1 - 4 * x**2)) < 0.035
-    lay("neck_l", chain & (neck_edge < 0) & (p["necklace"] > 0))
-    lay("skin", oval(0, 0, width * (1 - p["jaw"] * y), 1.1, 2.2))
-    for side, name, other in ((1, "l", "r"), (-1, "r", "l")):
-        ear_x = side * (width + 0.06 - 0.1 * p[f"{other}_far"])
-        visible = p[f"{name}_far"] < 0.5
-        lay(f"{name}_ear", visible & oval(ear_x, p["ear_y"], 0.13 * np.maximum(1 - 1.3 * p[f"{name}_far"], 0.1), 0.24))
-        lay("ear_r", visible & (p["earring"] > 0) & oval(ear_x + 0.02 * side, p["ear_y"] + 0.28, 0.06, 0.09))
-    face_x, nose_top = 0.18 * turn, -0.08
-    along = np.clip((y - nose_top) / (p["nose_y"] - nose_top), 0, 1)
-    bottom = p["nose_y"] - 2 * (x - 0.3 * turn) ** 2
-    half_nose = 0.06 + (p["nose_width"] - 0.06) * along**1.5
-    lay("nose", (np.abs(x - (0.2 + 0.1 * along) * turn) < half_nose) & (y > nose_top) & (y < bottom))
-    for name in "lr":
-        lay("eye_g", glasses & oval(p[f"{name}_eye_x"], -0.06, 0.26, 0.2, 4))
-    lay("eye_g", glasses & (np.abs(y + 0.12) < 0.035) & (np.abs(x - face_x) < p["eye_gap"] - 0.2))
-    for name in "lr":
-        across = (x - p[f"{name}_eye_x"]) / (1 - 0.3 * p[f"{name}_far"])
-        arch = 1 - (across / p["eye_width"]) ** 2
-        lay(f"{name}_eye", (np.abs(y + 0.1) < p["eye_open"] * arch) & ~(glasses & (p["sunglasses"] > 0)))
-        arch = 1 - (across / 0.24) ** 2
-        lay(f"{name}_brow", np.abs(y - p["brow_y"] + p["brow_arch"] * arch) < p["brow_thick"] * arch)
-    across = x - 0.22 * turn
-    arch = 1 - (across / (p["mouth_width"] * (1 - 0.15 * np.abs(turn)))) ** 2
-    down = y - p["mouth_y"] + p["smile"] * across**2
-    gap = np.maximum(p["open"], 0) * arch
-    lay("u_lip", (down <= -gap / 2) & (down > -gap / 2 - p["lip"] * arch))
-    lay("l_lip", (down >= gap / 2) & (down < gap / 2 + 1.3 * p["lip"] * arch))
-    lay("mouth", (np.abs(down) < gap / 2) & (gap > 0.02))
-    line = p["hair_line"] + p["parting"] * x + np.where(hidden_ears, 3, 0.3) * np.abs((x - 0.15 * turn) / width) ** 6
-    lay("hair", in_hair & (y < line))
-    brim = oval(face_x, -0.55, width + 0.2 + np.maximum(p["brim"], 0), 0.09, 4)
-    lay("hat", hat & (brim | (y < -0.55) & oval(0, -0.5, width + 0.28, 0.95, 2.5)))
-    return mask
-
-
-def draw_face_colours(n, rng):
-    """RGB of every class of n faces, float32 (n, 19, 3): both sides of a pair alike, any colour for what is not the body.
-
-    Needs: FACE_CLASSES
-    """
-    colour = dict(zip(FACE_CLASSES, rng.uniform(15, 240, (19, n, 3))))
-    tone = lambda low, high, power=1: low + (high - low) * rng.random((n, 1)) ** power
-    warm = lambda low, high: tone(low, high) ** np.arange(3)  # green and blue are each this part of the channel before
-    skin = tone(70, 245) * warm(0.72, 0.9)
-    hair = tone(15, 220, 2) * warm(0.65, 1)
-    lips = skin * [1, 0.75, 0.8] + tone(-10, 40) * [1, 0, 0.2]
-    colour |= dict.fromkeys(("skin", "nose", "l_ear", "r_ear"), skin) | {"neck": skin * tone(0.7, 1)}
-    colour |= {"hair": hair} | dict.fromkeys(("l_brow", "r_brow"), 0.75 * hair + 0.15 * skin)
-    colour |= dict.fromkeys(("l_eye", "r_eye"), 0.3 * skin + 0.7 * tone(170, 245))
-    colour |= {"u_lip": lips * 0.9, "l_lip": lips, "mouth": tone(40, 240) * [1, 0.8, 0.75]}  # dark to teeth
-    colour |= {name: tone(110, 250) * warm(0.7, 1) for name in ("ear_r", "neck_l")}  # silver to gold
-    return np.stack([colour[name] for name in FACE_CLASSES], axis=1).astype(np.float32)
-
-
-def paint_faces(mask, colours, p, x, y, rng):
-    """Colour, shade, blur and noise of one chunk for synthetic_faces: uint8 (c, 3, h, w). Arguments as in draw_face_masks.
-
-    Needs: FACE_CLASSES
-    """
-    within = lambda *names: np.isin(FACE_CLASSES, names).astype(np.float32)[mask]
-    flat = colours.reshape(-1, 3).T  # (3, c * 19): channels come first until the end, so that (c, h, w) broadcasts
-    rgb = flat[:, mask + len(FACE_CLASSES) * np.arange(len(mask))[:, None, None]]
-    lens = within("eye_g") * (p["sunglasses"] == 0) * (np.abs(y + 0.06) < 0.15)
-    rgb += 0.7 * lens * (colours[:, FACE_CLASSES.index("skin")].T[:, :, None, None] - rgb)
-    shade = 1 + p["light_x"] * x + p["light_y"] * y - 0.15 * within("skin", "nose", "neck") * (x / p["width"]) ** 2
-    shade += 0.12 * within("hair", "l_brow", "r_brow") * np.sin(30 * x + 4 * np.sin(3 * y + p["texture"]))
-    shade += 0.2 * within("background") * np.sin(2 * x + p["texture"]) * np.sin(3 * y - p["texture"])
-    shade += 0.1 * within("cloth", "hat") * np.sin(14 * y + 3 * np.sin(4 * x + p["texture"]))
-    nose, eyes = within("nose"), within("l_eye", "r_eye")
-    from_ridge = (x - 0.3 * p["turn"]) / p["nose_width"]
-    shade += nose * (0.08 + 2 * p["light_x"] * from_ridge - 0.15 * from_ridge**2)
-    nostrils = np.hypot(np.abs(from_ridge) - 0.5, 6 * (y - p["nose_y"] + 0.07)) < 0.35
-    shade *= 1 - 0.5 * nose * nostrils
-    for side in "lr":
-        from_pupil = np.hypot(x - p[f"{side}_eye_x"] - p["gaze"], y + 0.1)
-        shade *= (1 - 0.55 * eyes * (from_pupil < 0.085)) * (1 - 0.7 * eyes * (from_pupil < 0.04))
-    rgb *= p["light"] * np.maximum(shade, 0.05)
-    wide = np.pad(rgb, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    around = (wide[..., :-2, 1:-1] + wide[..., 2:, 1:-1] + wide[..., 1:-1, :-2] + wide[..., 1:-1, 2:]) / 4
-    rgb += p["blur"] * (around - rgb)
-    rgb += rng.standard_normal(rgb.shape, dtype=np.float32) * p["noise"]
-    return np.clip(rgb, 0, 255).astype(np.uint8).swapaxes(0, 1)
 
 
 class FaceSplit:
