@@ -14,7 +14,7 @@ What is here
     modalities           read_modalities (.npz), synthetic_modalities, channel_statistics, ModalSplit
     stays                read_stays (PhysioNet/CinC 2012), synthetic_stays, STAY_VARIABLES, pack_stays, gather_ranges, event_scaler,
                          scale_events, stay_statistics, StaySplit
-    pictures             encode_png, draw_text, draw_curve, enlarge, caption, sheet
+    pictures             encode_png
 
 A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from it by an index array
 and augmented as a batch on the device. The order is a pure function of (seed, epoch), so it needs no checkpoint.
@@ -2747,17 +2747,7 @@ def synthetic_stays(n=1000, *, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures: PNG files, and what is drawn into uint8 arrays (h, w, 3)
-
-GLYPHS = {  # 35 bits, five a row from the top, the leftmost first; small letters are drawn as capitals
-    "A": 0x3a31fc631, "B": 0x7a31f463e, "C": 0x3a308422e, "D": 0x7a318c63e, "E": 0x7e10f421f, "F": 0x7e10f4210, "G": 0x3a30bc62f,
-    "H": 0x4631fc631, "I": 0x38842108e, "J": 0x1c4210a4c, "K": 0x4654c5251, "L": 0x42108421f, "M": 0x4775ac631, "N": 0x4639ace31,
-    "O": 0x3a318c62e, "P": 0x7a31f4210, "Q": 0x3a318d64d, "R": 0x7a31f5251, "S": 0x3e107043e, "T": 0x7c8421084, "U": 0x46318c62e,
-    "V": 0x46318c544, "W": 0x4631ad771, "X": 0x462a22a31, "Y": 0x462a21084, "Z": 0x7c222221f, "0": 0x3a33ae62e, "1": 0x11842108e,
-    "2": 0x3a213221f, "3": 0x7c441062e, "4": 0x08ca97c42, "5": 0x7e1e0862e, "6": 0x1910f462e, "7": 0x7c2222108, "8": 0x3a317462e,
-    "9": 0x3a317844c, ".": 0x00000018c, ",": 0x000003088, ":": 0x018c03180, ";": 0x018c03088, "-": 0x0000f8000, "+": 0x0084f9080,
-    "=": 0x001f07c00, "/": 0x002222200, "(": 0x088842082, ")": 0x208210888, "%": 0x632222263, "_": 0x00000001f, "#": 0x295f57d4a,
-    "<": 0x088882082, ">": 0x208208888, "?": 0x3a2111004, " ": 0}
+# PNG files
 
 
 def encode_png(pixels, palette=None):
@@ -2781,79 +2771,3 @@ def encode_png(pixels, palette=None):
     chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
     content = b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     return b"\x89PNG\r\n\x1a\n" + content
-
-
-def draw_text(picture, row, column, text, colour=(0, 0, 0), *, scale=2):
-    """Write into a picture, in place: capitals of 5 x 7 dots, each `scale` pixels wide; row and column are the upper left corner.
-
-    picture  uint8 (h, w, 3); what lies outside is cut off
-    text     one line; a character without a glyph is drawn as ?. It takes 6 * scale pixels a character and 7 * scale rows
-    Check:   "I" sets 11 dots
-    Needs:   GLYPHS
-    """
-    for i, character in enumerate(text.upper()):
-        bits = f"{GLYPHS.get(character, GLYPHS['?']):035b}"
-        for dot in (dot for dot in range(35) if bits[dot] == "1"):
-            y, x = row + dot // 5 * scale, column + (6 * i + dot % 5) * scale
-            picture[max(y, 0) : max(y + scale, 0), max(x, 0) : max(x + scale, 0)] = colour
-
-
-def draw_curve(picture, values, colour=(0, 0, 0), *, low, high):
-    """Draw a curve across the whole width of a picture, in place: values (t,) from the left to the right edge.
-
-    low, high  the values at the lowest and at the highest row; what lies beyond is drawn on the edge, NaN is a gap
-    Every column is filled from the least to the greatest value that the line of straight pieces takes there, so no peak is lost.
-    Errors:    ValueError for no values, or low not below high
-    """
-    values, (height, width) = np.asarray(values, dtype=np.float64), picture.shape[:2]
-    if len(values) == 0 or not low < high:
-        raise ValueError(f"{len(values)} values must be at least 1, and low {low} below high {high}")
-    rows = np.clip((high - values) / (high - low), 0, 1) * (height - 1)
-    places, samples = np.arange(len(values)), np.linspace(0, len(values) - 1, width + 1)
-    edges = np.interp(samples, places, rows)
-    for column in range(width):
-        inside = rows[math.ceil(samples[column]) : math.floor(samples[column + 1]) + 1]
-        inside = np.concatenate([inside, edges[column : column + 2]])
-        inside = inside[~np.isnan(inside)]
-        if len(inside):
-            picture[round(inside.min()) : round(inside.max()) + 1, column] = colour
-
-
-def enlarge(picture, factor):
-    """Each pixel of (h, w) or (h, w, 3) as factor x factor equal ones."""
-    return np.asarray(picture).repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def caption(picture, lines, colour=(0, 0, 0), *, scale=2):
-    """A picture under lines of text, on white, as wide as the wider of the two.
-
-    picture  uint8 (h, w, 3); lines: a list of str
-    returns  uint8 (h + 9 * scale * len(lines), w', 3)
-    Needs:   GLYPHS, draw_text
-    """
-    height, width = picture.shape[:2]
-    above, wide = 9 * scale * len(lines), max(width, *(6 * scale * len(line) for line in lines), 1)
-    canvas = np.full((above + height, wide, 3), 255, np.uint8)
-    canvas[above:, :width] = picture
-    for i, line in enumerate(lines):
-        draw_text(canvas, 9 * scale * i, 0, line, colour, scale=scale)
-    return canvas
-
-
-def sheet(tiles, columns, *, gap=12):
-    """Pictures of any sizes in rows of `columns`, on white, in cells of the largest height of the row and the largest width of all.
-
-    tiles    uint8 (h, w, 3) each, at least one; gap: pixels between them and around
-    Errors:  ValueError for no tiles or columns < 1
-    Check:   three tiles of 2 x 2 with columns 2 and gap 1 make 7 x 7
-    """
-    if not tiles or columns < 1:
-        raise ValueError(f"{len(tiles)} tiles in {columns} columns: at least 1 of each is needed")
-    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    heights, width = [max(len(tile) for tile in row) for row in rows], max(tile.shape[1] for tile in tiles)
-    canvas = np.full((sum(heights) + gap * (len(rows) + 1), (width + gap) * min(columns, len(tiles)) + gap, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for k, tile in enumerate(row):
-            top, left = sum(heights[:i]) + gap * (i + 1), gap + k * (width + gap)
-            canvas[top : top + len(tile), left : left + tile.shape[1]] = tile
-    return canvas

@@ -7,14 +7,14 @@
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
     $ python train.py --task ocec --data eyes/ --pack packed/        # more images than memory holds: then --data packed/
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
-    $ python train.py --task ocec --data eyes/ --look                # the first batch as the network will see it: runs/ocec/look.png
+    $ python train.py --task ocec --data eyes/ --look                # the images of the first batch, augmented: runs/ocec/look.png
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
     $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
     $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2      # one file that needs torch and nothing else
 
 One step: forward, loss, backward, unscale, clip, finite check, optimizer step, schedule, EMA, scaler update (train_epoch).
 One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and ten functions, with --pack one more. The loop knows no task.
+A task is one entry in TASKS: flags, variants and nine functions, with --pack one more. The loop knows no task.
 """
 
 import argparse
@@ -167,8 +167,7 @@ class Task:
     floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
     predict: Callable  # (model, path, out, args) -> number of rows written to out, a file or for faces a folder
     export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
-    examples: Callable  # (model, split, args) -> uint8 (h, w, 3): a picture of the rows that the model gets most wrong, the worst first
-    look: Callable  # (batch, args) -> uint8 (h, w, 3): a picture of a batch as the network sees it, with its labels
+    examples: Callable  # (model, split, args) -> how wrong it is about each row (n,), {column of examples.csv: (n,)}
     pack: Callable = None  # (path, folder, args) -> what it wrote into folder, in words: the data that `load` reads there from disk as
     #                        it needs them; None where a task has no such form
 
@@ -192,6 +191,7 @@ class Data:
     facts: dict  # plain values measured on training rows (class weights, label scale), kept in every checkpoint; seen and held_out
     #              are the groups of the training and of the other rows: a pretrained encoder must not have seen the latter
     notes: list  # lines to print: what was read, how it was split, what cannot be excluded
+    names: list = None  # of all rows, for examples.csv
     train_eval: object = None  # some training rows, as many as in validation, scored like it after every epoch: the gap is overfitting
 
     def splits(self):
@@ -398,10 +398,10 @@ def launcher():
 def eyes_load(path, args):
     check_crop(args)
     if path:
-        images, labels, groups, _ = data.read_eyes(path, size=args.size, cache=args.cache)
+        images, labels, groups, names = data.read_eyes(path, size=args.size, cache=args.cache)
     else:
         # seed 10 is a draw with about 53 % open on every side of the default split
-        images, labels, groups, _ = data.synthetic_eyes(size=args.size, seed=10)
+        images, labels, groups, names = data.synthetic_eyes(size=args.size, seed=10)
     notes = [f"data: {path or 'SYNTHETIC eyes, drawn by the script: a score on them is no result'}, {len(labels):,} images, "
              f"{np.mean(labels):.1%} open"]
     some = images[:: max(1, len(images) // 1000)].numpy().tobytes()  # enough pixels to tell this set from another
@@ -430,7 +430,7 @@ def eyes_load(path, args):
     for each in (train, validation, test):
         if each is not None and groups is not None:
             each.groups = groups[each.rows]
-    return Data(train, validation, test, whole, facts, notes)
+    return Data(train, validation, test, whole, facts, notes, names)
 
 
 def eyes_network(args):
@@ -499,26 +499,11 @@ def eyes_pack(path, folder, args):
     return f"{data.pack_eyes(path, folder, size=args.size):,} eyes of {show(args.size)}"
 
 
-def eyes_tile(image, lines, colour=(0, 0, 0)):
-    return data.caption(data.enlarge(image, max(1, 256 // image.shape[1])), lines, colour)
-
-
 def eyes_examples(model, split, args):
-    """The eyes whose probability is furthest from their label; in red those on the wrong side of one half."""
+    """The worst is the probability that is furthest from its label."""
     probability = eyes_probability(eyes_logits(model, split), args).numpy()
-    tiles = []
-    for row in worst_first(np.abs(probability - split.labels), 24):
-        lines = [f"#{split.rows[row]} {('closed', 'open')[split.labels[row]]}", f"P(open) {probability[row]:.4f}"]
-        wrong = (probability[row] > 0.5) != split.labels[row]
-        tiles.append(eyes_tile(split.images[split.rows[row]].permute(1, 2, 0).numpy(), lines, RED if wrong else (0, 0, 0)))
-    return data.caption(data.sheet(tiles, 4), ["#row in the order of reading, its label; red: wrong at P = 0.5"])
-
-
-def eyes_look(batch, args):
-    """Mixed eyes have a label between closed, 0, and open, 1."""
-    names = {0.0: "closed", 1.0: "open"}
-    return data.sheet([eyes_tile(image, [names.get(target, f"{target:.2f} open")])
-                       for image, target in zip(as_pixels(batch["inputs"][:24]), batch["targets"].tolist())], 4)
+    badness = np.abs(probability - split.labels)
+    return badness, {"true": split.labels, "predicted": probability}
 
 
 # The note's recipe as it was run; `default` below is the one that scored best on real eyes within minutes on 2 cores.
@@ -566,7 +551,7 @@ OCEC = Task(
     ),
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
-    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples, look=eyes_look,
+    evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples,
     pack=eyes_pack,
 )
 
@@ -579,9 +564,9 @@ def faces_load(path, args):
     models.check_stride_fits(args.size, FACE_NETWORKS[args.network].stride)
     check_crop(args)
     if path:
-        images, masks, _ = data.read_faces(path, size=args.size, cache=args.cache)
+        images, masks, names = data.read_faces(path, size=args.size, cache=args.cache)
     else:
-        images, masks, _ = data.synthetic_faces()
+        images, masks, names = data.synthetic_faces()
         images = data.resize_uint8(images.permute(0, 2, 3, 1).numpy(), args.size)
     n, sides = len(masks), data.sides_reversed(masks, data.FACE_PAIRS)
     notes = [f"data: {path or 'SYNTHETIC faces, drawn by the script: a score on them is no result'}, {n:,} images at {show(args.size)}, "
@@ -610,7 +595,7 @@ def faces_load(path, args):
     train = split(parts["train"], augment=augment, wrong=sides == 1 if args.fix_reversed else None)
     validation, test = (split(parts[name]) if len(parts[name]) else None for name in ("validation", "test"))
     some = np.linspace(0, len(train) - 1, min(len(train), len(parts["validation"]))).astype(int)
-    return Data(train, validation, test, split(np.arange(n)), facts, notes, train_eval=split(parts["train"][some]))
+    return Data(train, validation, test, split(np.arange(n)), facts, notes, names, train_eval=split(parts["train"][some]))
 
 
 def faces_pixel_counts(masks, rows):
@@ -767,46 +752,15 @@ def faces_export(model, args):
         facts={"classes": classes, "tta": args.tta})
 
 
-def faces_tile(image, maps, lines):
-    """An image and maps of class ids of it side by side, in the classes' colours; an id without one is grey."""
-    palette = np.full((256, 3), 128, dtype=np.uint8)
-    palette[: len(data.FACE_COLOURS)] = data.FACE_COLOURS
-    picture = np.concatenate([image, *(palette[ids.cpu().numpy()] for ids in maps)], axis=1)
-    return data.caption(data.enlarge(picture, max(1, 256 // image.shape[1])), lines)
-
-
-def faces_sheet(tiles, columns):
-    """The tiles, and below them which colour is which class."""
-    legend = []
-    for name, colour in zip(data.FACE_CLASSES, data.FACE_COLOURS):
-        entry = np.full((16, 110, 3), 255, dtype=np.uint8)
-        entry[:, :16] = colour
-        data.draw_text(entry, 4, 22, name, scale=1)
-        legend.append(entry)
-    return data.sheet([data.sheet(tiles, columns), data.sheet(legend, 10, gap=6)], 1, gap=0)
-
-
 def faces_examples(model, split, args):
-    """The images with the lowest F; a face as the network sees it, its classes, and what was made of it."""
+    """The worst is the image with the lowest F."""
     confusions = []
     for batch in batches_in_order(split, chunk=16):
         logits = finite(faces_logits(model, batch["inputs"], args))
-        confusions += [losses.confusion_matrix(faces_labels(one, mask.shape), mask, 19)
-                       for one, mask in zip(logits.split(1), batch["masks"])]
-    f, tiles = losses.f_score_per_image(np.stack(confusions)), []
-    for row in worst_first(-f, 8):
-        batch = split.batch([row])
-        guess = faces_labels(faces_logits(model, batch["inputs"], args), args.size)
-        tiles.append(faces_tile(as_pixels(batch["inputs"])[0], [batch["targets"][0], guess], [f"#{split.rows[row]} F {f[row]:.4f}"]))
-    return data.caption(faces_sheet(tiles, 2), ["image, true classes, predicted classes; #row in the order of reading"])
-
-
-def faces_look(batch, args):
-    """Of a mixed pixel the likelier class; grey pixels, beyond the edge of a turned image, do not count."""
-    targets = batch["targets"]
-    if args.mixup:
-        targets = torch.where(targets.sum(1) > 0, targets.argmax(1), 255)
-    return faces_sheet([faces_tile(image, [ids], []) for image, ids in zip(as_pixels(batch["inputs"][:24]), targets)], 3)
+        for one, mask in zip(logits.split(1), batch["masks"]):
+            confusions.append(losses.confusion_matrix(faces_labels(one, mask.shape), mask, 19))
+    f = losses.f_score_per_image(np.stack(confusions))
+    return 1 - f, {"f": f}
 
 
 # The note's recipe as it was run, with its faults: left and right keep their labels when a face is mirrored, absent classes keep their
@@ -863,7 +817,7 @@ FACEPARSE = Task(
         "cosine120": FACES_ORIGINAL | dict(epochs=200, cosine_epochs=120.0), "restarts": FACES_RESTARTS,
         "lr1e-3": FACES_ORIGINAL | dict(lr=1e-3, warmup_epochs=10.0, warmup_start_lr=1e-4), "combined": FACES_COMBINED},
     load=faces_load, network=faces_network, loss=faces_loss, probability=faces_probability,
-    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict, export=faces_export, examples=faces_examples, look=faces_look,
+    evaluate=faces_evaluate, floor=faces_floor, predict=faces_predict, export=faces_export, examples=faces_examples,
 )
 
 
@@ -983,7 +937,9 @@ def ppg_load(path, args):
     stretch = 1.0 if args.mode == "probe" else args.stretch
     splits = {name: data.PPGSplit(windows, part, prepare, scaler=scaler, stretch=stretch, device=args.device)
               for name, part in rows.items()}
-    return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes)
+    numbers = [recordings[index]["number"] for index in windows["recording"]]
+    names = [f"{number} at {start:g} s" for number, start in zip(numbers, windows["starts"])]
+    return Data(splits["train"], splits.get("validation"), splits.get("test"), None, facts, notes, names)
 
 
 def ppg_scaler(args):
@@ -1079,32 +1035,9 @@ def ppg_export(model, args):
 
 
 def ppg_examples(model, split, args):
-    """Of each patient the window whose rate is furthest from its label; a line every ten seconds."""
-    rates, tiles = ppg_prediction(ppg_all_outputs(model, split), args).numpy(), []
-    rows = worst_first(np.abs(rates - split.labels), 12, split.groups)
-    for row, signal in zip(rows, split.signals(rows).cpu().numpy()):
-        lines = [f"{split.groups[row]}: true {split.labels[row]:.1f}, predicted {rates[row]:.1f}"]
-        tiles.append(data.caption(curves_tile([signal], grid=10 / ppg_seconds(args)), lines))
-    return data.caption(data.sheet(tiles, 2), [f"{PPG_UNITS[ppg_rate(args)]}; of each patient the PPG of the worst "
-                                               f"{show(ppg_seconds(args))} s, a line every 10 s"])
-
-
-def ppg_curves(args, three):
-    """Lines of text: what the curves of an input are; `three` says where to find those of the breathing spectrum."""
-    if args.inputs == "waveform":
-        return [f"the PPG of {show(ppg_seconds(args))} s, standardised"]
-    low, high = data.RATE_BANDS[ppg_rate(args)]
-    return [f"log power from {low / 1.25:.3g} to {high * 1.25:.3g} Hz"] + [
-        f"{three}: baseline, amplitude, frequency of the pulse"] * (ppg_rate(args) == "rr")
-
-
-def ppg_look(batch, args):
-    """Windows played faster or slower have a label that moved with them; in pretraining, which has none, patches are hidden later."""
-    inputs = batch["inputs"][:16].cpu().numpy()
-    rates = ppg_scaler(args).inverse(batch["targets"].double()).tolist() if "targets" in batch else []
-    lines = [f"{rate:.1f} {PPG_UNITS[ppg_rate(args)]}" for rate in rates] or [""] * len(inputs)
-    tiles = [data.caption(curves_tile(curves), [line]) for curves, line in zip(inputs, lines)]
-    return data.caption(data.sheet(tiles, 2), ppg_curves(args, "black, red, blue"))
+    """The worst is the rate that is furthest from its label."""
+    rates = ppg_prediction(ppg_all_outputs(model, split), args).numpy()
+    return np.abs(rates - split.labels), {"true": split.labels, "predicted": rates}
 
 
 def masked_network(args):
@@ -1163,22 +1096,13 @@ def pretrained_refuses(what, *_):
 
 
 def masked_examples(model, split, args):
-    """Of each patient the window whose hidden patches are guessed worst, with the guess beside what was hidden, a curve per channel."""
-    errors, drawn = [], []
+    """The worst is the window whose hidden patches are guessed with the largest squared error."""
+    errors = []
     for inputs, mask in masked_patches(split, args):
-        target, guess = model.encoder.patches(inputs), model(inputs, mask.to(inputs.device)).float()
-        hidden = mask.to(inputs.device)[..., None].expand_as(target)
-        errors.append(((guess - target).square() * hidden).sum((1, 2)) / hidden.sum((1, 2)))
-        # back from patches to curves (b, channels, n); a visible patch has no guess
-        drawn.append([each.unflatten(2, (-1, args.patch)).transpose(1, 2).flatten(2).cpu().numpy()
-                      for each in (target, guess.masked_fill(~hidden, math.nan))])
-    errors = finite(torch.cat(errors)).cpu().numpy()
-    targets, guesses = (np.concatenate(each) for each in zip(*drawn))
-    tiles = []
-    for row in worst_first(errors, 12, split.groups):
-        curves = [curves_tile([target, guess], height=64) for target, guess in zip(targets[row], guesses[row])]
-        tiles.append(data.caption(data.sheet(curves, 1, gap=2), [f"{split.groups[row]}: rmse {errors[row] ** 0.5:.3f}"]))
-    return data.caption(data.sheet(tiles, 2), ["red: guesses of hidden patches", *ppg_curves(args, "from above")])
+        mask = mask.to(inputs.device)
+        error = (model(inputs, mask).float() - model.encoder.patches(inputs)).square().mean(2)
+        errors.append((error * mask).sum(1) / mask.sum(1))
+    return finite(torch.cat(errors)).cpu().numpy(), {}
 
 
 # The original run: counts in windows of 10 s, its own split by recording, 1 s patches at 125 Hz, a rate that never moved. A, B
@@ -1228,7 +1152,7 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look,
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples,
         pack=ppg_pack)
 
 
@@ -1436,59 +1360,17 @@ def quad_export(model, args):
                     {"scaler": args.facts["scaler"], "classes_of_training": args.facts["names"]})
 
 
-def quad_picture(x):
-    """One modality of one row: a curve of features, curves of the channels of a sequence, an image, the frames of a video side by side.
-
-    A sequence of more than six channels is an image, time to the right, the first channel below. Wide pictures are thinned out.
-    """
-    if x.ndim == 2 and x.shape[1] > 6:
-        x = x.T[None, ::-1]
-    if x.ndim < 3:
-        return curves_tile(x.reshape(len(x), -1).T, height=64, width=320)
-    frames = x[None] if x.ndim == 3 else x
-    frames = np.repeat(frames[:, :1], 3, axis=1) if frames.shape[1] < 3 else frames[:, :3]
-    frames = (frames - frames.min()) / max(np.ptp(frames), 1e-6) * 255
-    picture = np.concatenate([frame.transpose(1, 2, 0) for frame in frames.round().astype(np.uint8)], axis=1)
-    thin = -(-picture.shape[1] // 320)
-    return data.enlarge(picture[::thin, ::thin], max(1, min(64 // len(picture), 320 // picture.shape[1])))
-
-
-def quad_tile(modalities, lines):
-    """The modalities of one row, {name: values, or None where it is absent}, one below the other under lines of text."""
-    parts = [data.caption(np.full((64, 320, 3), 224, dtype=np.uint8), [f"{name}: absent"], scale=1) if x is None else
-             data.caption(quad_picture(x), [name], scale=1) for name, x in modalities.items()]
-    return data.caption(data.sheet(parts, 1, gap=2), lines)
-
-
 def quad_examples(model, split, args):
-    """The rows with the fewest neighbours of their own class, of as few those whose neighbours are nearest; of each kind of mistake one."""
-    names, reference = args.facts["names"], F.normalize(quad_embeddings(model, split.reference), dim=1)
+    """The worst is the row with the fewest of its class among the training rows nearest to it."""
+    names, reference = np.array(args.facts["names"]), quad_embeddings(model, split.reference)
     z = quad_embeddings(model, split)
     predicted = losses.knn_predict(reference, split.reference.labels, z, k=args.neighbours)
-    cosine, nearest = (torch.cat(each).numpy() for each in zip(*(
-        (F.normalize(part, dim=1) @ reference.T).topk(args.neighbours) for part in z.split(512))))
-    neighbours = split.reference.labels[nearest]
-    badness = (neighbours != split.labels[:, None]).sum(1) + cosine.mean(1) / 3  # whole numbers, and a third of a mean within [-1, 1]
-    tiles = []
-    for row in worst_first(badness, 12, split.labels * len(names) + predicted):
-        index = split.rows[row]
-        modalities = {name: split.scaled(name, [index])[0].cpu().numpy() if split.present[name][index] else None for name in split.arrays}
-        counts = np.bincount(neighbours[row], minlength=len(names))
-        tiles.append(quad_tile(modalities, [
-            f"#{index} true {names[split.labels[row]]}", f"predicted {names[predicted[row]]}",
-            "near " + ", ".join(f"{n} {name}" for n, name in zip(counts, names) if n)]))
-    return data.caption(data.sheet(tiles, 4), [
-        "of each pair of true and predicted class the worst row, # in the file",
-        f"near: the classes of its {args.neighbours} nearest training rows; curves are scaled, each panel by itself"])
-
-
-def quad_look(batch, args):
-    """Scaled, shifted and noisy, as it goes in; mixing and modality dropout come later."""
-    tiles = []
-    for i, target in enumerate(batch["targets"][:12].tolist()):
-        modalities = {name: x[i].cpu().numpy() if batch["present"][name][i] else None for name, x in batch["inputs"].items()}
-        tiles.append(quad_tile(modalities, [args.facts["names"][target]]))
-    return data.caption(data.sheet(tiles, 4), ["curves are scaled, each panel by itself"])
+    strangers = []
+    for rows in np.array_split(np.arange(len(z)), -(-len(z) // 512)):
+        cosine = F.normalize(z[rows], dim=1) @ F.normalize(reference, dim=1).T
+        nearest = split.reference.labels[cosine.topk(args.neighbours).indices.numpy()]
+        strangers.append((nearest != split.labels[rows, None]).mean(1))
+    return np.concatenate(strangers), {"true": names[split.labels], "predicted": names[predicted]}
 
 
 # The note's recipe and what was tried later. Its sizes are here; its data, 12 classes of which training saw one, are not public.
@@ -1530,7 +1412,7 @@ QUADMODAL = Task(
     ),
     variants={"original": QUAD_ORIGINAL, "later": QUAD_LATER},
     load=quad_load, network=quad_network, loss=quad_loss, probability=quad_probability,
-    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict, export=quad_export, examples=quad_examples, look=quad_look,
+    evaluate=quad_evaluate, floor=quad_floor, predict=quad_predict, export=quad_export, examples=quad_examples,
 )
 
 
@@ -1591,7 +1473,7 @@ def stay_load(path, args):
     else:
         counts = np.bincount(train.variables, minlength=len(data.STAY_VARIABLES))
         facts["frequency"] = (counts / counts.sum()).tolist()
-    return Data(train, validation, test, None, facts, notes)
+    return Data(train, validation, test, None, facts, notes, ids.tolist())
 
 
 def stay_logistic(x, labels):
@@ -1712,53 +1594,11 @@ def stay_export(model, args):
         {"variables": list(data.STAY_VARIABLES), "scale": args.facts["scale"], "deaths_of_training": args.facts["deaths"]})
 
 
-STAY_PICTURE = ["a row per variable, a column per hour; dark: no event",
-                "blue below the training mean, white at it, red above, full at 3 sd"]
-
-
-def stay_raster(minutes, variables, values):
-    """The events of one stay, variables by hours, the last of an hour in its colour; the variables' names on the left."""
-    cells = np.full((len(data.STAY_VARIABLES), 48), math.nan)
-    for minute, variable, value in zip(minutes, variables, values):
-        cells[variable, min(int(minute // 60), 47)] = value
-    strength = np.clip(np.nan_to_num(cells) / 3, -1, 1)
-    colours = np.stack([1 + np.minimum(strength, 0), 1 - np.abs(strength), 1 - np.maximum(strength, 0)], axis=2)
-    colours = np.where(np.isnan(cells)[..., None], 60, (255 * colours).round()).astype(np.uint8)
-    names = np.full((9 * len(cells), 68, 3), 255, dtype=np.uint8)
-    for i, name in enumerate(data.STAY_VARIABLES):
-        data.draw_text(names, 9 * i + 1, 0, name, scale=1)
-    return np.concatenate([names, data.enlarge(colours, 9)], axis=1)
-
-
-def stay_events(inputs):
-    """(minutes, variables, values) of the events of each stay of a batch."""
-    inputs = {name: each.cpu() for name, each in inputs.items()}
-    sets = torch.arange(len(inputs["lengths"])).repeat_interleave(inputs["lengths"])
-    stay = sets.repeat_interleave(inputs["sizes"])
-    events = inputs["minutes"].repeat_interleave(inputs["sizes"]), inputs["variables"], inputs["values"]
-    return [[each[stay == i].numpy() for each in events] for i in range(len(inputs["lengths"]))]
-
-
-def stay_rows(split, rows):
-    """stay_events of some rows of a split, whether or not its batches hold features in their place."""
-    return stay_events(data.StaySplit(split.stays, split.rows[rows], scaler=split.scaler).batch(np.arange(len(rows)))["inputs"])
-
-
 def stay_examples(model, split, args):
-    """The stays whose probability of death is furthest from their outcome."""
+    """The worst is the probability of death that is furthest from the outcome."""
     probability = stay_probability(stay_all_logits(model, split), args).numpy()
-    rows = worst_first(np.abs(probability - split.labels), 9)
-    lines = [f"{split.ids[row]} {('survived', 'died')[split.labels[row]]}, P(death) {probability[row]:.4f}" for row in rows]
-    tiles = [data.caption(stay_raster(*events), [line]) for events, line in zip(stay_rows(split, rows), lines)]
-    return data.caption(data.sheet(tiles, 3), STAY_PICTURE)
-
-
-def stay_look(batch, args):
-    """Without the events that were dropped; in pretraining without the outcome."""
-    stays = stay_events(batch["inputs"])[:9]
-    outcomes = [""] * len(stays) if args.mode == "pretrain" else [("survived", "died")[int(each)] for each in batch["targets"]]
-    tiles = [data.caption(stay_raster(*events), [outcome]) for events, outcome in zip(stays, outcomes)]
-    return data.caption(data.sheet(tiles, 3), STAY_PICTURE)
+    badness = np.abs(probability - split.labels)
+    return badness, {"true": split.labels, "predicted": probability}
 
 
 def vae_network(args):
@@ -1828,24 +1668,10 @@ def vae_floor(split, args):
                                "decoded": 1.0}}
 
 
-def vae_guesses(model, inputs):
-    """(minutes, variables, values) of the events that a stay is rebuilt of: each guess is the variable that it points to most of all."""
-    output, width = model(inputs), len(data.STAY_VARIABLES)
-    sets, guesses = (torch.cat(each).cpu() for each in zip(*(
-        (chunk["sets"].repeat_interleave(chunk["mask"].sum(1)), chunk["guess"][chunk["mask"]].float()) for chunk in output["sets"])))
-    variables = guesses[:, width:].argmax(1)
-    return inputs["minutes"].cpu()[sets].numpy(), variables.numpy(), guesses.gather(1, variables[:, None])[:, 0].numpy()
-
-
 def vae_examples(model, split, args):
-    """The stays that are rebuilt worst, each beside what was made of it."""
-    recon = finite(torch.cat([vae_parts(model, batch["inputs"], args)[0] for batch in batches_in_order(split, 64)])).cpu().numpy()
-    tiles = []
-    for row in worst_first(recon, 4):
-        inputs = split.batch([row])["inputs"]
-        tiles += [data.caption(stay_raster(*stay_events(inputs)[0]), [f"{split.ids[row]}: recon {recon[row]:.2f}"]),
-                  data.caption(stay_raster(*vae_guesses(model, inputs)), ["rebuilt"])]
-    return data.caption(data.sheet(tiles, 2), STAY_PICTURE)
+    """The worst is the stay with the largest reconstruction error."""
+    recon = [vae_parts(model, batch["inputs"], args)[0] for batch in batches_in_order(split, 64)]
+    return finite(torch.cat(recon)).cpu().numpy(), {}
 
 
 # The note's fine-tuning at its own size, before and after its authors mended it. `after` is our --mode probe with early stopping on
@@ -1898,7 +1724,7 @@ def stay_task():
     return Task(
         defaults=flags, variants={"pretrain": STAY_PRETRAIN, "before": STAY_BEFORE, "after": STAY_AFTER},
         load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
-        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export, examples=stay_examples, look=stay_look)
+        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export, examples=stay_examples)
 
 
 TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
@@ -1939,7 +1765,7 @@ RUN_FLAGS = {
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile do not apply"),
     "show_schedule": (False, "print the learning rate of every epoch instead of training"),
     "debug": (False, "print labels of the first batches, output, gradients and rate of every epoch, and a checklist at the end"),
-    "look": (False, "draw the first batch of epoch 1, augmented as the network will see it, into look.png in --out instead of training"),
+    "look": (False, "write the first 24 images of the first batch, augmented, to look.png in --out instead of training"),
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead of training"),
 }
 LOOKS = ("find_lr", "show_schedule", "look", "check_sampler")  # calls that prepare a run and show something about it; look alone writes
@@ -2203,7 +2029,7 @@ def adopt_recipe(args, content):
         args.data = content["data"]
 
 
-RUN_FILES = ("best.pt", "last.pt", "log.jsonl", "curves.svg", "diagnosis.json", "scores.json", "examples.png")
+RUN_FILES = ("best.pt", "last.pt", "log.jsonl", "curves.svg", "diagnosis.json", "scores.json", "examples.csv", "examples.png")
 
 
 def writable_folder(args):
@@ -2791,49 +2617,56 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-SVG_SERIES = {  # of a panel: legend and colour, after Okabe and Ito, whom the colour-blind can follow
-    "train": ("training", "#009e73"), "train_eval": ("training rows, scored like validation", "#8fbc8f"),
-    "raw": ("validation, raw", "#0072b2"), "ema": ("validation, EMA", "#d55e00"), "lr": ("first and last of each epoch", "#333333"),
-    "grad": ("mean of each epoch, before clipping", "#333333")}
-SVG_LEFT, SVG_PLOT, SVG_WIDTH, SVG_TOP, SVG_PANEL, SVG_STEP = 62, 620, 870, 64, 130, 172  # pixels; a panel every SVG_STEP
+CURVES = {"raw": ("validation, raw", "#0072b2"), "ema": ("validation, EMA", "#d55e00"),
+          "train_eval": ("training, scored like validation", "#8fbc8f")}
 
 
 def curves_svg(history, floor, args):
-    """The curves of a run as one SVG that needs nothing else: loss, watched scores, learning rate, gradient norm, over the epochs.
+    """Loss and watched scores over the epochs as an SVG, a panel each.
 
-    history  rows of log.jsonl; a NaN is a gap. floor: rows of scores to compare with, the best constant of them and all that is none
-    In every panel a vertical line marks the best epoch, in that of --monitor a dot with the score. An axis is logarithmic where
-    its values span more than a factor of 50 (losses and norms). Of many epochs only what a pixel can show is kept.
+    history  rows of log.jsonl; a value that is not finite is left out
+    floor    scores of the floor and the ceiling by name, drawn as dashed lines
     """
-    best, last = best_row(history, args), max(1, history[-1]["epoch"])
-    panels = curve_panels(history, floor, args)
-    height, bottom = SVG_TOP + SVG_STEP * len(panels) + 8, SVG_TOP + SVG_STEP * (len(panels) - 1) + SVG_PANEL
+    best, last, top = best_row(history, args), max(1, history[-1]["epoch"]), 50
     title = f"{args.task}, variant {args.variant}: epoch {history[-1]['epoch']} of {args.epochs}"
-    found = f"best epoch {best['epoch']}, {args.monitor} {best['score']:.4f}, {best['weights']} weights" if best else "no best epoch yet"
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{SVG_WIDTH}" height="{height}" viewBox="0 0 {SVG_WIDTH} {height}" role="img" '
-             'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333333">', f"<title>{html.escape(title)}</title>",
-             f'<rect width="{SVG_WIDTH}" height="{height}" fill="white"/>',
-             svg_text(SVG_LEFT, 22, title, 'font-size="15" font-weight="bold"'), svg_text(SVG_LEFT, 39, found)]
-    for i, (name, series, references) in enumerate(panels):
-        lines += svg_panel(name, series, references, SVG_TOP + i * SVG_STEP, last, best, args)
-    lines += [svg_text(svg_x(tick, last), bottom + 15, f"{tick:g}", 'text-anchor="middle"') for tick in round_ticks(0, last, 10)
-              if tick == int(tick)]
-    return "\n".join([*lines, svg_text(SVG_LEFT + SVG_PLOT / 2, bottom + 31, "epoch", 'text-anchor="middle"'), "</svg>\n"])
-
-
-def curve_panels(history, floor, args):
-    """[(title, {series: [(epoch, value)]}, {name: value to compare with})], one for each panel of curves.svg."""
-    def series(key, name):
-        return [(row["epoch"], row[key][name]) for row in history if key in row]
-
-    trained = history[1:]  # the first row is the untrained network
-    panels = [("loss", {"train": [(row["epoch"], row["train_loss"]) for row in trained]}
-               | {key: series(key, "loss") for key in ("raw", "ema", "train_eval")}, references(floor, "loss"))]
-    panels += [(name, {key: series(key, name) for key in ("raw", "ema", "train_eval")}, references(floor, name))
-               for name in watched_scores(history[-1], args) if name != "loss"]
-    rates = [point for row in trained for point in ((row["epoch"] - 1, row["lr"]), (row["epoch"], row["lr_end"]))]
-    norms = [(row["epoch"], row["grad_norm"]) for row in trained]
-    return panels + [("learning rate", {"lr": rates}, {}), ("gradient norm", {"grad": norms}, {})]
+    if best:
+        title += f"; best epoch {best['epoch']}, {args.monitor} {best['score']:.4f}"
+    lines, texts = [], [(10, 20, "black", title)]
+    for score in dict.fromkeys(["loss", *watched_scores(history[-1], args)]):
+        curves = []  # label, colour, dashes, points
+        if score == "loss":
+            points = [(row["epoch"], row["train_loss"]) for row in history[1:]]
+            curves.append(("training", "#009e73", "none", points))
+        for key, (label, colour) in CURVES.items():
+            points = [(row["epoch"], row[key][score]) for row in history if key in row]
+            curves.append((label, colour, "none", points))
+        for label, value in references(floor, score).items():
+            points = [(0, value), (last, value)]
+            curves.append((f"{label} {value:.4g}", "#777777", "6 4", points))
+        values = [value for *_, points in curves for _, value in points if math.isfinite(value)]
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        texts += [(70, top - 8, "black", score), (10, top + 10, "black", f"{high:.4g}"),
+                  (10, top + 150, "black", f"{low:.4g}"), (70, top + 166, "black", "epoch 0"),
+                  (556, top + 166, "black", f"{last}")]
+        label_y = top + 10
+        for label, colour, dashes, points in curves:
+            places = []
+            for epoch, value in points:
+                if math.isfinite(value):
+                    y = top + 150 * (high - value) / (high - low or 1)
+                    places.append(f"{70 + 500 * epoch / last:.1f},{y:.1f}")
+            if places:
+                lines.append(f'<polyline points="{" ".join(places)}" fill="none" '
+                             f'stroke="{colour}" stroke-dasharray="{dashes}">'
+                             f"<title>{score}: {html.escape(label)}</title></polyline>")
+                texts.append((584, label_y, colour, label))
+                label_y += 15
+        top += 210
+    for x, y, colour, words in texts:
+        lines.append(f'<text x="{x}" y="{y}" fill="{colour}">{html.escape(words)}</text>')
+    start = (f'<svg xmlns="http://www.w3.org/2000/svg" width="840" height="{top}" font-size="12" '
+             'font-family="sans-serif" style="background: white">')
+    return "\n".join([start, *lines, "</svg>\n"])
 
 
 def watched_scores(row, args):
@@ -2843,152 +2676,31 @@ def watched_scores(row, args):
 
 
 def references(rows, score):
-    """What the floor's rows have under a score, by name; of the constants the best alone."""
-    known = {name: scores[score] for name, scores in rows.items() if math.isfinite(scores.get(score, math.nan))}
-    constants = [name for name in known if name.startswith("constant")]
-    best = constants and (min if score in LOWER_IS_BETTER else max)(constants, key=known.get)
-    return {name: value for name, value in known.items() if name not in constants or name == best}
+    """{name: score} of the floor's rows that have it; of the constants the best alone."""
+    best, values = best_constant(rows).get(score), {}
+    for name, scores in rows.items():
+        value = scores.get(score, math.nan)
+        if math.isfinite(value) and (value == best or not name.startswith("constant")):
+            values[name] = value
+    return values
 
 
-def svg_panel(name, series, references, top, last, best, args):
-    """The elements of one panel, `top` pixels from above, with epochs from 0 to `last`."""
-    values = [value for points in series.values() for _, value in points if math.isfinite(value)]
-    logarithmic = name in ("loss", "gradient norm") and min(values, default=0) > 0 and max(values) > 50 * min(values)
-    references = {key: value for key, value in references.items() if value > 0 or not logarithmic}
-    scale = math.log10 if logarithmic else float
-    low, high = padded_range([scale(value) for value in [*values, *references.values()]])
-    bottom, right = top + SVG_PANEL, SVG_LEFT + SVG_PLOT
-    y = lambda value: bottom - (scale(value) - low) / (high - low) * SVG_PANEL if math.isfinite(value) else math.nan
-
-    lines = [svg_text(SVG_LEFT, top - 7, name + ", log axis" * logarithmic, 'font-weight="bold"')]
-    lines += [svg_line(svg_x(tick, last), top, svg_x(tick, last), bottom, 'stroke="#f0f0f0"') for tick in round_ticks(0, last, 10)]
-    for tick in log_ticks(low, high) if logarithmic else round_ticks(low, high):
-        lines += [svg_line(SVG_LEFT, y(tick), right, y(tick), 'stroke="#e5e5e5"'),
-                  svg_text(SVG_LEFT - 6, y(tick) + 4, tick_label(tick), 'text-anchor="end"')]
-    lines.append(f'<rect x="{SVG_LEFT}" y="{top}" width="{SVG_PLOT}" height="{SVG_PANEL}" fill="none" stroke="#999999"/>')
-    for (key, value), label_y in zip(references.items(), spread([y(value) for value in references.values()], 12, bottom)):
-        lines += [svg_line(SVG_LEFT, y(value), right, y(value), 'stroke="#777777" stroke-dasharray="5 4" '
-                           f'data-panel="{name}" data-reference="{html.escape(key)}" data-value="{value:.6g}"'),
-                  svg_text(right + 7, label_y + 4, f"{key} {value:.4g}", 'fill="#666666"')]
-    if best:
-        x = svg_x(best["epoch"], last)
-        lines.append(svg_line(x, top, x, bottom, f'stroke="#cc79a7" stroke-width="1.5" data-panel="{name}" data-best="{best["epoch"]}"'))
-    lines += svg_curves(name, {key: [(svg_x(epoch, last), y(value)) for epoch, value in points] for key, points in series.items()}, top - 7)
-    return lines + (svg_best(best["score"], x, y(best["score"]), bottom) if best and name == args.monitor else [])
+def is_image(inputs):
+    """Whether what a batch holds as inputs is images, as unit_images makes them."""
+    return torch.is_tensor(inputs) and inputs.ndim == 4
 
 
-def svg_curves(name, series, legend_y):
-    """The curves of a panel, {series: points in pixels}, and their legend; each is thinner than the one it covers."""
-    series = {key: points for key, points in series.items() if points}
-    lines, legend_x = [], SVG_LEFT + SVG_PLOT - sum(6 * len(SVG_SERIES[key][0]) + 14 for key in series) + 14
-    for i, (key, points) in enumerate(series.items()):
-        label, colour = SVG_SERIES[key]
-        lines += [f'<path d="{svg_path(points)}" fill="none" stroke="{colour}" stroke-width="{1.2 + 0.7 * (len(series) - 1 - i):.1f}" '
-                  f'stroke-linecap="round" stroke-linejoin="round" data-panel="{name}" data-series="{key}"/>',
-                  svg_text(legend_x, legend_y, label, f'fill="{colour}"')]
-        legend_x += 6 * len(label) + 14
-    return lines
-
-
-def svg_best(score, x, y, bottom):
-    """A dot on the best score, its number on the side where there is room for it."""
-    side = 1 if x < SVG_LEFT + SVG_PLOT - 60 else -1
-    return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#cc79a7" stroke="white" data-score="{score:.6g}"/>',
-            svg_text(x + 7 * side, y + (16 if y < bottom - 24 else -8), f"{score:.4f}",
-                     f'font-weight="bold" text-anchor="{"start" if side > 0 else "end"}"')]
-
-
-def svg_x(epoch, last):
-    return SVG_LEFT + epoch / last * SVG_PLOT
-
-
-def svg_text(x, y, text, attributes=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(text)}</text>'
-
-
-def svg_line(x1, y1, x2, y2, attributes):
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {attributes}/>'
-
-
-def svg_path(points):
-    """Path data of points in pixels: a y of NaN is a gap, a point between two gaps a short dash. Of the points that share a pixel
-    column the first, the lowest, the highest and the last are kept.
-    """
-    parts = []
-    for known, run in itertools.groupby(points, key=lambda point: math.isfinite(point[1])):
-        kept = []
-        for _, column in itertools.groupby(run if known else (), key=lambda point: round(point[0])):
-            column = list(column)
-            heights = [y for _, y in column]
-            kept += [column[i] for i in sorted({0, heights.index(min(heights)), heights.index(max(heights)), len(column) - 1})]
-        if len(kept) == 1:
-            parts.append(f"M{kept[0][0] - 2:.1f},{kept[0][1]:.1f}h4")
-        elif kept:
-            parts.append("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in kept))
-    return "".join(parts)
-
-
-def padded_range(values):
-    """Lowest and highest of an axis that shows the values with some room around them; 0 to 1 without any."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    room = 0.06 * (high - low) or 0.1 * abs(low) or 1.0
-    return low - room, high + room
-
-
-def round_ticks(low, high, most=5):
-    """At most so many multiples of 1, 2 or 5 times a power of ten in [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= most)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def tick_label(value):
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if 0 < abs(value) < 1e-3 else f"{value:g}"
-
-
-def log_ticks(low, high):
-    """Powers of ten between 10 ** low and 10 ** high, not more than six of them, none beyond what a float holds."""
-    powers = range(max(math.ceil(low), -307), min(math.floor(high), 308) + 1)
-    return [10.0**power for power in powers[:: -(-len(powers) // 6)]]
-
-
-def spread(places, room, bottom):
-    """Places of labels, none nearer to another than `room` and none below `bottom`, each as near to its own as that leaves it."""
-    order, moved = np.argsort(places, kind="stable"), list(places)
-    for before, i in itertools.pairwise(order):
-        moved[i] = max(moved[i], moved[before] + room)
-    for after, i in itertools.pairwise([None, *reversed(order)]):
-        moved[i] = min(moved[i], bottom if after is None else moved[after] - room)
-    return moved
-
-
-RED = (190, 30, 30)
-
-
-def worst_first(badness, count, groups=None):
-    """Up to `count` rows, the one of the largest badness first, equal ones in order, NaN left out; with groups the worst row of each."""
-    order = np.argsort(-badness, kind="stable")
-    order = order[~np.isnan(badness[order])]
-    if groups is not None:
-        order = order[np.sort(np.unique(groups[order], return_index=True)[1])]
-    return order[:count]
-
-
-def as_pixels(inputs):
-    """Images as a network sees them, float (b, 3, h, w) in [-1, 1], as uint8 (b, h, w, 3)."""
-    return (inputs.float() * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def curves_tile(curves, *, height=96, width=480, grid=1.0):
-    """Curves (t,) in one picture, black, red, blue, ..., scaled alike; with a line at every `grid` of the width."""
-    picture = np.full((height, width, 3), 244, dtype=np.uint8)
-    places = (np.arange(grid, 1, grid) * width).astype(int)
-    picture[:, places[places < width]] = 200  # arange may round its last place up to the edge
-    low, high = padded_range([float(value) for curve in curves for value in curve if math.isfinite(value)])
-    for curve, colour in zip(curves, itertools.cycle([(0, 0, 0), RED, (0, 90, 200), (0, 130, 90), (200, 120, 0), (130, 60, 160)])):
-        data.draw_curve(picture, curve, colour, low=low, high=high)
-    return picture
+def write_images(path, inputs, columns=6):
+    """Images as the networks take them, float (b, 3, h, w) in [-1, 1], as one PNG, row by row."""
+    pixels = (inputs.float() * 127.5 + 127.5).round().clamp(0, 255).byte()
+    pixels = F.pad(pixels, (2, 2, 2, 2), value=255).permute(0, 2, 3, 1).cpu().numpy()
+    count, height, width, _ = pixels.shape
+    rows = -(-count // columns)
+    grid = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    grid[:count] = pixels
+    grid = grid.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    with atomic_write(path, "wb") as file:
+        file.write(data.encode_png(grid.reshape(rows * height, columns * width, 3)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3544,7 +3256,7 @@ def report(run, sets, args, folder, seconds):
         json.dump(without_nan(scores), file, indent=1)
     held_out = [name for name in sets.splits() if name in titles]
     if held_out:
-        write_examples(folder / "examples.png", model, sets.splits()[held_out[-1]], f"epoch {best['epoch']}, {held_out[-1]} split", args)
+        write_examples(folder, model, sets.splits()[held_out[-1]], sets.names, args)
     run.counts["done"] = True
     findings = write_history(run, args, folder)
     print()
@@ -3552,17 +3264,22 @@ def report(run, sets, args, folder, seconds):
     print(f"\nsaved in {folder}: {', '.join(name for name in RUN_FILES if (folder / name).exists())}")
 
 
-def write_examples(path, model, split, title, args):
-    """The picture of what a model gets most wrong in a split."""
+def write_examples(folder, model, split, names, args):
+    """All rows of a split into examples.csv, the worst first; the first 24 images into examples.png."""
     model.eval()
     with torch.inference_mode():
-        picture = task_of(args).examples(model, split, args)
-    write_picture(path, picture, f"{args.task}, {title}: the worst of {len(split):,} rows first")
-
-
-def write_picture(path, picture, title):
-    with atomic_write(path, "wb") as file:
-        file.write(data.encode_png(data.sheet([data.caption(picture, [title])], 1, gap=8)))
+        badness, columns = task_of(args).examples(model, split, args)
+    order = np.argsort(-badness, kind="stable")  # NaN comes last
+    named = {"name": [names[row] for row in split.rows]} if names is not None else {}
+    columns = {"row": split.rows, **named, **columns, "badness": badness}
+    lines = []
+    for i in order:
+        values = [column[i] for column in columns.values()]
+        lines.append([f"{each:.6g}" if isinstance(each, np.floating) else each for each in values])
+    write_csv(folder / "examples.csv", columns, lines)
+    inputs = split.batch(order[:24]).get("inputs")
+    if is_image(inputs):
+        write_images(folder / "examples.png", inputs)
 
 
 def resume_command(args):
@@ -3633,16 +3350,15 @@ def show_schedule(run, sets, args, width=50):
 
 
 def look_at_batch(run, sets, args):
-    """Draw the first batch that train_epoch would train on, as it is drawn there."""
+    """The first images of the first batch that train_epoch would train on, as one PNG."""
     generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1, 0))
-    rows = plan_batches(sets.train, 1, args)[0]
-    batch = sets.train.batch(rows, generator)
-    if len(batch.get("inputs", ())) == 0:
-        raise ValueError("--look shows what goes into the network, and here its encoders are frozen and run once, on rows that are not "
-                         "augmented: leave --freeze or --mode probe out")
+    inputs = sets.train.batch(plan_batches(sets.train, 1, args)[0], generator).get("inputs")
+    if not is_image(inputs):
+        raise ValueError(f"--look shows images, and the rows of task {args.task} are none: leave "
+                         "it out")
     path = Path(args.out) / "look.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(path, task_of(args).look(batch, args), f"{args.task}: the first of the {len(rows)} rows of batch 1, epoch 1")
+    write_images(path, inputs[:24])
     print(f"saved: {path}")
 
 
