@@ -8460,31 +8460,60 @@ def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing
         lines = [line for line in out.splitlines() if line.startswith("debug epoch ")]
         assert len(lines) == 3 * 5 and "batch 0 | labels 0: 4, 1: 4, 2: 4" in lines[0]
         assert "lr 1e-06 | output (12, 8): mean" in lines[1] and "0 not finite" in lines[1]
-        found = re.search(r"(\d+) of (\d+) trainable tensors have a gradient, norm ([0-9.]+) \(healthy: 1 to 10\): (.*)", lines[2])
-        assert int(found[1]) == int(found[2])  # no row lacks a modality: the vectors for that are not trainable
-        parts = dict(part.rsplit(" ", 1) for part in found[4].split(", "))
-        assert set(parts) == {"tokens", "encoders", "readouts", "head"}
-        assert math.isclose(float(found[3]), math.hypot(*map(float, parts.values())), rel_tol=0.02)
+        # no row lacks a modality: what stands in for an absent one is not trained
+        pattern = r"(\d+) of (\d+) trainable tensors have a gradient, norm ([0-9.]+) \(healthy"
+        found = re.search(pattern, lines[2])
+        assert int(found[1]) == int(found[2]) > 50 and 0.1 < float(found[3]) < 100
         checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
         assert [line.split(" | ")[1].strip() for line in checklist] == [
-            "batches hold all classes", "no class above 90 %", "warm-up rises", "loss falls", "no value is not finite",
-            "gradient norm is 1 to 10", "something is trained", "gradient reaches all parts", "learning rate moves"]
-        assert all(line.startswith(("yes | ", "NO  | ")) for line in checklist) and checklist[0].startswith("yes")
-        assert checklist[7].startswith("yes") and "1 of 1 tensors of tokens" in checklist[7]  # the vectors of absences are not reached
-        some, every = map(int, re.search(r"(\d+) of (\d+) tensors of readouts", checklist[7]).groups())
-        assert some == every
-    net = nn.Linear(3, 1)
-    (2.0**16 * net(torch.ones(2, 3)).sum()).backward()
-    (part,) = {name: norm for name, (_, _, norm) in train.gradients_by_part(net, 2.0**16).items() if name == "weight"}.values()
-    assert math.isclose(part, 2 * 3**0.5, rel_tol=1e-6)  # as without the scale of fp16
-    run_ = types.SimpleNamespace(raw_model=nn.Linear(1, 1), gradients={"weight": (0, 1, 0.0)}, history=[{}] + [
-        {"lr": 1e-3, "grad_norm": 20.0, "train_loss": 1.0 + i, "skipped_steps": 1} for i in range(3)])
-    args = train.parse_args(["--task", "ocec", "--warmup-epochs", "1", "--batch-size", "5"])
-    run_.raw_model.requires_grad_(False)
+            "warm-up rises", "batches hold all classes", "loss falls by epoch 20",
+            "no value is not finite", "gradient norm is 1 to 10"]
+        assert checklist[1].startswith("yes | ") and "at least 3 of 3 classes" in checklist[1]
+        words = ["--mode", "pretrain", "--debug", "--epochs", "1", "--warmup-epochs", "0"]
+        out = stays_run(f / "c", *words)
+        assert "batches hold" not in out and "warm-up rises" not in out
+        assert "NO  | loss falls by epoch 20" in out  # one epoch cannot show it
+
+
+def printed_by(function, *words):
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        train.print_verdicts(run_, types.SimpleNamespace(train=data.EyeSplit(None, np.repeat([0, 1], [97, 3]), np.arange(100))), args)
-    assert text.getvalue().count("NO  | ") == 9
+        function(*words)
+    return text.getvalue()
+
+
+def test_train_debug_gradient_norm_is_without_the_scale_of_fp16_and_one_class_is_a_warning():
+    net = nn.Linear(3, 1)
+    (2.0**16 * net(torch.ones(2, 3)).sum()).backward()
+    run_ = types.SimpleNamespace(raw_model=net, output=torch.tensor([[1.0], [math.nan], [3.0]]),
+                                 scaler=types.SimpleNamespace(get_scale=lambda: 2.0**16))
+    net.bias.grad = None
+    out = printed_by(train.print_debug, 4, 0, {"targets": torch.ones(5)}, run_, 1e-3)
+    assert "batch 0 | labels 1: 5 | WARNING: one class only" in out
+    assert "output (3, 1): mean 2, sd 1.414, 1 not finite" in out
+    assert f"1 of 2 trainable tensors have a gradient, norm {2 * 3**0.5:.3g} (healthy" in out
+    out = printed_by(train.print_debug, 4, 1, {"targets": torch.linspace(0, 1, 41)}, run_, 1e-3)
+    assert out.startswith("debug epoch 4 batch 1 | targets (41,): mean 0.5")
+    assert out.count("\n") == 1
+
+
+def test_train_debug_checklist_tells_the_bad_from_the_good():
+    args = train.parse_args(["--task", "ocec", "--warmup-epochs", "2", "--batch-size", "5"])
+
+    def verdicts(labels, rates, norms, losses_, skipped):
+        rows = [{"lr": lr, "grad_norm": norm, "train_loss": loss, "skipped_steps": skipped}
+                for lr, norm, loss in zip(rates, norms, losses_)]
+        sets = types.SimpleNamespace(train=data.EyeSplit(None, labels, np.arange(len(labels))))
+        run_ = types.SimpleNamespace(history=[{}, *rows])
+        out = printed_by(train.print_verdicts, run_, sets, args)
+        return [line[:3] for line in out.splitlines()[2:]]
+
+    good = verdicts(np.tile([0, 1], 4), [1e-6, 1e-4, 2e-4], [3.0, 1.0, 10.0], [1.0, 1.2, 0.9], 0)
+    bad = verdicts(np.repeat([0, 1], [97, 3]), [1e-3] * 3, [3.0, 10.1, 2.0], [1.0, 1.1, 1.0], 1)
+    assert good[0] == "yes" and good[2:] == ["yes"] * 3 and bad == ["NO "] * 5
+    train_losses = [1.0] * 20 + [0.5] * 4
+    late = verdicts(np.tile([0, 1], 4), [1e-6, 1e-4, 2e-4] * 8, [3.0] * 24, train_losses, 0)
+    assert late[2] == "NO "  # the loss fell after epoch 20 only
 
 
 # ---------------------------------------------------------------------------------------------------------------------

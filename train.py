@@ -2212,7 +2212,7 @@ def set_up_backbone(model, args, pretrained):
 
 def build(args, steps_per_epoch, pretrained=None):
     """Everything a run changes, from the settings, the seed and a pretrained encoder alone."""
-    run = types.SimpleNamespace(step=0, history=[], gradients={})  # gradients: what print_debug saw last
+    run = types.SimpleNamespace(step=0, history=[])
     torch.manual_seed(seed_of(args.seed))
     run.raw_model = task_of(args).network(args).to(args.device)
     groups = set_up_backbone(run.raw_model, args, pretrained)
@@ -2327,9 +2327,6 @@ def train_epoch(run, split, epoch, args, stop):
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
     models.train_mode(run.model)
     before = [p.detach().clone() for p in parameters]
-    output = []
-    hooked = run.raw_model.head if torch.is_tensor(getattr(split, "features", None)) else run.raw_model  # of features, as head_outputs
-    hook = hooked.register_forward_hook(lambda *call: output.append(call[-1])) if args.debug else None
     for i, window in enumerate(windows):
         stop.check()
         lr, rows_in_window = run.schedule.get_last_lr()[0], sum(map(len, window))
@@ -2349,9 +2346,8 @@ def train_epoch(run, split, epoch, args, stop):
                                     f"of the step before: {norms[-1] if norms else math.nan:.3g})")
                 # A short window divides by its own size. Processes have equally many rows: the mean of their gradients is that of all rows.
                 run.scaler.scale(loss * (len(rows) / rows_in_window)).backward()
-            if hook and i < 3 and rows is window[0]:
-                print_debug(epoch, i, batch, run, output[-1], lr)
-            output.clear()
+            if args.debug and i < 3 and rows is window[0]:
+                print_debug(epoch, i, batch, run, lr)
             for name, total in zip(found, totals):
                 sums[name] = sums.get(name, 0.0) + total
             seen += count
@@ -2374,8 +2370,6 @@ def train_epoch(run, split, epoch, args, stop):
         if sys.stdout.isatty():
             bar = "#" * (30 * (i + 1) // len(windows))
             print(f"\repoch {epoch:3d} [{bar:<30}] loss {sums['train_loss'] / seen:.4f} ", end="", flush=True)
-    if hook:
-        hook.remove()
     share_buffers(run)
     seconds = time.perf_counter() - start
     means = {name: value / seen for name, value in sums.items()}
@@ -3011,7 +3005,18 @@ def print_phases(history, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --debug: what a run that stands still is asked first
+# --debug: the first batches of every epoch, and a checklist at the end
+
+
+def keep_output(run, split):
+    """From here on run.output is what the network gave for the last training batch."""
+    def hook(module, inputs, output):
+        if module.training:
+            first = next(iter(output.values())) if isinstance(output, dict) else output
+            run.output = first.detach()
+
+    on_features = torch.is_tensor(getattr(split, "features", None))  # then the head alone is run
+    (run.raw_model.head if on_features else run.raw_model).register_forward_hook(hook)
 
 
 def count_labels(targets):
@@ -3019,68 +3024,56 @@ def count_labels(targets):
     values, counts = targets.unique(return_counts=True)
     if len(values) > 30:
         return f"targets {describe(targets)}"
-    return "labels " + ", ".join(f"{value:.4g}: {count:,}" for value, count in zip(values.tolist(), counts.tolist())) + (
-        " | ONE CLASS ONLY" * (len(values) == 1))
+    pairs = zip(values.tolist(), counts.tolist())
+    text = ", ".join(f"{value:.4g}: {count:,}" for value, count in pairs)
+    return f"labels {text}" + (" | WARNING: one class only" if len(values) == 1 else "")
 
 
 def describe(tensor):
     """Shape, mean, standard deviation and the number of values that are not finite."""
     kept = tensor.detach().float()[torch.isfinite(tensor)]
-    return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {tensor.numel() - len(kept)} not finite"
+    bad = tensor.numel() - len(kept)
+    return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {bad} not finite"
 
 
-def gradients_by_part(model, scale=1.0):
-    """{top-level part: (trainable tensors with a gradient that is not 0, trainable tensors, norm)}; fp16 multiplied the loss by scale."""
-    parts = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            reached, tensors, norm = parts.get(name.split(".")[0], (0, 0, 0.0))
-            here = 0.0 if p.grad is None else p.grad.float().norm().item() / scale
-            parts[name.split(".")[0]] = (reached + (here != 0), tensors + 1, math.hypot(norm, here))
-    return parts
-
-
-def print_debug(epoch, i, batch, run, output, lr):
+def print_debug(epoch, i, batch, run, lr):
     """The first batches of an epoch, after backward and before the gradient is clipped."""
-    print(f"debug epoch {epoch} batch {i} | {count_labels(batch['targets']) if 'targets' in batch else 'no labels'}")
-    if i == 0:
-        output = next(iter(output.values())) if isinstance(output, dict) else output  # of several outputs the first
-        run.gradients = gradients_by_part(run.raw_model, run.scaler.get_scale())  # 1 without fp16
-        reached, tensors, norms = zip(*run.gradients.values())
-        print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(output)}\ndebug epoch {epoch} | {sum(reached)} of {sum(tensors)} "
-              f"trainable tensors have a gradient, norm {math.hypot(*norms):.3g} (healthy: 1 to 10): "
-              + ", ".join(f"{part} {norm:.3g}" for part, (_, _, norm) in run.gradients.items()))
+    labels = count_labels(batch["targets"]) if "targets" in batch else "no labels"
+    print(f"debug epoch {epoch} batch {i} | {labels}")
+    if i:
+        return
+    gradients = [p.grad for p in run.raw_model.parameters() if p.requires_grad]
+    norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
+    norm = math.hypot(*norms) / run.scaler.get_scale()  # 1 without fp16
+    print(f"debug epoch {epoch} | lr {lr:.3g} | output {describe(run.output)}")
+    print(f"debug epoch {epoch} | {np.count_nonzero(norms)} of {len(norms)} trainable tensors "
+          f"have a gradient, norm {norm:.3g} (healthy: 1 to 10)")
 
 
 def print_verdicts(run, sets, args):
-    """What a run that stands still is asked, each question with a verdict and with what was measured."""
-    rows, labels = run.history[1:], getattr(sets.train, "labels", None)
-    norms, train = ([row[key] for row in rows] for key in ("grad_norm", "train_loss"))
-    rates = [row[key] for row in rows for key in ("lr", "lr_end") if key in row]
-    warmup = [row["lr"] for row in rows[: math.ceil(args.warmup_epochs) + 1]] if args.schedule != "cyclic" else []
-    trained, whole = (models.count_parameters(run.raw_model, trainable_only=only) for only in (True, False))
-    found = []
-    if labels is not None and labels.dtype.kind in "iu":
-        report = data.sampler_report(plan_batches(sets.train, 1, args), labels)
-        held = len(np.unique(labels))
-        found += [("batches hold all classes", report["classes_min"] == held,
-                   f"{report['batches']} batches, {report['single_class']} of one class; of {held} classes each holds at least "
-                   f"{report['classes_min']}, {report['classes_mean']:.1f} on average"),
-                  ("no class above 90 %", report["largest_share"] <= 0.9,
-                   f"the largest is {report['largest_share']:.1%} of the rows drawn")]
-    found += [
-        ("warm-up rises", len(warmup) < 2 or all(a < b for a, b in zip(warmup, warmup[1:])), "lr at the start of each epoch "
-         + ", ".join(f"{rate:.2g}" for rate in warmup)),
-        ("loss falls", min(train[1:], default=math.inf) < train[0], f"{train[0]:.4f} in epoch 1, {min(train):.4f} at its lowest"),
-        ("no value is not finite", not any(row["skipped_steps"] for row in rows),
-         f"{sum(row['skipped_steps'] for row in rows)} steps skipped"),
-        ("gradient norm is 1 to 10", all(1 <= norm <= 10 for norm in norms), f"{min(norms):.3g} to {max(norms):.3g}, mean of each epoch"),
-        ("something is trained", trained > 0, f"{trained:,} of {whole:,} parameters"),
-        ("gradient reaches all parts", all(some for some, _, _ in run.gradients.values()), ", ".join(
-            f"{some} of {every} tensors of {part}" for part, (some, every, _) in run.gradients.items())),
-        ("learning rate moves", max(rates) > min(rates) or args.schedule == "none", f"{min(rates):.2g} to {max(rates):.2g}")]
+    """The signs of a run that learns, each with a verdict and with what was measured."""
+    rows, labels, verdicts = run.history[1:], getattr(sets.train, "labels", None), []
+    if args.schedule != "cyclic" and args.warmup_epochs:
+        rates = [row["lr"] for row in rows[: math.ceil(args.warmup_epochs) + 1]]
+        text = ", ".join(f"{rate:.2g}" for rate in rates)
+        verdicts.append(("warm-up rises", (np.diff(rates) > 0).all(),
+                         f"lr at the start of each epoch {text}"))
+    if labels is not None and labels.dtype.kind in "iu" and args.mode != "pretrain":
+        fewest = data.sampler_report(plan_batches(sets.train, 1, args), labels)["classes_min"]
+        classes = len(np.unique(labels))
+        verdicts.append(("batches hold all classes", fewest == classes,
+                         f"each batch holds at least {fewest} of {classes} classes"))
+    first = rows[0]["train_loss"]
+    lowest = min((row["train_loss"] for row in rows[1:20]), default=math.nan)
+    verdicts.append(("loss falls by epoch 20", lowest < first,
+                     f"{first:.4f} in epoch 1, lowest of epochs 2 to 20 {lowest:.4f}"))
+    skipped = sum(row["skipped_steps"] for row in rows)
+    verdicts.append(("no value is not finite", skipped == 0, f"{skipped} steps skipped"))
+    low, high = (select(row["grad_norm"] for row in rows) for select in (min, max))
+    verdicts.append(("gradient norm is 1 to 10", 1 <= low and high <= 10,
+                     f"{low:.3g} to {high:.3g}, mean of each epoch"))
     print("\nchecklist")
-    for question, good, evidence in found:
+    for question, good, evidence in verdicts:
         print(f"{'yes' if good else 'NO ':<3} | {question:<26} | {evidence}")
 
 
@@ -3303,6 +3296,8 @@ def train(run, sets, folder, args):
     try:
         with StopSignal() as stop, peers():
             share_gradients(run, sync_bn=args.sync_bn)
+            if args.debug:
+                keep_output(run, sets.train)
             fit(run, sets, args, folder, best_constant(run.floor), stop)
             report(run, sets, args, folder, time.perf_counter() - start)
             if args.debug:
