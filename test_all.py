@@ -3654,13 +3654,6 @@ def test_models_strongest_events_are_the_largest_of_each_channel_one_event_at_a_
     order = torch.cat([torch.randperm(4), torch.tensor([4]), 5 + torch.randperm(9)])
     assert near(block(events[order], minutes[order], torch.tensor(counts)), y, 1e-6)
     assert (block(events, minutes.flip(0), torch.tensor(counts)) - y).abs().amax(1).min() > 1e-3  # when it came plays a role
-    # padded: 3 stays of 5 sets of 2 events, whatever stands where there is none
-    padded, when, mask = torch.full((3, 5, 2, 6), 1e3), torch.full((3, 5, 2), math.nan), torch.zeros(3, 5, 2, dtype=torch.bool)
-    for i, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
-        mask[i].flatten()[torch.randperm(10)[:count]] = True
-        padded[i][mask[i]], when[i][mask[i]] = events[end - count : end], minutes[end - count : end]
-    assert near(block.padded(padded, when, mask), y, 1e-5)
-    assert block.padded(padded, when, mask & (torch.arange(3) > 0)[:, None, None])[0].isnan().all()
 
 
 @torch.no_grad()
@@ -3672,8 +3665,6 @@ def test_models_seqset_classifier_reads_the_strongest_events_beside_its_scaled_d
     strongest = torch.cat([net.strongest(each, when, torch.tensor([len(each)])) for each, when in zip(events, minutes)])
     logits = net.head(torch.cat([net.scale * net.features(inputs), strongest], 1)).squeeze(1)
     assert near(net(inputs), logits, 1e-5) and net.head[0][0].in_features == 48
-    for sets, width in ((40, 7), (45, 11)):
-        assert near(net.padded(**padded_sets(stays, sets, width)), logits, 1e-5)
     assert net.scale == 0.1 and net.strongest.longest == 2880
     net.scale = 1.0
     assert (net(inputs) - logits).abs().min() > 1e-4
@@ -3854,27 +3845,6 @@ def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch
     bias = models.TimeBias(3)(minutes)
     assert near(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), 1e-5)
     assert near(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], 1e-5)
-
-
-def padded_sets(stays, sets, events, junk=math.nan):
-    """The lists of draw_sets as {minutes, variables, values} for SetSequenceEncoder.padded, with junk where there is no event."""
-    variables = torch.full((len(stays), sets, events), -1)
-    values, minutes = torch.full(variables.shape, junk), torch.full(variables.shape[:2], junk)
-    for i, stay in enumerate(stays):
-        for j, (minute, members) in enumerate(stay):
-            minutes[i, j] = minute
-            variables[i, j, : len(members)] = torch.tensor([v for v, _ in members])
-            values[i, j, : len(members)] = torch.tensor([x for _, x in members])
-    return {"minutes": minutes, "variables": variables, "values": values}
-
-
-def test_models_padded_stays_are_encoded_as_packed_ones_whatever_stands_in_the_padding():
-    encoder, stays = lived_in(set_encoder()), draw_sets((5, 1, 9), largest=7)
-    packed, lengths = encoder(packed_sets(stays)), torch.tensor([5, 1, 9])
-    present = torch.arange(9) < lengths[:, None]
-    for sets, events in ((9, 7), (12, 20)):
-        hidden = encoder.padded(**padded_sets(stays, sets, events))
-        assert hidden.shape == (3, sets, 16) and near(hidden[:, :9][present], packed[present], 1e-5)
 
 
 def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
@@ -6614,8 +6584,8 @@ def test_train_help_shows_the_defaults_of_the_variant():
 
 def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
     fields = [field.name for field in train.dataclasses.fields(train.Task)]
-    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "export",
-                      "examples", "pack"]
+    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "examples",
+                      "export", "pack"]
     loop = Path(train.__file__).read_text().split("# The loop\n")[1]
     assert not re.search(r"ocec|eyes_|task ==", loop)
 
@@ -9360,20 +9330,6 @@ def quad_exported(f, path):
     return inputs, own
 
 
-def stays_exported(f, path):
-    model, args, sets = untrained(path, *STAYS, "--data", stays_folder(f), "--pos-weight", "3")
-    export(path, "seqsetvae")
-    split, stays = sets.test, data.read_stays(f / "stays")
-    lists = []
-    for row in split.rows:
-        bounds = stays["first_event"][stays["first_set"][row] : stays["first_set"][row + 1] + 1]
-        events = [list(zip(stays["variables"][a:b].tolist(), stays["values"][a:b].tolist())) for a, b in itertools.pairwise(bounds)]
-        lists.append(list(zip(stays["minutes"][stays["first_set"][row] : stays["first_set"][row + 1]].tolist(), events)))
-    inputs = padded_sets(lists, split.lengths.max() + 1, split.sizes.max() + 2)
-    own = lambda rows: train.stay_probability(model(split.batch(rows)["inputs"]), args)
-    return inputs, own
-
-
 def test_train_exported_networks_give_the_numbers_of_their_task_without_this_script():
     """For 1 row, for 3 and for all; in a process that cannot import the repository."""
     with folder() as f, torch.no_grad():
@@ -9384,7 +9340,7 @@ def test_train_exported_networks_give_the_numbers_of_their_task_without_this_scr
             "faces-segformer": lambda path: faces_exported(f, path, "--size", "32", "--network", "segformer"),
             "heart": lambda path: ppg_exported(f, path, "--task", "bidmc_hr", "--seconds", "10", "--inputs", "waveform", "--reduce", "3"),
             "breath": lambda path: ppg_exported(f, path, "--task", "bidmc_rr", "--bins", "16"),
-            "quad": lambda path: quad_exported(f, path), "stays": lambda path: stays_exported(f, path)}
+            "quad": lambda path: quad_exported(f, path)}
         if torch.__version__ < "2.6":
             del cases["breath"]  # its FFT cannot be exported there, which is refused
         own = {}
@@ -9418,20 +9374,6 @@ def test_train_export_describes_itself_and_prints_the_lines_that_load_it():
     assert about["task"] == "ocec" and about["recipe"]["channels"] == 8 and about["facts"]["pos_weight"] > 0
 
 
-def test_train_exported_stays_that_break_the_layout_are_nan_and_leave_the_others_alone():
-    with folder() as f:
-        inputs, _ = stays_exported(f, f / "run")
-        model = torch.export.load(f / "run" / "net.pt2").module()
-    good = model(inputs)
-    empty, hole, unordered = 0, 1, 2
-    assert torch.isfinite(good).all() and min((inputs["variables"][row, 2] >= 0).any() for row in (hole, unordered))
-    inputs["variables"][empty] = -1
-    inputs["variables"][hole, 1] = -1
-    inputs["minutes"][unordered, 1] = inputs["minutes"][unordered, 0]
-    broken = model(inputs)
-    assert broken[:3].isnan().all() and near(broken[3:], good[3:], 1e-6)
-
-
 def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_nothing():
     with folder() as f:
         untrained(f / "eyes", *TINY, "--data", make_npz(f / "eyes.npz"))
@@ -9441,7 +9383,8 @@ def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_n
         eyes, out = ["--task", "ocec", "--export", f / "eyes" / "best.pt"], ["--out", f / "net.pt2"]
         for message, words in [
             ("predicts no rate", ["--task", "bidmc_hr", "--export", f / "ppg" / "best.pt", *out]),
-            ("predicts no death", ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", *out]),
+            ("task seqsetvae cannot be exported: apply its checkpoint with --predict",
+             ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", *out]),
             ("is a checkpoint of task ocec, not of faceparse", ["--task", "faceparse", *eyes[2:], *out]),
             ("absent.pt does not exist", [*eyes[:3], f / "absent.pt", *out]),
             ("does not exist; create it", [*eyes, "--out", f / "absent" / "net.pt2"]),

@@ -166,8 +166,9 @@ class Task:
     #                     in place of a float is a table of its own, such as a score of every class
     floor: Callable  # (split, args) -> {name: the same scores}: what learns nothing, and the ceiling
     predict: Callable  # (model, path, out, args) -> number of rows written to out, a file or for faces a folder
-    export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
     examples: Callable  # (model, split, args) -> how wrong it is about each row (n,), {column of examples.csv: (n,)}
+    export: Callable = None  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch
+    #                          operations alone; None where a task has no such form
     pack: Callable = None  # (path, folder, args) -> what it wrote into folder, in words: the data that `load` reads there from disk as
     #                        it needs them; None where a task has no such form
 
@@ -1568,32 +1569,6 @@ def stay_predict(model, path, out, args):
     return len(logits)
 
 
-def stay_export(model, args):
-    """Stays come padded, in place of packed rows: then no shape hangs on a number in them. What breaks the layout gives NaN."""
-    scale = {name: torch.tensor(each, dtype=torch.float64) for name, each in args.facts["scale"].items()}
-
-    def forward(inputs):
-        variables, minutes = inputs["variables"], inputs["minutes"]
-        present = (variables >= 0).any(-1)
-        lengths = present.sum(1)
-        low, high, mean, sd = (scale[name][variables.clamp(min=0)] for name in ("low", "high", "mean", "sd"))
-        values = ((inputs["values"].clamp(low, high) - mean) / sd).float()  # as data.scale_events
-        probability = stay_probability(model.padded(variables, values, minutes), args)
-        in_front = present == (torch.arange(minutes.shape[1]) < lengths[:, None])
-        rising = minutes.diff(dim=1, prepend=torch.full_like(minutes[:, :1], -math.inf)) > 0
-        in_order = (in_front & (rising | ~present)).all(1)
-        return probability.masked_fill(~in_order, math.nan)  # without events it is NaN already: a mean of nothing
-
-    shape = ("rows", "sets", "events")
-    return Exported(
-        forward,
-        {"minutes": ("float32", shape[:2], "minutes since admission of each set, rising; behind the last set of a stay anything"),
-         "variables": ("int64", shape, "of each event of that minute an index into facts.variables, -1 where there is no event"),
-         "values": ("float32", shape, "as the files have them, in their units; where there is no event anything")},
-        ("prob_death", shape[:1], "probability of death in hospital; NaN for a stay without events, or with sets empty or out of order"),
-        {"variables": list(data.STAY_VARIABLES), "scale": args.facts["scale"], "deaths_of_training": args.facts["deaths"]})
-
-
 def stay_examples(model, split, args):
     """The worst is the probability of death that is furthest from the outcome."""
     probability = stay_probability(stay_all_logits(model, split), args).numpy()
@@ -1724,7 +1699,7 @@ def stay_task():
     return Task(
         defaults=flags, variants={"pretrain": STAY_PRETRAIN, "before": STAY_BEFORE, "after": STAY_AFTER},
         load=stay_load, network=stay_network, loss=stay_loss, probability=stay_probability,
-        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, export=stay_export, examples=stay_examples)
+        evaluate=stay_evaluate, floor=stay_floor, predict=stay_predict, examples=stay_examples)
 
 
 TASKS = {"ocec": OCEC, "faceparse": FACEPARSE, "bidmc_rr": ppg_task(bins=64), "bidmc_hr": ppg_task(bins=96), "quadmodal": QUADMODAL,
@@ -1735,7 +1710,7 @@ PRETRAINING = {name: dataclasses.replace(TASKS[name], network=masked_network, lo
                for name in ("bidmc_rr", "bidmc_hr")}
 PRETRAINING["seqsetvae"] = dataclasses.replace(TASKS["seqsetvae"], network=vae_network, loss=vae_loss, evaluate=vae_evaluate,
                                                floor=vae_floor, predict=functools.partial(pretrained_refuses, "death"),
-                                               export=functools.partial(pretrained_refuses, "death"), examples=vae_examples)
+                                               examples=vae_examples)
 
 
 def task_of(args):
@@ -1869,6 +1844,9 @@ def check_mode(args):
     check_pack(args)
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
+    if args.export and TASKS[args.task].export is None:
+        raise ValueError(f"--export: a network of task {args.task} cannot be exported: apply its "
+                         "checkpoint with --predict")
     if args.export and Path(args.out).suffix != ".pt2":
         raise ValueError(f"--export needs --out, a file whose name ends in .pt2 as torch.export.load expects it, not {args.out!r}")
     if (args.predict or args.export) and not Path(args.out).parent.is_dir():
