@@ -5,7 +5,7 @@
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
     $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-4     # two processes, one GPU each where there are any
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
-    $ python train.py --task ocec --data eyes/ --pack packed/        # more images than memory holds: then --data packed/
+    $ python train.py --task ocec --data eyes/ --cache cache/        # more images than memory holds
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
     $ python train.py --task ocec --data eyes/ --look                # the first batch as the network will see it: runs/ocec/look.png
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
@@ -14,7 +14,7 @@
 
 One step: forward, loss, backward, unscale, clip, finite check, optimizer step, schedule, EMA, scaler update (train_epoch).
 One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and ten functions, with --pack one more. The loop knows no task.
+A task is one entry in TASKS: flags, variants and ten functions. The loop knows no task.
 """
 
 import argparse
@@ -168,8 +168,6 @@ class Task:
     export: Callable  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch operations alone
     examples: Callable  # (model, split, args) -> uint8 (h, w, 3): a picture of the rows that the model gets most wrong, the worst first
     look: Callable  # (batch, args) -> uint8 (h, w, 3): a picture of a batch as the network sees it, with its labels
-    pack: Callable = None  # (path, folder, args) -> what it wrote into folder, in words: the data that `load` reads there from disk as
-    #                        it needs them; None where a task has no such form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,10 +462,6 @@ def eyes_export(model, args):
         facts={"pos_weight": args.facts["pos_weight"]})
 
 
-def eyes_pack(path, folder, args):
-    return f"{data.pack_eyes(path, folder, size=args.size):,} eyes of {show(args.size)}"
-
-
 def eyes_tile(image, lines, colour=(0, 0, 0)):
     return data.caption(data.enlarge(image, max(1, 256 // image.shape[1])), lines, colour)
 
@@ -536,7 +530,6 @@ OCEC = Task(
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
     evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples, look=eyes_look,
-    pack=eyes_pack,
 )
 
 
@@ -863,11 +856,6 @@ def ppg_progress():
 def ppg_recordings(path, cache, need_labels=True):
     with ppg_progress() as progress:
         return data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
-
-
-def ppg_pack(path, folder, args):
-    with ppg_progress() as progress:
-        return f"{data.pack_bidmc(path, folder, progress=progress):,} recordings"
 
 
 def ppg_prepare(windows, args):
@@ -1197,8 +1185,7 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look,
-        pack=ppg_pack)
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples, look=ppg_look)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1214,14 +1201,9 @@ def quad_chosen(arrays, args):
     return {name: arrays[name] for name in chosen}
 
 
-def quad_refuse_cache(args):
-    if args.cache:
-        raise ValueError("--cache is not read by task quadmodal: leave it out")
-
-
 def quad_load(path, args):
-    quad_refuse_cache(args)
-    arrays, labels, groups, names, present = data.read_modalities(path) if path else data.synthetic_modalities()
+    content = data.read_modalities(path, cache=args.cache) if path else data.synthetic_modalities()
+    arrays, labels, groups, names, present = content
     arrays = quad_chosen(arrays, args)
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
     notes = [f"data: {path or 'SYNTHETIC modalities, drawn by the script: a score on them is no result'}, {len(labels):,} rows of "
@@ -1370,8 +1352,7 @@ def quad_scaler(args):
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
     refuse_folder(out)
-    quad_refuse_cache(args)
-    arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
+    arrays, _, _, _, present = data.read_modalities(path, cache=args.cache, need_labels=False)
     missing = [name for name in args.facts["shapes"] if name not in arrays]
     if missing:
         raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: for rows that lack a modality give any "
@@ -1893,10 +1874,8 @@ RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write (faceparse: the "
             "folder), with --export the .pt2"),
-    "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
-                  "beside --out"),
-    "pack": ("", "write --data, decoded, to this new folder instead of training: given as --data it trains the same, from disk, "
-                 "whatever its size"),
+    "cache": ("", "folder that keeps the decoded data: images, recordings and the arrays of an "
+                  ".npz are then memory-mapped (recordings are otherwise kept beside --out)"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
@@ -2001,14 +1980,15 @@ def look_of(args):
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
-             "export": {"export", "out"}, "pack": {"pack", "data", "size"},
+             "export": {"export", "out"},
              **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and --export take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr and its like write nothing)")
-    check_pack(args)
+    if args.cache and not (args.data or args.eval or args.resume):
+        raise ValueError("--cache is not read without --data: leave it out")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.export and Path(args.out).suffix != ".pt2":
@@ -2023,7 +2003,7 @@ def check_mode(args):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
-    alone = [name for name in ("eval", "predict", "export", "pack", *LOOKS) if getattr(args, name)]
+    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)]
     if world_size() > 1 and alone:
         raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
 
@@ -2042,20 +2022,6 @@ def check_output(args):
     kept = [Path(each).resolve() for each in (args.predict, args.export, args.data) if each]
     if out.is_file() and (out.name in RUN_FILES or any(each in (out.resolve(), *out.resolve().parents) for each in kept)):
         raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose another --out")
-
-
-def check_pack(args):
-    """Refuse to pack what cannot be, and a cache of what needs none."""
-    packed = args.data and data.is_packed(args.data)
-    if args.pack and TASKS[args.task].pack is None:
-        able = ", ".join(name for name, task in TASKS.items() if task.pack)
-        raise ValueError(f"--pack: task {args.task} reads no packed sets, {able} do: give --data and --cache")
-    if args.pack and (packed or not args.data):
-        raise ValueError(f"--pack needs --data with what is to be packed, not {'a packed set' if packed else 'nothing'}")
-    if args.cache and not (args.data or args.eval or args.resume):
-        raise ValueError("--cache is not read without --data: leave it out")
-    if args.cache and packed:
-        raise ValueError(f"--cache is not read with the packed set {args.data}: leave it out")
 
 
 def resolve_device(name):
@@ -2094,22 +2060,13 @@ def command_line(args, names):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Write to a temporary name beside path and move it there: a reader sees the old file or the new one, never a half.
-
-    Of several processes rank 0 writes; what the others write is thrown away.
-    """
+    """data.atomic_write of rank 0; what the other processes write is thrown away."""
     if rank():
         with open(os.devnull, mode) as nothing:
             yield nothing
         return
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with data.atomic_write(path, mode) as file:
+        yield file
 
 
 def write_csv(out, header, rows):
@@ -2458,7 +2415,6 @@ def train_epoch(run, split, epoch, args, stop):
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1, rank()))
     batches = plan_batches(split, epoch, args, rank(), world_size())
     drawn = (split.batch(rows, generator) for rows in batches)
-    drawn = data.read_ahead(drawn) if data.is_packed(args.data) else drawn  # what is in memory is not worth a thread
     windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
@@ -3347,7 +3303,7 @@ def print_sampler(report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kinds of call: train, the looks (--find-lr and its like), --eval, --predict, --export, --pack
+# The kinds of call: train, the looks (--find-lr and its like), --eval, --predict, --export
 
 
 class Refused(Exception):
@@ -3780,9 +3736,6 @@ def carry_out(argv):
         args = parse_args(argv)
         if args.eval or args.predict or args.export:
             apply_checkpoint(args)
-            return 0
-        if args.pack:
-            print(f"{TASKS[args.task].pack(args.data, args.pack, args)} in {args.pack}: give that as --data")
             return 0
     if look_of(args):
         args.fold = args.fold or min(args.folds, 1)
