@@ -2,8 +2,8 @@
 
 What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them, bucketed_batches,
-                         sampler_report, read_ahead
-    packed sets          pack_eyes, pack_bidmc, is_packed, read_pack, NpyWriter: sets larger than memory
+                         sampler_report
+    files and cache      atomic_write, write_npy, decode_once, unpack_once: sets larger than memory
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
                          sides_reversed, swap_labels, FaceSplit
@@ -26,12 +26,10 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
     [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import functools
 import hashlib
-import json
 import lzma
 import math
 import os
@@ -50,7 +48,6 @@ import torch.nn.functional as F
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 EYE_FOLDERS = {"closed": 0, "close": 0, "0": 0, "open": 1, "opened": 1, "1": 1}
 BIDMC_HZ = 125  # samples per second of the PPG
-BIDMC_FIELDS = {"ppg": "float32", "breaths": "int64", "breaths_2": "int64", "time": "float64", "hr": "float64", "pulse": "float64"}
 RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}  # Hz: 6 to 36 breaths, 45 to 150 beats per minute
 ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}  # recording numbers, the rest trains
 
@@ -258,132 +255,117 @@ def sampler_report(batches, labels):
         "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
 
 
-def read_ahead(batches):
-    """The same batches in the same order, each made in a background thread while the one before it is being used.
-
-    One thread, one batch ahead: whatever random numbers `batches` draws, it draws in its own order. It must not share a generator
-    with the loop that uses them, such as torch's default one. The thread sees the same current GPU, but neither autocast nor
-    no_grad of the loop: batches are data. It ends with the batches, or when the loop is left and lets go of this generator, after
-    the batch that is under way at most.
-
-    batches  an iterable whose work lies in the iteration, such as (split.batch(rows) for rows in plan)
-    Errors: what `batches` raises is raised here, when its turn has come
-    Check:  list(read_ahead(range(3))) == [0, 1, 2]
-    """
-    iterator, end = iter(batches), object()
-    # CUDA's current device is a matter of each thread: process 1 of torchrun would gather on GPU 0
-    gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if torch.cuda.is_initialized() else {}
-    with concurrent.futures.ThreadPoolExecutor(1, "read_ahead", **gpu) as thread:
-        ahead = thread.submit(next, iterator, end)
-        while (batch := ahead.result()) is not end:
-            ahead = thread.submit(next, iterator, end)
-            yield batch
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed sets: what was decoded, as .npy files that are memory-mapped, for sets larger than memory
-#
-#     folder/pack.json    {"format": 1, "kind": "eyes", "size": [32, 64], "files": {"images.npy": CRC-32, ...}}
-#     folder/*.npy        eyes: images, labels, names and, if known, groups; recordings: see pack_bidmc
-#
-# The readers of such data take this folder for the data itself.
-
-
-class NpyWriter:
-    """An .npy file to which rows are appended, of a set larger than memory or of unknown length; `with` closes it.
-
-    Written and not memory-mapped, because a disk that is full is an OSError then, and a bus error that ends the process otherwise.
-
-    row_shape  of one row, () for numbers
-    Check:     np.load gives the concatenated rows, of the given type
-    """
-
-    def __init__(self, file, dtype, row_shape=()):
-        self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
-        self.stream = open(file, "wb")
-        self.write_header()
-
-    def write_header(self):
-        # numpy leaves room in the header for the number of rows to grow, so the second one is as long as the first
-        np.lib.format.write_array_header_1_0(self.stream, {"descr": self.dtype.str, "fortran_order": False,
-                                                           "shape": (self.rows, *self.row_shape)})
-
-    def append(self, rows):
-        self.stream.write(np.ascontiguousarray(rows, dtype=self.dtype))
-        self.rows += len(rows)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self.stream:
-            self.stream.seek(0)
-            self.write_header()
-
-
-def file_checksum(file):
-    """CRC-32 of a file, read in blocks: of one on a fast disk about 1 GB/s."""
-    checksum = 0
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+# Files and cache: what was decoded once lies in .npy files, which are memory-mapped
 
 
 @contextlib.contextmanager
-def new_pack(folder, about):
-    """Gives a temporary folder beside `folder` to write .npy files into; at the end it gets pack.json and becomes `folder`.
+def atomic_write(path, mode="wb"):
+    """A file to write to: under a temporary name beside path, moved there at the end.
 
-    What breaks off leaves no `folder`; a kill leaves the temporary one, which has no pack.json and is no packed set.
-
-    Errors: ValueError if `folder` holds anything, or if the folder that it is to lie in does not exist
-    Needs:  file_checksum
+    A reader sees the old file or the new one, never a half; an error leaves the old one.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already holds something: choose a folder that is new or empty")
-    if not folder.parent.is_dir():
-        raise ValueError(f"{folder}: the folder {folder.parent} does not exist; create it, or choose another one")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
-        yield temporary
-        files = {file.name: file_checksum(file) for file in sorted(temporary.glob("*.npy"))}
-        (temporary / "pack.json").write_text(json.dumps({"format": 1} | about | {"files": files}, indent=1))
-        os.replace(temporary, folder)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
-def is_packed(path):
-    """Whether a path is the folder of a packed set, whole or not."""
-    return (Path(path) / "pack.json").is_file()
+def write_npy(path, dtype, row_shape, pieces):
+    """Write arrays, one below the other, as one .npy file; only one of them is in memory at a time.
 
+    It is written and not memory-mapped: a full disk is an OSError then, and otherwise a bus error,
+    which ends the process.
 
-def read_pack(folder, kind):
-    """What pack.json says of a packed set, and its arrays by name, memory-mapped: they take no memory of the process.
-
-    Each file is read through once, for its checksum: less than an epoch does with it.
-
-    kind    "eyes" or "recordings"
-    returns a dict, and {name: array}; a changed array does not change its file
-    Errors: ValueError naming the file for one that is missing, cut off or damaged, and for a set of another kind
-    Needs:  file_checksum
+    row_shape  shape of one row, () for numbers
+    pieces     iterable of arrays (k, *row_shape), of any lengths k
+    Check:     np.load gives the concatenated pieces, of the given type
+    Needs:     atomic_write
     """
-    folder = Path(folder)
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
+    rows = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype=dtype))
+            rows += len(piece)
+        file.seek(0)
+        # numpy leaves room for a larger number of rows: this header is as long as the first
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, *row_shape)})
+
+
+def map_npy(path):
+    """An .npy file, memory-mapped: a change of the array does not change the file."""
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
+
+
+def file_stamps(files, root):
+    """(name, size, time) of every file: a cache is kept as long as they stay the same."""
+    for file in files:
+        stat = file.stat()
+        yield str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
+
+
+def short_digest(parts):
+    """16 characters that tell one sequence of values from another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
+    """One uint8 tensor of this shape from load(start, stop), in pieces; with `cache` memory-mapped.
+
+    key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
+    Needs: map_npy, short_digest, write_npy
+    """
+    chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
+    if not cache:
+        images = torch.empty(shape, dtype=torch.uint8)
+        for rows in chunks:
+            images[rows] = load(rows.start, rows.stop)
+        return images
+    file = Path(cache) / f"{kind}-{short_digest([shape, *key])}.npy"
+    if file.exists():
+        try:
+            kept = map_npy(file)
+            if kept.dtype == np.uint8 and kept.shape == tuple(shape):
+                return torch.from_numpy(kept)
+            problem = f"{kept.dtype} {kept.shape}"
+        except (ValueError, OSError, EOFError) as error:
+            problem = error
+        warnings.warn(f"{file} cannot be read ({problem}): it is decoded again")
+    write_npy(file, np.uint8, shape[1:], (load(rows.start, rows.stop).numpy() for rows in chunks))
+    return torch.from_numpy(map_npy(file))
+
+
+def unpack_once(path, name, cache):
+    """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
+
+    Errors: ValueError for an array that is damaged or no plain numbers
+    Needs:  atomic_write, file_stamps, map_npy, short_digest
+    """
+    file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
     try:
-        about = json.loads((folder / "pack.json").read_text())
-        found, files = (about["format"], about["kind"]), about["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'pack.json'} is damaged ({error!r}): pack the set again") from error
-    if found != (1, kind):
-        raise ValueError(f"{folder} holds {found[1]} in format {found[0]}, not {kind} in format 1: give the data of this task, or pack "
-                         "them again")
-    for name, checksum in files:
-        if not (folder / name).is_file() or file_checksum(folder / name) != checksum:
-            raise ValueError(f"{folder / name} is missing, cut off or damaged: copy it again, or pack the set again")
-    # "c", copy on write: torch warns of tensors that cannot be written to
-    return about, {Path(name).stem: np.load(folder / name, mmap_mode="c", allow_pickle=False) for name, _ in files}
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            whole = file.exists() and file.stat().st_size == member.file_size
+            if file.exists() and not whole:
+                warnings.warn(f"{file} has not the size of {name!r} in {path}: unpacked again")
+            if not whole:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, atomic_write(file) as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+        return map_npy(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays: {name!r} is damaged or "
+                         f"holds objects ({error}): save it again with numpy.savez") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,101 +378,46 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
         folder/open/*.png, folder/closed/*.png          (also 1/ and 0/)
         folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no headers
         file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1, optional groups (n,)
-        folder of pack_eyes    memory-mapped, for sets larger than memory
         folder of images       only with need_labels=False, for prediction
 
-    size    (height, width) every image is resized to (bilinear with antialiasing); a packed set has been already
-    cache   a folder: the decoded images are kept there as one .npy and memory-mapped, decoded once per content
+    size    (height, width) every image is resized to (bilinear with antialiasing)
+    cache   a folder: the images are kept there in .npy files and memory-mapped, decoded once
     returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None, names: list of n str
     Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape, NaN, or not 0 / 1;
             ImportError with the install command when image files need Pillow and it is missing.
-    Needs:  is_packed, read_packed_eyes, list_eye_files, read_eyes_npz, read_image, resize_uint8, decode_once
+    Needs:  list_eye_files, read_eyes_npz, read_image, resize_uint8, decode_once, file_stamps
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder of eye images or an .npz file")
-    if is_packed(path):
-        return read_packed_eyes(path, size)
     if path.is_file():
-        arrays, labels, groups = read_eyes_npz(path, need_labels=need_labels)
+        arrays, labels, groups = read_eyes_npz(path, cache=cache, need_labels=need_labels)
         names = [f"{path.name}#{i}" for i in range(len(arrays))]
         load = lambda start, stop: resize_uint8(arrays[start:stop], size)
     else:
         names, labels, groups = list_eye_files(path, need_labels=need_labels)
         load = lambda start, stop: torch.cat([resize_uint8(read_image(path / name)[None], size) for name in names[start:stop]])
-    files = [path] if path.is_file() else [path / name for name in names]
-    key = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = [path] if path.is_file() else (path / name for name in names)
+    key = file_stamps(files, path.parent)
     images = decode_once(load, (len(names), 3, *size), key=key, cache=cache)
     return images, labels, groups, names
 
 
-def pack_eyes(path, folder, *, size):
-    """Write the eyes that read_eyes reads from path as a packed set, a chunk of images at a time; returns how many.
+def read_eyes_npz(path, *, cache="", need_labels=True):
+    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes.
 
-    An .npz is read whole, as read_eyes reads it: a set larger than memory comes as a folder of images.
-
-    Errors: ValueError of read_eyes, or if `folder` holds anything
-    Needs:  new_pack, read_eyes
+    Needs: check_eye_labels, unpack_once
     """
-    with new_pack(folder, {"kind": "eyes", "size": list(size)}) as temporary:
-        _, labels, groups, names = read_eyes(path, size=size, cache=temporary)
-        [images] = temporary.iterdir()
-        images.rename(temporary / "images.npy")
-        for name, values in {"labels": labels, "names": np.array(names), "groups": groups}.items():
-            if values is not None:
-                np.save(temporary / f"{name}.npy", values)
-    return len(names)
-
-
-def read_packed_eyes(folder, size):
-    """The set of pack_eyes as read_eyes returns it, names as an array. Needs: read_pack"""
-    about, arrays = read_pack(folder, "eyes")
-    if tuple(about["size"]) != tuple(size):
-        packed, asked = ("x".join(map(str, each)) for each in (about["size"], size))
-        raise ValueError(f"{folder} holds images of {packed}, not of {asked}: ask for {packed}, or pack the set again with {asked}")
-    return torch.from_numpy(arrays["images"]), arrays["labels"], arrays.get("groups"), arrays["names"]
-
-
-def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
-    """One contiguous uint8 array of this shape from load(start, stop); with `cache`, once per key, then memory-mapped. Needs: NpyWriter"""
-    chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
-    if not cache:
-        images = torch.empty(shape, dtype=torch.uint8)
-        for rows in chunks:
-            images[rows] = load(rows.start, rows.stop)
-        return images
-    digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
-    file = Path(cache) / f"{kind}-{digest}.npy"
-    if file.exists():
-        try:
-            kept = np.load(file, mmap_mode="c", allow_pickle=False)
-            if kept.dtype == np.uint8 and kept.shape == tuple(shape):
-                return torch.from_numpy(kept)
-            error = f"{kept.dtype} {kept.shape}"
-        except (ValueError, OSError, EOFError) as what:
-            error = what
-        warnings.warn(f"{file} cannot be read ({error}): it is decoded again")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with NpyWriter(temporary, np.uint8, shape[1:]) as writer:
-            for rows in chunks:
-                writer.append(load(rows.start, rows.stop).numpy())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)  # still there only if an image could not be read
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
-
-
-def read_eyes_npz(path, *, need_labels=True):
-    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes. Needs: check_eye_labels"""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labels", "groups") if name in archive}
             present = archive.files
+            names = ("labels", "groups") if cache else ("images", "labels", "groups")
+            arrays = {name: archive[name] for name in names if name in present}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "images=..., labels=...), no objects") from error
+    if cache and "images" in present:
+        arrays["images"] = unpack_once(path, "images", cache)
     for name in ("images", "labels") if need_labels else ("images",):
         if name not in arrays:
             raise ValueError(f"{path} has no array {name!r}, it holds {present}")
@@ -718,32 +645,37 @@ def read_faces(path, *, size, cache=""):
     An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with antialiasing); masks are
     kept as they are, so that a prediction can be scored at their own resolution.
 
-    cache   a folder: the decoded arrays are kept there as .npy and memory-mapped, decoded once per content
+    cache   a folder: images and masks are kept there in .npy files and memory-mapped, decoded once
     returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
     Errors: ValueError naming the file for an image without a mask or the reverse, another size than that of its image or of
             the other masks, an RGB mask, an id of 19 or more other than 255, a file that cannot be read; ImportError with the
             install command when image files need Pillow and it is missing.
-    Needs:  IMAGE_SUFFIXES, list_face_files, read_faces_npz, read_image, read_mask, check_face_ids, resize_uint8, decode_once
+    Needs:  IMAGE_SUFFIXES, list_face_files, read_faces_npz, read_image, read_mask, check_face_ids,
+            resize_uint8, decode_once, file_stamps
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an .npz file")
     if path.is_file():
-        arrays, masks = read_faces_npz(path)
+        arrays, masks = read_faces_npz(path, cache=cache)
         names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
-        key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
-        images = decode_once(lambda start, stop: resize_uint8(arrays[start:stop], size), (len(names), 3, *size), key=key, cache=cache,
-                             kind="faces")
+
+        def resized(start, stop):
+            return resize_uint8(arrays[start:stop], size)
+
+        key = file_stamps([path], path.parent)
+        images = decode_once(resized, (len(names), 3, *size), key=key, cache=cache, kind="faces")
         return images, masks, names
 
     files, mask_files = list_face_files(path)
-    stamps = lambda paths: [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     load = lambda start, stop: torch.cat([resize_uint8(read_image(file)[None], size) for file in files[start:stop]])
-    images = decode_once(load, (len(files), 3, *size), key=stamps(files), cache=cache, kind="faces", chunk=16)
+    key = file_stamps(files, path)
+    images = decode_once(load, (len(files), 3, *size), key=key, cache=cache, kind="faces", chunk=16)
     shape = read_mask(mask_files[0], files[0]).shape
     load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
         mask_files[start:stop], files[start:stop])])
-    masks = decode_once(load, (len(files), *shape), key=stamps(mask_files + files), cache=cache, kind="masks", chunk=16)
+    key = file_stamps(mask_files + files, path)
+    masks = decode_once(load, (len(files), *shape), key=key, cache=cache, kind="masks", chunk=16)
     return images, masks, [file.stem for file in files]
 
 
@@ -815,22 +747,27 @@ def read_mask(path, image=None, shape=None):
 
 def check_face_ids(masks, where):
     """ValueError for an id other than 0..18 and 255."""
-    wrong = masks[(masks > 18) & (masks != 255)]
+    # 64 at a time: masks that are memory-mapped may not fit into memory
+    chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
+    wrong = np.concatenate([chunk[(chunk > 18) & (chunk != 255)] for chunk in chunks])
     if wrong.size:
         raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not count; got {wrong.max()} in {wrong.size} "
                          "pixels")
 
 
-def read_faces_npz(path, *, need_masks=True):
+def read_faces_npz(path, *, cache="", need_masks=True):
     """Images and masks (None without need_masks) of an .npz file, checked.
 
-    Needs:  check_face_ids
+    Needs:  check_face_ids, unpack_once
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in ("images", "masks") if name in file}
+            present = [name for name in ("images", "masks") if name in file]
+            content = {} if cache else {name: file[name] for name in present}
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
+    for name in present if cache else ():
+        content[name] = unpack_once(path, name, cache)
     images, masks = content.get("images"), content.get("masks")
     if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or 0 in images.shape:
         raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "
@@ -1443,47 +1380,45 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
         bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1 and ann2
         bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second    bidmc_NN_Fix.txt       the patient
 
-    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording. A folder of pack_bidmc
-    gives the same list, of arrays that are memory-mapped.
+    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by
+    recording.
 
-    cache        a folder: what was parsed is kept there as one .npz, parsed once per content of the files
+    cache        a folder: what was parsed is kept there, parsed once per content of the files, and
+                 the signals are memory-mapped
     progress     progress(text) is called before each recording that is parsed
     need_labels  False: the signals are enough; number, patient (the name of the recording where _Fix.txt is missing) and ppg
     returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
               annotators (1-based samples, sorted, as they are otherwise), time, hr, pulse float64 (one a second, NaN = none)
     Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
-    Needs:  is_packed, read_packed_bidmc, list_bidmc_files, read_bidmc_recording, read_bidmc_cache
+    Needs:  list_bidmc_files, read_bidmc_recording, short_digest, write_bidmc_cache,
+            read_bidmc_cache
     """
     folder = Path(folder)
-    if is_packed(folder):
-        return read_packed_bidmc(folder, need_labels=need_labels)
     files, names = list_bidmc_files(folder)
-    if cache:
-        digest = hashlib.sha256(repr((2, need_labels)).encode())  # raise the 2 when the parsing changes
-        for file in files:
-            digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-        kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
-        if kept.exists():
-            try:
-                return read_bidmc_cache(kept, names)
-            except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
-    recordings = []
-    for i, name in enumerate(names):
-        if progress:
-            progress(f"reading {name} ({i + 1} of {len(names)})")
-        recordings.append(read_bidmc_recording(folder, name, need_labels=need_labels))
-    if cache:
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+
+    def parse():
+        for i, name in enumerate(names):
+            if progress:
+                progress(f"reading {name} ({i + 1} of {len(names)})")
+            yield read_bidmc_recording(folder, name, need_labels=need_labels)
+
+    if not cache:
+        return list(parse())
+    contents = [f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    digest = short_digest([3, need_labels, *contents])  # raise the 3 when the parsing changes
+    kept = Path(cache) / f"bidmc-{digest}.npz"
+    if kept.exists():
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as stream:
-                np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
-                                    for field, value in recording.items()})
-            os.replace(temporary, kept)
-        except OSError as error:
-            warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they will be parsed again")
-    return recordings
+            return read_bidmc_cache(kept)
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
+    try:
+        write_bidmc_cache(kept, parse())
+    except OSError as error:
+        warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they are parsed "
+                      "again, into memory")
+        return list(parse())
+    return read_bidmc_cache(kept)
 
 
 def list_bidmc_files(folder):
@@ -1495,54 +1430,39 @@ def list_bidmc_files(folder):
     return files, names
 
 
-def pack_bidmc(folder, packed, *, progress=None):
-    """Write the recordings that read_bidmc reads as a packed set, one recording at a time; returns how many.
+def write_bidmc_cache(file, recordings):
+    """Write recordings one at a time: the signals end to end into an .npy, the rest into an .npz.
 
-    Each field of all recordings is one array, end to end; ends.npy (recordings, fields) says where those of a recording end.
-
-    Errors: ValueError of read_bidmc, or if `packed` holds anything
-    Needs:  BIDMC_FIELDS, list_bidmc_files, read_bidmc_recording, new_pack, NpyWriter
+    Needs: atomic_write, write_npy
     """
-    _, names = list_bidmc_files(folder)
-    with new_pack(packed, {"kind": "recordings"}) as temporary, contextlib.ExitStack() as stack:
-        writers = {field: stack.enter_context(NpyWriter(temporary / f"{field}.npy", kind)) for field, kind in BIDMC_FIELDS.items()}
-        numbers, patients, ends = [], [], []
-        for i, name in enumerate(names):
-            if progress:
-                progress(f"packing {name} ({i + 1} of {len(names)})")
-            recording = read_bidmc_recording(Path(folder), name)
-            for field, writer in writers.items():
-                writer.append(recording[field])
-            numbers.append(recording["number"])
-            patients.append(recording["patient"])
-            ends.append([writer.rows for writer in writers.values()])
-        for name, values in {"number": numbers, "patient": patients, "ends": ends}.items():
-            np.save(temporary / f"{name}.npy", np.array(values))
-        stack.close()  # before new_pack looks at the files
-    return len(names)
+    rest = {}
+
+    def signals():
+        for i, recording in enumerate(recordings):
+            for field, value in recording.items():
+                rest[f"{i}/{field}"] = len(value) if field == "ppg" else value
+            yield recording["ppg"]
+
+    write_npy(file.with_suffix(".ppg.npy"), np.float32, (), signals())
+    with atomic_write(file) as stream:
+        np.savez(stream, **rest)
 
 
-def read_packed_bidmc(packed, *, need_labels=True):
-    """The list that read_bidmc gives, of slices of the memory-mapped arrays of pack_bidmc. Needs: BIDMC_FIELDS, read_pack"""
-    _, arrays = read_pack(packed, "recordings")
-    fields = list(BIDMC_FIELDS) if need_labels else ["ppg"]
-    columns = [list(BIDMC_FIELDS).index(field) for field in fields]
-    recordings, start = [], np.zeros(len(BIDMC_FIELDS), dtype=np.int64)
-    for number, patient, end in zip(arrays["number"].tolist(), arrays["patient"].tolist(), arrays["ends"]):
-        parts = {field: np.asarray(arrays[field])[start[k] : end[k]] for field, k in zip(fields, columns)}
-        recordings.append({"number": number, "patient": patient} | parts)
-        start = end
-    return recordings
-
-
-def read_bidmc_cache(file, names):
-    """The recordings that read_bidmc kept in an .npz."""
-    recordings = {name: {} for name in names}
+def read_bidmc_cache(file):
+    """The recordings of write_bidmc_cache, whose signals are memory-mapped. Needs: map_npy"""
+    recordings, start = {}, 0
     with np.load(file, allow_pickle=False) as archive:
         for entry in archive.files:
-            name, field = entry.split("/")
+            i, field = entry.split("/")
             value = archive[entry]
-            recordings[name][field] = value if value.ndim else value.item()
+            recordings.setdefault(i, {})[field] = value if value.ndim else value.item()
+    signals = np.asarray(map_npy(file.with_suffix(".ppg.npy")))
+    for recording in recordings.values():
+        stop = start + recording["ppg"]  # so far the number of samples
+        recording["ppg"] = signals[start:stop]
+        start = stop
+    if start != len(signals):
+        raise ValueError(f"{len(signals)} samples instead of {start}")
     return list(recordings.values())
 
 
@@ -2029,7 +1949,7 @@ class LabelScaler:
 # Modalities: several arrays, one row of each per sample, and labels
 
 
-def read_modalities(path, *, need_labels=True):
+def read_modalities(path, *, cache="", need_labels=True):
     """Read samples that several sensors saw: an .npz with one array per modality, as many as there are and of any names.
 
         NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W) videos; integers or floats
@@ -2037,24 +1957,31 @@ def read_modalities(path, *, need_labels=True):
         labels        (n,) integers from 0, or strings, which are numbered in the order of label_names or else sorted
         label_names   optional, one string per class        groups  optional, (n,): the person or recording of each sample
 
+    cache        a folder: the modalities are kept there in .npy files and memory-mapped
     need_labels  False: labels and label_names are not read, for prediction
     returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None, groups (n,) or None,
             label_names: list of str, present {NAME: bool (n,)}, all True where the file does not say
     Errors: ValueError naming array and row: a missing or unreadable file, objects, no modality, another rank or length, NaN
             or infinity in a present row, a row without any modality, labels that are missing, negative, not whole or without
             a name, a class of one sample. Warns of images that seem to have their channels last.
-    Needs:  check_modalities, check_class_labels
+    Needs:  check_modalities, check_class_labels, unpack_once
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file: give an .npz with one array per modality, labels, and optionally label_names, groups")
+    small = ("labels", "label_names", "groups")
     unread = () if need_labels else ("labels", "label_names")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            content = {name: np.asarray(archive[name]) for name in archive.files if name not in unread}
+            stored = [name for name in archive.files if name not in unread]
+            read = {name: archive[name] for name in stored if not cache or name in small
+                    or name.startswith("present_")}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "NAME=..., labels=...), no objects") from error
+    content = {}
+    for name in stored:
+        content[name] = np.asarray(read[name] if name in read else unpack_once(path, name, cache))
     labels, names, groups = (content.pop(name, None) for name in ("labels", "label_names", "groups"))
     masks = {name: content.pop(name) for name in list(content) if name.startswith("present_")}
     if not content:
@@ -2362,7 +2289,7 @@ def read_stays(path, *, cache="", need_outcomes=True):
             Outcomes-?.txt; or for a path without stays.
     Source: Silva et al. 2012, Computing in Cardiology 39:245; physionet.org/content/challenge-2012
     Check:  set a holds 4,000 stays, 554 died, 3 have descriptors only, and 24 temperatures are below 0
-    Needs:  list_stays, parse_stays
+    Needs:  list_stays, parse_stays, atomic_write
     """
     files, outcomes, other = list_stays(path, need_outcomes=need_outcomes)
     if not cache:
@@ -2388,13 +2315,11 @@ def read_stays(path, *, cache="", need_outcomes=True):
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
             warnings.warn(f"{kept} cannot be read ({error}): the stays are parsed again")
     stays = parse_stays(files, outcomes, other)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
+        with atomic_write(kept) as stream:
             nested = {f"{name}/{key}": value for name in ("severity", "left_out") for key, value in stays[name].items()}
             np.savez(stream, **nested, **{name: value for name, value in stays.items() if not isinstance(value, dict)})
-        os.replace(temporary, kept)
     except OSError as error:
         warnings.warn(f"the parsed stays cannot be kept in {cache} ({error}): they will be parsed again")
     return stays

@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
-import datetime
 import doctest
 import inspect
 import io
@@ -41,6 +40,7 @@ import types
 import unittest
 import unittest.mock
 import warnings
+import weakref
 import xml.etree.ElementTree
 import zlib
 from pathlib import Path
@@ -4241,46 +4241,6 @@ def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
         assert "one partial batch" in str(caught[0].message)
 
 
-def test_data_read_ahead_gives_the_same_batches_and_random_numbers():
-    def batches(generator):
-        return (torch.rand(3, generator=generator) + i for i in range(20))
-
-    plain, used = list(batches(seeded())), []
-    for batch in data.read_ahead(batches(seeded())):
-        torch.rand(5)  # the loop draws its own, from the default generator
-        used.append(batch)
-    assert same_bits(used, plain) and list(data.read_ahead([])) == []
-
-
-def test_data_read_ahead_makes_one_batch_while_the_last_one_is_used():
-    made = []
-    batches = data.read_ahead(made.append(i) or threading.current_thread().name for i in range(9))
-    assert made == []  # nothing is done before the first is asked for
-    for used in range(3):
-        assert next(batches).startswith("read_ahead") and len(made) <= used + 2
-        for _ in range(1000):  # up to 10 s; it takes microseconds
-            time.sleep(0.01 * (len(made) < used + 2))
-        assert made == list(range(used + 2))
-
-
-def test_data_read_ahead_ends_its_thread_with_the_loop_however_that_ends():
-    def alive():
-        return [each for each in threading.enumerate() if each.name.startswith("read_ahead")]
-
-    def loop(error):
-        for batch in data.read_ahead(iter(range(10))):
-            if batch == 2 and error:
-                raise error
-
-    for error in (None, ValueError("here"), KeyboardInterrupt("here")):
-        raises(type(error), "here", lambda: loop(error)) if error else loop(error)
-        assert not alive(), error
-    batches = data.read_ahead(10 // n for n in (5, 2, 0, 1))
-    assert next(batches) == 2 and next(batches) == 5 and alive()
-    raises(ZeroDivisionError, "", lambda: next(batches))  # in its turn, in the loop
-    assert not alive()
-
-
 def make_npz(path, n=60, **changes):
     images, labels, groups, _ = data.synthetic_eyes(n, size=(12, 20), seed=1)
     arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": labels, "groups": groups} | changes
@@ -4323,21 +4283,72 @@ def test_data_class_folder_and_annotation_give_the_same_eyes():
         assert groups.tolist() == [f"face{i // 2}" for i in order]
 
 
-def test_data_cache_maps_the_same_pixels_and_is_keyed_by_content():
+def warned(make):
+    """make(), and the text of the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = make()
+    return result, " ".join(str(warning.message) for warning in caught)
+
+
+def test_data_cache_maps_the_same_pixels_and_is_keyed_by_the_file():
     with folder() as f:
         path = make_npz(f / "eyes.npz")
         plain = data.read_eyes(path, size=(16, 24))[0]
+
+        def read():
+            return data.read_eyes(path, size=(16, 24), cache=f / "cache")[0]
+
         for _ in range(2):
-            assert torch.equal(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0], plain)
-        [kept] = (f / "cache").iterdir()
-        for damaged in (b"", kept.read_bytes()[:500]):
-            kept.write_bytes(damaged)
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
-                assert torch.equal(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0], plain)
-            assert "decoded again" in str(told[0].message)
+            assert torch.equal(read(), plain)
+        decoded, unpacked = sorted((f / "cache").iterdir())
+        for file, message in ((decoded, "decoded again"), (unpacked, "unpacked again")):
+            for damaged in (b"", file.read_bytes()[:500]):
+                file.write_bytes(damaged)
+                images, said = warned(read)
+                assert torch.equal(images, plain) and message in said, said
+        before = decoded.read_bytes()
+        read()[0] = 3  # memory-mapped, and copied where it is written to
+        assert decoded.read_bytes() == before
         make_npz(path, n=58)
         assert len(data.read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
+
+
+def test_data_cache_of_a_damaged_npz_is_not_kept():
+    with folder() as f:
+        whole = make_npz(f / "eyes.npz").read_bytes()
+        middle = len(whole) // 4  # inside the images
+        flipped = bytes([whole[middle] ^ 1])
+        (f / "eyes.npz").write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
+        raises(ValueError, "eyes.npz is not a readable .npz",
+               lambda: data.read_eyes(f / "eyes.npz", cache=f / "cache"))
+        assert not list((f / "cache").iterdir())
+        np.savez(f / "objects.npz", images=np.array([None, 1]))
+        raises(ValueError, "not a readable .npz",
+               lambda: data.read_eyes(f / "objects.npz", cache=f / "cache"))
+
+
+def is_mapped(array):
+    """Whether an array lies in a memory-mapped file."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = array.base
+    return array is not None
+
+
+def test_data_cache_maps_the_modalities_of_an_npz():
+    with folder() as f:
+        present = np.arange(240) % 3 > 0
+        path = quad_npz(f / "modal.npz", change=lambda arrays: arrays | {"present_audio": present})
+        plain = data.read_modalities(path)
+        for _ in range(2):
+            arrays, labels, groups, names, masks = data.read_modalities(path, cache=f / "cache")
+            for name, array in plain[0].items():
+                assert is_mapped(arrays[name]) and not is_mapped(array)
+                assert arrays[name].dtype == array.dtype
+                assert np.array_equal(arrays[name], array), name
+            assert np.array_equal(labels, plain[1]) and np.array_equal(groups, plain[2])
+            assert names == plain[3] and np.array_equal(masks["audio"], present)
+        assert len(list((f / "cache").iterdir())) == len(plain[0])
 
 
 def test_data_read_pairs_names_the_file_that_is_no_csv():
@@ -4347,81 +4358,26 @@ def test_data_read_pairs_names_the_file_that_is_no_csv():
             raises(ValueError, "annotation.csv is no CSV in UTF-8", lambda: data.read_pairs(f / "annotation.csv"))
 
 
-def test_data_npy_writer_appends_rows_of_any_number_that_numpy_reads():
+def test_data_write_npy_writes_pieces_of_any_length_that_numpy_reads():
     with folder() as f:
-        for rows, row_shape, kind in (((3, 0, 40), (2, 5), "uint8"), ((0,), (), "float64"), ((7,) * 200, (), "int64")):
-            parts = [np.arange(n * int(np.prod(row_shape))).reshape(n, *row_shape).astype(kind) for n in rows]
-            with data.NpyWriter(f / "a.npy", kind, row_shape) as writer:
-                for part in parts:
-                    writer.append(part)
-            for mode in (None, "c"):
-                read = np.load(f / "a.npy", mmap_mode=mode, allow_pickle=False)
+        for rows, row_shape, kind in (((3, 0, 40), (2, 5), "uint8"), ((0,), (), "float64"),
+                                      ((7,) * 200, (), "int64")):
+            parts = [np.random.default_rng(0).integers(0, 99, (n, *row_shape)) for n in rows]
+            data.write_npy(f / "a.npy", kind, row_shape, iter(parts))
+            for read in (np.load(f / "a.npy", allow_pickle=False), data.map_npy(f / "a.npy")):
                 assert read.dtype == kind and np.array_equal(read, np.concatenate(parts))
-            assert (f / "a.npy").stat().st_size == 128 + read.nbytes
+            assert (f / "a.npy").stat().st_size == 128 + read.nbytes and len(list(f.iterdir())) == 1
 
 
-def test_data_packed_eyes_are_the_eyes_and_lie_in_the_file():
+def test_data_write_npy_that_breaks_off_leaves_the_old_file():
+    def pieces():
+        yield np.zeros(3)
+        raise OSError("no more")
+
     with folder() as f:
-        for groups in (None, np.repeat(["b", "a"], 30)):
-            path, packed = make_npz(f / "eyes.npz", groups=groups), f / f"packed-{groups is None}"
-            assert data.pack_eyes(path, packed, size=(16, 24)) == 60 and data.is_packed(packed) and not data.is_packed(f)
-            images, labels, read_groups, names = data.read_eyes(packed, size=(16, 24))
-            expected = data.read_eyes(path, size=(16, 24))
-            assert torch.equal(images, expected[0]) and np.array_equal(labels, expected[1]) and labels.dtype == expected[1].dtype
-            assert list(names) == expected[3] and (read_groups is None if groups is None else np.array_equal(read_groups, expected[2]))
-            assert isinstance(labels, np.memmap)
-            before = (packed / "images.npy").read_bytes()
-            images[0] = 0  # copy on write: the file stays as it is
-            assert (packed / "images.npy").read_bytes() == before
-        raises(ValueError, "holds images of 16x24, not of 32x64: ask for 16x24, or pack the set again", lambda: data.read_eyes(packed))
-
-
-def test_data_packed_recordings_are_the_recordings():
-    recordings = data.synthetic_ppg(3, seconds=12)
-    recordings[0]["hr"][3] = np.nan
-    recordings[1] |= {"breaths": recordings[1]["breaths"][:0], "patient": "a_longer_name"}
-    with folder() as f:
-        told = []
-        assert data.pack_bidmc(write_bidmc(f / "bidmc", recordings), f / "packed", progress=told.append) == 3
-        assert told[0] == "packing bidmc_01 (1 of 3)" and len(told) == 3
-        assert_same(data.read_bidmc(f / "packed"), recordings)
-        unlabelled = data.read_bidmc(f / "packed", need_labels=False)
-        assert_same(unlabelled, [{name: each[name] for name in ("number", "patient", "ppg")} for each in recordings])
-        ppg = unlabelled[2]["ppg"]
-        while not isinstance(ppg, np.memmap):
-            ppg = ppg.base  # not a copy
-        raises(ValueError, "holds recordings in format 1, not eyes in format 1", lambda: data.read_eyes(f / "packed"))
-
-
-def test_data_packed_set_that_is_damaged_is_refused_by_the_name_of_the_file():
-    with folder() as f:
-        data.pack_eyes(make_npz(f / "eyes.npz"), f / "packed", size=(12, 20))
-        for file in sorted((f / "packed").iterdir()):
-            whole = file.read_bytes()
-            flipped = bytearray(whole)
-            flipped[-9] ^= 4
-            for damage in (whole[:-1], whole + b"x", bytes(flipped), b"", None) if file.suffix == ".npy" else (whole[:-9], b"[]", b"{}"):
-                file.unlink() if damage is None else file.write_bytes(damage)
-                raises(ValueError, f"{file} is ", lambda: data.read_eyes(f / "packed", size=(12, 20)))
-            file.write_bytes(whole)
-        data.read_eyes(f / "packed", size=(12, 20))
-
-
-def test_data_pack_that_breaks_off_leaves_nothing_and_replaces_nothing():
-    with folder() as f:
-        make_class_folder(f / "eyes")
-        sorted((f / "eyes" / "open").iterdir())[-1].write_bytes(b"no image")
-        raises(ValueError, "is not a readable image", lambda: data.pack_eyes(f / "eyes", f / "packed", size=(12, 20)))
-        write_bidmc(f / "bidmc", data.synthetic_ppg(2, seconds=12))
-        (f / "bidmc" / "bidmc_02_Numerics.csv").unlink()
-        raises(ValueError, "bidmc_02_Numerics.csv is missing", lambda: data.pack_bidmc(f / "bidmc", f / "packed"))
-        assert sorted(each.name for each in f.iterdir()) == ["bidmc", "eyes"]
-        raises(ValueError, "eyes already holds something", lambda: data.pack_eyes(make_npz(f / "a.npz"), f / "eyes", size=(12, 20)))
-        raises(ValueError, "a.npz already holds something", lambda: data.pack_eyes(f / "a.npz", f / "a.npz", size=(12, 20)))
-        raises(ValueError, "does not exist; create it", lambda: data.pack_eyes(f / "a.npz", f / "no" / "packed", size=(12, 20)))
-        (f / "empty").mkdir()
-        assert data.pack_eyes(f / "a.npz", f / "empty", size=(12, 20)) == 60 and data.is_packed(f / "empty")
-        assert sorted(each.name for each in f.iterdir()) == ["a.npz", "bidmc", "empty", "eyes"]
+        data.write_npy(f / "a.npy", "float64", (), [np.ones(2)])
+        raises(OSError, "no more", lambda: data.write_npy(f / "a.npy", "float64", (), pieces()))
+        assert np.load(f / "a.npy").tolist() == [1, 1] and len(list(f.iterdir())) == 1
 
 
 def test_data_resize_is_a_mean_over_blocks_when_it_halves():
@@ -5065,7 +5021,7 @@ def test_data_read_faces_gives_the_same_from_folder_cache_and_npz():
             assert torch.equal(again[0], small) and torch.equal(again[1], masks)
         decoded = sorted((f / "cache").iterdir())
         decoded = [file.name.split("-")[0] for file in decoded]
-        assert decoded == ["faces", "faces", "masks"]  # the masks of an .npz are in memory anyway
+        assert decoded == ["faces", "faces", "masks", "npz", "npz"]
         kept[0] = 3  # memory-mapped copy-on-write: the cache stays as it is
         write_faces(f / "set", images[:1], masks[:1].flip(-1))
         assert torch.equal(data.read_faces(f / "set", size=(8, 16), cache=str(f / "cache"))[1][0], masks[0].flip(-1))
@@ -5321,23 +5277,44 @@ def test_data_bidmc_cache_parses_once_per_content():
         for _ in range(2):
             assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert told == ["reading bidmc_01 (1 of 2)", "reading bidmc_02 (2 of 2)"]
-        [kept] = (f / "cache").iterdir()
-        assert kept.suffix == ".npz"
+        kept, signals = sorted((f / "cache").iterdir())
+        assert kept.suffix == ".npz" and signals.suffix == ".npy"
         for file in (f / "bidmc").iterdir():
             os.utime(file, (1, 1))  # another time, the same content
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert len(told) == 2
-        kept.write_bytes(kept.read_bytes()[:500])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
-        assert "cannot be read" in str(caught[0].message) and len(told) == 4
+        for file, said in ((kept, 4), (signals, 6)):
+            file.write_bytes(file.read_bytes()[:-100])
+            read, message = warned(lambda: data.read_bidmc(f / "bidmc", cache=f / "cache",
+                                                           progress=told.append))
+            assert_same(read, recordings)
+            assert "cannot be read" in message and len(told) == said
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
-        assert len(told) == 4
+        assert len(told) == 6
         recordings[1]["patient"] = "patient009"  # as long as the old one
         write_bidmc(f / "bidmc", recordings[1:])
         assert_same(data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
-        assert len(told) == 6
+        assert len(told) == 8
+
+
+def test_data_bidmc_cache_is_written_one_recording_at_a_time_and_mapped():
+    recordings, read, signals = data.synthetic_ppg(5, seconds=12), data.read_bidmc_recording, []
+
+    def read_and_look(*words, **options):
+        assert all(signal() is None for signal in signals[:-1])  # the last one may just be written
+        recording = read(*words, **options)
+        signals.append(weakref.ref(recording["ppg"]))
+        return recording
+
+    with folder() as f:
+        write_bidmc(f / "bidmc", recordings)
+        with replaced(data, "read_bidmc_recording", read_and_look):
+            first = data.read_bidmc(f / "bidmc", cache=f / "cache")
+        assert len(signals) == 5 and all(is_mapped(recording["ppg"]) for recording in first)
+        (f / "file").write_text("")
+        again, message = warned(lambda: data.read_bidmc(f / "bidmc", cache=f / "file" / "cache"))
+        assert_same(again, recordings)
+        assert "cannot be kept" in message
 
 
 def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
@@ -5370,7 +5347,7 @@ def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
             edit(file, change) if change else file.unlink()
             with warnings.catch_warnings(action="ignore"):  # numpy's, for a table without rows
                 raises(ValueError, message, lambda: data.read_bidmc(f, cache=f / "cache"))
-            assert not (f / "cache").exists()
+            assert not list((f / "cache").iterdir())
     with folder() as f:
         raises(ValueError, "holds no bidmc_NN_Signals.csv", lambda: data.read_bidmc(f))
         write_bidmc(f, recordings)
@@ -6585,7 +6562,7 @@ def test_train_help_shows_the_defaults_of_the_variant():
 def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
     fields = [field.name for field in train.dataclasses.fields(train.Task)]
     assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "examples",
-                      "export", "pack"]
+                      "export"]
     loop = Path(train.__file__).read_text().split("# The loop\n")[1]
     assert not re.search(r"ocec|eyes_|task ==", loop)
 
@@ -7080,55 +7057,30 @@ def same_run(a, b):
     return logs[0] == logs[1] and same_bits(*checkpoints)
 
 
-def test_train_on_a_packed_set_equals_training_on_its_files_bit_for_bit():
+def test_train_with_a_cache_equals_training_without_bit_for_bit():
+    read = data.read_bidmc
     with folder() as f:
-        words = ["--accumulate", "2", "--mixup", "0.4", "--clahe", "0.5", "--sampler", "stratified"]
-        run(f / "plain", *words)
-        code, out, err = call("--task", "ocec", "--size", "12x20", "--data", f / "eyes.npz", "--pack", f / "packed")
-        assert code == 0 and out == f"60 eyes of 12x20 in {f / 'packed'}: give that as --data\n", err
-        ahead, used = data.read_ahead, []
-        with replaced(data, "read_ahead", lambda batches: used.append(1) or ahead(batches)):
-            assert call(*TINY, *words, "--data", f / "packed", "--out", f / "a")[0] == 0
-            assert len(used) == 3 and same_run(f / "plain", f / "a")
-        assert call("--task", "ocec", "--data", f / "eyes.npz", "--out", f / "a", "--resume")[0] == 0  # the same set, by its content
-        for path in (f / "eyes.npz", f / "packed"):
-            assert call("--task", "ocec", "--predict", f / "a" / "best.pt", "--data", path, "--out", f / f"{path.stem}.csv")[0] == 0
-        assert (f / "eyes.csv").read_text() == (f / "packed.csv").read_text()
-
-
-def test_train_on_packed_recordings_equals_training_on_their_files_bit_for_bit():
-    with folder() as f:
-        assert call("--task", "bidmc_hr", "--data", ppg_folder(f), "--pack", f / "packed")[0] == 0
-        for task, words in (("bidmc_hr", ["--stretch", "1.2"]), ("bidmc_rr", ["--mode", "pretrain", "--stride", "2"])):
-            for name in ("bidmc", "packed"):
-                code, _, err = call(*PPG[:1], task, *PPG[2:], *words, "--data", f / name, "--out", f / f"{task}-{name}")
-                assert code == 0, err
-            assert same_run(f / f"{task}-bidmc", f / f"{task}-packed"), task
-
-
-def test_train_pack_refuses_what_it_cannot_write_and_what_is_not_read():
-    with folder() as f:
-        eyes = ["--task", "ocec", "--data", make_npz(f / "eyes.npz")]
-        assert call(*eyes, "--pack", f / "packed", "--size", "12x20")[0] == 0
-        (f / "full").mkdir()
-        (f / "full" / "a").write_text("")
-        for words, message in (
-                ([*eyes, "--pack", f / "full"], "full already holds something: choose a folder that is new or empty"),
-                ([*eyes, "--pack", f / "packed"], "packed already holds something"),
-                ([*eyes, "--pack", f / "new", "--lr", "1"], "--lr is not read by this call"),
-                ([*eyes[:2], "--pack", f / "new"], "--pack needs --data with what is to be packed, not nothing"),
-                ([*eyes[:3], f / "packed", "--pack", f / "new"], "not a packed set"),
-                (["--task", "faceparse", *eyes[2:], "--pack", f / "new"],
-                 "task faceparse reads no packed sets, ocec, bidmc_rr, bidmc_hr do"),
-                ([*eyes[:3], f / "packed", "--cache", f / "new", "--out", f / "new"], "--cache is not read with the packed set"),
-                ([*eyes[:3], f / "packed", "--out", f / "new"], "holds images of 12x20, not of 32x64: ask for 12x20")):
-            code, _, err = call(*words)
-            assert code == 2 and message in err, err
-        with open(f / "packed" / "labels.npy", "ab") as file:
-            file.write(b"x")
-        code, _, err = call(*eyes[:3], f / "packed", "--size", "12x20", "--out", f / "new")
-        assert code == 2 and f"{f / 'packed' / 'labels.npy'} is missing, cut off or damaged" in err
-        assert not (f / "new").exists()
+        eyes = [*TINY, *"--accumulate 2 --mixup 0.4 --clahe 0.5 --sampler stratified".split()]
+        calls = {"eyes.npz": [*eyes, "--data", make_npz(f / "eyes.npz")],
+                 "eyes": [*eyes, "--data", f / "png"],
+                 "faces": [*FACEPARSE, "--mixup", "0.2", "--data", faces_npz(f / "faces.npz")],
+                 "modalities": [*MODAL, "--mixup", "0.3", "--data", quad_npz(f / "modal.npz")],
+                 "heart": [*PPG, "--stretch", "1.2", "--data", ppg_folder(f)],
+                 "pretraining": [*PPG, "--mode", "pretrain", "--data", f / "bidmc"]}
+        make_class_folder(f / "png", n=48)
+        for name, words in calls.items():
+            with replaced(data, "read_bidmc", lambda path, cache, **options: read(path, **options)):
+                assert call(*words, "--out", f / "plain" / name)[0] == 0
+            for out in ("builds", "maps"):
+                code, _, err = call(*words, "--out", f / out / name, "--cache", f / "cache" / name)
+                assert code == 0 and list((f / "cache" / name).iterdir()), err
+                assert same_run(f / "plain" / name, f / out / name), (name, out)
+        for name, written in (("eyes.npz", "a.csv"), ("modalities", "a.npz")):
+            best = f / "maps" / name / "best.pt"
+            words = [*calls[name][:2], "--predict", best, *calls[name][-2:], "--out"]
+            assert call(*words, f / f"plain-{written}")[0] == 0
+            assert call(*words, f / f"mapped-{written}", "--cache", f / "cache" / name)[0] == 0
+            assert (f / f"plain-{written}").read_bytes() == (f / f"mapped-{written}").read_bytes()
 
 
 def test_train_names_the_image_that_cannot_be_read():
@@ -7165,16 +7117,6 @@ def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch()
         assert len(last["history"]) == 2 and all(value.isfinite().all() for value in last["model"].values())
         assert all(torch.isfinite(value).all() for value in result_of(f / "a", "best.pt")["model"].values())
         assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
-
-
-def test_train_torchrun_resume_without_a_run_starts_afresh():
-    with folder() as f:
-        os.environ["TORCHELASTIC_RUN_ID"] = "x"
-        try:
-            assert "starting afresh" in run(f / "a", "--resume", "--epochs", "1")
-        finally:
-            del os.environ["TORCHELASTIC_RUN_ID"]
-        assert (f / "a" / "best.pt").exists()
 
 
 def test_train_overwrite_replaces_and_changed_data_are_refused():
@@ -8352,7 +8294,6 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             ("labels", npz("d.npz", lambda c: {name: each for name, each in c.items() if name != "labels"})),
             ("class", npz("e.npz", lambda c: c | {"labels": np.where(np.arange(240) == 3, 2, np.minimum(c["labels"], 1))})),
             ("--neighbours 500 must be at most", ["--neighbours", "500"]),
-            ("--cache is not read by task quadmodal", ["--cache", f / "cache"]),
             ("--shift 100000000000000000000", ["--shift", "100000000000000000000"]),
             ("--epochs 1" + 40 * "0", ["--epochs", "1" + 40 * "0"]),
             ("is a folder: give the best.pt in it", ["--eval", f / "run"]),
@@ -8785,10 +8726,8 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
 # train: several processes. What a function named below does in each of them stands in the function; its test looks at what it left.
 
 IN_EACH_PROCESS = """
-import os, pathlib, sys, time
+import os, pathlib, sys
 sys.path.insert(0, {here!r})
-if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
-    time.sleep(5)  # started again: the other is there first, for longer than gloo tries to connect
 import test_all, train
 with train.processes():
     test_all.{name}(pathlib.Path({folder!r}))
@@ -8978,7 +8917,7 @@ def scores_alone(path):
 def work_refusals(f):
     assert train.main(["--task", "ocec", "--find-lr"]) == 2
     words = [*TINY, "--data", str(f / "eyes.npz"), "--out", str(f / "a")]
-    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"], ["--sync-bn"]):
+    for more in (["--batch-size", "17"], ["--folds", "3"], ["--device", "cuda:1"], ["--batch-size", "2"]):
         assert train.main([*words, *more]) == 2, more
     if train.rank():
         data.read_eyes = lambda *_, **__: np.load(f / "absent.npz")
@@ -9020,28 +8959,8 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
                     "--find-lr runs in one process, not in 2",
                     "--folds runs in one process, not in 2: train one fold at a time",
                     "--device cuda:1 is one for 2 processes: give --device cuda",
-                    "--sync-bn takes batch norm over several processes with a GPU each, here over 2 on cpu: leave it out",
                     "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process", "absent.npz"):
         assert printed.count(message) == 1, (message, printed)
-
-
-def test_train_sync_bn_without_gpus_processes_or_batch_norm_is_refused_before_training():
-    with folder() as f:
-        code, _, err = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "a", "--sync-bn")
-        assert code == 2 and "with a GPU each, here over 1 on cpu: leave it out, or start torchrun" in err and not (f / "a").exists(), err
-        code, _, err = call("--task", "ocec", "--sync-bn", "--check-sampler")
-        assert code == 2 and "--sync-bn is not read by this call" in err
-    world_size, train.world_size = train.world_size, lambda: 2
-    try:
-        train.check_sync_bn(nn.BatchNorm1d(2), "cuda:1")
-        for network, device, message in ((nn.BatchNorm1d(2), "cpu", "here over 2 on cpu"), (nn.LayerNorm(2), "cuda", "has 0 layers of")):
-            try:
-                train.check_sync_bn(network, device)
-                raise AssertionError("not refused")
-            except ValueError as error:
-                assert message in str(error) and "leave it out" in str(error), error
-    finally:
-        train.world_size = world_size
 
 
 def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_would_do():
@@ -9054,49 +8973,6 @@ def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_
             raises(ValueError, f"1 of the {n} training rows to each process", lambda: train.check_one_row_batch(
                 state, types.SimpleNamespace(train=split), [np.array([0])], args))
             raises(ValueError, advice, lambda: train.check_one_row_batch(state, types.SimpleNamespace(train=split), [np.array([0])], args))
-
-
-def test_train_sync_bn_converts_the_network_and_neither_its_average_nor_any_name():
-    for words in (TINY, [*TINY, "--block", "inverted_se"], FACEPARSE, [*FACEPARSE[:2], "--network", "segformer", "--size", "32"], MODAL):
-        args = train.parse_args(words)
-        args.device = "cpu"
-        args.facts = train.task_of(args).load("", args).facts
-        state = train.build(args, 10)
-        before, parameters = state.raw_model.state_dict(keep_vars=True), list(state.raw_model.parameters())
-        norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in state.raw_model.modules())
-        state.raw_model.eval()
-        flags = [module.training for module in state.raw_model.modules()]
-        train.share_gradients(state, sync_bn=True)
-        modules = list(state.raw_model.modules())
-        assert sum(type(module) is nn.SyncBatchNorm for module in modules) == norms > 0 and [each.training for each in modules] == flags
-        after = state.raw_model.state_dict(keep_vars=True)
-        assert list(after) == list(before) and all(after[name] is before[name] for name in before), words
-        assert all(a is b for a, b in zip(parameters, state.raw_model.parameters(), strict=True))  # those of the optimizer
-        assert not any(isinstance(module, nn.SyncBatchNorm) for module in state.ema.module.modules())
-        state.ema.update(state.raw_model)
-        train.task_of(args).network(args).load_state_dict(state.raw_model.state_dict())
-
-
-def test_train_sync_bn_changes_nothing_that_is_saved_scored_or_resumed():
-    check, seen, save = train.check_sync_bn, [], train.save_run
-    train.check_sync_bn = lambda *_: None  # in one process torch's layer falls back to plain batch norm, on the CPU too
-    train.save_run = lambda path, run, args: (seen.append(run), save(path, run, args))
-    try:
-        with folder() as f:
-            plain, synced = run(f / "a"), run(f / "b", "--sync-bn")
-            assert "--sync-bn" not in plain and " --sync-bn" in synced.splitlines()[0]
-            kinds = [{type(module) for module in each.raw_model.modules()} for each in (seen[0], seen[-1])]
-            assert nn.SyncBatchNorm not in kinds[0] and nn.SyncBatchNorm in kinds[1] and nn.BatchNorm2d not in kinds[1]
-            assert same_bits(result_of(f / "a") | {"sync_bn": True}, result_of(f / "b"))
-            assert same_bits(result_of(f / "a", "best.pt"), result_of(f / "b", "best.pt"))
-            assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
-            for name, words, said in (("a", [], ""), ("a", ["--sync-bn"], "--sync-bn: off so far, on from here on; the run goes on, but"),
-                                      ("b", ["--sync-bn"], ""), ("b", [], "--sync-bn: on so far, off from here on; the run goes on, but")):
-                code, out, err = call("--task", "ocec", "--out", f / name, "--resume", *words)
-                assert code == 0 and said in out and ("so far" in out) == bool(said), (out, err)
-            assert train.resume_command(train.parse_args(["--task", "ocec", "--sync-bn"])).endswith("--resume --sync-bn")
-    finally:
-        train.check_sync_bn, train.save_run = check, save
 
 
 def work_killed(f):
@@ -9123,57 +8999,6 @@ def test_train_two_processes_of_which_one_is_killed_end_with_a_message_and_one_p
             code, out, err = call("--task", "ocec", "--out", f / "a", "--resume")
             assert code == 0 and "number of processes: 2 so far, 1 from here on" in out, err
             assert len(result_of(f / "a")["history"]) == 61
-
-
-def work_killed_once(f):
-    """Rank 1 dies after epoch 2 of the first attempt; then, if torchrun starts it again, the same without."""
-    finish = train.finish_epoch
-
-    def dies(run, *rest):
-        finish(run, *rest)
-        if run.history[-1]["epoch"] == 2 and train.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train.finish_epoch = dies
-    words = [*TINY, "--data", str(f / "eyes.npz"), "--epochs", "4"]
-    code = train.main([*words, "--out", str(f / "a"), "--resume"])
-    if code or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        train.leave(code)
-    assert train.main([*words, "--out", str(f / "b")]) == 0
-
-
-def test_train_max_restarts_goes_on_from_last_pt_after_a_sigkill_although_rank_0_is_late():
-    with folder() as f:
-        make_npz(f / "eyes.npz")
-        printed = in_two_processes(work_killed_once, f, "--nproc-per-node", "2", "--max-restarts", "1")
-        first, again, _ = re.split("process 0 of 2 lost another one|best epoch", printed, maxsplit=2)
-        assert "--resume: there is no run in" in first and "epoch   2/4 |" in first and "epoch   2/4 |" not in again, printed
-        assert same_bits(result_of(f / "a"), result_of(f / "b"))
-        assert (f / "a" / "scores.json").read_text() == (f / "b" / "scores.json").read_text()
-
-
-def test_train_processes_started_again_meet_under_a_name_of_their_own():
-    def meets(number, late=0.0):
-        time.sleep(late)
-        train.store_of_attempt(store, number, 3).set(f"here {number}", "yes")
-
-    store = torch.distributed.HashStore()
-    for late in ((0, 0, 0.3), (0.3, 0, 0)):  # in the second attempt all keys of the first are there
-        threads = [threading.Thread(target=meets, args=each, daemon=True) for each in enumerate(late)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(timeout=20)
-        name = store.get("attempt").decode()
-        assert all(store.check([f"{name}/here {number}"]) for number in range(3)), late
-    meeting, train.MEETING = train.MEETING, datetime.timedelta(seconds=0.3)
-    try:
-        train.store_of_attempt(store, 1, 3)
-        raise AssertionError("took the name of an earlier attempt")
-    except torch.distributed.DistStoreError as error:
-        assert "rank 0 has not answered" in str(error)
-    finally:
-        train.MEETING = meeting
 
 
 def free_port():
@@ -9996,7 +9821,6 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "split_by_group": "len(split_by_group(range(10), (0.8, 0.2), seed=0)[0]) == 8",
     "shuffled_batches": "len(shuffled_batches(10, 4, seed=0, epoch=0)) == 3",
     "stratified_batches": "len(stratified_batches([0, 1] * 5, 4, seed=0, epoch=0)) == 3",
-    "read_ahead": "list(read_ahead(range(3))) == [0, 1, 2]",
     "ShuffledBatchSampler": "len(list(ShuffledBatchSampler(10, 4))) == 3",
     "StratifiedBatchSampler": "len(list(StratifiedBatchSampler([0, 1] * 5, 4))) == 3",
     "horizontal_flip": f"horizontal_flip(torch.arange(3)[None], p=1.0, {GEN}).tolist() == [[2, 1, 0]]",
@@ -10038,12 +9862,7 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
     "read_bidmc": "callable(read_bidmc)",
     "Windows": "Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]",
-    "pack_bidmc": "callable(pack_bidmc)",
-    "pack_eyes": "callable(pack_eyes)",
-    "is_packed": "not is_packed('.')",
-    "read_pack": "callable(read_pack)",
-    "NpyWriter": "callable(NpyWriter)",
-    "new_pack": "callable(new_pack)",
+    "short_digest": "short_digest([1, 'a']) != short_digest(['1a'])",
     "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
                      "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
     "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",

@@ -5,7 +5,7 @@
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit after any interruption
     $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-4     # two processes, one GPU each where there are any
     $ python train.py --task ocec --variant aggressive --help        # the task's flags with the variant's defaults
-    $ python train.py --task ocec --data eyes/ --pack packed/        # more images than memory holds: then --data packed/
+    $ python train.py --task ocec --data eyes/ --cache cache/        # more images than memory holds
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test, nothing is written
     $ python train.py --task ocec --data eyes/ --look                # the images of the first batch, augmented: runs/ocec/look.png
     $ python train.py --task ocec --eval runs/eyes/best.pt --split test
@@ -14,7 +14,7 @@
 
 One step: forward, loss, backward, unscale, clip, finite check, optimizer step, schedule, EMA, scaler update (train_epoch).
 One epoch starts from (seed, epoch, process) alone and ends in a checkpoint, so what was interrupted is replayed exactly.
-A task is one entry in TASKS: flags, variants and nine functions, with --pack one more. The loop knows no task.
+A task is one entry in TASKS: flags, variants and nine functions. The loop knows no task.
 """
 
 import argparse
@@ -40,7 +40,6 @@ import signal
 import sys
 import time
 import types
-import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -169,8 +168,6 @@ class Task:
     examples: Callable  # (model, split, args) -> how wrong it is about each row (n,), {column of examples.csv: (n,)}
     export: Callable = None  # (model, args) -> Exported: raw inputs to what `probability` gives, in torch
     #                          operations alone; None where a task has no such form
-    pack: Callable = None  # (path, folder, args) -> what it wrote into folder, in words: the data that `load` reads there from disk as
-    #                        it needs them; None where a task has no such form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,9 +257,7 @@ def unit_images(images):
 
 # A process that dies closes its connections, which the others see at once. One that lives gets this long: rank 0 may decode a data set.
 TIMEOUT = datetime.timedelta(hours=1)
-MEETING = datetime.timedelta(minutes=5)  # for all to start
-# torchrun, where it started this process, which would train on without it, while another torchrun waits for it in the end
-LAUNCHER = os.getppid()
+PARENT = os.getppid()  # torchrun, if that started this process: a process whose torchrun has died would train on without it
 
 
 def world_size():
@@ -271,29 +266,6 @@ def world_size():
 
 def rank():
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def store_of_attempt(store, number, count):
-    """The store through which the processes find each other, under a name that only those of this attempt know.
-
-    torchrun keeps one store. Processes that --max-restarts starts again would find the addresses of the dead ones in it and wait for
-    them (pytorch issue 135712; TORCHELASTIC_RESTART_COUNT is no name, it may differ between machines). Rank 0 draws a name. The others
-    take it once rank 0 has answered them under it, which nobody does any more under the name of an earlier attempt.
-    """
-    if number == 0:
-        name = uuid.uuid4().hex
-        store.set("attempt", name)
-        for other in range(1, count):
-            store.set(store.get(f"{name}/{other}").decode(), "answered")
-        return dist.PrefixStore(name, store)
-    mine, end = uuid.uuid4().hex, time.monotonic() + MEETING.total_seconds()
-    while time.monotonic() < end:
-        name = store.get("attempt").decode()
-        store.set(f"{name}/{number}", mine)
-        if store.check([mine]):
-            return dist.PrefixStore(name, store)
-        time.sleep(0.1)
-    raise dist.DistStoreError(f"rank 0 has not answered within {MEETING.total_seconds():g} s")
 
 
 @contextlib.contextmanager
@@ -308,16 +280,11 @@ def processes():
               "which sets them all, or unset WORLD_SIZE", file=sys.stderr)
         sys.exit(2)
     # the loop compares numbers on the CPU, by gloo, which sees a dead process; nccl is for the gradients
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    serves = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # in place of torchrun
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, serves, timeout=MEETING)
-        store = store_of_attempt(store, number, count)
-        store.set_timeout(TIMEOUT)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, store=store,
-                                rank=number, world_size=count)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     except RuntimeError as error:
-        print(f"train.py: stopped: process {number} of {count} did not meet the others: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: stopped: process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others: {error}",
+              file=sys.stderr, flush=True)
         leave(1)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing if rank() else sys.stdout):
         yield
@@ -496,8 +463,6 @@ def eyes_export(model, args):
         facts={"pos_weight": args.facts["pos_weight"]})
 
 
-def eyes_pack(path, folder, args):
-    return f"{data.pack_eyes(path, folder, size=args.size):,} eyes of {show(args.size)}"
 
 
 def eyes_examples(model, split, args):
@@ -553,7 +518,6 @@ OCEC = Task(
     variants={"current": EYES_CURRENT, "conservative": EYES_CONSERVATIVE, "balanced": EYES_BALANCED, "aggressive": EYES_AGGRESSIVE},
     load=eyes_load, network=eyes_network, loss=eyes_loss, probability=eyes_probability,
     evaluate=eyes_evaluate, floor=eyes_floor, predict=eyes_predict, export=eyes_export, examples=eyes_examples,
-    pack=eyes_pack,
 )
 
 
@@ -849,11 +813,6 @@ def ppg_progress():
 def ppg_recordings(path, cache, need_labels=True):
     with ppg_progress() as progress:
         return data.read_bidmc(path, cache=cache, progress=progress, need_labels=need_labels)
-
-
-def ppg_pack(path, folder, args):
-    with ppg_progress() as progress:
-        return f"{data.pack_bidmc(path, folder, progress=progress):,} recordings"
 
 
 def ppg_prepare(windows, args):
@@ -1153,8 +1112,7 @@ def ppg_task(*, bins):
         defaults=flags,
         variants={"original": PPG_ORIGINAL, "A": PPG_A, "B": PPG_B, "C": PPG_C},
         load=ppg_load, network=ppg_network, loss=ppg_loss, probability=ppg_prediction,
-        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples,
-        pack=ppg_pack)
+        evaluate=ppg_evaluate, floor=ppg_floor, predict=ppg_predict, export=ppg_export, examples=ppg_examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1170,14 +1128,9 @@ def quad_chosen(arrays, args):
     return {name: arrays[name] for name in chosen}
 
 
-def quad_refuse_cache(args):
-    if args.cache:
-        raise ValueError("--cache is not read by task quadmodal: leave it out")
-
-
 def quad_load(path, args):
-    quad_refuse_cache(args)
-    arrays, labels, groups, names, present = data.read_modalities(path) if path else data.synthetic_modalities()
+    content = data.read_modalities(path, cache=args.cache) if path else data.synthetic_modalities()
+    arrays, labels, groups, names, present = content
     arrays = quad_chosen(arrays, args)
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
     notes = [f"data: {path or 'SYNTHETIC modalities, drawn by the script: a score on them is no result'}, {len(labels):,} rows of "
@@ -1326,8 +1279,7 @@ def quad_scaler(args):
 def quad_predict(model, path, out, args):
     """An .npz with the embedding of every row."""
     refuse_folder(out)
-    quad_refuse_cache(args)
-    arrays, _, _, _, present = data.read_modalities(path, need_labels=False)
+    arrays, _, _, _, present = data.read_modalities(path, cache=args.cache, need_labels=False)
     missing = [name for name in args.facts["shapes"] if name not in arrays]
     if missing:
         raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: for rows that lack a modality give any "
@@ -1725,12 +1677,9 @@ RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict the file to write (faceparse: the "
             "folder), with --export the .pt2"),
-    "cache": ("", "folder that keeps the decoded data: images memory-mapped instead of in memory; recordings, which are otherwise kept "
-                  "beside --out"),
-    "pack": ("", "write --data, decoded, to this new folder instead of training: given as --data it trains the same, from disk, "
-                 "whatever its size"),
+    "cache": ("", "folder that keeps the decoded data: images, recordings and the arrays of an "
+                  ".npz are then memory-mapped (recordings are otherwise kept beside --out)"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
-    "sync_bn": (False, "several processes with a GPU each: batch norm over the rows of all of them, not of each"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
@@ -1834,14 +1783,15 @@ def look_of(args):
 def check_mode(args):
     """Refuse flags that this kind of call would not read, and what contradicts itself."""
     modes = {"eval": {"eval", "data", "cache", "split", "device"}, "predict": {"predict", "data", "cache", "out", "device"},
-             "export": {"export", "out"}, "pack": {"pack", "data", "size"},
-             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", "sync_bn", *LOOKS} | {look} for look in LOOKS}}
+             "export": {"export", "out"},
+             **{look: args.typed - {"out", "resume", "overwrite", "split", "debug", *LOOKS} | {look} for look in LOOKS}}
     modes["look"] |= args.typed & {"out"}
     reads = next((reads for mode, reads in modes.items() if getattr(args, mode)), args.typed - {"split"})
     for name in sorted(args.typed - reads - late_flags(args)):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and --export take the recipe "
                          "from the checkpoint, --split goes with --eval, --find-lr and its like write nothing)")
-    check_pack(args)
+    if args.cache and not (args.data or args.eval or args.resume):
+        raise ValueError("--cache is not read without --data: leave it out")
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.export and TASKS[args.task].export is None:
@@ -1859,7 +1809,7 @@ def check_mode(args):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.folds == 1 or args.fold > args.folds and not (args.resume and "folds" not in args.typed):
         raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, numbered from 1 to --folds")
-    alone = [name for name in ("eval", "predict", "export", "pack", *LOOKS) if getattr(args, name)]
+    alone = [name for name in ("eval", "predict", "export", *LOOKS) if getattr(args, name)]
     if world_size() > 1 and alone:
         raise ValueError(f"{spelled(alone[0])} runs in one process, not in {world_size()}: start it with python in place of torchrun")
 
@@ -1878,20 +1828,6 @@ def check_output(args):
     kept = [Path(each).resolve() for each in (args.predict, args.export, args.data) if each]
     if out.is_file() and (out.name in RUN_FILES or any(each in (out.resolve(), *out.resolve().parents) for each in kept)):
         raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose another --out")
-
-
-def check_pack(args):
-    """Refuse to pack what cannot be, and a cache of what needs none."""
-    packed = args.data and data.is_packed(args.data)
-    if args.pack and TASKS[args.task].pack is None:
-        able = ", ".join(name for name, task in TASKS.items() if task.pack)
-        raise ValueError(f"--pack: task {args.task} reads no packed sets, {able} do: give --data and --cache")
-    if args.pack and (packed or not args.data):
-        raise ValueError(f"--pack needs --data with what is to be packed, not {'a packed set' if packed else 'nothing'}")
-    if args.cache and not (args.data or args.eval or args.resume):
-        raise ValueError("--cache is not read without --data: leave it out")
-    if args.cache and packed:
-        raise ValueError(f"--cache is not read with the packed set {args.data}: leave it out")
 
 
 def resolve_device(name):
@@ -1930,22 +1866,13 @@ def command_line(args, names):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Write to a temporary name beside path and move it there: a reader sees the old file or the new one, never a half.
-
-    Of several processes rank 0 writes; what the others write is thrown away.
-    """
+    """data.atomic_write of rank 0; what the other processes write is thrown away."""
     if rank():
         with open(os.devnull, mode) as nothing:
             yield nothing
         return
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with data.atomic_write(path, mode) as file:
+        yield file
 
 
 def write_csv(out, header, rows):
@@ -2027,8 +1954,6 @@ def open_run_folder(args):
     """The run's folder as a path, checked before anything is read or trained; returns (folder, resume or not)."""
     folder = writable_folder(args)
     if args.resume and not (folder / "last.pt").is_file():
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # the first attempt under `torchrun --max-restarts` has nothing to resume
-            return folder, False
         raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, or give its --out")
     if (folder / "fold-1").is_dir() and not args.resume:  # the files of folds and of a single run would be taken for each other's
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
@@ -2074,7 +1999,7 @@ class StopSignal:
 
     def check(self):
         """Raises Interrupted in all processes if one of them was asked to end, Lost if the torchrun of one of them has died."""
-        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         *asked, orphans = summed([self.number == each for each in self.before] + [orphan])
         if orphans and world_size() > 1:
             raise Lost(f"torchrun has died on the machine of {orphans:.0f} of the {world_size()} processes")
@@ -2214,7 +2139,7 @@ STATEFUL = ("optimizer", "schedule", "scaler", "ema")
 def save_run(path, run, args):
     states = {name: getattr(run, name).state_dict() for name in STATEFUL if getattr(run, name) is not None}
     save_checkpoint(path, {"model": run.raw_model.state_dict(), "step": run.step, "history": run.history,
-                           "processes": world_size(), "sync_bn": args.sync_bn} | states, args)
+                           "processes": world_size()} | states, args)
 
 
 def load_run(run, content, path):
@@ -2236,14 +2161,11 @@ class LossOfBatch(nn.Module):
         return self.loss(self.network, batch, step, args)
 
 
-def share_gradients(run, *, sync_bn=False):
+def share_gradients(run):
     """From here on the backward of run.loss leaves the mean of the processes' gradients in each of them.
 
-    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has. sync_bn replaces the batch
-    norm of the network, in place: the tensors stay, with their names, and run.ema, copied before, keeps the plain one to be scored with.
+    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row has.
     """
-    if sync_bn:
-        nn.SyncBatchNorm.convert_sync_batchnorm(run.raw_model)
     if world_size() > 1:
         run.loss = nn.parallel.DistributedDataParallel(run.loss)
 
@@ -2299,7 +2221,6 @@ def train_epoch(run, split, epoch, args, stop):
     generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, 1, rank()))
     batches = plan_batches(split, epoch, args, rank(), world_size())
     drawn = (split.batch(rows, generator) for rows in batches)
-    drawn = data.read_ahead(drawn) if data.is_packed(args.data) else drawn  # what is in memory is not worth a thread
     windows = [batches[i : i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     sums, norms, seen, skipped, start = {}, [], 0, 0, time.perf_counter()
     row = {"epoch": epoch, "lr": run.schedule.get_last_lr()[0]}
@@ -3067,7 +2988,7 @@ def print_sampler(report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kinds of call: train, the looks (--find-lr and its like), --eval, --predict, --export, --pack
+# The kinds of call: train, the looks (--find-lr and its like), --eval, --predict, --export
 
 
 class Refused(Exception):
@@ -3082,15 +3003,6 @@ def refusals():
             yield
     except (ValueError, OSError, ImportError, NonFinite) as error:
         raise Refused(error) from error
-
-
-def check_sync_bn(network, device):
-    """Refuse --sync-bn, before training, where torch has none (it needs CUDA and several processes) or there is nothing to convert."""
-    if world_size() == 1 or torch.device(device).type != "cuda":
-        raise ValueError(f"--sync-bn takes batch norm over several processes with a GPU each, here over {world_size()} on {device}: leave "
-                         "it out, or start torchrun with several processes where there are GPUs")
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        raise ValueError("--sync-bn: this network has 0 layers of batch norm, there is nothing to convert: leave it out")
 
 
 def check_compile(device):
@@ -3152,10 +3064,8 @@ def prepare(args):
                          f"give --batch-size {-(-args.batch_size // world_size()) * world_size()}")
     args.device = resolve_device(args.device)
     warn_slow_amp(args)
-    given = [name for name in ("sync_bn", look_of(args)) if name and getattr(args, name)]
-    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *given]), flush=True)
-    if args.resume and not content:
-        print(f"--resume: there is no run in {folder} yet, starting afresh under torchrun")
+    look = [look_of(args)] if look_of(args) else []
+    print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *look]), flush=True)
     for turn in (0, 1):  # what rank 0 writes to a cache the others read
         with together():
             if turn == min(rank(), 1):
@@ -3177,8 +3087,6 @@ def prepare(args):
     steps_per_epoch = -(-len(batches) // args.accumulate)
     run = build(args, steps_per_epoch, None if content else pretrained_encoder(args))  # a resumed run has its own weights
     run.floor, run.steps_per_epoch, run.told = floor, steps_per_epoch, set()
-    if args.sync_bn:
-        check_sync_bn(run.raw_model, args.device)
     check_one_row_batch(run, sets, batches, args)
     if args.compile and not look_of(args):
         check_compile(args.device)
@@ -3187,9 +3095,6 @@ def prepare(args):
         if content["processes"] != world_size():
             print(f"number of processes: {content['processes']} so far, {world_size()} from here on; the run goes on, but not bit for bit "
                   f"as it would have over {content['processes']}")
-        if content.get("sync_bn", False) != args.sync_bn:  # a file from before the flag was written without
-            print(f"--sync-bn: {'off' if args.sync_bn else 'on'} so far, {'on' if args.sync_bn else 'off'} from here on; the run goes on, "
-                  "but not bit for bit")
         if best_row(run.history, args) and not (folder / "best.pt").is_file():
             raise ValueError(f"{folder / 'best.pt'} is missing, the best epoch is lost: start again with --overwrite")
         if (folder / "best.pt").is_file():
@@ -3256,7 +3161,6 @@ def write_examples(folder, model, split, names, args):
 def resume_command(args):
     """The command that goes on with a run, or with all of a run's folds."""
     kept = [word for name in ("device", "cache") if name in args.typed for word in (f"--{name}", getattr(args, name))]
-    kept += ["--sync-bn"] * args.sync_bn
     return f"{launcher()} " + shlex.join(["train.py", "--task", args.task, "--out", args.home, "--resume", *kept])
 
 
@@ -3273,7 +3177,7 @@ def train(run, sets, folder, args):
         print(f"what learns nothing scores on the {len(sets.validation):,} validation rows:\n{score_table(run.floor)}", flush=True)
     try:
         with StopSignal() as stop, peers():
-            share_gradients(run, sync_bn=args.sync_bn)
+            share_gradients(run)
             if args.debug:
                 keep_output(run, sets.train)
             fit(run, sets, args, folder, best_constant(run.floor), stop)
@@ -3523,9 +3427,6 @@ def carry_out(argv):
         args = parse_args(argv)
         if args.eval or args.predict or args.export:
             apply_checkpoint(args)
-            return 0
-        if args.pack:
-            print(f"{TASKS[args.task].pack(args.data, args.pack, args)} in {args.pack}: give that as --data")
             return 0
     if look_of(args):
         args.fold = args.fold or min(args.folds, 1)
