@@ -2,8 +2,8 @@
 
 What is here
     splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them, bucketed_batches,
-                         sampler_report, read_ahead
-    packed sets          pack_eyes, pack_bidmc, is_packed, read_pack, NpyWriter: sets larger than memory
+                         sampler_report
+    files and cache      atomic_write, write_npy, decode_once, unpack_once: sets larger than memory
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
     faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
                          sides_reversed, swap_labels, FaceSplit
@@ -26,12 +26,10 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
     [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import functools
 import hashlib
-import json
 import lzma
 import math
 import os
@@ -254,194 +252,121 @@ def sampler_report(batches, labels):
         "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
 
 
-def read_ahead(batches):
-    """The same batches in the same order, each made in a background thread while the one before it is being used.
-
-    One thread, one batch ahead: whatever random numbers `batches` draws, it draws in its own order. It must not share a generator
-    with the loop that uses them, such as torch's default one. The thread sees the same current GPU, but neither autocast nor
-    no_grad of the loop: batches are data. It ends with the batches, or when the loop is left and lets go of this generator, after
-    the batch that is under way at most.
-
-    batches  an iterable whose work lies in the iteration, such as (split.batch(rows) for rows in plan)
-    Errors: what `batches` raises is raised here, when its turn has come
-    Check:  list(read_ahead(range(3))) == [0, 1, 2]
-    """
-    iterator, end = iter(batches), object()
-    # CUDA's current device is a matter of each thread: process 1 of torchrun would gather on GPU 0
-    gpu = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if torch.cuda.is_initialized() else {}
-    with concurrent.futures.ThreadPoolExecutor(1, "read_ahead", **gpu) as thread:
-        ahead = thread.submit(next, iterator, end)
-        while (batch := ahead.result()) is not end:
-            ahead = thread.submit(next, iterator, end)
-            yield batch
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed sets: what was decoded, as .npy files that are memory-mapped, for sets larger than memory
-#
-#     folder/pack.json    {"format": 1, "kind": "eyes", "size": [32, 64], "files": {"images.npy": CRC-32, ...}}
-#     folder/*.npy        eyes: images, labels, names and, if known, groups; recordings: see pack_bidmc
-#
-# The readers of such data take this folder for the data itself.
-
-
-class NpyWriter:
-    """An .npy file to which rows are appended, of a set larger than memory or of unknown length; `with` closes it.
-
-    Written and not memory-mapped, because a disk that is full is an OSError then, and a bus error that ends the process otherwise.
-
-    row_shape  of one row, () for numbers
-    Check:     np.load gives the concatenated rows, of the given type
-    """
-
-    def __init__(self, file, dtype, row_shape=()):
-        self.dtype, self.row_shape, self.rows = np.dtype(dtype), tuple(row_shape), 0
-        self.stream = open(file, "wb")
-        self.write_header()
-
-    def write_header(self):
-        # numpy leaves room in the header for the number of rows to grow, so the second one is as long as the first
-        np.lib.format.write_array_header_1_0(self.stream, {"descr": self.dtype.str, "fortran_order": False,
-                                                           "shape": (self.rows, *self.row_shape)})
-
-    def append(self, rows):
-        self.stream.write(np.ascontiguousarray(rows, dtype=self.dtype))
-        self.rows += len(rows)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self.stream:
-            self.stream.seek(0)
-            self.write_header()
-
-
-def file_checksum(file):
-    """CRC-32 of a file, read in blocks: of one on a fast disk about 1 GB/s."""
-    checksum = 0
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+# Files and cache: what was decoded once lies in .npy files, which are memory-mapped
 
 
 @contextlib.contextmanager
-def new_pack(folder, about):
-    """Gives a temporary folder beside `folder` to write .npy files into; at the end it gets pack.json and becomes `folder`.
+def atomic_write(path, mode="wb"):
+    """A file to write to: under a temporary name beside path, moved there at the end.
 
-    What breaks off leaves no `folder`; a kill leaves the temporary one, which has no pack.json and is no packed set.
-
-    Errors: ValueError if `folder` holds anything, or if the folder that it is to lie in does not exist
-    Needs:  file_checksum
+    A reader sees the old file or the new one, never a half; an error leaves the old one.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already holds something: choose a folder that is new or empty")
-    if not folder.parent.is_dir():
-        raise ValueError(f"{folder}: the folder {folder.parent} does not exist; create it, or choose another one")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
-        yield temporary
-        files = {file.name: file_checksum(file) for file in sorted(temporary.glob("*.npy"))}
-        (temporary / "pack.json").write_text(json.dumps({"format": 1} | about | {"files": files}, indent=1))
-        os.replace(temporary, folder)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
-def is_packed(path):
-    """Whether a path is the folder of a packed set, whole or not."""
-    return (Path(path) / "pack.json").is_file()
+def write_npy(path, dtype, row_shape, pieces):
+    """Write arrays, one below the other, as one .npy file; only one of them is in memory at a time.
 
+    It is written and not memory-mapped: a full disk is an OSError then, and otherwise a bus error,
+    which ends the process.
 
-def read_pack(folder, kind):
-    """What pack.json says of a packed set, and its arrays by name, memory-mapped: they take no memory of the process.
-
-    Each file is read through once, for its checksum: less than an epoch does with it.
-
-    kind    "eyes" or "recordings"
-    returns a dict, and {name: array}; a changed array does not change its file
-    Errors: ValueError naming the file for one that is missing, cut off or damaged, and for a set of another kind
-    Needs:  file_checksum
+    row_shape  shape of one row, () for numbers
+    pieces     iterable of arrays (k, *row_shape), of any lengths k
+    Check:     np.load gives the concatenated pieces, of the given type
+    Needs:     atomic_write
     """
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "pack.json").read_text())
-        found, files = (about["format"], about["kind"]), about["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'pack.json'} is damaged ({error!r}): pack the set again") from error
-    if found != (1, kind):
-        raise ValueError(f"{folder} holds {found[1]} in format {found[0]}, not {kind} in format 1: give the data of this task, or pack "
-                         "them again")
-    for name, checksum in files:
-        if not (folder / name).is_file() or file_checksum(folder / name) != checksum:
-            raise ValueError(f"{folder / name} is missing, cut off or damaged: copy it again, or pack the set again")
-    # "c", copy on write: torch warns of tensors that cannot be written to
-    return about, {Path(name).stem: np.load(folder / name, mmap_mode="c", allow_pickle=False) for name, _ in files}
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
+    rows = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype=dtype))
+            rows += len(piece)
+        file.seek(0)
+        # numpy leaves room for a larger number of rows: this header is as long as the first
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, *row_shape)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eyes: one contiguous uint8 array, labels, groups, names
+def map_npy(path):
+    """An .npy file, memory-mapped: a change of the array does not change the file."""
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
 
 
-def pack_eyes(path, folder, *, size):
-    """Write the eyes that read_eyes reads from path as a packed set, a chunk of images at a time; returns how many.
-
-    An .npz is read whole, as read_eyes reads it: a set larger than memory comes as a folder of images.
-
-    Errors: ValueError of read_eyes, or if `folder` holds anything
-    Needs:  new_pack, read_eyes
-    """
-    with new_pack(folder, {"kind": "eyes", "size": list(size)}) as temporary:
-        _, labels, groups, names = read_eyes(path, size=size, cache=temporary)
-        [images] = temporary.iterdir()
-        images.rename(temporary / "images.npy")
-        for name, values in {"labels": labels, "names": np.array(names), "groups": groups}.items():
-            if values is not None:
-                np.save(temporary / f"{name}.npy", values)
-    return len(names)
+def file_stamps(files, root):
+    """(name, size, time) of every file: a cache is kept as long as they stay the same."""
+    for file in files:
+        stat = file.stat()
+        yield str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
 
 
-def read_packed_eyes(folder, size):
-    """The set of pack_eyes as read_eyes returns it, names as an array. Needs: read_pack"""
-    about, arrays = read_pack(folder, "eyes")
-    if tuple(about["size"]) != tuple(size):
-        packed, asked = ("x".join(map(str, each)) for each in (about["size"], size))
-        raise ValueError(f"{folder} holds images of {packed}, not of {asked}: ask for {packed}, or pack the set again with {asked}")
-    return torch.from_numpy(arrays["images"]), arrays["labels"], arrays.get("groups"), arrays["names"]
+def short_digest(parts):
+    """16 characters that tell one sequence of values from another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
-    """One contiguous uint8 array of this shape from load(start, stop); with `cache`, once per key, then memory-mapped. Needs: NpyWriter"""
+    """One uint8 tensor of this shape from load(start, stop), in pieces; with `cache` memory-mapped.
+
+    key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
+    Needs: map_npy, short_digest, write_npy
+    """
     chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
     if not cache:
         images = torch.empty(shape, dtype=torch.uint8)
         for rows in chunks:
             images[rows] = load(rows.start, rows.stop)
         return images
-    digest = hashlib.sha256(repr((shape, key)).encode()).hexdigest()[:16]
-    file = Path(cache) / f"{kind}-{digest}.npy"
+    file = Path(cache) / f"{kind}-{short_digest([shape, *key])}.npy"
     if file.exists():
         try:
-            kept = np.load(file, mmap_mode="c", allow_pickle=False)
+            kept = map_npy(file)
             if kept.dtype == np.uint8 and kept.shape == tuple(shape):
                 return torch.from_numpy(kept)
-            error = f"{kept.dtype} {kept.shape}"
-        except (ValueError, OSError, EOFError) as what:
-            error = what
-        warnings.warn(f"{file} cannot be read ({error}): it is decoded again")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            problem = f"{kept.dtype} {kept.shape}"
+        except (ValueError, OSError, EOFError) as error:
+            problem = error
+        warnings.warn(f"{file} cannot be read ({problem}): it is decoded again")
+    write_npy(file, np.uint8, shape[1:], (load(rows.start, rows.stop).numpy() for rows in chunks))
+    return torch.from_numpy(map_npy(file))
+
+
+def unpack_once(path, name, cache):
+    """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
+
+    Errors: ValueError for an array that is damaged or no plain numbers
+    Needs:  atomic_write, file_stamps, map_npy, short_digest
+    """
+    file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
     try:
-        with NpyWriter(temporary, np.uint8, shape[1:]) as writer:
-            for rows in chunks:
-                writer.append(load(rows.start, rows.stop).numpy())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)  # still there only if an image could not be read
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            whole = file.exists() and file.stat().st_size == member.file_size
+            if file.exists() and not whole:
+                warnings.warn(f"{file} has not the size of {name!r} in {path}: unpacked again")
+            if not whole:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, atomic_write(file) as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+        return map_npy(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays: {name!r} is damaged or "
+                         f"holds objects ({error}): save it again with numpy.savez") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eyes: one contiguous uint8 array, labels, groups, names
 
 
 def read_image(path):
@@ -929,46 +854,6 @@ def cutmix(inputs, targets, *, alpha, generator):
 # Breathing and heart rate: recordings, windows, labels
 
 
-def pack_bidmc(folder, packed, *, progress=None):
-    """Write the recordings that read_bidmc reads as a packed set, one recording at a time; returns how many.
-
-    Each field of all recordings is one array, end to end; ends.npy (recordings, fields) says where those of a recording end.
-
-    Errors: ValueError of read_bidmc, or if `packed` holds anything
-    Needs:  BIDMC_FIELDS, list_bidmc_files, read_bidmc_recording, new_pack, NpyWriter
-    """
-    _, names = list_bidmc_files(folder)
-    with new_pack(packed, {"kind": "recordings"}) as temporary, contextlib.ExitStack() as stack:
-        writers = {field: stack.enter_context(NpyWriter(temporary / f"{field}.npy", kind)) for field, kind in BIDMC_FIELDS.items()}
-        numbers, patients, ends = [], [], []
-        for i, name in enumerate(names):
-            if progress:
-                progress(f"packing {name} ({i + 1} of {len(names)})")
-            recording = read_bidmc_recording(Path(folder), name)
-            for field, writer in writers.items():
-                writer.append(recording[field])
-            numbers.append(recording["number"])
-            patients.append(recording["patient"])
-            ends.append([writer.rows for writer in writers.values()])
-        for name, values in {"number": numbers, "patient": patients, "ends": ends}.items():
-            np.save(temporary / f"{name}.npy", np.array(values))
-        stack.close()  # before new_pack looks at the files
-    return len(names)
-
-
-def read_packed_bidmc(packed, *, need_labels=True):
-    """The list that read_bidmc gives, of slices of the memory-mapped arrays of pack_bidmc. Needs: BIDMC_FIELDS, read_pack"""
-    _, arrays = read_pack(packed, "recordings")
-    fields = list(BIDMC_FIELDS) if need_labels else ["ppg"]
-    columns = [list(BIDMC_FIELDS).index(field) for field in fields]
-    recordings, start = [], np.zeros(len(BIDMC_FIELDS), dtype=np.int64)
-    for number, patient, end in zip(arrays["number"].tolist(), arrays["patient"].tolist(), arrays["ends"]):
-        parts = {field: np.asarray(arrays[field])[start[k] : end[k]] for field, k in zip(fields, columns)}
-        recordings.append({"number": number, "patient": patient} | parts)
-        start = end
-    return recordings
-
-
 def standardise(windows):
     """Each window by itself to mean 0 and sd 1; a flat one becomes 0. The scale of a PPG says nothing: it is set per recording.
 
@@ -1217,22 +1102,6 @@ def encode_png(pixels, palette=None):
     chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
     content = b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     return b"\x89PNG\r\n\x1a\n" + content
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """A file to write to: under a temporary name beside path, moved there at the end.
-
-    A reader sees the old file or the new one, never a half; an error leaves the old one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):

@@ -1339,17 +1339,15 @@ class SetEncoder(nn.Module):
         self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points) for _ in range(levels))
         self.norm = nn.LayerNorm(width)
 
-    def pooled(self, x, mask):
-        """Embedded elements of padded sets (s, n, width), mask bool (s, n), some of each row True, to the means of the sets (s, width)."""
-        for level in self.levels:
-            x = level(x, mask)
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
     def forward(self, elements, sizes):
-        x, chunks = self.embed(elements), sets_by_size(sizes)
-        means = torch.cat([self.pooled(x[index], mask) for _, index, mask in chunks])
+        x, chunks, means = self.embed(elements), sets_by_size(sizes), []
+        for _, index, mask in chunks:
+            y = x[index]
+            for level in self.levels:
+                y = level(y, mask)
+            means.append((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         order = torch.cat([sets for sets, _, _ in chunks])
-        return self.norm(means[order.argsort()])
+        return self.norm(torch.cat(means)[order.argsort()])
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
@@ -1421,7 +1419,7 @@ class SetSequenceEncoder(nn.Module):
     def events(self, inputs):
         """(E, 2 * variables): value times unit vector, and the unit vector."""
         unit = F.one_hot(inputs["variables"], self.variables).to(inputs["values"].dtype)
-        return torch.cat([inputs["values"][..., None] * unit, unit], -1)
+        return torch.cat([inputs["values"][:, None] * unit, unit], 1)
 
     def sequence(self, latent, inputs):
         """Latent vectors of the sets, packed (S, width), to hidden states (B, T, width)."""
@@ -1429,10 +1427,7 @@ class SetSequenceEncoder(nn.Module):
         present = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         pad = lambda x: x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(
             present.reshape(*present.shape, *[1] * (x.ndim - 1)), x)
-        return self.hidden(pad(latent), pad(minutes))
-
-    def hidden(self, latent_btc, minutes_bt):
-        """The causal transformer: latent vectors of padded stays (B, T, width), in the order of their minutes, to hidden states."""
+        latent_btc, minutes_bt = pad(latent), pad(minutes)
         gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
         x = latent_btc + sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc) + self.gap(
             log_time_buckets(gaps, buckets=self.buckets))
@@ -1440,20 +1435,6 @@ class SetSequenceEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
-
-    def padded(self, variables, values, minutes):
-        """What forward makes of stays that come padded; no shape hangs on a number in them, as torch.export needs it.
-
-        Shape:  variables int64 (B, T, N), -1 where there is no event, values (B, T, N), minutes (B, T)  ->  (B, T, width); the sets of a
-                stay stand in front, none of them empty; what values and minutes hold where there is no event plays no role
-        """
-        event = variables >= 0
-        present = event.any(-1)
-        values, minutes = values.masked_fill(~event, 0.0), minutes.masked_fill(~present, 0.0)
-        x = self.sets.embed(self.events({"variables": variables.clamp(min=0), "values": values}))
-        readable = event | ~present[..., None]  # behind the end of a stay sets read their padding: softmax over nothing is NaN
-        means = self.sets.pooled(x.flatten(0, 1), readable.flatten(0, 1))
-        return self.hidden(self.mu(self.sets.norm(means)).unflatten(0, minutes.shape), minutes)
 
     def forward(self, inputs):
         return self.sequence(self.mu(self.sets(self.events(inputs), inputs["sizes"])), inputs)
@@ -1539,16 +1520,8 @@ class StrongestEvents(nn.Module):
         self.embed = nn.Sequential(nn.Linear(features + 1, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width))
         self.norm = nn.LayerNorm(width)
 
-    def each(self, events, minutes):
-        """What the maximum is taken of: (..., features) and (...) -> (..., width)."""
-        return self.embed(torch.cat([events, (minutes / self.longest)[..., None]], -1))
-
-    def padded(self, events, minutes, mask):
-        """The same of stays that come padded: (B, T, N, features), (B, T, N) and bool (B, T, N) -> (B, width), NaN without any event."""
-        return self.norm(self.each(events, minutes).masked_fill(~mask[..., None], -math.inf).amax((1, 2)))
-
     def forward(self, events, minutes, counts):
-        x = self.each(events, minutes)
+        x = self.embed(torch.cat([events, (minutes / self.longest)[:, None]], 1))
         stay = torch.arange(len(counts), device=x.device).repeat_interleave(counts)[:, None].expand_as(x)
         return self.norm(x.new_zeros(len(counts), x.shape[1]).scatter_reduce(0, stay, x, "amax", include_self=False))
 
@@ -1581,23 +1554,11 @@ class SeqSetClassifier(nn.Module):
 
     def features(self, inputs):
         """What the encoder tells the head, (B, 2 * width): of a frozen encoder the same in every epoch."""
-        return self.states(self.encoder(inputs), inputs["lengths"])
-
-    def states(self, hidden, lengths):
-        """Mean and last of the first `lengths` (B,) of the hidden states (B, T, width): (B, 2 * width)."""
+        hidden, lengths = self.encoder(inputs), inputs["lengths"]
         present = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         mean = (hidden * present[..., None]).sum(1) / lengths[:, None]
-        return torch.cat([mean, hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]], 1)
-
-    def padded(self, variables, values, minutes):
-        """The logits of stays that come padded, as SetSequenceEncoder.padded takes them; NaN for one without any event."""
-        event = variables >= 0
-        states = self.states(self.encoder.padded(variables, values, minutes), event.any(-1).sum(1))
-        if self.strongest is not None:
-            events = self.encoder.events({"variables": variables.clamp(min=0), "values": values})
-            strongest = self.strongest.padded(events, minutes[..., None].expand(variables.shape), event)
-            states = torch.cat([self.scale * states, strongest], 1)
-        return self.head(states).squeeze(1)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        return torch.cat([mean, last], 1)
 
     def forward(self, inputs):
         states = self.features(inputs)

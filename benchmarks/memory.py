@@ -1,39 +1,28 @@
-"""Resident memory of a whole run (load, diagnosis, one epoch, scores, test) on a packed set that grows a hundredfold, and in memory.
+"""Memory of a whole run (load, one epoch, scores, test) on sets that grow a hundredfold.
 
-    $ OMP_NUM_THREADS=1 python benchmarks/memory.py          # Linux; needs 5 GB of disk in the temporary folder and 5 minutes
+    $ OMP_NUM_THREADS=1 python benchmarks/memory.py            # Linux; 6 GB of disk, 25 minutes
+    $ OMP_NUM_THREADS=1 python benchmarks/memory.py --quick    # does the script still run? 1 minute
 
-A set of --pack is repeated 1, 10 and 100 times, each time with new groups, and trained on for one epoch by a tiny network, each in a
-fresh process. Every 20 ms a thread reads /proc/self/status there. anon is the highest RssAnon: the memory of the process, which the
-kernel cannot take back. file is the highest RssFile: pages of mapped files, those of torch's libraries too, which the kernel drops
-when it needs room. "in memory" trains on the same eyes as an .npz. What still grows with the rows are labels, groups and order:
-"a row" is the growth of anon from the smallest to the largest set, in bytes per row (an eye has 6,144 bytes, a window 2,000 of its own).
+Tiny networks train for one epoch, each in a fresh process. `build` is the run that makes the cache,
+`mapped` the next one with the same cache, `no cache` a run without --cache (recordings always have
+one). Every 20 ms a thread reads /proc/self/status. anon is the highest RssAnon: the memory of the
+process, which the kernel cannot take back. file is the highest RssFile: pages of mapped files,
+those of torch's libraries too, which the kernel drops when it needs room. The larger set repeats
+the rows of the smaller one, under other groups.
 
-Last result, torch 2.13.0+cpu, 2 cores, 1 thread, others at work beside it (load about 3.5: the speeds say little):
-
-    eyes, packed               3,000 rows   anon    353 MB   file    127 MB    3,964 rows/s      6 s
-    eyes, in memory            3,000 rows   anon    332 MB   file    109 MB    4,642 rows/s      6 s
-    eyes, packed              30,000 rows   anon    413 MB   file    284 MB    4,444 rows/s     14 s
-    eyes, in memory           30,000 rows   anon    564 MB   file    108 MB    4,670 rows/s     15 s
-    eyes, packed             300,000 rows   anon    679 MB   file  1,867 MB    3,774 rows/s     96 s
-    eyes, in memory          300,000 rows   anon  3,717 MB   file    109 MB    4,482 rows/s     93 s
-    eyes, packed: 1,151 bytes a row
-    recordings, packed         1,130 rows   anon    252 MB   file    108 MB   13,074 rows/s      4 s
-    recordings, packed        11,300 rows   anon    259 MB   file    129 MB   18,781 rows/s      8 s
-    recordings, packed       113,000 rows   anon    283 MB   file    335 MB   21,569 rows/s     33 s
-    recordings, packed: 292 bytes a row
-
-A hundred times the eyes took 1.9 times the memory on disk, 11 times in memory. numpy and Python allocate about 300 bytes a row for labels,
-groups and order; the rest of the growth was not traced, freed memory that train.tune_allocator keeps is part of it.
 """
 
 import argparse
 import contextlib
 import io
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,54 +31,90 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 
-TIMES = (1, 10, 100)
-EYES = "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0 --crop 0 --mixup 0".split()
-RUN = "--val-ratio 0.2 --train-ratio 0.6 --epochs 1 --device cpu".split()  # 512 validation rows and more: a full chunk
-HEART = "--task bidmc_hr --width 8 --depth 1 --heads 1 --bins 16 --batch-size 256".split()
+RUN = "--epochs 1 --device cpu --train-ratio 0.6 --val-ratio 0.2 --test-ratio 0.2"
+COMMANDS = {
+    "eyes .npz": "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0",
+    "eyes folder": "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0",
+    "faces .npz": "--task faceparse --size 64 --width 4 --batch-size 16 --photometric 0",
+    "modalities .npz": "--task quadmodal --width 8 --heads 1 --hidden 8 --embed 4 --tokens 2",
+    "recordings": "--task bidmc_hr --width 8 --depth 1 --heads 1 --bins 16 --batch-size 256",
+}
+ROWS = {"eyes .npz": 3000, "eyes folder": 300, "faces .npz": 100, "modalities .npz": 600,
+        "recordings": 10}
 
 
-def repeat(pack, kind, times, folder):
-    """A packed set `times` times over, as another one: groups, patients and numbers are new each time."""
-    about, arrays = data.read_pack(pack, kind)
-    shared = {"groups", "patient", "number", "ends"}
-    with data.new_pack(folder, {key: about[key] for key in about if key not in ("format", "files")}) as temporary:
-        for name in arrays.keys() - shared:
-            with data.NpyWriter(temporary / f"{name}.npy", arrays[name].dtype, arrays[name].shape[1:]) as writer:
-                for _ in range(times):
-                    writer.append(arrays[name])
-        for name in arrays.keys() & shared:
-            old = arrays[name]
-            if name == "ends":
-                new = np.concatenate([old + k * old[-1] for k in range(times)])
-            elif name == "number":
-                new = np.arange(1, times * len(old) + 1)
-            else:
-                new = np.array([f"{each}-{k}" for k in range(times) for each in old])
-            np.save(temporary / f"{name}.npy", new)
+def repeated_npz(path, arrays, times):
+    """An .npz of arrays, `times` times over, one copy at a time in memory; groups are renamed."""
+    member = path.with_suffix(".member")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            pieces = (array for _ in range(times))
+            if name == "groups":
+                pieces = [np.array([f"{group}-{k:03d}" for group in array]) for k in range(times)]
+                array = pieces[0]
+            data.write_npy(member, array.dtype, array.shape[1:], pieces)
+            archive.write(member, f"{name}.npy")
+    member.unlink()
 
 
-def eyes_npz(pack, file):
-    _, arrays = data.read_pack(pack, "eyes")
-    np.savez(file, images=arrays["images"].transpose(0, 2, 3, 1), labels=arrays["labels"], groups=arrays["groups"])
+def eyes_folder(path, images, labels, times):
+    """Eyes as PNG files, each with `times` names."""
+    for name in ("closed", "open"):
+        (path / name).mkdir(parents=True)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        folder = path / ("closed", "open")[label]
+        (folder / f"{i}-0.png").write_bytes(data.encode_png(image))
+        for k in range(1, times):
+            os.link(folder / f"{i}-0.png", folder / f"{i}-{k}.png")
 
 
-def write_recordings(folder, n, seconds):
-    """n synthetic recordings as PhysioNet writes them."""
-    folder.mkdir()
-    for each in data.synthetic_ppg(n, seconds=seconds):
-        name = f"{folder}/bidmc_{each['number']:02d}"
-        marks = np.full((2, max(len(each["breaths"]), len(each["breaths_2"]))), np.nan)
-        marks[0, : len(each["breaths"])], marks[1, : len(each["breaths_2"])] = each["breaths"], each["breaths_2"]
-        for table, columns, values in (
-                ("Signals", "PLETH", each["ppg"]),
-                ("Numerics", "Time [s],HR,PULSE", np.stack([each[k] for k in ("time", "hr", "pulse")], 1)),
-                ("Breaths", "breaths ann1 [signal sample no],breaths ann2 [signal sample no]", marks.T)):
-            np.savetxt(f"{name}_{table}.csv", values, delimiter=",", header=columns, comments="")
-        Path(f"{name}_Fix.txt").write_text(f"MIMIC II matched wdb ID: {each['patient']}\n")
+def write_recordings(path, recordings, times):
+    """Recordings as PhysioNet writes them, `times` times over, each time of other patients."""
+    path.mkdir()
+    for i, recording in enumerate(recordings):
+        marks = [recording["breaths"], recording["breaths_2"]]
+        breaths = np.full((max(map(len, marks)), 2), np.nan)
+        for column, samples in enumerate(marks):
+            breaths[: len(samples), column] = samples
+        numerics = np.stack([recording[name] for name in ("time", "hr", "pulse")], 1)
+        marked = "breaths ann1 [signal sample no],breaths ann2 [signal sample no]"
+        tables = {"Signals": ("PLETH", recording["ppg"]), "Breaths": (marked, breaths),
+                  "Numerics": ("Time [s],HR,PULSE", numerics)}
+        for k in range(times):
+            name = f"bidmc_{k * len(recordings) + i + 1:04d}"
+            patient = f"{recording['patient']}_{k}"
+            (path / f"{name}_Fix.txt").write_text(f"MIMIC II matched wdb ID: {patient}\n")
+            for table, (columns, values) in tables.items():
+                first, file = path / f"bidmc_{i + 1:04d}_{table}.csv", path / f"{name}_{table}.csv"
+                if k:
+                    os.link(first, file)
+                else:
+                    np.savetxt(file, values, "%.7g", delimiter=",", header=columns, comments="")
+
+
+def write_set(kind, path, rows, times):
+    """A set of `rows` drawn rows, `times` times over."""
+    if kind == "recordings":
+        write_recordings(path, data.synthetic_ppg(rows, seconds=240), times)
+    elif kind == "modalities .npz":
+        arrays, labels, groups, names, _ = data.synthetic_modalities(rows)
+        labels = np.array(names)[labels]
+        repeated_npz(path, arrays | {"labels": labels, "groups": groups}, times)
+    elif kind == "faces .npz":
+        images, masks, _ = data.synthetic_faces(rows, size=(128, 128))
+        images = images.permute(0, 2, 3, 1).numpy()
+        repeated_npz(path, {"images": images, "masks": masks.numpy()}, times)
+    else:
+        images, labels, groups, _ = data.synthetic_eyes(rows)
+        images = images.permute(0, 2, 3, 1).numpy()
+        if kind == "eyes folder":
+            eyes_folder(path, images, labels, times)
+        else:
+            repeated_npz(path, {"images": images, "labels": labels, "groups": groups}, times)
 
 
 def child(words):
-    """Train in this process; print the rows, the peaks of RssAnon and RssFile in MB, and rows per second."""
+    """Train in this process; print the rows and the peaks of RssAnon and RssFile in MB."""
     peaks, done = {"RssAnon": 0, "RssFile": 0}, threading.Event()
 
     def watch():
@@ -108,48 +133,61 @@ def child(words):
     finally:
         done.set()
         thread.join()
-    text = printed.getvalue()
-    rows = sum(int(part.split()[0].replace(",", "")) for part in text.split(" | ")[1].split(", ") if part) if code == 0 else 0
-    speed = text.split("rows/s")[0].split()[-1] if code == 0 else "0"
-    print(code, rows, peaks["RssAnon"] / 1024, peaks["RssFile"] / 1024, speed)
+    if code:
+        sys.exit(code)
+    sizes = printed.getvalue().split(" | ")[1].split(", ")  # such as "1,800 train, 600 validation"
+    rows = sum(int(size.split()[0].replace(",", "")) for size in sizes)
+    print(rows, peaks["RssAnon"] / 1024, peaks["RssFile"] / 1024)
 
 
-def measure(title, words, folder):
+def measure(title, words, out):
+    """Train in a fresh process; returns the peak of its own memory in MB."""
     start = time.perf_counter()
-    call = [sys.executable, __file__, "--child", *words, *RUN, "--out", str(folder / "run"), "--overwrite"]
-    result = subprocess.run(call, capture_output=True, text=True)
-    code, rows, anon, file, speed = result.stdout.split() if result.returncode == 0 else sys.exit(result.stderr)
-    if code != "0":
-        sys.exit(result.stderr)
-    print(f"    {title:<22} {int(rows):>9,} rows   anon {float(anon):>6,.0f} MB   file {float(file):>6,.0f} MB   "
-          f"{float(speed):>6,.0f} rows/s   {time.perf_counter() - start:>4.0f} s", flush=True)
-    return int(rows), float(anon)
+    words = [*words, *RUN.split(), "--out", out, "--overwrite"]
+    command = [sys.executable, __file__, "--child", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
+    rows, anon, file = map(float, result.stdout.split())
+    print(f"    {title:<26} {rows:>9,.0f} rows   anon {anon:>6,.0f} MB   file {file:>6,.0f} MB"
+          f"   {time.perf_counter() - start:>4.0f} s", flush=True)
+    return anon
+
+
+def compare(kind, rows, times, calls, folder):
+    """Measure a set and the one that is `times` times as large; print how much the memory grew."""
+    peaks = {}
+    for repeats in (1, times):
+        path, cache = folder / f"set-{repeats}.npz", folder / "cache"
+        write_set(kind, path, rows, repeats)
+        words = [*COMMANDS[kind].split(), "--data", path]
+        for call in calls:
+            more = [] if call == "no cache" else ["--cache", cache]
+            peak = measure(f"{kind}, {call}", [*words, *more], folder / "runs" / "run")
+            peaks.setdefault(call, []).append(peak)
+        shutil.rmtree(cache)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    growth = ", ".join(f"{call} {large / small:.2f}" for call, (small, large) in peaks.items())
+    print(f"    {kind}: {times} times the rows take so many times the memory: {growth}", flush=True)
 
 
 def main():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        images, labels, groups, _ = data.synthetic_eyes(3000)
-        np.savez(folder / "eyes.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels, groups=groups)
-        data.pack_eyes(folder / "eyes.npz", folder / "eyes", size=(32, 64))
-        write_recordings(folder / "csv", 10, 480)
-        data.pack_bidmc(folder / "csv", folder / "recordings")
-        for kind, words in (("eyes", EYES), ("recordings", HEART)):
-            found = []
-            for times in TIMES:
-                repeat(folder / kind, kind, times, folder / f"{kind}-{times}")
-                found.append(measure(f"{kind}, packed", [*words, "--data", str(folder / f"{kind}-{times}")], folder))
-                if kind == "eyes":
-                    eyes_npz(folder / f"eyes-{times}", folder / "big.npz")
-                    measure("eyes, in memory", [*words, "--data", str(folder / "big.npz")], folder)
-                    (folder / "big.npz").unlink()
-            (first, low), (last, high) = found[0], found[-1]
-            print(f"    {kind}, packed: {(high - low) * 2**20 / (last - first):,.0f} bytes a row", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(COMMANDS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny sets, twice the rows")
+    args = parser.parse_args()
+    for kind in args.kinds or (["eyes .npz", "recordings"] if args.quick else COMMANDS):
+        rows, times = (max(10, ROWS[kind] // 5), 2) if args.quick else (ROWS[kind], 100)
+        calls = ["build", "mapped"]
+        if kind != "recordings" and not args.quick:  # recordings always have a cache
+            calls.append("no cache")
+        with tempfile.TemporaryDirectory() as folder:
+            compare(kind, rows, times, calls, Path(folder))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2:])
     else:
-        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         main()

@@ -2,7 +2,6 @@
 
 import hashlib
 import lzma
-import os
 import re
 import warnings
 import zipfile
@@ -15,7 +14,6 @@ import data
 
 
 BIDMC_HZ = 125  # samples per second of the PPG
-BIDMC_FIELDS = {"ppg": "float32", "breaths": "int64", "breaths_2": "int64", "time": "float64", "hr": "float64", "pulse": "float64"}
 ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}  # recording numbers, the rest trains
 
 
@@ -25,10 +23,11 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
         bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1 and ann2
         bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second    bidmc_NN_Fix.txt       the patient
 
-    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by recording. A folder of pack_bidmc
-    gives the same list, of arrays that are memory-mapped.
+    Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by
+    recording.
 
-    cache        a folder: what was parsed is kept there as one .npz, parsed once per content of the files
+    cache        a folder: what was parsed is kept there, parsed once per content of the files, and
+                 the signals are memory-mapped
     progress     progress(text) is called before each recording that is parsed
     need_labels  False: the signals are enough; number, patient (the name of the recording where _Fix.txt is missing) and ppg
     returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2 int64, the marks of the
@@ -36,35 +35,31 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a number, NaN in PLETH.
     """
     folder = Path(folder)
-    if data.is_packed(folder):
-        return data.read_packed_bidmc(folder, need_labels=need_labels)
     files, names = list_bidmc_files(folder)
-    if cache:
-        digest = hashlib.sha256(repr((2, need_labels)).encode())  # raise the 2 when the parsing changes
-        for file in files:
-            digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-        kept = Path(cache) / f"bidmc-{digest.hexdigest()[:16]}.npz"
-        if kept.exists():
-            try:
-                return read_bidmc_cache(kept, names)
-            except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
-    recordings = []
-    for i, name in enumerate(names):
-        if progress:
-            progress(f"reading {name} ({i + 1} of {len(names)})")
-        recordings.append(read_bidmc_recording(folder, name, need_labels=need_labels))
-    if cache:
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+
+    def parse():
+        for i, name in enumerate(names):
+            if progress:
+                progress(f"reading {name} ({i + 1} of {len(names)})")
+            yield read_bidmc_recording(folder, name, need_labels=need_labels)
+
+    if not cache:
+        return list(parse())
+    contents = [f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    digest = data.short_digest([3, need_labels, *contents])  # raise the 3 when the parsing changes
+    kept = Path(cache) / f"bidmc-{digest}.npz"
+    if kept.exists():
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as stream:
-                np.savez(stream, **{f"{name}/{field}": value for name, recording in zip(names, recordings)
-                                    for field, value in recording.items()})
-            os.replace(temporary, kept)
-        except OSError as error:
-            warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they will be parsed again")
-    return recordings
+            return read_bidmc_cache(kept)
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
+    try:
+        write_bidmc_cache(kept, parse())
+    except OSError as error:
+        warnings.warn(f"the parsed recordings cannot be kept in {cache} ({error}): they are parsed "
+                      "again, into memory")
+        return list(parse())
+    return read_bidmc_cache(kept)
 
 
 def list_bidmc_files(folder):
@@ -76,14 +71,38 @@ def list_bidmc_files(folder):
     return files, names
 
 
-def read_bidmc_cache(file, names):
-    """The recordings that read_bidmc kept in an .npz."""
-    recordings = {name: {} for name in names}
+def write_bidmc_cache(file, recordings):
+    """Write recordings one at a time: the signals end to end into an .npy, the rest into an .npz.
+
+    """
+    rest = {}
+
+    def signals():
+        for i, recording in enumerate(recordings):
+            for field, value in recording.items():
+                rest[f"{i}/{field}"] = len(value) if field == "ppg" else value
+            yield recording["ppg"]
+
+    data.write_npy(file.with_suffix(".ppg.npy"), np.float32, (), signals())
+    with data.atomic_write(file) as stream:
+        np.savez(stream, **rest)
+
+
+def read_bidmc_cache(file):
+    """The recordings of write_bidmc_cache, whose signals are memory-mapped."""
+    recordings, start = {}, 0
     with np.load(file, allow_pickle=False) as archive:
         for entry in archive.files:
-            name, field = entry.split("/")
+            i, field = entry.split("/")
             value = archive[entry]
-            recordings[name][field] = value if value.ndim else value.item()
+            recordings.setdefault(i, {})[field] = value if value.ndim else value.item()
+    signals = np.asarray(data.map_npy(file.with_suffix(".ppg.npy")))
+    for recording in recordings.values():
+        stop = start + recording["ppg"]  # so far the number of samples
+        recording["ppg"] = signals[start:stop]
+        start = stop
+    if start != len(signals):
+        raise ValueError(f"{len(signals)} samples instead of {start}")
     return list(recordings.values())
 
 

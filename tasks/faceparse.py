@@ -43,7 +43,7 @@ def read_faces(path, *, size, cache=""):
     An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with antialiasing); masks are
     kept as they are, so that a prediction can be scored at their own resolution.
 
-    cache   a folder: the decoded arrays are kept there as .npy and memory-mapped, decoded once per content
+    cache   a folder: images and masks are kept there in .npy files and memory-mapped, decoded once
     returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
     Errors: ValueError naming the file for an image without a mask or the reverse, another size than that of its image or of
             the other masks, an RGB mask, an id of 19 or more other than 255, a file that cannot be read; ImportError with the
@@ -53,21 +53,25 @@ def read_faces(path, *, size, cache=""):
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an .npz file")
     if path.is_file():
-        arrays, masks = read_faces_npz(path)
+        arrays, masks = read_faces_npz(path, cache=cache)
         names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
-        key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)]
-        images = data.decode_once(lambda start, stop: data.resize_uint8(arrays[start:stop], size), (len(names), 3, *size), key=key, cache=cache,
-                             kind="faces")
+
+        def resized(start, stop):
+            return data.resize_uint8(arrays[start:stop], size)
+
+        key = data.file_stamps([path], path.parent)
+        images = data.decode_once(resized, (len(names), 3, *size), key=key, cache=cache, kind="faces")
         return images, masks, names
 
     files, mask_files = list_face_files(path)
-    stamps = lambda paths: [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(file)[None], size) for file in files[start:stop]])
-    images = data.decode_once(load, (len(files), 3, *size), key=stamps(files), cache=cache, kind="faces", chunk=16)
+    key = data.file_stamps(files, path)
+    images = data.decode_once(load, (len(files), 3, *size), key=key, cache=cache, kind="faces", chunk=16)
     shape = read_mask(mask_files[0], files[0]).shape
     load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
         mask_files[start:stop], files[start:stop])])
-    masks = data.decode_once(load, (len(files), *shape), key=stamps(mask_files + files), cache=cache, kind="masks", chunk=16)
+    key = data.file_stamps(mask_files + files, path)
+    masks = data.decode_once(load, (len(files), *shape), key=key, cache=cache, kind="masks", chunk=16)
     return images, masks, [file.stem for file in files]
 
 
@@ -137,21 +141,26 @@ def read_mask(path, image=None, shape=None):
 
 def check_face_ids(masks, where):
     """ValueError for an id other than 0..18 and 255."""
-    wrong = masks[(masks > 18) & (masks != 255)]
+    # 64 at a time: masks that are memory-mapped may not fit into memory
+    chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
+    wrong = np.concatenate([chunk[(chunk > 18) & (chunk != 255)] for chunk in chunks])
     if wrong.size:
         raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not count; got {wrong.max()} in {wrong.size} "
                          "pixels")
 
 
-def read_faces_npz(path, *, need_masks=True):
+def read_faces_npz(path, *, cache="", need_masks=True):
     """Images and masks (None without need_masks) of an .npz file, checked.
 
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in ("images", "masks") if name in file}
+            present = [name for name in ("images", "masks") if name in file]
+            content = {} if cache else {name: file[name] for name in present}
     except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
+    for name in present if cache else ():
+        content[name] = data.unpack_once(path, name, cache)
     images, masks = content.get("images"), content.get("masks")
     if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or 0 in images.shape:
         raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "

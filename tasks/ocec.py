@@ -33,11 +33,10 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
         folder/open/*.png, folder/closed/*.png          (also 1/ and 0/)
         folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no headers
         file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1, optional groups (n,)
-        folder of pack_eyes    memory-mapped, for sets larger than memory
         folder of images       only with need_labels=False, for prediction
 
-    size    (height, width) every image is resized to (bilinear with antialiasing); a packed set has been already
-    cache   a folder: the decoded images are kept there as one .npy and memory-mapped, decoded once per content
+    size    (height, width) every image is resized to (bilinear with antialiasing)
+    cache   a folder: the images are kept there in .npy files and memory-mapped, decoded once
     returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None, names: list of n str
     Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape, NaN, or not 0 / 1;
             ImportError with the install command when image files need Pillow and it is missing.
@@ -45,30 +44,33 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder of eye images or an .npz file")
-    if data.is_packed(path):
-        return data.read_packed_eyes(path, size)
     if path.is_file():
-        arrays, labels, groups = read_eyes_npz(path, need_labels=need_labels)
+        arrays, labels, groups = read_eyes_npz(path, cache=cache, need_labels=need_labels)
         names = [f"{path.name}#{i}" for i in range(len(arrays))]
         load = lambda start, stop: data.resize_uint8(arrays[start:stop], size)
     else:
         names, labels, groups = list_eye_files(path, need_labels=need_labels)
         load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(path / name)[None], size) for name in names[start:stop]])
-    files = [path] if path.is_file() else [path / name for name in names]
-    key = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = [path] if path.is_file() else (path / name for name in names)
+    key = data.file_stamps(files, path.parent)
     images = data.decode_once(load, (len(names), 3, *size), key=key, cache=cache)
     return images, labels, groups, names
 
 
-def read_eyes_npz(path, *, need_labels=True):
-    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes."""
+def read_eyes_npz(path, *, cache="", need_labels=True):
+    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes.
+
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labels", "groups") if name in archive}
             present = archive.files
+            names = ("labels", "groups") if cache else ("images", "labels", "groups")
+            arrays = {name: archive[name] for name in names if name in present}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "images=..., labels=...), no objects") from error
+    if cache and "images" in present:
+        arrays["images"] = data.unpack_once(path, "images", cache)
     for name in ("images", "labels") if need_labels else ("images",):
         if name not in arrays:
             raise ValueError(f"{path} has no array {name!r}, it holds {present}")

@@ -24,7 +24,7 @@ from tasks.common import (
     show, split_checksum, split_note, split_rows)
 
 
-def read_modalities(path, *, need_labels=True):
+def read_modalities(path, *, cache="", need_labels=True):
     """Read samples that several sensors saw: an .npz with one array per modality, as many as there are and of any names.
 
         NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W) videos; integers or floats
@@ -32,6 +32,7 @@ def read_modalities(path, *, need_labels=True):
         labels        (n,) integers from 0, or strings, which are numbered in the order of label_names or else sorted
         label_names   optional, one string per class        groups  optional, (n,): the person or recording of each sample
 
+    cache        a folder: the modalities are kept there in .npy files and memory-mapped
     need_labels  False: labels and label_names are not read, for prediction
     returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None, groups (n,) or None,
             label_names: list of str, present {NAME: bool (n,)}, all True where the file does not say
@@ -42,13 +43,19 @@ def read_modalities(path, *, need_labels=True):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file: give an .npz with one array per modality, labels, and optionally label_names, groups")
+    small = ("labels", "label_names", "groups")
     unread = () if need_labels else ("labels", "label_names")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            content = {name: np.asarray(archive[name]) for name in archive.files if name not in unread}
+            stored = [name for name in archive.files if name not in unread]
+            read = {name: archive[name] for name in stored if not cache or name in small
+                    or name.startswith("present_")}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
                          "NAME=..., labels=...), no objects") from error
+    content = {}
+    for name in stored:
+        content[name] = np.asarray(read[name] if name in read else data.unpack_once(path, name, cache))
     labels, names, groups = (content.pop(name, None) for name in ("labels", "label_names", "groups"))
     masks = {name: content.pop(name) for name in list(content) if name.startswith("present_")}
     if not content:

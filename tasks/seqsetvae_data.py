@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import re
 import warnings
 import zipfile
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+import data
 
 
 STAY_VARIABLES = (
@@ -76,13 +77,11 @@ def read_stays(path, *, cache="", need_outcomes=True):
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
             warnings.warn(f"{kept} cannot be read ({error}): the stays are parsed again")
     stays = parse_stays(files, outcomes, other)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
+        with data.atomic_write(kept) as stream:
             nested = {f"{name}/{key}": value for name in ("severity", "left_out") for key, value in stays[name].items()}
             np.savez(stream, **nested, **{name: value for name, value in stays.items() if not isinstance(value, dict)})
-        os.replace(temporary, kept)
     except OSError as error:
         warnings.warn(f"the parsed stays cannot be kept in {cache} ({error}): they will be parsed again")
     return stays

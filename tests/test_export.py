@@ -1,0 +1,169 @@
+"""Tests of export."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import train
+from tasks import bidmc_data
+from tests.helpers import (
+    call, faces_npz, folder, lived_in, make_npz, MODAL, near, PPG, ppg_folder, quad_npz, STAYS,
+    stays_folder, TINY)
+
+
+LOAD = """
+import sys, torch
+for path in sys.argv[1:]:
+    model = torch.export.load(path + "/net.pt2").module()
+    torch.save([model(inputs) for inputs in torch.load(path + "/inputs", weights_only=True)], path + "/outputs")
+assert not any(name in sys.modules for name in ("train", "models", "data"))
+"""
+
+
+def untrained(path, *words):
+    """best.pt of drawn weights in a new folder, as a run would leave it -> its network, args and data."""
+    args = train.parse_args([str(word) for word in words])
+    args.device = "cpu"
+    sets = train.task_of(args).load(args.data, args)
+    args.facts = sets.facts
+    model = lived_in(train.task_of(args).network(args))
+    path.mkdir(parents=True)
+    train.save_checkpoint(path / "best.pt", {"model": model.state_dict()}, args)
+    return model, args, sets
+
+
+def export(path, task, *words):
+    code, out, err = call("--task", task, "--export", path / "best.pt", "--out", path / "net.pt2", *words)
+    assert code == 0, err
+    return out
+
+
+def eyes_exported(f, path, *words):
+    """The case of one exported network: inputs of all rows, and the function from rows to the task's own numbers."""
+    model, args, sets = untrained(path, *TINY, "--data", make_npz(f / "eyes.npz"), *words)
+    export(path, "ocec")
+    split = sets.test
+    images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
+    return {"images": images}, lambda rows: train.eyes_probability(model(split.batch(rows)["inputs"]), args)
+
+
+def faces_exported(f, path, *words):
+    model, args, sets = untrained(path, "--task", "faceparse", "--data", faces_npz(f / "faces.npz"), *words)
+    export(path, "faceparse", "--tta")
+    args.tta = True
+    split = sets.test
+    images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
+    return {"images": images}, lambda rows: train.faces_probability(train.faces_logits(model, split.batch(rows)["inputs"], args), args)
+
+
+def ppg_exported(f, path, *words):
+    model, args, _ = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
+    export(path, args.task)
+    recordings = bidmc_data.read_bidmc(f / "bidmc")
+    raw = bidmc_data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"][:]
+    windows, _, prepare = train.ppg_windows(recordings, args, None)
+    split = bidmc_data.PPGSplit(windows, np.arange(len(raw)), prepare)
+    return {"ppg": raw}, lambda rows: train.ppg_prediction(model(split.batch(rows)["inputs"]), args)
+
+
+def quad_exported(f, path):
+    """Three kinds of modality, one of integers and one a clock in float64, absent rows of NaN."""
+    def change(arrays):
+        arrays["present_sensor"] = np.arange(240) % 3 > 0
+        arrays["sensor"][~arrays["present_sensor"]] = math.nan
+        arrays["clock"] = 1.7e9 + np.random.default_rng(0).normal(size=(240, 2))
+        arrays["image"] = np.random.default_rng(1).integers(0, 256, (240, 3, 9, 9), dtype=np.uint8)
+
+    model, args, sets = untrained(path, *MODAL, "--data", quad_npz(f / "quad.npz", change=change))
+    export(path, "quadmodal")
+    split = sets.test
+    inputs = {name: torch.from_numpy(array[split.rows]) for name, array in split.arrays.items()}
+    inputs |= {f"present_{name}": torch.from_numpy(split.present[name][split.rows]) for name in split.arrays}
+
+    def own(rows):
+        batch = split.batch(rows)
+        return train.quad_probability(model(batch["inputs"], batch["present"], encoded=batch["encoded"]), args)
+
+    return inputs, own
+
+
+def test_train_exported_networks_give_the_numbers_of_their_task_without_this_script():
+    """For 1 row, for 3 and for all; in a process that cannot import the repository."""
+    with folder() as f, torch.no_grad():
+        cases = {
+            "eyes": lambda path: eyes_exported(f, path),
+            "eyes-tokens": lambda path: eyes_exported(f, path, "--block", "inverted_se", "--head", "transformer"),
+            "faces": lambda path: faces_exported(f, path, "--size", "16", "--width", "4"),
+            "faces-segformer": lambda path: faces_exported(f, path, "--size", "32", "--network", "segformer"),
+            "heart": lambda path: ppg_exported(f, path, "--task", "bidmc_hr", "--seconds", "10", "--inputs", "waveform", "--reduce", "3"),
+            "breath": lambda path: ppg_exported(f, path, "--task", "bidmc_rr", "--bins", "16"),
+            "quad": lambda path: quad_exported(f, path)}
+        if torch.__version__ < "2.6":
+            del cases["breath"]  # its FFT cannot be exported there, which is refused
+        own = {}
+        for name, case in cases.items():
+            inputs, numbers = case(f / "runs" / name)
+            counts = (1, 3, len(next(iter(inputs.values()))))
+            torch.save([{key: each[-n:] for key, each in inputs.items()} for n in counts], f / "runs" / name / "inputs")
+            own[name] = [numbers(np.arange(counts[-1] - n, counts[-1])) for n in counts]
+        done = subprocess.run([sys.executable, "-I", "-c", LOAD, *cases], cwd=f / "runs", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for name, expected in own.items():
+            for ours, theirs in zip(expected, torch.load(f / "runs" / name / "outputs", weights_only=True), strict=True):
+                assert theirs.dtype == torch.float32 and not theirs.requires_grad and ours.shape == theirs.shape, name
+                assert near(theirs.double(), ours.double(), 1e-6), (name, (theirs - ours).abs().max())
+            assert expected[-1].std(0).max() > 1e-4, name  # rows differ
+
+
+def test_train_export_describes_itself_and_prints_the_lines_that_load_it():
+    with folder() as f:
+        inputs, numbers = eyes_exported(f, f / "run")
+        out = export(f / "run", "ocec")
+        lines = out.split("to use it, without this script:\n")[1]
+        known = {"images": inputs["images"]}
+        exec("\n".join(line.strip() for line in lines.splitlines()), known)
+        assert near(known["prob_open"], numbers(np.arange(len(inputs["images"]))), 1e-6)
+        files = {"about.json": ""}
+        torch.export.load(f / "run" / "net.pt2", extra_files=files)
+        about = json.loads(files["about.json"])
+    assert about["inputs"]["images"] | {"is": ""} == {"type": "uint8", "shape": ["rows", 12, 20, 3], "is": ""}
+    assert about["output"] == {"prob_open": {"type": "float32", "shape": ["rows"], "is": "probability that the eye is open"}}
+    assert about["task"] == "ocec" and about["recipe"]["channels"] == 8 and about["facts"]["pos_weight"] > 0
+
+
+def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_nothing():
+    with folder() as f:
+        untrained(f / "eyes", *TINY, "--data", make_npz(f / "eyes.npz"))
+        untrained(f / "ppg", *PPG, "--data", ppg_folder(f), "--mode", "pretrain")
+        untrained(f / "stays-run", *STAYS, "--data", stays_folder(f), "--mode", "pretrain")
+        before = {path: path.stat().st_mtime_ns for path in f.rglob("*")}
+        eyes, out = ["--task", "ocec", "--export", f / "eyes" / "best.pt"], ["--out", f / "net.pt2"]
+        for message, words in [
+            ("predicts no rate", ["--task", "bidmc_hr", "--export", f / "ppg" / "best.pt", *out]),
+            ("task seqsetvae cannot be exported: apply its checkpoint with --predict",
+             ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", *out]),
+            ("is a checkpoint of task ocec, not of faceparse", ["--task", "faceparse", *eyes[2:], *out]),
+            ("absent.pt does not exist", [*eyes[:3], f / "absent.pt", *out]),
+            ("does not exist; create it", [*eyes, "--out", f / "absent" / "net.pt2"]),
+            ("whose name ends in .pt2", [*eyes, "--out", f / "net.pt"]), ("whose name ends in .pt2", eyes),
+            ("--device is not read by this call", [*eyes, *out, "--device", "cpu"]),
+            ("--lr is not read by this call", [*eyes, *out, "--lr", "1"]),
+        ]:
+            code, _, err = call(*words)
+            assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
+        whole = torch.export.export
+
+        def without_fft(*_, **__):  # as torch 2.4 does
+            raise torch._subclasses.fake_tensor.UnsupportedOperatorException(torch.ops.aten._fft_r2c.default)
+
+        try:
+            torch.export.export = without_fft
+            code, _, err = call(*eyes, *out)
+        finally:
+            torch.export.export = whole
+        assert code == 2 and "cannot export aten._fft_r2c.default, which this network uses" in err, err
+        assert {path: path.stat().st_mtime_ns for path in f.rglob("*")} == before

@@ -1,0 +1,223 @@
+"""Tests of house."""
+
+import ast
+import re
+import sys
+
+import train
+from tests.helpers import (
+    HERE)
+
+
+LIFTABLE = ("models", "losses", "schedulers", "data", "ema")
+
+
+def test_project_modules_import_only_torch_numpy_and_the_standard_library():
+    for name in LIFTABLE:
+        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for root in (each.split(".")[0] for each in names):
+                inside = node.col_offset > 0 and root == "PIL"  # the one optional extra, imported in the function that needs it
+                assert inside or root in ("torch", "numpy") or root in sys.stdlib_module_names, (name, root)
+
+
+SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
+
+GEN = "generator=torch.Generator().manual_seed(0)"
+
+ONE_STAY = ("dict(first_set=np.array([0, 1]), first_event=np.array([0, 1]), minutes=np.zeros(1), variables=np.zeros(1, int), "
+            "values=np.full(1, 50))")
+
+THREE_SETS = ("dict(variables=torch.tensor([0, 3, 3, 1]), values=torch.ones(4), sizes=torch.tensor([1, 2, 1]), "
+              "minutes=torch.tensor([0.0, 5, 9]), lengths=torch.tensor([2, 1]))")
+
+USES = {  # an expression that is true, for every name in README's table and more
+    "WarmupCosine": "WarmupCosine(None, 10).lr_at(0, 1.0) == 1",
+    "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
+    "Cyclic": f"Cyclic({SGD}, base_lr=0.1, max_lr=0.5, steps_up=4).get_last_lr() == [0.1]",
+    "Plateau": f"Plateau({SGD}).step(3.0) is None",
+    "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), "
+               "lambda m, x: m(x).square().mean(), [torch.ones(4, 2)], num_steps=20)) == 3",
+    "ema_decay": "ema_decay(8, 0.999) == 0.5",
+    "EMA": "EMA(torch.nn.Linear(2, 1)).update(torch.nn.Linear(2, 1)) is None",
+    "focal_label_smooth_ce": "focal_label_smooth_ce(torch.zeros(3), torch.ones(3)) > 0",
+    "FocalLabelSmoothCE": "FocalLabelSmoothCE()(torch.zeros(3, 4), torch.arange(3)) > 0",
+    "dice_loss": "dice_loss(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) < 0.34",
+    "DiceLoss": "DiceLoss(per='batch')(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) < 0.34",
+    "ce_dice_loss": "ce_dice_loss(torch.zeros(1, 2, 4), torch.ones(1, 4).long(), gamma=2.0)[1]['dice'] < 0.34",
+    "CEDiceLoss": "CEDiceLoss()(torch.zeros(1, 2, 4), torch.ones(1, 4).long()) > 1.19",
+    "median_frequency_weights": "median_frequency_weights([1, 4, 16]).tolist() == [2, 1, 0.5]",
+    "confusion_matrix": "confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2).tolist() == [[1, 1], [0, 1]]",
+    "f_score_per_image": "len(f_score_per_image(np.ones((3, 2, 2)))) == 3",
+    "f_score_pooled": "f_score_pooled([[2, 0], [0, 3]]).tolist() == [1, 1]",
+    "mean_iou": "mean_iou([[3, 1], [0, 4]]) == 0.775",
+    "auto_pos_weight": "auto_pos_weight([0, 0, 0, 1]) == 3",
+    "supcon_loss": "abs(supcon_loss(torch.ones(32, 8), torch.arange(32) % 4) - 3.4340) < 1e-4",
+    "supcon_bounds": "supcon_bounds([0, 0, 0]) == (math.log(2), math.log(2))",
+    "mean_cosine": "mean_cosine([[1, 0], [2, 0]]) == 1",
+    "knn_predict": "knn_predict([[1, 0], [0, 1]], [7, 9], [[3, 1]], k=1) == 7",
+    "knn_accuracy": "knn_accuracy([[1, 0], [0, 1]], [7, 9], [[3, 1]], [7], k=1) == 1",
+    "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
+    "ridge_predict": "ridge_predict([[0], [1], [2], [9]], [3, 3, 3, 5], [[5], [6]]).tolist() == [3, 5]",
+    "kl_to_standard_normal": "kl_to_standard_normal(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [1.5, 1.5]",
+    "set_costs": "set_costs(torch.tensor([[[1.0, 0]]]), torch.tensor([[[0.0, 1], [2, 0]]])).tolist() == [[[7, 4]]]",
+    "chamfer": "chamfer(torch.tensor([[[1.0, 0]]]), torch.tensor([[[2.0, 0]]]), y_mask=torch.ones(1, 1).bool()).tolist() == [8]",
+    "logistic_predict": "logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]]) < 0",
+    "bootstrap_ranking": "np.nanmin(bootstrap_ranking([2.0, 1.0], [1, 0])['auroc']) == 1",
+    "ranking_interval": "ranking_interval([2.0, 1.0], [1, 0], versus=[2, 1])['auprc_high'] == 0",
+    "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",
+    "average_precision": "average_precision([2.0, 1.0], [1, 0]) == 1",
+    "binary_report": "binary_report([2.0, -1.0], [1, 0])['f1'] == 1",
+    "binary_floor": "binary_floor([1, 1, 0, 0])['auroc'] == 0.5",
+    "split_by_group": "len(split_by_group(range(10), (0.8, 0.2), seed=0)[0]) == 8",
+    "shuffled_batches": "len(shuffled_batches(10, 4, seed=0, epoch=0)) == 3",
+    "stratified_batches": "len(stratified_batches([0, 1] * 5, 4, seed=0, epoch=0)) == 3",
+    "ShuffledBatchSampler": "len(list(ShuffledBatchSampler(10, 4))) == 3",
+    "StratifiedBatchSampler": "len(list(StratifiedBatchSampler([0, 1] * 5, 4))) == 3",
+    "horizontal_flip": f"horizontal_flip(torch.arange(3)[None], p=1.0, {GEN}).tolist() == [[2, 1, 0]]",
+    "photometric_distort": f"photometric_distort(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), p=1.0, {GEN}).shape == (1, 3, 4, 4)",
+    "clahe": "clahe(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 3, 8, 8)",
+    "random_affine": f"random_affine(torch.zeros(1, 3, 8, 8), {GEN}, masks=torch.zeros(1, 16, 16).long())[1].shape == (1, 8, 8)",
+    "color_jitter": f"color_jitter(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), strength=0.2, {GEN}).shape == (1, 3, 4, 4)",
+    "affine": "affine(torch.ones(1, 3, 8, 8), torch.ones(1), torch.ones(1)).shape == (1, 3, 8, 8)",
+    "swap_labels": "swap_labels(torch.tensor([4, 5, 6]), ((4, 5),)).tolist() == [5, 4, 6]",
+    "sides_reversed": "sides_reversed(torch.tensor([[[4, 0, 5]]]), ((4, 5),)).tolist() == [1]",
+    "encode_png": "len(encode_png(np.zeros((2, 2), np.uint8))) > 50",
+    "read_faces": "callable(read_faces)",
+    "FaceSplit": "FaceSplit(torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2, 16, 16).byte(), [0, 1], pairs=((4, 5),), augment=dict("
+                 "degrees=9, zoom=1.5, crop=1, flip='swap', jitter=1, photometric=1, mixup=1, cutmix=1)).batch([0, 1], torch.Generator())"
+                 "['targets'].shape == (2, 19, 8, 8)",
+    "bootstrap_interval": "bootstrap_interval([1, 1]) == (1, 1)",
+    "random_crop": f"random_crop(torch.zeros(1, 3, 8, 8), padding=2, {GEN}).shape == (1, 3, 8, 8)",
+    "mixup": f"mixup(torch.zeros(3, 2), torch.ones(3), alpha=0.4, {GEN})[1].tolist() == [1, 1, 1]",
+    "cutmix": f"cutmix(torch.zeros(3, 1, 4, 4), torch.ones(3), alpha=1.0, {GEN})[1].tolist() == [1, 1, 1]",
+    "synthetic_eyes": "synthetic_eyes(4, size=(8, 8))[0].shape == (4, 3, 8, 8)",
+    "EyeSplit": "EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict.fromkeys("
+                "['flip', 'clahe', 'crop', 'photometric', 'mixup', 'cutmix'], 1)).batch(np.arange(2), torch.Generator())"
+                "['targets'].tolist() == [1, 1]",
+    "synthetic_faces": "synthetic_faces(3, size=(16, 24))[1].shape == (3, 16, 24)",
+    "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
+    "check_parameter_limit": "check_parameter_limit(torch.nn.Linear(3, 2)) is None and FACE_PARAMETER_LIMIT == 1_821_085",
+    "check_stride_fits": "check_stride_fits((64, 96), 32) is None",
+    "ReducedAttention": "ReducedAttention(8, reduction=2)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "MixMLP": "MixMLP(8)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "SegFormerLayer": "SegFormerLayer(8, reduction=2)(torch.zeros(2, 4, 6, 8)).shape == (2, 4, 6, 8)",
+    "SegFormerStage": "SegFormerStage(3, 8, kernel=3, stride=2, layers=1, reduction=2)(torch.zeros(2, 3, 8, 12)).shape == (2, 8, 4, 6)",
+    "AllMLPDecoder": "AllMLPDecoder((4, 6), 8)([torch.zeros(2, 4, 4, 4), torch.zeros(2, 6, 2, 2)]).shape == (2, 8, 4, 4)",
+    "LMSA": "LMSA(8)(torch.zeros(2, 8, 4, 6)).shape == (2, 8, 4, 6)",
+    "MicroSegFormer": "MicroSegFormer()(torch.zeros(2, 3, 32, 64)).shape == (2, 19, 32, 64)",
+    "DilatedBlock": "DilatedBlock(8, dilation=2)(torch.zeros(2, 8, 4, 6)).shape == (2, 8, 4, 6)",
+    "UpBlock": "UpBlock(8, 4)(torch.zeros(2, 8, 2, 3), torch.zeros(2, 4, 4, 6)).shape == (2, 4, 4, 6)",
+    "FaceCNN": "FaceCNN()(torch.zeros(2, 3, 32, 64)).shape == (2, 19, 32, 64)",
+    "flip_average": "flip_average(nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 6), ((1, 2),)).shape == (2, 4, 4, 6)",
+    "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
+    "read_bidmc": "callable(read_bidmc)",
+    "Windows": "Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]",
+    "short_digest": "short_digest([1, 'a']) != short_digest(['1a'])",
+    "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
+                     "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
+    "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",
+    "read_modalities": "callable(read_modalities)",
+    "check_modalities": "check_modalities({'a': np.ones((2, 3))}, {'present_a': np.ones(2, bool)}, 'here')['a'].all()",
+    "check_class_labels": "check_class_labels(np.array(['b', 'a', 'a', 'b']), None, 'here')[1] == ['a', 'b']",
+    "channel_statistics": "channel_statistics(np.array([[1.0], [5.0]]), [0, 1])[1].tolist() == [2]",
+    "ModalSplit": "ModalSplit({'a': np.ones((4, 3, 2))}, [0, 1, 1, 0], [2, 3], scaler={'a': (torch.ones(2), torch.ones(2))}, noise=1, "
+                  f"scale=0.5, shift=1).batch([0], {GEN})['targets'].tolist() == [1]",
+    "bucketed_batches": "len(bucketed_batches([3, 1, 2, 9, 5], 2, seed=0, epoch=0)) == 3",
+    "read_stays": "callable(read_stays)",
+    "parse_stays": "callable(parse_stays)",
+    "pack_stays": "pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])['first_event'].tolist() == [0, 1, 2]",
+    "gather_ranges": "gather_ranges(np.array([0, 2, 2, 5]), [2, 0]).tolist() == [2, 3, 4, 0, 1]",
+    "event_scaler": f"event_scaler({ONE_STAY}, [0])['mean'][0] == 50",
+    "scale_events": "scale_events([0, 0], [5, 9], dict(low=[0], high=[8], mean=[4], sd=[2])).tolist() == [0.5, 2]",
+    "stay_statistics": f"stay_statistics({ONE_STAY}, [0], {dict.fromkeys(('low', 'high', 'mean', 'sd'), [1] * 41)}).shape == (1, 123)",
+    "StaySplit": f"StaySplit({ONE_STAY} | dict(labels=np.ones(1), ids=np.ones(1)), [0], drop_events=0.5, scaler=dict(low=[0], high=[99], "
+                 f"mean=[48], sd=[2])).batch([0], {GEN})['inputs']['values'].tolist() == [1]",
+    "synthetic_stays": "len(synthetic_stays(4)['ids']) == 4",
+    "synthetic_modalities": "synthetic_modalities(24)[0]['sensor'].shape == (24, 64, 6)",
+    "regression_report": "regression_report([12, 20], [14, 18])['mae'] == 2",
+    "respiratory_signals": "respiratory_signals(torch.randn(2, 500), 31.25).shape == (2, 3, 500)",
+    "band_spectrum": "band_spectrum(torch.randn(2, 500), 31.25, (0.1, 0.6), 8).shape == (2, 8)",
+    "time_stretch": f"time_stretch(torch.zeros(2, 9), torch.ones(2), limit=1.2, {GEN})[0].shape == (2, 9)",
+    "ppg_inputs": "ppg_inputs(torch.randn(2, 500), 31.25, kind='spectrum', rate='rr').shape == (2, 3, 64)",
+    "PPGSplit": "len(PPGSplit(dict(inputs=torch.zeros(4, 9), labels=np.ones(4), ceiling=np.ones(4), groups=np.ones(4)), [1, 2], None,"
+                " stretch=2)) == 2",
+    "load_backbone": "load_backbone(m := nn.Linear(1, 1), {f'encoder.{k}': v for k, v in m.state_dict().items()})['scalars'] == 2",
+    "freeze_backbone": "callable(freeze_backbone)",
+    "train_mode": "train_mode(nn.Linear(1, 1)) is None",
+    "PPGEncoder": "PPGEncoder()(torch.zeros(2, 1, 12)).shape == (2, 3, 64)",
+    "PPGRegressor": "PPGRegressor(PPGEncoder())(torch.zeros(2, 1, 12)).shape == (2,)",
+    "MaskedPatchModel": "MaskedPatchModel(PPGEncoder())(torch.zeros(2, 1, 12), torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 3, 4)",
+    "count_parameters": "count_parameters(torch.nn.Linear(3, 2)) == 8",
+    "grid_positions": "grid_positions(2, 3, 8).shape == (6, 8)",
+    "strided_cnn": "strided_cnn(3, (9, 9), width=8)(torch.zeros(2, 3, 9, 9)).shape == (2, 8, 2, 2)",
+    "VectorTokens": "VectorTokens(5, width=8)(torch.zeros(2, 5)).shape == (2, 4, 8)",
+    "SequenceTokens": "SequenceTokens(channels=3, patch=4, width=8)(torch.zeros(2, 9, 3)).shape == (2, 2, 8)",
+    "ImageTokens": "ImageTokens(3, (16, 24), width=8)(torch.zeros(2, 3, 16, 24)).shape == (2, 6, 8)",
+    "VideoTokens": "VideoTokens(3, (16, 24), width=8)(torch.zeros(2, 5, 3, 16, 24)).shape == (2, 5, 8)",
+    "modality_encoder": "modality_encoder((7,), width=8)(torch.zeros(2, 7)).shape == (2, 4, 8)",
+    "ModalityReadout": "ModalityReadout(8, heads=2)(torch.zeros(4, 8), torch.zeros(2, 5, 8), torch.ones(2).bool()).shape == (2, 4, 8)",
+    "drop_modalities": "drop_modalities(torch.ones(9, 3).bool(), 0.9).any(1).all()",
+    "QuadModal": "QuadModal(s := {'a': (9, 3), 'b': (5,), 'c': (3, 9, 9), 'd': (2, 3, 9, 9)}, modality_dropout=0.5)("
+                 "{k: torch.zeros(2, *v) for k, v in s.items()}, {'a': torch.zeros(2).bool()}).shape == (2, 64)",
+    "freeze_encoders": "callable(freeze_encoders)",
+    "sets_by_size": "[sets.tolist() for sets, _, _ in sets_by_size(torch.tensor([1, 3, 1]), chunk=2)] == [[0, 2], [1]]",
+    "AttentionBlock": "AttentionBlock(8, heads=2, hidden=6)(torch.zeros(1, 3, 8), torch.zeros(2, 5, 8)).shape == (2, 3, 8)",
+    "InducedSetAttention": "InducedSetAttention(8, points=3)(torch.zeros(2, 5, 8), torch.ones(2, 5).bool()).shape == (2, 5, 8)",
+    "SetEncoder": "SetEncoder(6, width=8)(torch.zeros(4, 6), torch.tensor([1, 3])).shape == (2, 8)",
+    "log_time_buckets": "log_time_buckets(torch.tensor([0.0, 60, 1440])).tolist() == [0, 33, 58]",
+    "TimeBias": "abs(TimeBias(2)(torch.tensor([[0.0, 60]]))[0, 1, 1, 0] + math.log(2)) < 1e-6",
+    "SetSequenceEncoder": f"SetSequenceEncoder(4)({THREE_SETS}).shape == (2, 2, 64)",
+    "SetDecoder": "SetDecoder(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3).bool()).shape == (2, 3, 6)",
+    "TransformerLayer": "TransformerLayer(8, heads=2, hidden=6, qkv_bias=False)(torch.zeros(2, 5, 8), torch.zeros(2, 2, 5, 5)).sum() < 99",
+    "SeqSetVAE": f"SeqSetVAE(SetSequenceEncoder(4), seeds=3)({THREE_SETS})['mu'].shape == (3, 64)",
+    "SeqSetClassifier": f"SeqSetClassifier(SetSequenceEncoder(4), events=True)({THREE_SETS}).shape == (2,)",
+    "StrongestEvents": "StrongestEvents(2, width=3)(torch.zeros(5, 2), torch.zeros(5), torch.tensor([4, 1])).shape == (2, 3)",
+}
+
+
+def test_project_every_public_definition_works_when_pasted_alone():
+    """Compile its source, with what its docstring names under 'Needs:', in a module that holds only the imports of its file."""
+    for name in LIFTABLE:
+        source = (HERE / f"{name}.py").read_text()
+        tree = ast.parse(source)
+        imports = "\n".join(ast.get_source_segment(source, node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+        constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
+        defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        lines = source.splitlines()
+
+        def text_of(key):
+            node = (defined | constants)[key]
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+            return "\n".join(lines[first - 1 : node.end_lineno])
+
+        def needs(key):
+            needed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", ast.get_docstring(defined[key]) or "") if key in defined else None
+            found = {word for word in re.findall(r"\w+", needed.group(1)) if word in defined or word in constants} if needed else set()
+            return found.union(*map(needs, found)) if found else found
+
+        for key, node in defined.items():
+            if key.startswith("_"):
+                continue
+            decorators = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
+            used = {word for word in decorators if word in defined or word in constants} - {key}
+            assert used <= needs(key), f"{name}.{key} uses {sorted(used - needs(key))}: name them under 'Needs:' in its docstring"
+            order = [each for each in (*constants, *defined) if each in needs(key) | {key}]
+            pasted = {"__name__": "pasted"}
+            exec(compile(imports + "\n\n" + "\n\n".join(map(text_of, order)), f"<{name}.{key} alone>", "exec"), pasted)
+            assert eval(USES.get(key, "True"), pasted), key
+    table = (HERE / "README.md").read_text().split("## Take one piece")[1].split("##")[0]
+    copied = {word for line in table.splitlines() if line.count("|") == 5 for word in re.findall(r"`(\w+)`", line.split("|")[2])}
+    assert len(copied) > 10 and copied <= USES.keys(), copied - USES.keys()
+
+
+def test_project_readme_commands_are_flags_that_exist():
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"(?:python|torchrun [^\n`|]+?) train\.py (--task [^\n`|]+)", text)
+    assert len(commands) >= 5
+    for words in commands:
+        words = words.split("#")[0].split("&&")[0].split()
+        if "--help" not in words:
+            train.parse_args(words)
+    assert "pip install -r requirements.txt && python train.py --task ocec --lr 2e-4" in text and "python test_all.py" in text

@@ -1,0 +1,720 @@
+"""Tests of models_images."""
+
+import doctest
+import inspect
+import itertools
+import math
+import re
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import losses
+import models
+from tests.helpers import (
+    draw_sets, lived_in, near, packed_sets, quad, QUAD, quad_rows, raises, set_encoder, signals_of,
+    small_encoder, STAY_LENGTHS)
+
+
+EYE_BLOCKS = ("baseline", "inverted_se", "convnext")
+
+EYE_HEADS = ("avg", "avgmax_mlp", "transformer", "mlp_mixer")
+
+EYE_SIZES = ((24, 40), (30, 48), (32, 64), (48, 48))
+
+
+def test_models_parameter_counts_are_those_of_the_recipe():
+    count = lambda **options: models.count_parameters(models.EyeNet(**options))
+    assert [count(block=block) for block in EYE_BLOCKS] == [11457, 118321, 170145]
+    assert count(channels=64, blocks=8) == 547713
+    assert count(block="inverted_se", blocks=8) == 1587153
+    assert [count(head=head) for head in EYE_HEADS] == [11457, 19841, 78401, 45445]
+    assert count(head="mlp_mixer", token_grid=(1, 2)) != 45445
+
+
+def test_models_parameter_counts_are_those_of_the_docstrings():
+    for piece, count in (
+            (nn.Linear(3, 2), 8),
+            (models.conv_bn(3, 32, 3), 928),
+            (models.ChannelLayerNorm(32), 64),
+            (models.SqueezeExcite(128), 4240),
+            (models.DepthwiseBlock(32, 32), 1440),
+            (models.InvertedSEBlock(32, 32), 14160),
+            (models.ConvNeXtBlock(32, 32), 10048),
+            (models.ConvNeXtBlock(32, 64, stride=2), 44800),
+            (models.MixerLayer(6, 64), 16994),
+            (models.TransformerLayer(64, heads=8, hidden=128), 33472),
+            (models.TokenHead(64, mixer="transformer"), 67137),
+            (models.TokenHead(64, mixer="mlp_mixer"), 34181),
+            (models.ReducedAttention(32, reduction=8), 69856),
+            (models.MixMLP(32), 4832),
+            (models.MixMLP(32, depthwise=False), 4192),
+            (models.SegFormerLayer(32, reduction=8), 74816),
+            (models.SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8), 79680),
+            (models.AllMLPDecoder((32, 64, 128, 192)), 135936),
+            (models.LMSA(128), 25984),
+            (models.MicroSegFormer(), 1763923),
+            (models.MicroSegFormer(mix_ffn=False), 1747923),
+            (models.MicroSegFormer(mix_ffn=False, lmsa=False), 1721939),
+            (models.DilatedBlock(128, dilation=2), 295424),
+            (models.UpBlock(128, 64), 82176),
+            (models.FaceCNN(), 1572563),
+            (models.PPGEncoder(channels=3, patch=4, width=64, depth=2), 100928),
+            (models.strided_cnn(3, (32, 32), width=64), 23696),
+            (models.VectorTokens(512, width=64), 131456),
+            (models.SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8), 51712),
+            (models.ImageTokens(3, (32, 32), width=64), 23824),
+            (models.VideoTokens(3, (32, 32), width=64), 77968),
+            (models.ModalityReadout(64, heads=8), 16832),
+            (models.QuadModal({name: (128, 3) for name in "abcd"}), 414272),
+            (models.AttentionBlock(64, heads=2, hidden=128), 33408),
+            (models.InducedSetAttention(64, heads=2, points=16), 51328),
+            (models.SetEncoder(82, width=64), 108224),
+            (models.TransformerLayer(64, heads=8, hidden=128, qkv_bias=False), 33280),
+            (models.SetSequenceEncoder(41, width=64, depth=2), 183184),
+            (models.SetDecoder(82, width=64, seeds=40), 66258),
+            (models.StrongestEvents(82, width=64), 9792),
+            (models.SeqSetClassifier(models.SetSequenceEncoder(41, width=256)).head, 65793)):
+        assert models.count_parameters(piece) == count, count
+    assert doctest.testmod(models) == (0, 7)
+
+
+def test_models_count_parameters_counts_tied_weights_once_and_no_buffers():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net[1].weight = net[0].weight
+    net[1].bias.requires_grad_(False)
+    assert models.count_parameters(net) == 16 + 4 + 4 + 8
+    assert models.count_parameters(net, trainable_only=True) == 16 + 4 + 8
+
+
+def test_models_every_size_block_and_head_trains_and_a_small_step_lowers_the_loss():
+    for size, block, head in itertools.product(EYE_SIZES, EYE_BLOCKS, EYE_HEADS):
+        torch.manual_seed(0)
+        net = models.EyeNet(size, block=block, head=head, channels=4, dropout=0.0)
+        images, targets = torch.randn(6, 3, *size), torch.tensor([0.0, 1, 1, 0, 1, 0])
+        loss = F.binary_cross_entropy_with_logits(net(images), targets)
+        loss.backward()
+        norm2 = sum(p.grad.square().sum() for p in net.parameters())
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 1e-3 * loss / norm2 * p.grad  # to first order the loss falls by 0.1 %
+        after = F.binary_cross_entropy_with_logits(net(images), targets)
+        fall = 1 - after.item() / loss.item()
+        assert 0.9e-3 < fall < 1.1e-3, (size, block, head, fall)
+
+
+def test_models_every_trainable_parameter_has_a_nonzero_gradient():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        torch.manual_seed(0)
+        net = models.EyeNet(block=block, head=head, channels=8, stochastic_depth=0.2)
+        net(torch.randn(16, 3, 32, 64)).square().sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, (block, head, name)
+    # the layer scale puts the factor 1e-6 on the MLP's gradients: no underflow, so Adam can rescale them
+    net = models.EyeNet(block="convnext", channels=8)
+    assert all((b.scale == 1e-6).all() for b in net.blocks)
+
+
+def test_models_map_size_is_the_shape_that_comes_out():
+    fitting = 0
+    for block, blocks in itertools.product(EYE_BLOCKS, range(1, 8)):
+        net = models.EyeNet((64, 64), block=block, channels=1, blocks=blocks, head="avg").eval()
+        for size in ((1, 9), (2, 2), (3, 8), (4, 4), (5, 7), (7, 8), (15, 17), (24, 40), (31, 33)):
+            try:
+                expected = models.eye_map_size(size, block, blocks)
+            except ValueError:
+                continue
+            with torch.no_grad():
+                assert net.blocks(net.stem(torch.zeros(1, 3, *size))).shape[2:] == expected, (block, blocks, size)
+            fitting += 1
+    assert fitting == 108, fitting
+    assert models.eye_map_size((24, 40), "baseline", 4) == (6, 10)
+    assert models.eye_map_size((24, 40), "baseline", 8) == (2, 3)
+    assert models.eye_map_size((24, 40), "convnext", 6) == (1, 2)
+
+
+def test_models_token_grid_shrinks_to_the_map_and_says_so():
+    net = models.EyeNet((24, 40), block="convnext", channels=4, blocks=6, token_grid=(2, 3)).eval()
+    assert net.map_size == net.token_grid == net.head.grid == (1, 2) and net.head_kind == "transformer"
+    assert net(torch.zeros(2, 3, 24, 40)).shape == (2,)
+    assert models.EyeNet((24, 40), head="mlp_mixer", token_grid=(9, 3)).token_grid == (6, 3)
+    assert models.EyeNet().token_grid is None and models.EyeNet().head_kind == "avg"
+
+
+def test_models_token_head_is_cell_means_then_layers_then_the_mean_token():
+    head, x = lived_in(models.TokenHead(4, mixer="mlp_mixer", grid=(2, 3))), torch.randn(2, 4, 3, 5)
+    tokens = torch.stack([x[:, :, rows, cols].mean((2, 3)) for rows in (slice(0, 2), slice(1, 3))
+                          for cols in (slice(0, 2), slice(1, 4), slice(3, 5))], dim=1)
+    mean = sum(head.layers(tokens)[:, t] for t in range(6)) / 6
+    assert near(head(x), head.logit(mean), 1e-5)
+
+
+def test_models_transformer_head_has_the_promised_heads_width_and_layers():
+    for channels, heads, hidden in ((12, 6, 128), (14, 7, 128), (11, 1, 128), (64, 8, 128), (80, 8, 160)):
+        layer = models.TokenHead(channels, mixer="transformer").layers[1]
+        assert (layer.heads, layer.mlp[0].out_features) == (heads, hidden)
+    assert len(models.EyeNet(head="transformer", token_layers=3).head.layers) == 3
+
+
+def test_models_transformer_is_blind_to_where_a_token_lies_and_the_mixer_is_not():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 2, 3)
+    for mixer, blind in (("transformer", True), ("mlp_mixer", False)):
+        head = models.TokenHead(8, mixer=mixer).eval()
+        assert near(head(x), head(x.flip(3)), 1e-5) == blind
+
+
+def test_models_stochastic_depth_is_off_in_eval_and_keeps_the_mean_in_training():
+    torch.manual_seed(0)
+    x, drop = torch.ones(20000, 1, 2), models.StochasticDepth(0.25)
+    y = drop(x)
+    assert torch.equal(y[..., 0], y[..., 1]), "a sample is kept or dropped whole"
+    assert torch.equal(y.unique(), torch.tensor([0, 4 / 3])) and near(float(y.mean()), 1, 0.02)
+    assert drop.eval()(x) is x and models.StochasticDepth(0)(x) is x
+
+
+def test_models_stochastic_depth_grows_with_depth_and_leaves_the_shortcut():
+    for block in EYE_BLOCKS:
+        rates = [b.drop.rate for b in models.EyeNet(block=block, channels=4, blocks=5, stochastic_depth=0.2).blocks]
+        assert near(torch.tensor(rates), torch.tensor([0, 0.05, 0.1, 0.15, 0.2]), 1e-5)
+    x = torch.randn(3, 4, 6, 6)
+    for Block, act in ((models.DepthwiseBlock, F.relu), (models.InvertedSEBlock, F.silu),
+                       (models.ConvNeXtBlock, nn.Identity())):
+        dropped = Block(4, 4, drop_rate=0.999999)
+        assert torch.equal(dropped(x), act(x))
+        dropped = Block(4, 8, stride=2, drop_rate=0.999999)
+        assert dropped(x).abs().sum() > 0, "without a shortcut nothing is dropped"
+
+
+def test_models_eval_output_is_independent_of_the_rest_of_the_batch():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        net = lived_in(models.EyeNet(block=block, head=head, channels=8, stochastic_depth=0.5))
+        x = torch.randn(5, 3, 32, 64)
+        with torch.no_grad():
+            whole = net(x)
+            alone = torch.cat([net(x[i:i + 1]) for i in range(5)])
+            assert near(whole, alone, 1e-4) and whole.std() > 1e-3, (block, head)
+            assert net(x[:0]).shape == (0,)
+
+
+def test_models_channels_last_gives_the_same_output():
+    for block, head in itertools.product(EYE_BLOCKS, EYE_HEADS):
+        net, x = lived_in(models.EyeNet(block=block, head=head, channels=8)), torch.randn(4, 3, 32, 64)
+        plain = net(x)
+        last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert near(plain, last, 1e-4), (block, head)
+
+
+def test_models_bf16_autocast_stays_close_to_float32():
+    for block in EYE_BLOCKS:
+        net, x = lived_in(models.EyeNet(block=block, channels=8)), torch.randn(4, 3, 32, 64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            half = net(x)
+        assert half.dtype == torch.bfloat16 and (half - net(x)).abs().max() < 0.05 * net(x).abs().max()
+
+
+def test_models_init_has_the_promised_spread():
+    torch.manual_seed(0)
+    net = models.EyeNet(block="convnext", channels=64)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            std = math.sqrt(2 / (module.weight.shape[0] * module.kernel_size[0] * module.kernel_size[1]))
+            assert abs(module.weight.std().item() / std - 1) < 0.05
+        elif isinstance(module, nn.Linear):
+            bound = math.sqrt(6 / (module.in_features + module.out_features))
+            assert 0.95 * bound < module.weight.abs().max().item() <= bound and (module.bias == 0).all()
+    conv = nn.Conv2d(3, 64, 3).apply(models.init_kaiming_xavier)
+    assert near(conv.weight.std().item(), 0.059, 0.05)
+
+
+def test_models_squeeze_excite_is_the_formula():
+    se, x = lived_in(models.SqueezeExcite(16)), torch.randn(2, 16, 3, 4)
+    p = se.state_dict()
+    mean = torch.stack([x[i].flatten(1).mean(1) for i in range(2)])
+    hidden = (mean @ p["gate.0.weight"].flatten(1).T + p["gate.0.bias"]).clamp(min=0)
+    gate = 1 / (1 + torch.exp(-(hidden @ p["gate.2.weight"].flatten(1).T + p["gate.2.bias"])))
+    assert hidden.shape == (2, 2) and near(se(x), x * gate[:, :, None, None], 1e-6)
+    assert models.SqueezeExcite(4).gate[0].out_channels == 1
+    plain, bare = models.SqueezeExcite(16), models.SqueezeExcite(16, bias=False)
+    bare.load_state_dict({name: p[name] for name in ("gate.0.weight", "gate.2.weight")})
+    plain.load_state_dict({name: value * (value.ndim == 4) for name, value in p.items()})
+    assert torch.equal(plain(x), bare(x)) and not near(se(x), bare(x), 1e-3)
+
+
+def test_models_conv_blocks_are_their_formulas():
+    def conv_bn(x, p, name, **options):
+        w = p[name + ".0.weight"]
+        y = F.conv2d(x, w, padding=w.shape[-1] // 2, **options)
+        return F.batch_norm(y, *(p[f"{name}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    x = torch.randn(2, 4, 7, 8)
+    for outputs, stride in ((4, 1), (8, 2), (8, 1)):
+        block = lived_in(models.DepthwiseBlock(4, outputs, stride=stride))
+        p = block.state_dict()
+        y = conv_bn(F.relu(conv_bn(x, p, "branch.0", stride=stride, groups=4)), p, "branch.1")
+        assert near(block(x), F.relu(x + y if outputs == 4 else y), 1e-5)
+
+        block = lived_in(models.InvertedSEBlock(4, outputs, stride=stride))
+        p = block.state_dict()
+        y = F.silu(conv_bn(x, p, "branch.0"))
+        y = block.branch[2](F.silu(conv_bn(y, p, "branch.1", stride=stride, groups=16)))
+        y = conv_bn(y, p, "branch.3")
+        assert near(block(x), F.silu(x + y if outputs == 4 else y), 1e-5)
+
+
+def test_models_convnext_block_is_the_formula_with_1x1_convolutions():
+    for inputs, outputs, stride in ((4, 4, 1), (4, 8, 2), (4, 8, 1)):
+        block = lived_in(models.ConvNeXtBlock(inputs, outputs, stride=stride))
+        p, x = block.state_dict(), torch.randn(2, 4, 7, 8)
+
+        def norm(x, name):
+            y = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+            return y * p[name + ".weight"][:, None, None] + p[name + ".bias"][:, None, None]
+
+        y = norm(x, "downsample.0") if inputs != outputs else x
+        if inputs != outputs:
+            y = F.conv2d(y, p["downsample.1.weight"], p["downsample.1.bias"], stride=stride)
+        z = F.conv2d(y, p["depthwise.weight"], p["depthwise.bias"], padding=3, groups=outputs)
+        z = F.gelu(F.conv2d(norm(z, "norm"), p["mlp.0.weight"][:, :, None, None], p["mlp.0.bias"]))
+        z = F.conv2d(z, p["mlp.2.weight"][:, :, None, None], p["mlp.2.bias"])
+        assert near(block(x), y + p["scale"][:, None, None] * z, 1e-5)
+
+
+def test_models_mixer_layer_is_the_formula_token_by_token():
+    layer, x = lived_in(models.MixerLayer(6, 4)), torch.randn(3, 6, 4)
+
+    def mlp(v, net):
+        return net[3].weight @ F.gelu(net[0].weight @ v + net[0].bias) + net[3].bias
+
+    for i in range(3):
+        y, normed = x[i].clone(), layer.token_norm(x[i])
+        for c in range(4):
+            y[:, c] = x[i, :, c] + mlp(normed[:, c], layer.token_mlp)
+        z = torch.stack([y[t] + mlp(layer.channel_norm(y[t]), layer.channel_mlp) for t in range(6)])
+        assert near(layer(x)[i], z, 1e-5)
+
+
+def test_models_transformer_layer_equals_torchs():
+    ours = lived_in(models.TransformerLayer(12, heads=3, hidden=20))
+    theirs = nn.TransformerEncoderLayer(12, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "out.0.", "linear1.": "mlp.0.", "linear2.": "mlp.3.",
+             "norm1.": "attention_norm.", "norm2.": "mlp_norm."}
+    p = ours.state_dict()
+    theirs.load_state_dict({a + end: p[b + end] for a, b in names.items() for end in ("weight", "bias")})
+    x = torch.randn(3, 6, 12)
+    assert near(ours(x), theirs(x), 1e-5)
+    assert len(p) == 2 * len(names)
+
+
+def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too():
+    for head, places in zip(EYE_HEADS, (1, 2, 7, 9)):
+        net = models.EyeNet(head=head, channels=8, dropout=0.125)
+        assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.125] * places
+    x, layer = torch.randn(4, 6, 8), models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5)
+    for module in layer.modules():
+        module.p = 0.0  # what still drops is the attention
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+
+
+def test_models_eye_net_is_stem_then_blocks_then_head():
+    x = torch.randn(2, 3, 32, 64)
+    for block, acts in (("baseline", [nn.ReLU]), ("inverted_se", [nn.SiLU] * 2), ("convnext", [])):
+        net = lived_in(models.EyeNet(block=block, head="avgmax_mlp", channels=8, blocks=5))
+        assert [type(m) for m in net.stem.modules() if isinstance(m, (nn.ReLU, nn.SiLU))] == acts
+        maps = net.blocks(net.stem(x))
+        assert maps.shape == (2, 32, *net.map_size)
+        pooled = torch.stack([torch.cat([m.flatten(1).mean(1), m.flatten(1).max(1).values]) for m in maps])
+        hidden = F.relu(net.head[3](net.head[1](pooled)))
+        assert hidden.shape == (2, 32) and near(net(x), net.head[6](hidden)[:, 0], 1e-5)
+    net = lived_in(models.EyeNet(channels=8))
+    pooled = net.blocks(net.stem(x)).mean((2, 3))
+    assert near(net(x), net.head[4](net.head[2](pooled))[:, 0], 1e-5)
+    assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
+
+
+FACES = (  # every face network, and the multiple that its images need
+    (models.MicroSegFormer, 32),
+    (lambda *args, **options: models.MicroSegFormer(*args, mix_ffn=False, lmsa=False, **options), 32),
+    (models.FaceCNN, 8))
+
+
+def face_net(build, **options):
+    torch.manual_seed(0)
+    return build(**options)
+
+
+def test_models_face_networks_have_the_parameters_of_the_recipe_and_stay_below_its_limit():
+    count = lambda **options: models.count_parameters(models.MicroSegFormer(**options))
+    assert [count(lmsa=False, mix_ffn=False), count(mix_ffn=False), count()] == [1721939, 1747923, 1763923]
+    assert models.FACE_PARAMETER_LIMIT == 1821085 and 1_500_000 < models.count_parameters(models.FaceCNN()) < 1_750_000
+    assert count(classes=462) == 1821070  # 15 below the limit, one class has 129
+    raises(ValueError, "MicroSegFormer has 1,821,199 parameters and must have fewer than 1,821,085: make it narrower, by 115",
+           lambda: models.MicroSegFormer(463))
+    raises(ValueError, "FaceCNN has", lambda: models.FaceCNN(width=36))
+    models.check_parameter_limit(nn.Linear(3, 2), 9)
+    raises(ValueError, "Linear has 8 parameters and must have fewer than 8: make it narrower, by 1 or more",
+           lambda: models.check_parameter_limit(nn.Linear(3, 2), 8))
+
+
+def test_models_face_logits_have_the_size_of_the_image_for_every_size_that_fits():
+    for build, stride in FACES:
+        net = face_net(build, classes=5).eval()
+        for rows, columns in ((1, 1), (1, 3), (4, 2), (3, 3)):
+            with torch.no_grad():
+                assert net(torch.zeros(2, 3, rows * stride, columns * stride)).shape == (2, 5, rows * stride, columns * stride)
+
+
+def test_models_face_sizes_that_do_not_fit_are_refused_and_the_sizes_named_fit():
+    for build, stride in FACES:
+        net = face_net(build).eval()
+        for rows, columns in ((100, 128), (64, stride + 1), (stride - 1, 64), (1, 1), (0, 64)):
+            message = f"rows and columns must be multiples of {stride}, got {rows}x{columns}: the nearest"
+            raises(ValueError, message, lambda: net(torch.zeros(1, 3, rows, columns)))
+    for size, nearest in (((100, 128), "sizes that fit are 96x128 and 128x128"), ((33, 95), "sizes that fit are 32x64 and 64x96"),
+                          ((31, 64), "size that fits is 32x64"), ((0, 0), "size that fits is 32x32")):
+        raises(ValueError, f"the nearest {nearest}", lambda: models.check_stride_fits(size, 32))
+        for fitting in re.findall(r"(\d+)x(\d+)", nearest):
+            models.check_stride_fits(tuple(map(int, fitting)), 32)
+
+
+def test_models_face_logits_are_the_same_whether_upsampled_after_or_before_the_classifier():
+    for build, stride in FACES:
+        net, x = lived_in(face_net(build)), torch.randn(2, 3, 2 * stride, 3 * stride)
+        with torch.no_grad():
+            upsampled = F.interpolate(net.features(x), x.shape[2:], mode="bilinear", align_corners=False)
+            before = torch.einsum("kc,bchw->bkhw", net.classify.weight[:, :, 0, 0], upsampled) + net.classify.bias[:, None, None]
+            assert upsampled.shape[2] // net.features(x).shape[2] == (2 if build is models.FaceCNN else 4)
+            assert (net(x) - before).abs().max() <= 1e-5 * before.abs().max() and before.std() > 1e-2
+
+
+def test_models_every_parameter_of_the_face_networks_has_a_nonzero_gradient():
+    for build, _ in FACES:
+        net = face_net(build)
+        net(torch.randn(2, 3, 64, 64)).square().sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+def test_models_face_networks_train_and_a_few_steps_lower_the_loss():
+    for build, _ in FACES:
+        net = face_net(build, classes=3, dropout=0.0)
+        images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        targets = F.avg_pool2d(images, 9, 1, 4).argmax(1)  # the strongest colour around a pixel
+        optimizer, losses_seen = torch.optim.AdamW(net.parameters(), lr=1e-3), []
+        for _ in range(10):
+            loss = F.cross_entropy(net(images), targets)
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            losses_seen.append(loss.item())
+        assert losses_seen[-1] < 0.9 * losses_seen[0], losses_seen
+
+
+def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_nearly_of_bf16():
+    for build, _ in FACES:  # not 64x32: on CPUs with AMX torch 2.13 gets a bf16 convolution of a 4x2 map wrong, stride 2 and 128 channels
+        net, x = lived_in(face_net(build, dropout=0.5)), torch.randn(3, 3, 128, 64)
+        with torch.no_grad():
+            whole = net(x)
+            alone = torch.cat([net(x[i : i + 1]) for i in range(3)])
+            with torch.autocast("cpu", torch.bfloat16):
+                half = net(x)
+            last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert near(whole, alone, 1e-4) and near(whole, last, 1e-4)
+        assert (half - whole).abs().max() < 0.1 * whole.abs().max() and net(x[:0]).shape == (0, 19, 128, 64)
+
+
+def test_models_face_dropout_has_the_promised_rate_in_each_stage_and_acts_in_training_only():
+    net = models.MicroSegFormer(dropout=0.25)
+    for stage, factor, layers in zip(net.stages, (0.5, 0.75, 1, 1.25), (1, 2, 2, 2), strict=True):
+        rates = [m.p for m in stage.modules() if isinstance(m, nn.Dropout)]
+        assert rates == [factor * 0.25] * 3 * layers and [layer.attention.dropout for layer in stage.layers] == rates[:layers]
+    assert not any(isinstance(m, nn.Dropout) for part in (net.decoder, net.lmsa, net.classify) for m in part.modules())
+    assert models.MicroSegFormer().stages[2].layers[0].attention.dropout == 0.15
+    for bad in (-0.1, 0.8, 1.0):
+        raises(ValueError, f"dropout must be in [0, 0.8), got {bad}", lambda: models.MicroSegFormer(dropout=bad))
+    attention, x = models.ReducedAttention(8, reduction=2, dropout=0.5), torch.randn(2, 4, 4, 8)
+    attention.out[1].p = 0.0  # what still drops is the attention
+    assert not torch.equal(attention(x), attention(x)) and torch.equal(attention.eval()(x), attention(x))
+    net, x = models.FaceCNN(width=4, dropout=0.5), torch.randn(2, 16, 8, 8)
+    dropped = net.bottleneck[-1](x)
+    assert ((dropped == 0).all(3).all(2) | (dropped == 2 * x).all(3).all(2)).all() and (dropped == 0).any()  # whole channels
+    assert models.FaceCNN(width=4).bottleneck[-1].p == 0.0
+
+
+def test_models_reduced_attention_without_reduction_equals_torchs():
+    for heads in (1, 3):
+        ours = lived_in(models.ReducedAttention(12, reduction=1, heads=heads))
+        theirs, p = nn.MultiheadAttention(12, heads, batch_first=True), ours.state_dict()
+        theirs.load_state_dict({
+            "in_proj_weight": torch.cat([p["q.weight"], p["kv.weight"]]), "in_proj_bias": torch.cat([p["q.bias"], p["kv.bias"]]),
+            "out_proj.weight": p["out.0.weight"], "out_proj.bias": p["out.0.bias"]})
+        x = torch.randn(2, 3, 5, 12)
+        tokens = x.flatten(1, 2)
+        assert near(ours(x).flatten(1, 2), theirs(tokens, tokens, tokens, need_weights=False)[0], 1e-5)
+    raises(ValueError, "heads must divide channels, got 4 heads for 6", lambda: models.ReducedAttention(6, reduction=1, heads=4))
+
+
+def test_models_reduced_attention_is_the_formula_pixel_by_pixel():
+    attention, x = lived_in(models.ReducedAttention(8, reduction=2, heads=2)), torch.randn(1, 5, 6, 8)  # row 5 is a rest
+    p, small = attention.state_dict(), torch.zeros(2, 3, 8)
+    for i, j, a, b in itertools.product(range(2), range(3), range(2), range(2)):
+        small[i, j] += p["reduce.0.weight"][:, :, a, b] @ x[0, 2 * i + a, 2 * j + b]
+    small = small.flatten(0, 1) + p["reduce.0.bias"]
+    small = (small - small.mean(1, keepdim=True)) / (small.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    kv = (small * p["reduce.1.weight"] + p["reduce.1.bias"]) @ p["kv.weight"].T + p["kv.bias"]
+    for i, j in itertools.product(range(5), range(6)):
+        q, y = p["q.weight"] @ x[0, i, j] + p["q.bias"], []
+        for head in range(2):
+            k, v = kv[:, 4 * head : 4 * head + 4], kv[:, 8 + 4 * head : 12 + 4 * head]
+            y.append((k @ q[4 * head : 4 * head + 4] / 2).softmax(0) @ v)
+        expected = p["out.0.weight"] @ torch.cat(y) + p["out.0.bias"]
+        assert near(attention(x)[0, i, j], expected, 1e-5)
+
+
+def test_models_mix_mlp_is_the_formula_pixel_by_pixel_with_zeros_around_the_map():
+    for depthwise in (True, False):
+        mlp, x = lived_in(models.MixMLP(4, ratio=3, depthwise=depthwise)), torch.randn(1, 3, 4, 4)
+        p = mlp.state_dict()
+        wide = x[0] @ p["widen.weight"].T + p["widen.bias"]
+        assert wide.shape == (3, 4, 12)
+        mixed = torch.zeros_like(wide) + p["mix.bias"] if depthwise else wide
+        for i, j, a, b in itertools.product(range(3), range(4), range(3), range(3)):
+            if depthwise and 0 <= i + a - 1 < 3 and 0 <= j + b - 1 < 4:
+                mixed[i, j] += p["mix.weight"][:, 0, a, b] * wide[i + a - 1, j + b - 1]
+        expected = F.gelu(mixed) @ p["narrow.2.weight"].T + p["narrow.2.bias"]
+        assert near(mlp(x)[0], expected, 1e-5)
+
+
+def test_models_segformer_stage_is_patches_norm_then_residual_layers_then_norm():
+    def norm(x, module):
+        assert module.eps == 1e-5
+        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, 1e-5)
+
+    for kernel, stride in ((7, 4), (3, 2)):
+        stage = lived_in(models.SegFormerStage(3, 8, kernel=kernel, stride=stride, layers=2, reduction=2))
+        images = torch.randn(2, 3, 16, 24)
+        x = F.conv2d(images, stage.embed[0].weight, stage.embed[0].bias, stride=stride, padding=kernel // 2)
+        x = norm(x.permute(0, 2, 3, 1), stage.embed[1])
+        assert len(stage.layers) == 2
+        for layer in stage.layers:
+            x = x + layer.attention(norm(x, layer.attention_norm))
+            x = x + layer.mlp(norm(x, layer.mlp_norm))
+        x = norm(x, stage.norm).permute(0, 3, 1, 2)
+        assert x.shape == (2, 8, 16 // stride, 24 // stride) and near(stage(images), x, 1e-5)
+        assert stage(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_all_mlp_decoder_is_the_formula_with_upsampling_before_the_linear_layers():
+    decoder, maps = lived_in(models.AllMLPDecoder((4, 6), 5)), [torch.randn(2, 4, 8, 12), torch.randn(2, 6, 2, 3)]
+    linear = lambda x, conv: torch.einsum("kc,bchw->bkhw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
+    large = F.interpolate(maps[1], scale_factor=4, mode="bilinear", align_corners=False)
+    both = torch.cat([linear(maps[0], decoder.project[0]), linear(large, decoder.project[1])], 1)
+    assert near(decoder(maps), linear(F.gelu(linear(both, decoder.fuse[0])), decoder.fuse[2]), 1e-5)
+
+
+def test_models_face_conv_blocks_are_their_formulas():
+    def conv_bn(x, p, name, dilation=1):
+        w = p[name + ".0.weight"]
+        y = F.conv2d(x, w, padding=dilation * (w.shape[-1] // 2), dilation=dilation)
+        return F.batch_norm(y, *(p[f"{name}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    x = torch.randn(2, 8, 5, 6)
+    block = lived_in(models.LMSA(8))
+    p = block.state_dict()
+    assert not any(isinstance(m, nn.Conv2d) and m.bias is not None for m in block.modules())
+    y = conv_bn(F.conv2d(x, p["branch.0.weight"], padding=1, groups=8), p, "branch.1")
+    gate = (y.mean((2, 3)) @ p["branch.2.gate.0.weight"].flatten(1).T).relu() @ p["branch.2.gate.2.weight"].flatten(1).T
+    assert p["branch.2.gate.0.weight"].shape[0] == 2  # 8 / 4
+    assert near(block(x), x + y * gate.sigmoid()[:, :, None, None], 1e-5)
+
+    block = lived_in(models.DilatedBlock(8, dilation=3))
+    p = block.state_dict()
+    y = conv_bn(F.relu(conv_bn(x, p, "branch.0", 3)), p, "branch.1", 3)
+    assert near(block(x), F.relu(x + y), 1e-5)
+
+    block, skip = lived_in(models.UpBlock(8, 4)), torch.randn(2, 4, 10, 12)
+    p = block.state_dict()
+    y = F.interpolate(F.relu(conv_bn(x, p, "narrow")), scale_factor=2, mode="bilinear", align_corners=False)
+    assert near(block(x, skip), F.relu(conv_bn(torch.cat([y, skip], 1), p, "mix")), 1e-5)
+
+
+def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
+    net, x = lived_in(models.MicroSegFormer()), torch.randn(2, 3, 64, 96)
+    maps = list(itertools.accumulate(net.stages, lambda x, stage: stage(x), initial=x))[1:]
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 24), (64, 8, 12), (128, 4, 6), (192, 2, 3)]
+    assert [len(stage.layers) for stage in net.stages] == [1, 2, 2, 2]
+    assert near(net.features(x), net.lmsa(net.decoder(maps)), 1e-5)
+    keys = [stage.layers[0].attention.reduce(m).shape[2:].numel() for stage, m in zip(net.stages, maps)]
+    assert keys == [6, 6, 6, 6]  # every query of every stage sees the image as H / 32 x W / 32 keys
+
+    net = lived_in(models.FaceCNN(width=4))
+    half = net.down2(x)
+    quarter = net.down4(half)
+    eighth = net.down8(quarter)
+    assert [tuple(m.shape[1:]) for m in (half, quarter, eighth)] == [(4, 32, 48), (8, 16, 24), (16, 8, 12)]
+    assert near(net.features(x), net.up2(net.up4(net.bottleneck(eighth), quarter), half), 1e-5)
+    for part in net.modules():
+        if isinstance(part, nn.Sequential) and isinstance(part[0], nn.Conv2d):
+            assert isinstance(part[1], nn.BatchNorm2d) and isinstance(part[2], (nn.ReLU, nn.Identity))
+
+
+def test_models_face_cnn_bottleneck_sees_thirty_pixels_to_each_side():
+    net = face_net(models.FaceCNN, width=2).double().eval()
+    x = torch.randn(1, 8, 81, 81, dtype=torch.float64, requires_grad=True)
+    net.bottleneck(x)[0, :, 40, 40].sum().backward()
+    seen = x.grad[0].abs().amax(0) > 0
+    assert seen[40].nonzero().flatten().tolist()[:: 60] == [10, 70] and seen[:, 40].sum() <= 61 and not seen[9].any()
+
+
+def test_models_every_parameter_of_the_ppg_networks_has_a_nonzero_gradient():
+    for model in (models.PPGRegressor(small_encoder()), models.MaskedPatchModel(small_encoder())):
+        masked = isinstance(model, models.MaskedPatchModel)
+        output = model(signals_of(8), models.random_patch_mask(8, 6, 0.5)) if masked else model(signals_of(8))
+        output.square().sum().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_models_every_parameter_of_quadmodal_has_a_nonzero_gradient():
+    for present in ({}, {name: torch.arange(8) != i for i, name in enumerate(QUAD)}):
+        net = quad(depth=2)
+        (net(quad_rows(8), present) * torch.randn(8, 12)).sum().backward()
+        for name, p in net.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), name
+            assert (p.grad.abs().max() > 0) == (bool(present) or not name.endswith("missing")), name
+
+
+def test_models_every_parameter_of_the_seqset_networks_has_a_nonzero_gradient():
+    stays = draw_sets(STAY_LENGTHS)
+    inputs = packed_sets(stays)
+    net = models.SeqSetVAE(set_encoder(), seeds=12)  # the batch holds a set of 12, and all 6 variables
+    output = net(inputs)
+    recon = torch.cat([losses.chamfer(c["guess"], c["target"], x_mask=c["mask"], y_mask=c["mask"]) for c in output["sets"]])
+    (recon.mean() + 0.01 * losses.kl_to_standard_normal(output["mu"], output["logvar"]).mean()).backward()
+    assert (net.decoder.seeds.grad.abs().amax(1) > 0).all() and (net.encoder.sets.embed[0].weight.grad.abs().amax(0) > 0).all()
+    for level in net.encoder.sets.levels:
+        assert (level.points.grad.abs().amax(1) > 0).all()
+    minutes = [torch.tensor([0.0] + [minute for minute, _ in stay]) for stay in stays]
+    used = torch.cat([models.log_time_buckets(each.diff()) for each in minutes]).unique()
+    assert torch.equal((net.encoder.gap.weight.grad.abs().amax(1) > 0).nonzero()[:, 0], used)
+    classifiers = [models.SeqSetClassifier(set_encoder(), dropout=0.0, events=events) for events in (False, True)]
+    for classifier in classifiers:
+        F.binary_cross_entropy_with_logits(classifier(inputs), torch.tensor([0.0, 1, 1, 0, 0])).backward()
+    for model in (net, *classifiers):
+        for name, p in model.named_parameters():
+            assert p.requires_grad and p.grad.isfinite().all() and p.grad.abs().max() > 1e-9, name
+        assert (model.encoder.time_bias.log_slope.grad != 0).all() and (model.encoder.time_bias.log_tau.grad != 0).all()
+
+
+def test_models_attention_block_equals_torchs():
+    block = lived_in(models.AttentionBlock(12, heads=3, hidden=20))
+    theirs = nn.MultiheadAttention(12, 3, batch_first=True)
+    p = block.state_dict()
+    theirs.load_state_dict({"in_proj_weight": torch.cat([p["query.weight"], p["key_value.weight"]]), "in_proj_bias": torch.zeros(36),
+                            "out_proj.weight": p["out.weight"], "out_proj.bias": p["out.bias"]})
+    q, x, mask = torch.randn(4, 5, 12), torch.randn(4, 7, 12), torch.arange(7) < torch.tensor([1, 7, 4, 2])[:, None]
+    for queries, keep in ((q, mask), (q, None), (q[:1], mask)):
+        normed, hide = block.key_norm(x), None if keep is None else ~keep
+        h = queries + theirs(block.query_norm(queries.expand(4, -1, -1)), normed, normed, key_padding_mask=hide)[0]
+        y = block(queries, x, keep)
+        assert y.shape == (4, 5, 12) and near(y, h + block.mlp(block.mlp_norm(h)), 1e-5)
+    junk = torch.where(mask[..., None], x, torch.full_like(x, 1e6) * torch.randn(12))
+    assert near(block(q, junk, mask), block(q, x, mask), 1e-6) and not near(block(q, junk), block(q, x), 0.1)
+    assert near(block(q[2:3], x[2:3, :4]), block(q, x, mask)[2:3], 1e-6)
+    assert sorted(p) == sorted([f"{name}.weight" for name in ("query", "key_value")] + [
+        f"{name}.{end}" for name in ("query_norm", "key_norm", "mlp_norm", "out", "mlp.0", "mlp.2") for end in ("weight", "bias")])
+
+
+def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch():
+    ours = lived_in(models.TransformerLayer(12, heads=3, hidden=20, qkv_bias=False))
+    theirs = nn.TransformerEncoderLayer(12, 3, 20, 0.0, "gelu", batch_first=True, norm_first=True)
+    p, names = ours.state_dict(), {"self_attn.out_proj.": "out.0.", "linear1.": "mlp.0.", "linear2.": "mlp.3.", "norm1.": "attention_norm.",
+                                   "norm2.": "mlp_norm."}
+    theirs.load_state_dict({a + end: p[b + end] for a, b in names.items() for end in ("weight", "bias")}
+                           | {"self_attn.in_proj_weight": p["qkv.weight"], "self_attn.in_proj_bias": torch.zeros(36)})
+    assert len(p) == 2 * len(names) + 1
+    x, minutes = torch.randn(2, 6, 12), torch.tensor([[0.0, 9, 9, 40, 300, 2000], [5.0] * 6])
+    bias = models.TimeBias(3)(minutes)
+    assert near(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), 1e-5)
+    assert near(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], 1e-5)
+
+
+def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
+    x = torch.zeros(2, 4, 4, 6)
+    use = {
+        "count_parameters": lambda f: f(nn.Linear(1, 1)),
+        "init_kaiming_xavier": lambda f: nn.Linear(1, 1).apply(f),
+        "conv_bn": lambda f: f(4, 4, 3, act=nn.ReLU)(x),
+        "ChannelLayerNorm": lambda f: f(4)(x),
+        "StochasticDepth": lambda f: f(0.5)(x),
+        "SqueezeExcite": lambda f: f(4)(x),
+        "DepthwiseBlock": lambda f: f(4, 8, stride=2)(x),
+        "InvertedSEBlock": lambda f: f(4, 8, stride=2)(x),
+        "ConvNeXtBlock": lambda f: f(4, 8, stride=2)(x),
+        "MixerLayer": lambda f: f(4, 6)(x[0]),
+        "TransformerLayer": lambda f: f(6, heads=2, hidden=8)(x[0]),
+        "TokenHead": lambda f: [f(4, mixer=mixer)(x) for mixer in ("transformer", "mlp_mixer")],
+        "AvgMaxPool": lambda f: f()(x),
+        "eye_map_size": lambda f: f((32, 64), "baseline", 4),
+        "EyeNet": lambda f: [f(block=block, channels=4, head=head) for block in EYE_BLOCKS for head in EYE_HEADS],
+        "check_parameter_limit": lambda f: f(nn.Linear(1, 1)),
+        "check_stride_fits": lambda f: f((64, 32), 32),
+        "ReducedAttention": lambda f: f(6, reduction=2)(x),
+        "MixMLP": lambda f: f(6)(x),
+        "SegFormerLayer": lambda f: f(6, reduction=2)(x),
+        "SegFormerStage": lambda f: f(4, 8, kernel=3, stride=2, layers=1, reduction=2)(x),
+        "AllMLPDecoder": lambda f: f((4, 4), 8)([x, x[:, :, :2]]),
+        "LMSA": lambda f: f(4)(x),
+        "MicroSegFormer": lambda f: f()(torch.zeros(2, 3, 32, 32)),
+        "DilatedBlock": lambda f: f(4, dilation=2)(x),
+        "UpBlock": lambda f: f(4, 4)(x[:, :, :2, :3], x),
+        "FaceCNN": lambda f: f(width=4)(torch.zeros(2, 3, 16, 16)),
+        "flip_average": lambda f: f(nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 6), ((1, 2),)),
+        "load_backbone": lambda f: f(nn.Linear(1, 1), {"encoder.weight": torch.ones(1, 1), "encoder.bias": torch.ones(1)}),
+        "freeze_backbone": lambda f: f(small_encoder()),
+        "train_mode": lambda f: f(nn.Linear(1, 1)),
+        "sinusoidal_positions": lambda f: f(3, 4),
+        "PPGEncoder": lambda f: f()(x[:, :1, 0]),
+        "PPGRegressor": lambda f: f(small_encoder()),
+        "MaskedPatchModel": lambda f: f(small_encoder())(signals_of(1), models.random_patch_mask(1, 6, 0.5)),
+        "random_patch_mask": lambda f: f(2, 4, 0.5),
+        "grid_positions": lambda f: f(2, 3, 8),
+        "strided_cnn": lambda f: f(4, (4, 6), width=8)(x),
+        "VectorTokens": lambda f: f(6, width=8)(x[0, 0]),
+        "SequenceTokens": lambda f: f(channels=6, patch=2, width=8, depth=1)(x[0]),
+        "ImageTokens": lambda f: f(4, (4, 6), width=8)(x),
+        "VideoTokens": lambda f: f(4, (4, 6), width=8)(x[None]),
+        "modality_encoder": lambda f: [f(shape, width=8, patch=2) for shape in QUAD.values()],
+        "ModalityReadout": lambda f: f(6, heads=2)(x[0, 0], x[0], torch.ones(4, dtype=torch.bool)),
+        "drop_modalities": lambda f: f(torch.ones(4, 3, dtype=torch.bool), 0.5),
+        "QuadModal": lambda f: f(QUAD, patch=4)(quad_rows(3)),
+        "freeze_encoders": lambda f: f(quad(), ["film"]),
+        "sets_by_size": lambda f: f(torch.tensor([1, 3, 1])),
+        "AttentionBlock": lambda f: f(6, heads=2, hidden=8)(x[0], x[0]),
+        "InducedSetAttention": lambda f: f(6, heads=2, points=3)(x[0]),
+        "SetEncoder": lambda f: f(6, width=8)(x[0, 0], torch.tensor([1, 3])),
+        "log_time_buckets": lambda f: f(x),
+        "TimeBias": lambda f: f(2)(x[0, 0]),
+        "SetSequenceEncoder": lambda f: f(6, width=16)(packed_sets(draw_sets((2, 1)))),
+        "SetDecoder": lambda f: f(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3, dtype=torch.bool)),
+        "SeqSetVAE": lambda f: f(set_encoder(), seeds=12)(packed_sets(draw_sets((2, 1)))),
+        "SeqSetClassifier": lambda f: f(set_encoder())(packed_sets(draw_sets((2, 1)))),
+    }
+    source = lambda value, name: inspect.getsource(value) if callable(value) else f"{name} = {value!r}"
+    for name, call in use.items():
+        needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
+        space = {"math": math, "warnings": warnings, "torch": torch, "nn": nn, "F": F, "__name__": "pasted"}
+        for wanted in needs + [name]:
+            exec(source(getattr(models, wanted), wanted), space)
+        call(space[name])
+
+
+def test_models_flip_average_of_a_mirrored_image_is_mirrored_with_sides_swapped():
+    torch.manual_seed(0)
+    model, images, pairs = models.FaceCNN(6, width=4).eval(), torch.randn(2, 3, 16, 24), ((1, 2), (4, 5))
+    with torch.no_grad():
+        y, mirrored = models.flip_average(model, images, pairs), models.flip_average(model, images.flip(-1), pairs)
+        assert near(mirrored, y.flip(-1)[:, [0, 2, 1, 3, 5, 4]], 1e-5)
+        assert not near(mirrored, y.flip(-1), 1e-2)  # without the swap it is not
+        symmetric = images + images.flip(-1)
+        assert near(models.flip_average(model, symmetric, ()), (model(symmetric) + model(symmetric).flip(-1)) / 2, 1e-5)

@@ -1,0 +1,615 @@
+"""Tests of report."""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import re
+import types
+import xml.etree.ElementTree
+import zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import ema
+import losses
+import models
+import train
+from tasks import faceparse
+from tasks import ocec
+from tests.helpers import (
+    call, FACEPARSE, faces_npz, faces_run, folder, make_npz, MODAL, near, NEVER, png_content, PPG,
+    ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced, result_of, run,
+    same_bits, STAYS, stays_folder, stays_run, TINY)
+
+
+def test_train_prints_the_constant_beside_every_score():
+    with folder() as f:
+        out = run(f / "a")
+        rows = json.loads((f / "a" / "scores.json").read_text())
+    assert out.startswith("python train.py --task ocec --epochs 3 --batch-size 16 ")
+    assert "what learns nothing scores on the" in out and out.count("constant  ") == 3 and "used for nothing but this" in out
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 4 and all("| floor 0." in line for line in epochs) and "untrained" in epochs[0]
+    for split in ("validation", "test"):
+        share = rows[split]["constant"]["auprc"]  # of open eyes
+        assert math.isclose(rows[split]["constant"]["f1"], 2 * share / (1 + share)) and rows[split]["ceiling"]["f1"] == 1
+
+
+def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing():
+    with folder() as f:
+        plain, out = quad_run(f / "a", "--epochs", "3"), quad_run(f / "b", "--epochs", "3", "--debug")
+        assert same_bits(result_of(f / "a"), result_of(f / "b")) and "debug" not in plain
+        lines = [line for line in out.splitlines() if line.startswith("debug epoch ")]
+        assert len(lines) == 3 * 5 and "batch 0 | labels 0: 4, 1: 4, 2: 4" in lines[0]
+        assert "lr 1e-06 | output (12, 8): mean" in lines[1] and "0 not finite" in lines[1]
+        # no row lacks a modality: what stands in for an absent one is not trained
+        pattern = r"(\d+) of (\d+) trainable tensors have a gradient, norm ([0-9.]+) \(healthy"
+        found = re.search(pattern, lines[2])
+        assert int(found[1]) == int(found[2]) > 50 and 0.1 < float(found[3]) < 100
+        checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
+        assert [line.split(" | ")[1].strip() for line in checklist] == [
+            "warm-up rises", "batches hold all classes", "loss falls by epoch 20",
+            "no value is not finite", "gradient norm is 1 to 10"]
+        assert checklist[1].startswith("yes | ") and "at least 3 of 3 classes" in checklist[1]
+        words = ["--mode", "pretrain", "--debug", "--epochs", "1", "--warmup-epochs", "0"]
+        out = stays_run(f / "c", *words)
+        assert "batches hold" not in out and "warm-up rises" not in out
+        assert "NO  | loss falls by epoch 20" in out  # one epoch cannot show it
+
+
+def printed_by(function, *words):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        function(*words)
+    return text.getvalue()
+
+
+def test_train_debug_gradient_norm_is_without_the_scale_of_fp16_and_one_class_is_a_warning():
+    net = nn.Linear(3, 1)
+    (2.0**16 * net(torch.ones(2, 3)).sum()).backward()
+    run_ = types.SimpleNamespace(raw_model=net, output=torch.tensor([[1.0], [math.nan], [3.0]]),
+                                 scaler=types.SimpleNamespace(get_scale=lambda: 2.0**16))
+    net.bias.grad = None
+    out = printed_by(train.print_debug, 4, 0, {"targets": torch.ones(5)}, run_, 1e-3)
+    assert "batch 0 | labels 1: 5 | WARNING: one class only" in out
+    assert "output (3, 1): mean 2, sd 1.414, 1 not finite" in out
+    assert f"1 of 2 trainable tensors have a gradient, norm {2 * 3**0.5:.3g} (healthy" in out
+    out = printed_by(train.print_debug, 4, 1, {"targets": torch.linspace(0, 1, 41)}, run_, 1e-3)
+    assert out.startswith("debug epoch 4 batch 1 | targets (41,): mean 0.5")
+    assert out.count("\n") == 1
+
+
+def test_train_debug_checklist_tells_the_bad_from_the_good():
+    args = train.parse_args(["--task", "ocec", "--warmup-epochs", "2", "--batch-size", "5"])
+
+    def verdicts(labels, rates, norms, losses_, skipped):
+        rows = [{"lr": lr, "grad_norm": norm, "train_loss": loss, "skipped_steps": skipped}
+                for lr, norm, loss in zip(rates, norms, losses_)]
+        sets = types.SimpleNamespace(train=ocec.EyeSplit(None, labels, np.arange(len(labels))))
+        run_ = types.SimpleNamespace(history=[{}, *rows])
+        out = printed_by(train.print_verdicts, run_, sets, args)
+        return [line[:3] for line in out.splitlines()[2:]]
+
+    good = verdicts(np.tile([0, 1], 4), [1e-6, 1e-4, 2e-4], [3.0, 1.0, 10.0], [1.0, 1.2, 0.9], 0)
+    bad = verdicts(np.repeat([0, 1], [97, 3]), [1e-3] * 3, [3.0, 10.1, 2.0], [1.0, 1.1, 1.0], 1)
+    assert good[0] == "yes" and good[2:] == ["yes"] * 3 and bad == ["NO "] * 5
+    train_losses = [1.0] * 20 + [0.5] * 4
+    late = verdicts(np.tile([0, 1], 4), [1e-6, 1e-4, 2e-4] * 8, [3.0] * 24, train_losses, 0)
+    assert late[2] == "NO "  # the loss fell after epoch 20 only
+
+
+def told(counts=None, rows=(), untrained=None):
+    """Names of the findings of a run with these changes to a healthy one; each row is the changes of an epoch."""
+    healthy_counts = {
+        "epochs": len(rows), "monitor": "f1", "headline": "f1", "schedule": "cosine", "planned_epochs": len(rows), "warmup_epochs": 0.5,
+        "ema_decay": 0.99, "floor": {"loss": 0.7, "f1": 0.6}, "ceiling": {"loss": 0.0, "f1": 1.0},
+        "shared": {"groups": 0, "rows": 0, "looked_at": 9},
+        "sampler": {"batches": 10, "single_class": 0, "largest_share": 0.5, "by_chance": 0.1}, "done": True}
+    history = [{"epoch": 0, "step": 0, "raw": {"loss": 0.7, "f1": 0.5}, "ema": {"loss": 0.7, "f1": 0.5}} | (untrained or {})]
+    for epoch, changes in enumerate(rows, 1):
+        f1, loss = 1 - 0.4 / (1 + epoch), 0.7 / (1 + epoch)
+        row = {"epoch": epoch, "step": 10 * epoch, "lr": 1e-3, "train_loss": loss, "grad_norm": 1.0, "weight_change": 0.1, "spread": 1.0,
+               "lr_end": 1e-3 * (1 - epoch / len(rows)), "raw": {"loss": loss, "f1": f1}, "ema": {"loss": loss, "f1": f1 + 0.001},
+               "weights": "ema", "no_gradient": [], "frozen_in_training": []} | changes
+        history.append({"score": row[row["weights"]].get("f1")} | row)
+    findings = train.diagnose(healthy_counts | (counts or {}), history)
+    assert all(each["evidence"] and each["remedy"] for each in findings) and [each["name"] for each in findings] == [
+        name for name in train.RULES if name in {each["name"] for each in findings}]  # worst first
+    return {each["name"] for each in findings}
+
+
+def scored(f1, loss, train_loss=None, **more):
+    scores = {"loss": loss, "f1": f1}
+    return {"raw": scores, "ema": scores, "train_loss": loss if train_loss is None else train_loss} | more
+
+
+def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
+    for n in (0, 1, 2, 3, 6, 12, 40):
+        assert told(rows=[{}] * n) == set(), n
+        assert told({"done": False, "epochs": 100}, rows=[{"lr_end": 1e-3}] * n) == set(), n
+    no_validation = [{"epoch": 0, "step": 0, "lr": 1e-3}] + [
+        {"epoch": i, "step": i, "lr": 1e-3, "lr_end": 1e-5, "train_loss": 1 / i, "grad_norm": 1.0, "weight_change": 0.1, "score": 1 / i,
+         "weights": "raw", "no_gradient": [], "frozen_in_training": []} for i in range(1, 15)]
+    counts = {"epochs": 14, "monitor": "loss", "headline": "loss", "schedule": "none", "planned_epochs": 14, "warmup_epochs": 0,
+              "ema_decay": 0.9, "floor": {}, "ceiling": {}, "shared": {"groups": 0, "rows": 0, "looked_at": 0}, "done": True}
+    assert train.diagnose(counts, no_validation) == []
+
+
+def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
+    flat = scored(0.6, 0.69, 0.69)
+    untrained = {"loss": 0.7, "f1": 0.5}
+    cases = {  # finding -> (counts, rows) with it, (counts, rows) of nearly the same run without it
+        "frozen-model": (({}, [{"weight_change": 0.0}] * 3), ({}, [{"weight_change": 0.0}] * 2 + [{}])),
+        "leak-across-split": (({"shared": {"groups": 1, "rows": 0, "looked_at": 9}}, []), ({}, [])),
+        "single-class-batches": (({"sampler": {"batches": 10, "single_class": 3, "largest_share": 0.5, "by_chance": 1.4}}, []),
+                                 ({"sampler": {"batches": 10, "single_class": 3, "largest_share": 0.5, "by_chance": 1.6}}, [])),
+        "lr-too-large": (({}, [scored(0.71, 0.6, weight_change=4.0)] * 2), ({}, [scored(0.73, 0.6, weight_change=4.0)] * 2)),
+        "lr-too-small": (({}, [{"weight_change": 1e-4, "train_loss": 0.7}] * 3), ({}, [{"weight_change": 1e-2, "train_loss": 0.7}] * 3)),
+        "no-gradient": (({}, [{"no_gradient": ["a.b"]}]), ({}, [{"no_gradient": ["a.b"]}, {}])),
+        "backbone-in-train-mode": (({}, [{"frozen_in_training": ["encoder"]}]), ({}, [{}])),
+        "constant-prediction": (({}, [{"spread": 0.009}] * 3), ({}, [{"spread": 0.011}] * 3)),
+        "loss-at-bound": (({}, [scored(0.9, 0.3, 0.694)] * 3), ({}, [scored(0.9, 0.3, 0.6)] + [scored(0.9, 0.3, 0.694)] * 3)),
+        "score-at-floor": (({}, [scored(0.607, 0.5)] * 3), ({}, [scored(0.609, 0.5)] * 3)),
+        "ema-not-moving": (({}, [{"ema": untrained}] * 2), ({}, [{"ema": untrained}, {}])),
+        "ema-horizon-too-long": (({}, [{"ema": {"loss": 0.66, "f1": 0.7}, "raw": {"loss": 0.6, "f1": 0.8}}] * 3),
+                                 ({}, [{"ema": {"loss": 0.64, "f1": 0.7}, "raw": {"loss": 0.6, "f1": 0.8}}] * 3)),
+        "label-quantised": (({"labels": {"values": 5, "step": 6.0, "spread": 2.5}}, []),
+                            ({"labels": {"values": 30, "step": 1.0, "spread": 2.5}}, [])),
+        "imbalance": (({"sampler": {"batches": 10, "single_class": 0, "largest_share": 0.91, "by_chance": 9.0}}, []),
+                      ({"sampler": {"batches": 10, "single_class": 0, "largest_share": 0.89, "by_chance": 9.0}}, [])),
+        "schedule-outlasts-run": (({"planned_epochs": 5}, [{"lr_end": 7e-4}] * 4), ({}, [{"lr_end": 7e-4}] * 4)),
+        "plateau-too-eager": (({"epochs": 9}, [{}, {"plateau_lr": [1e-3, 9e-6]}] + [{}] * 7),
+                              ({"epochs": 3}, [{}, {"plateau_lr": [1e-3, 9e-6]}, {}])),
+        "monitor-mismatch": (({"monitor": "loss"}, [scored(0.74, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3),
+                             ({"monitor": "loss"}, [scored(0.77, 0.1, score=0.1)] + [scored(0.8, 0.2, score=0.2)] * 3)),
+        "overfit": (({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.4, 0.1)] * 5),
+                    ({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.36, 0.1)] * 5)),
+        "lucky-best": (({}, [scored(0.95, 0.3)] + [scored(0.8 + 0.01 * (i % 2), 0.3) for i in range(9)]),
+                       ({}, [scored(0.95, 0.3)] + [scored(0.88 + 0.01 * (i % 2), 0.3) for i in range(9)]))}
+    assert cases.keys() == train.RULES.keys()
+    for name, (ill, well) in cases.items():
+        assert name in told(*ill), (name, told(*ill))
+        assert name not in told(*well), name
+    assert "score-at-floor" not in told({"done": False}, [flat] * 9) and "score-at-floor" in told({"done": False}, [flat] * 10)
+    assert told({"stopped": "the loss became nan"}) == {"lr-too-large"}
+    slow_start = [{"weight_change": 0.0, "lr_end": 0.0}] + [{"weight_change": 0.0, "grad_norm": math.nan}] * 2  # fp16 skipped all steps
+    assert told(rows=slow_start) == set() and told(rows=[scored(0.605, 0.5), scored(0.601, 0.4), scored(0.6, 0.3)]) == {"score-at-floor"}
+    below = {"monitor": "mae", "headline": "mae", "floor": {"mae": 2.0}, "ceiling": {}}  # lower is better
+    errors = lambda mae: [{"raw": {"loss": 0.5, "mae": mae}, "ema": {"loss": 0.5, "mae": mae}, "train_loss": 0.5, "score": mae}] * 3
+    start = {"raw": {"loss": 1.0, "mae": 2.0}, "ema": {"loss": 1.0, "mae": 2.0}}
+    assert told(below, errors(1.97), start) == {"score-at-floor"} and told(below, errors(1.9), start) == set()
+
+
+def test_train_diagnosis_counts_groups_and_equal_rows_on_two_sides_of_a_split():
+    with folder() as f:
+        args, sets, state = prepared(f)
+        held_out = len(sets.validation) + len(sets.test)
+        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 0, "looked_at": held_out}
+        sets.test.images = sets.test.images.clone()
+        for row in (0, 2):
+            sets.test.images[int(sets.test.rows[row])] = sets.train.images[int(sets.train.rows[3])]
+        assert train.shared_between(sets.train, [sets.validation, sets.test])["rows"] == 2
+        for split in (sets.train, sets.test):  # blank rows are alike, and no leak
+            split.images = split.images.clone()
+            split.images[split.rows[:2].tolist()] = 7
+        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 1, "looked_at": held_out - 2}
+        for each, groups in ((sets.train, [1, 2, 2, 3]), (sets.validation, [4, 3]), (sets.test, [5, 1])):
+            each.groups = np.array(groups)
+        assert train.shared_between(sets.train, [sets.validation, sets.test])["groups"] == 2
+
+
+def test_train_log_tells_how_far_weights_and_outputs_moved_what_has_no_gradient_and_what_is_frozen_in_training_mode():
+    with folder() as f:
+        args, sets, state = prepared(f, "--ema-decay", "0")
+        state.raw_model.idle = torch.nn.Linear(2, 2)
+        state.raw_model.kept = torch.nn.BatchNorm1d(2).requires_grad_(False)
+        state.optimizer.param_groups[0]["params"] += list(state.raw_model.idle.parameters())
+        before = {name: p.detach().clone() for name, p in state.raw_model.named_parameters() if p.requires_grad}
+        row = train.train_epoch(state, sets.train, 1, args, NEVER)
+        length = lambda tensors: float(torch.cat([each.detach().flatten() for each in tensors]).double().norm())
+        moved = [p - before[name] for name, p in state.raw_model.named_parameters() if p.requires_grad]
+        assert near(row["weight_change"], length(moved) / length(before.values()), 1e-6) and row["weight_change"] > 0
+        assert row["no_gradient"] == ["idle.weight", "idle.bias"] and row["frozen_in_training"] == []
+        whole = train.models.train_mode
+        train.models.train_mode = lambda model: model.train()
+        try:
+            assert train.train_epoch(state, sets.train, 2, args, NEVER)["frozen_in_training"] == ["kept"]
+        finally:
+            train.models.train_mode = whole
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Identity()
+    for output, spread in ((x, 1.0), (x * 0 + 5, 0.0), (5 + 0.1 * x, 0.02), (0.1 * x[:, 0], 0.1), (x.sort(0).values, 1.0)):
+        with train.SpreadOfOutputs(model) as found:
+            model(output[:20]), model({"no": "tensor"}), model(output[20:])
+        model(output * 100)  # no longer looked at
+        assert abs(found.value() - spread) < 0.2 * spread + 1e-6, (found.value(), spread)
+    with train.SpreadOfOutputs(model) as found:
+        pass
+    assert found.value() is None
+    assert train.label_steps(np.array([6.0, 12, 12, 24]))["step"] == 6 and train.label_steps(np.array([6.0, 7.1, 12, 24]))["step"] == 0
+
+
+def test_train_prints_at_most_ten_findings_and_writes_all_of_them():
+    findings = [{"name": f"n{i}", "evidence": "e", "remedy": "r"} for i in range(14)]
+    for count, lines in ((3, 3), (10, 10), (11, 10), (14, 10)):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train.print_findings(findings[:count])
+        printed = out.getvalue().splitlines()
+        assert len(printed) == lines and printed[0] == "diagnosis: n0 | e | r"
+        assert (printed[-1] == f"diagnosis: and {count - 9} more in diagnosis.json") == (count > 10)
+
+
+def test_train_phases_are_thirds_and_what_came_after_the_best():
+    args = types.SimpleNamespace(monitor="f1")
+    history = [{"epoch": 0}] + [
+        {"epoch": i, "score": score, "train_loss": 0.5, "raw": {"loss": 0.5 + i / 10}, "lr": 1e-3, "lr_end": 1e-3 / i}
+        for i, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1)]
+    found = train.phases(history, args)
+    assert {name: (each["first"], each["last"]) for name, each in found.items()} == {
+        "early": (1, 2), "middle": (3, 4), "late": (5, 5), "after the best": (5, 5)}
+    assert near(found["early"]["mean"], 0.15, 1e-12) and near(found["early"]["sd"], 0.1 / 2 ** 0.5, 1e-12)
+    assert near(found["middle"]["gap"], 0.35, 1e-12) and math.isnan(found["late"]["sd"])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train.print_phases(history, args)
+    assert "best epoch 4 of 5, where the rate stood at 25% of its highest" in out.getvalue()
+
+
+def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
+    """README's table of symptoms: the fault of each original, put into a small run, and the line that the run prints."""
+    def line_of(name, out):
+        return next(line for line in reversed(out.splitlines()) if line.startswith(f"diagnosis: {name} | "))
+
+    with folder() as f:
+        with replaced(ema.EMA, "update", lambda self, model: None):
+            out = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "eyes")[1]
+        assert "the averaged weights have the validation loss of the untrained network in all 3 epochs" in line_of("ema-not-moving", out)
+        assert {each["name"] for each in json.loads((f / "eyes" / "diagnosis.json").read_text())["findings"]} >= {"ema-not-moving"}
+
+        out = call(*FACEPARSE, "--data", faces_npz(f / "faces.npz"), "--cosine-epochs", "300", "--epochs", "1", "--out", f / "faces")[1]
+        assert "the cosine is planned for 300 epochs, the run ended after 1: the rate was still 100% of its peak" in line_of(
+            "schedule-outlasts-run", out)
+
+        windows = train.bidmc_data.bidmc_windows
+        rounded = lambda *words, **options: (found := windows(*words, **options)) | {"labels": 6 * np.round(found["labels"] / 6)}
+        with replaced(data, "bidmc_windows", rounded):
+            out = call(*PPG[:1], "bidmc_rr", *PPG[2:], "--data", ppg_folder(f), "--out", f / "ppg")[1]
+        assert "6 apart: rounding alone costs a mean absolute error of 1.5" in line_of("label-quantised", out)
+
+        with replaced(train, "plan_batches", lambda split, *_: [np.flatnonzero(split.labels == label)[:12] for label in range(3)]), \
+                replaced(train, "quad_check", lambda train, args: None):
+            out = call(*MODAL, "--data", quad_npz(f / "quad.npz"), "--out", f / "quad")[1]
+        assert "3 of 3 batches of the first epoch hold one class" in line_of("single-class-batches", out)
+
+        bias = models.TimeBias.forward
+        wrong = lambda self, minutes: torch.where(torch.isinf(bias(self, minutes)), -math.inf, bias(self, minutes).clamp(min=0))
+        with replaced(models.TimeBias, "forward", wrong):
+            out = call(*STAYS, "--epochs", "1", "--out", f / "stays")[1]
+        assert "2 (encoder.time_bias.log_slope, encoder.time_bias.log_tau) trainable tensors had no gradient" in line_of("no-gradient", out)
+
+
+PLOTTED = types.SimpleNamespace(task="ocec", variant="default", epochs=4, monitor="f1")
+
+
+def made_up_history(f1, *, losses=None, validation=True):
+    """Rows of log.jsonl with these F1 scores, the EMA's a little lower."""
+    losses = losses or [1 / (1 + epoch) for epoch in range(len(f1))]
+    rows = []
+    for epoch, (score, loss) in enumerate(zip(f1, losses)):
+        row = {"epoch": epoch, "score": score if validation else loss, "weights": "raw"}
+        if validation:
+            row |= {"raw": {"loss": loss, "f1": score}, "ema": {"loss": loss, "f1": score - 0.01}}
+        rows.append(row | ({"train_loss": loss} if epoch else {}))
+    return rows
+
+
+def svg_lines(text):
+    """{title: points (x, y)} of the polylines of an SVG, and its texts."""
+    space = "{http://www.w3.org/2000/svg}"
+    tree, lines = xml.etree.ElementTree.fromstring(text), {}
+    for line in tree.iter(f"{space}polyline"):
+        points = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+        lines[line.find(f"{space}title").text] = points
+    return lines, [element.text for element in tree.iter(f"{space}text")]
+
+
+def test_train_curves_svg_draws_series_floor_and_ceiling_where_they_belong():
+    rows = {"constant low": {"f1": 0.2}, "constant": {"f1": 0.6, "loss": 0.5}, "a & b": {"f1": 0.7},
+            "ceiling": {"f1": 1.0, "loss": 0.0}}
+    history = made_up_history([0.1, 0.5, 0.8, 0.9, 0.85])
+    lines, texts = svg_lines(train.curves_svg(history, rows, PLOTTED))
+    assert lines.keys() == {
+        "loss: training", "loss: validation, raw", "loss: validation, EMA", "loss: constant 0.5",
+        "loss: ceiling 0", "f1: validation, raw", "f1: validation, EMA", "f1: constant 0.6",
+        "f1: a & b 0.7", "f1: ceiling 1"}
+    places = lines["f1: validation, raw"]
+    x = [each for each, _ in places]
+    assert near(np.diff(x), np.full(4, (x[-1] - x[0]) / 4), 1e-3)
+    assert len(lines["loss: training"]) == 4
+    for name, score in (("constant 0.6", 0.6), ("a & b 0.7", 0.7), ("ceiling 1", 1.0)):
+        (left, y), (right, level) = lines[f"f1: {name}"]
+        assert (left, right, y) == (x[0], x[-1], level)
+        # one scale for curves and lines: 0.1 below, 1 above
+        want = np.interp(score, [0.1, 1], [places[0][1], lines["f1: ceiling 1"][0][1]])
+        assert abs(y - want) < 2 and places[0][1] > y >= lines["f1: ceiling 1"][0][1]
+    assert np.argmin([y for _, y in places]) == 3
+    assert "ocec, variant default: epoch 4 of 4; best epoch 3, f1 0.9000" in texts
+    assert {"training", "validation, EMA", "a & b 0.7", "epoch 0", "4"} <= set(texts)
+
+
+def test_train_curves_svg_leaves_out_what_is_not_finite_and_needs_no_validation():
+    nan = math.nan
+    lines, _ = svg_lines(train.curves_svg(made_up_history([0.1, nan, 0.8, nan, 0.6]), {}, PLOTTED))
+    x = [each for each, _ in lines["loss: validation, raw"]]
+    assert [each for each, _ in lines["f1: validation, raw"]] == x[::2]
+    untold = types.SimpleNamespace(**vars(PLOTTED) | {"monitor": "loss"})
+    lines, _ = svg_lines(train.curves_svg(made_up_history([0, 0, 0], validation=False), {}, untold))
+    assert lines.keys() == {"loss: training"}
+    for f1, values in (([0.1], None), ([nan, nan], None), ([0.5, 0.5], [0.0, 0.0]),
+                       ([1e30, -1e-300, 3e-9], [1e-300, 1e300, 2.0])):
+        history = made_up_history(f1, losses=values)
+        text = train.curves_svg(history, {"constant": {"f1": nan}}, PLOTTED)
+        assert svg_lines(text) and "nan" not in text and "inf" not in text
+
+
+def test_train_curves_are_there_after_every_epoch():
+    with folder() as f:
+        line, counts = train.epoch_line, []
+
+        def looked_at(history, args, floor):
+            lines, _ = svg_lines((f / "a" / "curves.svg").read_text())
+            counts.append(len(lines["f1: validation, raw"]))
+            return line(history, args, floor)
+
+        train.epoch_line = looked_at
+        try:
+            out = run(f / "a")
+        finally:
+            train.epoch_line = line
+        assert counts == [1, 2, 3, 4] and "curves.svg" in out.splitlines()[-1]
+
+
+def test_train_log_and_curves_that_a_kill_left_behind_are_made_up_for_by_a_resume():
+    with folder() as f:
+        run(f / "a", "--epochs", "2")
+        before = {name: (f / "a" / name).read_text() for name in ("log.jsonl", "curves.svg")}
+        for name in before:
+            (f / "a" / name).write_text("an epoch behind")
+        assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
+        assert before == {name: (f / "a" / name).read_text() for name in before}
+
+
+def picture_of(path):
+    """An RGB PNG as uint8 (h, w, 3)."""
+    (width, height, depth, kind, *_), chunks = png_content(path.read_bytes())
+    assert (depth, kind) == (8, 2)
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def cells_of(path, height, width):
+    """The images (n, h, w, 3) of a grid of write_images, row by row; places left over are white."""
+    picture = picture_of(path)
+    columns = picture.shape[1] // (width + 4)
+    cells = picture.reshape(-1, height + 4, columns, width + 4, 3).swapaxes(1, 2)
+    cells = cells.reshape(-1, height + 4, width + 4, 3)
+    border = np.ones(cells.shape[1:3], dtype=bool)
+    border[2:-2, 2:-2] = False
+    assert (cells[:, border] == 255).all()
+    return cells[:, 2:-2, 2:-2]
+
+
+def pixels_of(inputs):
+    return (inputs * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def best_of(path, *words):
+    """The run's settings, data and best network in eval mode."""
+    args = train.parse_args([str(word) for word in words])
+    args.device, args.home = "cpu", str(path)
+    task = train.task_of(args)
+    sets = task.load(args.data, args)
+    args.facts = sets.facts
+    model = task.network(args).eval()
+    model.load_state_dict(result_of(path, "best.pt")["model"])
+    return args, sets, model
+
+
+def examples_of(path, split, badness, columns):
+    """The rows of examples.csv: all of the split, with the badness given here, the worst first."""
+    with open(path / "examples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and list(rows[0]) == ["row", *columns, "badness"]
+    told = np.array([float(row["badness"]) for row in rows])
+    place = {row: i for i, row in enumerate(split.rows.tolist())}
+    order = [place[int(row["row"])] for row in rows]
+    assert sorted(order) == list(range(len(split)))
+    assert near(told, badness[order], 1e-4)
+    assert (np.diff(told) <= 0).all()
+    return rows, order
+
+
+def test_train_examples_of_eyes_and_faces_are_all_rows_and_the_worst_images():
+    with folder() as f:
+        run(f / "eyes", "--epochs", "1")
+        args, sets, model = best_of(f / "eyes", *TINY, "--data", f / "eyes.npz")
+        with torch.inference_mode():
+            p = train.eyes_probability(train.eyes_logits(model, sets.test), args).numpy()
+        badness, columns = np.abs(p - sets.test.labels), ["name", "true", "predicted"]
+        rows, order = examples_of(f / "eyes", sets.test, badness, columns)
+        assert [int(row["true"]) for row in rows] == sets.test.labels[order].tolist()
+        assert near([float(row["predicted"]) for row in rows], p[order], 1e-4)
+        assert all(row["name"] == sets.names[int(row["row"])] for row in rows)
+        worst = pixels_of(sets.test.batch(np.array(order))["inputs"])[:24]
+        cells = cells_of(f / "eyes" / "examples.png", 12, 20)
+        assert len(worst) >= 8 and (cells[: len(worst)] == worst).all()
+        assert (cells[len(worst) :] == 255).all()
+
+        faces_run(f / "faces", "--epochs", "1")
+        args, sets, model = best_of(f / "faces", *FACEPARSE, "--data", f / "faces.npz")
+        batch, confusions = sets.test.batch(np.arange(len(sets.test))), []
+        with torch.inference_mode():
+            for x, mask in zip(batch["inputs"], batch["masks"]):
+                guess = train.faces_labels(model(x[None]), mask.shape)
+                confusions.append(losses.confusion_matrix(guess, mask, 19))
+        f_scores = losses.f_score_per_image(np.stack(confusions))
+        rows, order = examples_of(f / "faces", sets.test, 1 - f_scores, ["name", "f"])
+        assert near([float(row["f"]) for row in rows], f_scores[order], 1e-4)
+        cells = cells_of(f / "faces" / "examples.png", 16, 16)
+        assert (cells[: len(order)] == pixels_of(batch["inputs"])[order]).all()
+
+
+def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
+    def ppg_badness(args, sets, model):
+        rates = train.ppg_prediction(train.ppg_all_outputs(model, sets.test), args).numpy()
+        return np.abs(rates - sets.test.labels)
+
+    def masked_badness(args, sets, model):
+        [(inputs, mask)] = train.masked_patches(sets.test, args)
+        errors = (model(inputs, mask) - model.encoder.patches(inputs)).square()
+        return np.array([float(error[hidden].mean()) for error, hidden in zip(errors, mask)])
+
+    def stay_badness(args, sets, model):
+        p = train.stay_probability(train.stay_all_logits(model, sets.test), args).numpy()
+        return np.abs(p - sets.test.labels)
+
+    def vae_badness(args, sets, model):
+        batches = [sets.test.batch([i])["inputs"] for i in range(len(sets.test))]
+        return torch.cat([train.vae_parts(model, batch, args)[0] for batch in batches]).numpy()
+
+    values = ["name", "true", "predicted"]
+    with folder() as f:
+        for run_task, base, data_name, mode, badness, columns in (
+                (ppg_run, PPG, "bidmc", "scratch", ppg_badness, values),
+                (ppg_run, PPG, "bidmc", "pretrain", masked_badness, ["name"]),
+                (stays_run, STAYS, "stays", "scratch", stay_badness, values),
+                (stays_run, STAYS, "stays", "pretrain", vae_badness, ["name"])):
+            path, words = f / f"{data_name}-{mode}", ["--mode", mode, "--epochs", "1"]
+            run_task(path, *words)
+            args, sets, model = best_of(path, *base, *words, "--data", f / data_name)
+            with torch.inference_mode():
+                want = badness(args, sets, model)
+            rows, order = examples_of(path, sets.test, want, columns)
+            assert all(row["name"] == str(sets.names[int(row["row"])]) for row in rows)
+            if "true" in columns:
+                errors = [abs(float(row["true"]) - float(row["predicted"])) for row in rows]
+                assert near(errors, want[order], 1e-3)
+            assert not (path / "examples.png").exists()
+            names = {row["name"] for row in rows}
+            if data_name == "stays":
+                assert names == set(map(str, sets.test.ids.tolist()))
+            else:
+                assert len(names) == len(rows)
+                assert all(re.fullmatch(r"[0-9]+ at [0-9.]+ s", name) for name in names)
+        # batches of a probe hold features
+        words = ["--mode", "probe", "--pretrained", f / "stays-pretrain", "--epochs", "1"]
+        stays_run(f / "probe", *words)
+        text = (f / "probe" / "examples.csv").read_text()
+        assert text.startswith("row,name,true,predicted,badness\n")
+
+
+def test_train_examples_of_modalities_begin_with_the_rows_among_strangers():
+    with folder() as f:
+        quad_run(f / "a", "--epochs", "1")
+        args, sets, model = best_of(f / "a", *MODAL, "--data", f / "quad.npz")
+        with torch.inference_mode():
+            z, reference = (train.quad_embeddings(model, split) for split in (sets.test, sets.train))
+        cosine = F.normalize(z, dim=1) @ F.normalize(reference, dim=1).T
+        nearest = sets.train.labels[cosine.topk(5).indices.numpy()]
+        strangers = (nearest != sets.test.labels[:, None]).mean(1)
+        rows, order = examples_of(f / "a", sets.test, strangers, ["true", "predicted"])
+        names, predicted = args.facts["names"], losses.knn_predict(reference, sets.train.labels, z)
+        assert [row["true"] for row in rows] == [names[label] for label in sets.test.labels[order]]
+        assert [row["predicted"] for row in rows] == [names[label] for label in predicted[order]]
+        assert len(set(strangers)) > 2 and not (f / "a" / "examples.png").exists()
+
+
+def test_train_examples_need_a_split_that_is_held_out_and_go_with_overwrite():
+    with folder() as f:
+        out = run(f / "a", "--epochs", "1", "--train-ratio", "1", "--val-ratio", "0", "--test-ratio", "0")
+        assert not list((f / "a").glob("examples.*")) and "examples" not in out
+        words = ["--train-ratio", "0.7", "--val-ratio", "0.3", "--test-ratio", "0"]
+        run(f / "b", "--epochs", "1", *words)
+        sets = best_of(f / "b", *TINY, *words, "--data", f / "eyes.npz")[1]
+        with open(f / "b" / "examples.csv", newline="") as file:
+            rows = {int(row["row"]) for row in csv.DictReader(file)}
+        assert rows == set(sets.validation.rows.tolist())
+        report, train.report = train.report, lambda *_: None
+        try:
+            run(f / "b", "--epochs", "1", "--overwrite")
+        finally:
+            train.report = report
+        assert not list((f / "b").glob("examples.*")) and (f / "b" / "curves.svg").exists()
+
+
+def test_train_write_images_puts_every_image_in_its_cell_and_leaves_the_rest_white():
+    images = random_images(8, 3, 5, 4)
+    with folder() as f:
+        for count, columns in ((1, 6), (6, 6), (8, 6), (8, 3)):
+            inputs = (images[:count].float() - 127.5) / 127.5
+            train.write_images(f / "a.png", inputs, columns=columns)
+            picture, cells = picture_of(f / "a.png"), cells_of(f / "a.png", 5, 4)
+            assert picture.shape == (-(-count // columns) * 9, columns * 8, 3)
+            assert (cells[:count] == images[:count].permute(0, 2, 3, 1).numpy()).all()
+            assert (cells[count:] == 255).all()
+
+
+def test_train_look_shows_the_first_batch_that_training_sees():
+    with folder() as f:
+        paths = {"ocec": make_npz(f / "eyes.npz"), "faceparse": faces_npz(f / "faces.npz")}
+        for task, words, kind, size in (("ocec", TINY, ocec.EyeSplit, (12, 20)),
+                                        ("faceparse", FACEPARSE, faceparse.FaceSplit, (16, 16))):
+            batch, seen = kind.batch, []
+
+            def recorded(self, rows, generator=None):
+                out = batch(self, rows, generator)
+                if generator is not None:
+                    seen.append(copy.deepcopy(out))
+                return out
+
+            kind.batch = recorded
+            try:
+                code, out, err = call(*words, "--data", paths[task], "--out", f / task, "--look")
+                looked, count = seen[0], len(seen)
+                words = [*words, "--data", paths[task], "--out", f / task, "--epochs", "1"]
+                assert call(*words)[0] == 0
+            finally:
+                kind.batch = batch
+            assert code == 0 and count == 1 and f"saved: {f / task / 'look.png'}" in out, err
+            assert same_bits(looked, seen[1]), task
+            cells = cells_of(f / task / "look.png", *size)
+            want = pixels_of(looked["inputs"].clamp(-1, 1))[:24]
+            assert (cells[: len(want)] == want).all() and (cells[len(want) :] == 255).all()
+
+
+def test_train_look_replaces_its_own_picture_and_leaves_a_run_alone():
+    with folder() as f:
+        run(f / "a", "--epochs", "1")
+        before = {path.name: path.read_bytes() for path in (f / "a").iterdir()}
+        words = [*TINY, "--data", f / "eyes.npz"]
+        (f / "a" / "look.png").write_bytes(b"older")
+        assert call(*words, "--look", "--out", f / "a")[0] == 0
+        first = (f / "a" / "look.png").read_bytes()
+        assert {path.name: path.read_bytes() for path in (f / "a").iterdir()} == before | {"look.png": first} and len(first) > 1000
+        assert call(*words, "--look", "--out", f / "b")[0] == 0 and (f / "b" / "look.png").read_bytes() == first
+        assert [path.name for path in (f / "b").iterdir()] == ["look.png"]
+        assert call(*words, "--look", "--out", f / "b", "--seed", "1")[0] == 0 and (f / "b" / "look.png").read_bytes() != first
+        assert call(*words, "--epochs", "1", "--out", f / "b")[0] == 0  # a look is no run
+        cases = [(["--look", "--resume"], "--resume is not read by this call"), (["--look", "--find-lr"], "is not read by this call"),
+                 (["--find-lr", "--out", f / "c"], "--out is not read by this call"), (["--look", "--out", f / "eyes.npz"], "is a file")]
+        for more, message in cases:
+            code, _, err = call(*words, *more)
+            assert code == 2 and message in err and not (f / "c").exists(), (more, err)
+        for words, path in ((PPG, ppg_folder(f)), (MODAL, quad_npz(f / "quad.npz")),
+                            (STAYS, stays_folder(f))):
+            code, _, err = call(*words, "--data", path, "--look", "--out", f / "c")
+            assert code == 2 and f"the rows of task {words[1]} are none" in err, err
+            assert not (f / "c").exists()
