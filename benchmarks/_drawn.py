@@ -23,7 +23,7 @@ def write_eyes(file, n=400, size=(24, 24)):
     np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels, groups=groups)
 
 
-def write_faces(file, n=60, size=(64, 64)):
+def write_faces(file, n=40, size=(64, 64)):
     images, masks, _ = data.synthetic_faces(n, size=size)
     np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), masks=masks.numpy())
 

@@ -15,9 +15,9 @@ def new_parser(text):
     return parser
 
 
-def parse(parser):
+def parse(parser, words=None):
     """The command line; with --quick it is said at once that the numbers are no results."""
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.quick:
         print("--quick: tiny sizes, drawn data, no other library: the numbers are no results",
               flush=True)
