@@ -2777,6 +2777,22 @@ def test_models_transformer_layer_equals_torchs():
     assert len(p) == 2 * len(names)
 
 
+def test_models_transformer_layer_asks_no_attention_of_a_batch_without_rows():
+    """Of a modality that no row of a batch has; flash attention on CUDA refuses it before torch 2.10, as the stand-in does here."""
+    attention = F.scaled_dot_product_attention
+
+    def flash(q, *rest, **options):
+        assert len(q), "batch size must be positive"
+        return attention(q, *rest, **options)
+
+    layer = models.TransformerLayer(12, heads=3, hidden=20)
+    with replaced(F, "scaled_dot_product_attention", flash):
+        assert layer(torch.randn(2, 6, 12)).shape == (2, 6, 12)
+        y = layer(torch.zeros(0, 6, 12))
+        y.sum().backward()
+    assert y.shape == (0, 6, 12) and all((p.grad == 0).all() for p in layer.parameters())  # DDP waits for every gradient
+
+
 def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too():
     for head, places in zip(EYE_HEADS, (1, 2, 7, 9)):
         net = models.EyeNet(head=head, channels=8, dropout=0.125)
