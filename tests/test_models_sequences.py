@@ -3,11 +3,10 @@
 import copy
 import itertools
 import math
+import unittest.mock
 import warnings
 
 import numpy as np
-import unittest.mock
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
