@@ -332,6 +332,12 @@ def result_of(path, name="last.pt"):
     return content
 
 
+def loaded(*words):
+    """The settings of a call, and the splits that its task makes of --data."""
+    args = train.parse_args([str(word) for word in words])
+    return args, train.task_of(args).load(args.data, args)
+
+
 def prepared(f, *words):
     """Settings, data and a fresh run of a tiny recipe on a small .npz in folder f."""
     args = train.parse_args([*TINY, "--data", str(make_npz(f / "eyes.npz")), *words])
@@ -387,8 +393,8 @@ def check_resume(base, run, path, words, data_path=None):
     run(path / "a", *words)
     finish = train.finish_epoch
 
-    def killed(state, args, folder, floor):
-        finish(state, args, folder, floor)
+    def killed(state, folder):
+        finish(state, folder)
         if state.history[-1]["epoch"] == 1:
             raise KeyboardInterrupt
 
