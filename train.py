@@ -40,8 +40,8 @@ from runtime import (
 from runtime.checkpoint import RUN_FILES
 from runtime.processes import Interrupted, ProcessLost, rank, world_size
 from runtime.settings import (
-    CHECKS, USES, Refused, Settings, autocast, check_call, check_flags, chosen_of, command_line,
-    late_flags, refusals, resolve_device, resume_command)
+    CHECKS, SCORING_FLAGS, USES, Refused, Settings, autocast, check_call, check_flags, chosen_of, command_line,
+    refusals, resolve_device, resume_command)
 from tasks import bidmc, bidmc_pretrain, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
 from tasks.common import NonFinite, finite, plan_batches, seed_of, show, spelled
 
@@ -194,14 +194,21 @@ def outputs_of(model, split, run):
 
 
 def joined_outputs(model, split, run):
+    """Without the reference. One tensor is allocated for all rows: many small ones, allocated between
+    the activations of a network, would cut the free memory into pieces and memory would grow.
+    """
     model.eval()
-    parts = []
+    joined, rows = {}, 0
     for start in range(rank() * split.chunk, len(split), world_size() * split.chunk):
         batch = split.batch(np.arange(start, min(start + split.chunk, len(split))))
-        outputs = run.task.outputs(model, batch, run.args, run.facts)
-        parts.append({name: values.cpu() for name, values in outputs.items()})
-    parts = processes.in_order(parts)
-    return {name: finite(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        for name, values in run.task.outputs(model, batch, run.args, run.facts).items():
+            if rows == 0:
+                joined[name] = torch.empty(len(split), *values.shape[1:], dtype=values.dtype)
+            joined[name][rows : rows + len(values)] = values.cpu()
+        rows += len(values)
+    if world_size() > 1:
+        joined = processes.gather_rows(joined, rows, split.chunk)
+    return {name: finite(values) for name, values in joined.items()}
 
 
 def score_epoch(run, row, splits):
@@ -477,7 +484,7 @@ def parse_args(argv):
     run_defaults = {name: default for name, (default, _) in RUN_FLAGS.items()}
     settings = NOT_OF_THE_TASK | run_defaults | recipe | {"variant": chosen.variant} | typed
     args = Settings(**settings, typed=set(typed) - {"task"}, home="")  # home: the --out to resume
-    check_flags(args, flags)
+    args = check_flags(args, flags)
     check_call(args, TASKS[args.task], RUN_FILES)
     return args
 
@@ -522,18 +529,16 @@ def prepare(args):
 
 
 def settled_args(args):
-    """The settings as the run takes them: values of unread flags, and the device."""
-    task = task_of(args)
-    changes = {name: flag.otherwise for name, flag in task.flags.items()
-               if flag.otherwise is not None and flag.unmet(args)}
+    """The settings with the device that this process takes; prints the command that they are."""
+    flags = task_of(args).flags
     if args.batch_size % world_size():
         fits = -(-args.batch_size // world_size()) * world_size()
         raise ValueError(f"--batch-size {args.batch_size} counts the rows of all {world_size()} "
                          f"processes, which take equal shares of it: give --batch-size {fits}")
-    args = args.replace(device=resolve_device(args.device), **changes)
-    names = [*task.flags, "data", "cache", "out", "device"]
+    args = args.replace(device=resolve_device(args.device))
+    names = [*flags, "data", "cache", "out", "device"]
     check = chosen_of(args, CHECKS)
-    print(command_line(args, task.flags, names + [check] if check else names), flush=True)
+    print(command_line(args, flags, names + [check] if check else names), flush=True)
     return args
 
 
@@ -688,7 +693,7 @@ def apply_checkpoint(args):
     """--eval, --predict, --export: rebuild the network from the recipe in the checkpoint, and use it."""
     path, flags = args.eval or args.predict or args.export, TASKS[args.task].flags
     content = checkpoint.load(path, args.task, flags)
-    late = late_flags(args, flags)
+    late = args.typed & SCORING_FLAGS
     args = checkpoint.adopt_recipe(args, content, late)
     split = args.split or ("all" if args.eval and "data" in args.typed else "")
     args = args.replace(device="cpu" if args.export else resolve_device(args.device), split=split)

@@ -95,6 +95,20 @@ def in_order(parts):
     return [gathered[i % world_size()][i // world_size()] for i in range(count)]
 
 
+def gather_rows(tensors, rows, chunk):
+    """{name: tensor} of all processes joined, in the order of in_order, chunk rows at a time.
+
+    tensors: {name: tensor}, of which the first `rows` rows count
+    """
+    parts = []
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        # cloned, as what is gathered is copied with all the memory behind it
+        parts.append({name: values[start:stop].clone() for name, values in tensors.items()})
+    parts = in_order(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def sum_over_processes(numbers):
     """The sums of a list of numbers, float64; NaN and inf stay what they are."""
     total = torch.tensor(numbers, dtype=torch.float64)

@@ -13,6 +13,7 @@ from tasks.common import NonFinite, show, spelled
 
 CHECKS = ("find_lr", "show_schedule", "look", "check_sampler")  # in place of training
 USES = ("eval", "predict", "export")  # of a checkpoint
+SCORING_FLAGS = {"tta"}  # of the recipe, but USES may change them
 
 
 class Settings(types.SimpleNamespace):
@@ -100,7 +101,11 @@ def check_paths(args, run_files):
 
 
 def check_flags(args, flags):
-    """Refuse values out of bounds, and typed flags that the other settings leave unread."""
+    """Refuse values out of bounds, and typed flags that the other settings leave unread.
+
+    Returns the settings, in which an unread flag has its `otherwise`, if it has one.
+    """
+    unread = {}
     for name, flag in flags.items():
         flag.check(name, getattr(args, name))
         unmet = flag.unmet(args)
@@ -109,11 +114,9 @@ def check_flags(args, flags):
             raise ValueError(f"{spelled(name)} is read only with {spelled(other)} "
                              f"{' or '.join(map(show, values))}, not with {show(getattr(args, other))}: "
                              f"leave it out, or change {spelled(other)}")
-
-
-def late_flags(args, flags):
-    """The typed flags that --eval, --predict and --export read beside the recipe in the checkpoint."""
-    return {name for name in args.typed & set(flags) if flags[name].late}
+        if unmet and flag.otherwise is not None:  # pretraining has no labels for AUROC to monitor
+            unread[name] = flag.otherwise
+    return args.replace(**unread)
 
 
 def chosen_of(args, names):
@@ -131,7 +134,7 @@ def check_call(args, task, run_files):
     if use:
         reads = {"eval": {"eval", "data", "cache", "split", "device"},
                  "predict": {"predict", "data", "cache", "out", "device"},
-                 "export": {"export", "out"}}[use] | late_flags(args, task.flags)
+                 "export": {"export", "out"}}[use] | SCORING_FLAGS
     elif check:
         unread = {"out", "resume", "overwrite", "split", "debug", *CHECKS} - {check}
         reads = args.typed - (unread - {"out"} if check == "look" else unread)

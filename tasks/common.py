@@ -28,7 +28,6 @@ class Flag:
     when: dict = dataclasses.field(default_factory=dict)  # {other flag: values with which this one is read}
     otherwise: object = None  # the value that the loop takes where the flag is not read
     backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
-    late: bool = False  # read by --eval, --predict and --export as well, which may change it
 
     def unmet(self, args):
         """The first (flag, values) of `when` that the settings do not meet; None if the flag is read."""

@@ -636,7 +636,7 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
     photometric=Flag(0.0, "probability of each of the five photometric operations", low=0, high=1),
     mixup=Flag(0.0, "alpha of mixup (0 = off)", low=0),
     cutmix=Flag(0.0, "alpha of cutmix (0 = off)", low=0),
-    tta=Flag(False, "score and predict the mean of an image and its mirror image", late=True),
+    tta=Flag(False, "score and predict the mean of an image and its mirror image"),
 )
 
 # The recipe as its team ran it, with its faults: left and right keep their labels when a face is
