@@ -332,12 +332,23 @@ def result_of(path, name="last.pt"):
     return content
 
 
+def loaded(*words):
+    """The settings of a call, and the splits that its task makes of --data."""
+    args = train.parse_args([str(word) for word in words])
+    return args, train.task_of(args).load(args.data, args)
+
+
 def prepared(f, *words):
-    """Settings, data and a fresh run of a tiny recipe on a small .npz in folder f."""
-    args = train.parse_args([*TINY, "--data", str(make_npz(f / "eyes.npz")), *words])
-    sets = train.OCEC.load(args.data, args)
-    args.facts = sets.facts
-    return args, sets, train.build(args, len(train.plan_batches(sets.train, 1, args)))
+    """Settings, splits and a fresh run of a tiny recipe on a small .npz in folder f."""
+    args, splits = loaded(*TINY, "--data", make_npz(f / "eyes.npz"), *words)
+    batches = train.plan_batches(splits.train, 1, args)
+    return args, splits, train.build(args, splits.facts, len(batches))
+
+
+def scores_of(model, split, args, facts):
+    """The scores of a network on a whole split, as a run computes them."""
+    run = types.SimpleNamespace(task=train.task_of(args), args=args, facts=facts)
+    return train.evaluate(model, split, run)
 
 
 NEVER = types.SimpleNamespace(check=lambda: None)  # a stop signal that never comes
@@ -387,8 +398,8 @@ def check_resume(base, run, path, words, data_path=None):
     run(path / "a", *words)
     finish = train.finish_epoch
 
-    def killed(state, args, folder, floor):
-        finish(state, args, folder, floor)
+    def killed(state, folder):
+        finish(state, folder)
         if state.history[-1]["epoch"] == 1:
             raise KeyboardInterrupt
 
