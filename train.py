@@ -146,7 +146,7 @@ def train_epoch(run, split, epoch, stop):
             totals, norm = train_step(run, split, batches[first : first + args.accumulate], generator,
                                       look)
         except NonFinite as error:
-            raise NonFinite(f"{error}, in epoch {epoch}, step {run.step}, at lr {row['lr_end']:.3g} "
+            raise NonFinite(f"{error} in epoch {epoch}, step {run.step}, at lr {row['lr_end']:.3g} "
                             f"(gradient norm of the step before: {norms[-1] if norms else math.nan:.3g})"
                             ) from error
         for total in totals:
