@@ -538,21 +538,17 @@ def predictions(batches, split, out, args, facts):
 
 
 def examples(outputs, split, args, facts):
-    """The worst has the fewest neighbours of its own class, and the nearest of the others."""
-    names, known = facts["names"], split.reference.labels
+    """The worst is the row with the fewest of its class among the training rows nearest to it."""
+    names, known = np.array(facts["names"]), split.reference.labels
     z, reference = outputs["embedding"], outputs["reference"]["embedding"]
     predicted = losses.knn_predict(reference, known, z, k=args.neighbours)
     unit = F.normalize(reference, dim=1)
-    cosines, nearest = [], []
+    nearest = []
     for part in z.split(512):
-        cosine, index = (F.normalize(part, dim=1) @ unit.T).topk(args.neighbours)
-        cosines.append(cosine)
-        nearest.append(index)
-    wrong = (known[torch.cat(nearest).numpy()] != split.labels[:, None]).sum(1)
-    badness = wrong + torch.cat(cosines).numpy().mean(1) / 3  # a third of a mean within [-1, 1]
-    columns = {"true": [names[label] for label in split.labels],
-               "predicted": [names[label] for label in predicted], "wrong_neighbours": wrong}
-    return badness, columns
+        cosine = F.normalize(part, dim=1) @ unit.T
+        nearest.append(known[cosine.topk(args.neighbours).indices.numpy()])
+    strangers = (np.concatenate(nearest) != split.labels[:, None]).mean(1)
+    return strangers, {"true": names[split.labels], "predicted": names[predicted]}
 
 
 def export(model, args, facts):

@@ -333,6 +333,7 @@ class StaySplit:
         self.stays, self.rows, self.scaler = stays, np.asarray(rows, dtype=np.int64), scaler
         self.drop_events, self.device, self.features = drop_events, torch.device(device), None
         self.labels, self.ids = stays["labels"][self.rows], stays["ids"][self.rows]
+        self.names = stays["ids"]  # of the whole set, as in the other splits
         sets = gather_ranges(stays["first_set"], self.rows)
         events = gather_ranges(stays["first_event"], sets)
         self.lengths, self.sizes = np.diff(stays["first_set"])[self.rows], np.diff(stays["first_event"])[sets]

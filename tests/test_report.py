@@ -21,11 +21,11 @@ import ema
 import losses
 import models
 import train
-from tasks import faceparse
-from tasks import ocec
+from runtime import debug, diagnosis, page, report
+from tasks import bidmc, bidmc_data, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
 from tests.helpers import (
-    call, FACEPARSE, faces_npz, faces_run, folder, make_npz, MODAL, near, NEVER, png_content, PPG,
-    ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced, result_of, run,
+    call, FACEPARSE, faces_npz, faces_run, folder, loaded, make_npz, MODAL, near, NEVER, png_content,
+    PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced, result_of, run,
     same_bits, STAYS, stays_folder, stays_run, TINY)
 
 
@@ -74,16 +74,18 @@ def printed_by(function, *words):
 def test_train_debug_gradient_norm_is_without_the_scale_of_fp16_and_one_class_is_a_warning():
     net = nn.Linear(3, 1)
     (2.0**16 * net(torch.ones(2, 3)).sum()).backward()
-    run_ = types.SimpleNamespace(raw_model=net, output=torch.tensor([[1.0], [math.nan], [3.0]]),
-                                 scaler=types.SimpleNamespace(get_scale=lambda: 2.0**16))
+    run_ = types.SimpleNamespace(
+        args=types.SimpleNamespace(debug=True), parameters=list(net.parameters()),
+        output=torch.tensor([[1.0], [math.nan], [3.0]]),
+        scaler=types.SimpleNamespace(get_scale=lambda: 2.0**16))
     net.bias.grad = None
-    out = printed_by(train.print_debug, 4, 0, {"targets": torch.ones(5)}, run_, 1e-3)
+    out = printed_by(debug.looker(run_, 4, 0), {"targets": torch.ones(5)}, 1e-3)
     assert "batch 0 | labels 1: 5 | WARNING: one class only" in out
     assert "output (3, 1): mean 2, sd 1.414, 1 not finite" in out
     assert f"1 of 2 trainable tensors have a gradient, norm {2 * 3**0.5:.3g} (healthy" in out
-    out = printed_by(train.print_debug, 4, 1, {"targets": torch.linspace(0, 1, 41)}, run_, 1e-3)
+    out = printed_by(debug.looker(run_, 4, 1), {"targets": torch.linspace(0, 1, 41)}, 1e-3)
     assert out.startswith("debug epoch 4 batch 1 | targets (41,): mean 0.5")
-    assert out.count("\n") == 1
+    assert out.count("\n") == 1 and debug.looker(run_, 4, 2) and debug.looker(run_, 4, 3) is None
 
 
 def test_train_debug_checklist_tells_the_bad_from_the_good():
@@ -92,9 +94,9 @@ def test_train_debug_checklist_tells_the_bad_from_the_good():
     def verdicts(labels, rates, norms, losses_, skipped):
         rows = [{"lr": lr, "grad_norm": norm, "train_loss": loss, "skipped_steps": skipped}
                 for lr, norm, loss in zip(rates, norms, losses_)]
-        sets = types.SimpleNamespace(train=ocec.EyeSplit(None, labels, np.arange(len(labels))))
-        run_ = types.SimpleNamespace(history=[{}, *rows])
-        out = printed_by(train.print_verdicts, run_, sets, args)
+        splits = types.SimpleNamespace(train=ocec.EyeSplit(None, labels, np.arange(len(labels))))
+        run_ = types.SimpleNamespace(args=args, history=[{}, *rows])
+        out = printed_by(debug.print_verdicts, run_, splits)
         return [line[:3] for line in out.splitlines()[2:]]
 
     good = verdicts(np.tile([0, 1], 4), [1e-6, 1e-4, 2e-4], [3.0, 1.0, 10.0], [1.0, 1.2, 0.9], 0)
@@ -119,10 +121,11 @@ def told(counts=None, rows=(), untrained=None):
                "lr_end": 1e-3 * (1 - epoch / len(rows)), "raw": {"loss": loss, "f1": f1}, "ema": {"loss": loss, "f1": f1 + 0.001},
                "weights": "ema", "no_gradient": [], "frozen_in_training": []} | changes
         history.append({"score": row[row["weights"]].get("f1")} | row)
-    findings = train.diagnose(healthy_counts | (counts or {}), history)
-    assert all(each["evidence"] and each["remedy"] for each in findings) and [each["name"] for each in findings] == [
-        name for name in train.RULES if name in {each["name"] for each in findings}]  # worst first
-    return {each["name"] for each in findings}
+    findings = diagnosis.diagnose(healthy_counts | (counts or {}), history)
+    assert all(finding["evidence"] and finding["remedy"] for finding in findings)
+    names = [finding["name"] for finding in findings]
+    assert names == [name for name in diagnosis.RULES if name in names]  # worst first
+    return set(names)
 
 
 def scored(f1, loss, train_loss=None, **more):
@@ -139,7 +142,7 @@ def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
          "weights": "raw", "no_gradient": [], "frozen_in_training": []} for i in range(1, 15)]
     counts = {"epochs": 14, "monitor": "loss", "headline": "loss", "schedule": "none", "planned_epochs": 14, "warmup_epochs": 0,
               "ema_decay": 0.9, "floor": {}, "ceiling": {}, "shared": {"groups": 0, "rows": 0, "looked_at": 0}, "done": True}
-    assert train.diagnose(counts, no_validation) == []
+    assert diagnosis.diagnose(counts, no_validation) == []
 
 
 def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
@@ -173,7 +176,7 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
                     ({}, [scored(0.9, 0.3, 0.3)] + [scored(0.9, 0.36, 0.1)] * 5)),
         "lucky-best": (({}, [scored(0.95, 0.3)] + [scored(0.8 + 0.01 * (i % 2), 0.3) for i in range(9)]),
                        ({}, [scored(0.95, 0.3)] + [scored(0.88 + 0.01 * (i % 2), 0.3) for i in range(9)]))}
-    assert cases.keys() == train.RULES.keys()
+    assert cases.keys() == diagnosis.RULES.keys()
     for name, (ill, well) in cases.items():
         assert name in told(*ill), (name, told(*ill))
         assert name not in told(*well), name
@@ -189,78 +192,93 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
 
 def test_train_diagnosis_counts_groups_and_equal_rows_on_two_sides_of_a_split():
     with folder() as f:
-        args, sets, state = prepared(f)
-        held_out = len(sets.validation) + len(sets.test)
-        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 0, "looked_at": held_out}
-        sets.test.images = sets.test.images.clone()
+        _, splits, _ = prepared(f)
+
+        def shared():
+            return diagnosis.shared_between(splits.train, [splits.validation, splits.test])
+
+        held_out = len(splits.validation) + len(splits.test)
+        assert shared() == {"groups": 0, "rows": 0, "looked_at": held_out}
+        splits.test.images = splits.test.images.clone()
         for row in (0, 2):
-            sets.test.images[int(sets.test.rows[row])] = sets.train.images[int(sets.train.rows[3])]
-        assert train.shared_between(sets.train, [sets.validation, sets.test])["rows"] == 2
-        for split in (sets.train, sets.test):  # blank rows are alike, and no leak
+            copied = splits.train.images[int(splits.train.rows[3])]
+            splits.test.images[int(splits.test.rows[row])] = copied
+        assert shared()["rows"] == 2
+        for split in (splits.train, splits.test):  # blank rows are alike, and no leak
             split.images = split.images.clone()
             split.images[split.rows[:2].tolist()] = 7
-        assert train.shared_between(sets.train, [sets.validation, sets.test]) == {"groups": 0, "rows": 1, "looked_at": held_out - 2}
-        for each, groups in ((sets.train, [1, 2, 2, 3]), (sets.validation, [4, 3]), (sets.test, [5, 1])):
-            each.groups = np.array(groups)
-        assert train.shared_between(sets.train, [sets.validation, sets.test])["groups"] == 2
+        assert shared() == {"groups": 0, "rows": 1, "looked_at": held_out - 2}
+        splits.train.groups = np.array([1, 2, 2, 3])
+        splits.validation.groups = np.array([4, 3])
+        splits.test.groups = np.array([5, 1])
+        assert shared()["groups"] == 2
 
 
-def test_train_log_tells_how_far_weights_and_outputs_moved_what_has_no_gradient_and_what_is_frozen_in_training_mode():
+def length_of(tensors):
+    """Euclidean length of several tensors as one vector."""
+    return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).double().norm())
+
+
+def test_train_log_tells_how_far_weights_moved_what_has_no_gradient_and_what_is_frozen_in_training_mode():
     with folder() as f:
-        args, sets, state = prepared(f, "--ema-decay", "0")
-        state.raw_model.idle = torch.nn.Linear(2, 2)
-        state.raw_model.kept = torch.nn.BatchNorm1d(2).requires_grad_(False)
-        state.optimizer.param_groups[0]["params"] += list(state.raw_model.idle.parameters())
-        before = {name: p.detach().clone() for name, p in state.raw_model.named_parameters() if p.requires_grad}
-        row = train.train_epoch(state, sets.train, 1, args, NEVER)
-        length = lambda tensors: float(torch.cat([each.detach().flatten() for each in tensors]).double().norm())
-        moved = [p - before[name] for name, p in state.raw_model.named_parameters() if p.requires_grad]
-        assert near(row["weight_change"], length(moved) / length(before.values()), 1e-6) and row["weight_change"] > 0
+        _, splits, state = prepared(f, "--ema-decay", "0")
+        model = state.raw_model
+        model.idle = torch.nn.Linear(2, 2)
+        model.kept = torch.nn.BatchNorm1d(2).requires_grad_(False)
+        state.parameters = [p for p in model.parameters() if p.requires_grad]
+        state.optimizer.param_groups[0]["params"] += list(model.idle.parameters())
+        before = [p.detach().clone() for p in state.parameters]
+        row = train.train_epoch(state, splits.train, 1, NEVER)
+        moved = [p - old for p, old in zip(state.parameters, before)]
+        assert row["weight_change"] > 0
+        assert near(row["weight_change"], length_of(moved) / length_of(before), 1e-6)
         assert row["no_gradient"] == ["idle.weight", "idle.bias"] and row["frozen_in_training"] == []
-        whole = train.models.train_mode
-        train.models.train_mode = lambda model: model.train()
-        try:
-            assert train.train_epoch(state, sets.train, 2, args, NEVER)["frozen_in_training"] == ["kept"]
-        finally:
-            train.models.train_mode = whole
+        with replaced(models, "train_mode", lambda model: model.train()):
+            row = train.train_epoch(state, splits.train, 2, NEVER)
+        assert row["frozen_in_training"] == ["kept"]
+
+
+def test_train_spread_of_outputs_is_their_sd_over_the_rows_relative_to_their_size():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     model = torch.nn.Identity()
-    for output, spread in ((x, 1.0), (x * 0 + 5, 0.0), (5 + 0.1 * x, 0.02), (0.1 * x[:, 0], 0.1), (x.sort(0).values, 1.0)):
-        with train.SpreadOfOutputs(model) as found:
+    outputs = ((x, 1.0), (x * 0 + 5, 0.0), (5 + 0.1 * x, 0.02), (0.1 * x[:, 0], 0.1),
+               (x.sort(0).values, 1.0))
+    for output, want in outputs:
+        with diagnosis.SpreadOfOutputs(model) as spread:
             model(output[:20]), model({"no": "tensor"}), model(output[20:])
         model(output * 100)  # no longer looked at
-        assert abs(found.value() - spread) < 0.2 * spread + 1e-6, (found.value(), spread)
-    with train.SpreadOfOutputs(model) as found:
+        assert abs(spread.value() - want) < 0.2 * want + 1e-6, (spread.value(), want)
+    with diagnosis.SpreadOfOutputs(model) as spread:
         pass
-    assert found.value() is None
-    assert train.label_steps(np.array([6.0, 12, 12, 24]))["step"] == 6 and train.label_steps(np.array([6.0, 7.1, 12, 24]))["step"] == 0
+    assert spread.value() is None
+
+
+def test_train_label_steps_are_the_grid_that_labels_lie_on():
+    assert diagnosis.label_steps(np.array([6.0, 12, 12, 24]))["step"] == 6
+    assert diagnosis.label_steps(np.array([6.0, 7.1, 12, 24]))["step"] == 0
 
 
 def test_train_prints_at_most_ten_findings_and_writes_all_of_them():
     findings = [{"name": f"n{i}", "evidence": "e", "remedy": "r"} for i in range(14)]
     for count, lines in ((3, 3), (10, 10), (11, 10), (14, 10)):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            train.print_findings(findings[:count])
-        printed = out.getvalue().splitlines()
+        printed = printed_by(report.print_findings, findings[:count]).splitlines()
         assert len(printed) == lines and printed[0] == "diagnosis: n0 | e | r"
         assert (printed[-1] == f"diagnosis: and {count - 9} more in diagnosis.json") == (count > 10)
 
 
 def test_train_phases_are_thirds_and_what_came_after_the_best():
-    args = types.SimpleNamespace(monitor="f1")
-    history = [{"epoch": 0}] + [
-        {"epoch": i, "score": score, "train_loss": 0.5, "raw": {"loss": 0.5 + i / 10}, "lr": 1e-3, "lr_end": 1e-3 / i}
-        for i, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1)]
-    found = train.phases(history, args)
-    assert {name: (each["first"], each["last"]) for name, each in found.items()} == {
+    history = [{"epoch": 0}]
+    for epoch, score in enumerate([0.1, 0.2, 0.6, 0.8, 0.5], 1):
+        history.append({"epoch": epoch, "score": score, "train_loss": 0.5, "lr": 1e-3,
+                        "lr_end": 1e-3 / epoch, "raw": {"loss": 0.5 + epoch / 10}})
+    phases = report.phases(history, "f1")
+    assert {name: (phase["first"], phase["last"]) for name, phase in phases.items()} == {
         "early": (1, 2), "middle": (3, 4), "late": (5, 5), "after the best": (5, 5)}
-    assert near(found["early"]["mean"], 0.15, 1e-12) and near(found["early"]["sd"], 0.1 / 2 ** 0.5, 1e-12)
-    assert near(found["middle"]["gap"], 0.35, 1e-12) and math.isnan(found["late"]["sd"])
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        train.print_phases(history, args)
-    assert "best epoch 4 of 5, where the rate stood at 25% of its highest" in out.getvalue()
+    assert near(phases["early"]["mean"], 0.15, 1e-12)
+    assert near(phases["early"]["sd"], 0.1 / 2 ** 0.5, 1e-12)
+    assert near(phases["middle"]["gap"], 0.35, 1e-12) and math.isnan(phases["late"]["sd"])
+    out = printed_by(report.print_phases, history, "f1")
+    assert "best epoch 4 of 5, where the rate stood at 25% of its highest" in out
 
 
 def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
@@ -278,14 +296,21 @@ def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
         assert "the cosine is planned for 300 epochs, the run ended after 1: the rate was still 100% of its peak" in line_of(
             "schedule-outlasts-run", out)
 
-        windows = train.bidmc_data.bidmc_windows
-        rounded = lambda *words, **options: (found := windows(*words, **options)) | {"labels": 6 * np.round(found["labels"] / 6)}
-        with replaced(data, "bidmc_windows", rounded):
+        cut = bidmc_data.bidmc_windows
+
+        def rounded(*words, **options):
+            windows = cut(*words, **options)
+            return windows | {"labels": 6 * np.round(windows["labels"] / 6)}
+
+        with replaced(bidmc_data, "bidmc_windows", rounded):
             out = call(*PPG[:1], "bidmc_rr", *PPG[2:], "--data", ppg_folder(f), "--out", f / "ppg")[1]
         assert "6 apart: rounding alone costs a mean absolute error of 1.5" in line_of("label-quantised", out)
 
-        with replaced(train, "plan_batches", lambda split, *_: [np.flatnonzero(split.labels == label)[:12] for label in range(3)]), \
-                replaced(train, "quad_check", lambda train, args: None):
+        def sorted_batches(labels, *_, **options):
+            return [np.flatnonzero(labels == label)[:12] for label in range(3)]
+
+        with replaced(data, "stratified_batches", sorted_batches), \
+                replaced(quadmodal, "check_training_rows", lambda train, args: None):
             out = call(*MODAL, "--data", quad_npz(f / "quad.npz"), "--out", f / "quad")[1]
         assert "3 of 3 batches of the first epoch hold one class" in line_of("single-class-batches", out)
 
@@ -296,7 +321,11 @@ def test_train_prints_the_line_that_each_of_the_five_notes_lacked():
         assert "2 (encoder.time_bias.log_slope, encoder.time_bias.log_tau) trainable tensors had no gradient" in line_of("no-gradient", out)
 
 
-PLOTTED = types.SimpleNamespace(task="ocec", variant="default", epochs=4, monitor="f1")
+def plotted(history, floors, monitor="f1"):
+    """The SVG of a run with this history and these floors."""
+    args = types.SimpleNamespace(task="ocec", variant="default", epochs=4, monitor=monitor)
+    return page.curves_svg(types.SimpleNamespace(args=args, task=ocec.TASK, history=history,
+                                                 floors=floors))
 
 
 def made_up_history(f1, *, losses=None, validation=True):
@@ -325,7 +354,7 @@ def test_train_curves_svg_draws_series_floor_and_ceiling_where_they_belong():
     rows = {"constant low": {"f1": 0.2}, "constant": {"f1": 0.6, "loss": 0.5}, "a & b": {"f1": 0.7},
             "ceiling": {"f1": 1.0, "loss": 0.0}}
     history = made_up_history([0.1, 0.5, 0.8, 0.9, 0.85])
-    lines, texts = svg_lines(train.curves_svg(history, rows, PLOTTED))
+    lines, texts = svg_lines(plotted(history, rows))
     assert lines.keys() == {
         "loss: training", "loss: validation, raw", "loss: validation, EMA", "loss: constant 0.5",
         "loss: ceiling 0", "f1: validation, raw", "f1: validation, EMA", "f1: constant 0.6",
@@ -347,33 +376,30 @@ def test_train_curves_svg_draws_series_floor_and_ceiling_where_they_belong():
 
 def test_train_curves_svg_leaves_out_what_is_not_finite_and_needs_no_validation():
     nan = math.nan
-    lines, _ = svg_lines(train.curves_svg(made_up_history([0.1, nan, 0.8, nan, 0.6]), {}, PLOTTED))
+    lines, _ = svg_lines(plotted(made_up_history([0.1, nan, 0.8, nan, 0.6]), {}))
     x = [each for each, _ in lines["loss: validation, raw"]]
     assert [each for each, _ in lines["f1: validation, raw"]] == x[::2]
-    untold = types.SimpleNamespace(**vars(PLOTTED) | {"monitor": "loss"})
-    lines, _ = svg_lines(train.curves_svg(made_up_history([0, 0, 0], validation=False), {}, untold))
+    unscored = made_up_history([0, 0, 0], validation=False)
+    lines, _ = svg_lines(plotted(unscored, {}, monitor="loss"))
     assert lines.keys() == {"loss: training"}
     for f1, values in (([0.1], None), ([nan, nan], None), ([0.5, 0.5], [0.0, 0.0]),
                        ([1e30, -1e-300, 3e-9], [1e-300, 1e300, 2.0])):
         history = made_up_history(f1, losses=values)
-        text = train.curves_svg(history, {"constant": {"f1": nan}}, PLOTTED)
+        text = plotted(history, {"constant": {"f1": nan}})
         assert svg_lines(text) and "nan" not in text and "inf" not in text
 
 
 def test_train_curves_are_there_after_every_epoch():
     with folder() as f:
-        line, counts = train.epoch_line, []
+        line, counts = report.epoch_line, []
 
-        def looked_at(history, args, floor):
+        def looked_at(state):
             lines, _ = svg_lines((f / "a" / "curves.svg").read_text())
             counts.append(len(lines["f1: validation, raw"]))
-            return line(history, args, floor)
+            return line(state)
 
-        train.epoch_line = looked_at
-        try:
+        with replaced(report, "epoch_line", looked_at):
             out = run(f / "a")
-        finally:
-            train.epoch_line = line
         assert counts == [1, 2, 3, 4] and "curves.svg" in out.splitlines()[-1]
 
 
@@ -412,78 +438,82 @@ def pixels_of(inputs):
 
 
 def best_of(path, *words):
-    """The run's settings, data and best network in eval mode."""
-    args = train.parse_args([str(word) for word in words])
-    args.device, args.home = "cpu", str(path)
-    task = train.task_of(args)
-    sets = task.load(args.data, args)
-    args.facts = sets.facts
-    model = task.network(args).eval()
+    """The run's settings, splits and best network in eval mode."""
+    args, splits = loaded(*words)
+    model = train.task_of(args).network(args, splits.facts).eval()
     model.load_state_dict(result_of(path, "best.pt")["model"])
-    return args, sets, model
+    return args, splits, model
 
 
 def examples_of(path, split, badness, columns):
     """The rows of examples.csv: all of the split, with the badness given here, the worst first."""
     with open(path / "examples.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows and list(rows[0]) == ["row", *columns, "badness"]
-    told = np.array([float(row["badness"]) for row in rows])
+    assert rows and list(rows[0]) == ["row", *columns, "badness"], list(rows[0])
+    written = np.array([float(row["badness"]) for row in rows])
     place = {row: i for i, row in enumerate(split.rows.tolist())}
     order = [place[int(row["row"])] for row in rows]
     assert sorted(order) == list(range(len(split)))
-    assert near(told, badness[order], 1e-4)
-    assert (np.diff(told) <= 0).all()
+    assert near(written, badness[order], 1e-4)
+    assert (np.diff(written) <= 0).all()
     return rows, order
 
 
 def test_train_examples_of_eyes_and_faces_are_all_rows_and_the_worst_images():
     with folder() as f:
         run(f / "eyes", "--epochs", "1")
-        args, sets, model = best_of(f / "eyes", *TINY, "--data", f / "eyes.npz")
+        args, splits, model = best_of(f / "eyes", *TINY, "--data", f / "eyes.npz")
+        inputs = splits.test.batch(np.arange(len(splits.test)))["inputs"]
         with torch.inference_mode():
-            p = train.eyes_probability(train.eyes_logits(model, sets.test), args).numpy()
-        badness, columns = np.abs(p - sets.test.labels), ["name", "true", "predicted"]
-        rows, order = examples_of(f / "eyes", sets.test, badness, columns)
-        assert [int(row["true"]) for row in rows] == sets.test.labels[order].tolist()
+            p = torch.sigmoid(model(inputs)).numpy()
+        badness, columns = np.abs(p - splits.test.labels), ["name", "true", "predicted"]
+        rows, order = examples_of(f / "eyes", splits.test, badness, columns)
+        assert [int(row["true"]) for row in rows] == splits.test.labels[order].tolist()
         assert near([float(row["predicted"]) for row in rows], p[order], 1e-4)
-        assert all(row["name"] == sets.names[int(row["row"])] for row in rows)
-        worst = pixels_of(sets.test.batch(np.array(order))["inputs"])[:24]
+        assert all(row["name"] == splits.test.names[int(row["row"])] for row in rows)
+        worst = pixels_of(inputs[order])[:24]
         cells = cells_of(f / "eyes" / "examples.png", 12, 20)
         assert len(worst) >= 8 and (cells[: len(worst)] == worst).all()
         assert (cells[len(worst) :] == 255).all()
 
         faces_run(f / "faces", "--epochs", "1")
-        args, sets, model = best_of(f / "faces", *FACEPARSE, "--data", f / "faces.npz")
-        batch, confusions = sets.test.batch(np.arange(len(sets.test))), []
+        args, splits, model = best_of(f / "faces", *FACEPARSE, "--data", f / "faces.npz")
+        batch, confusions = splits.test.batch(np.arange(len(splits.test))), []
         with torch.inference_mode():
             for x, mask in zip(batch["inputs"], batch["masks"]):
-                guess = train.faces_labels(model(x[None]), mask.shape)
+                guess = faceparse.class_ids(model(x[None]), mask.shape)
                 confusions.append(losses.confusion_matrix(guess, mask, 19))
         f_scores = losses.f_score_per_image(np.stack(confusions))
-        rows, order = examples_of(f / "faces", sets.test, 1 - f_scores, ["name", "f"])
+        rows, order = examples_of(f / "faces", splits.test, 1 - f_scores, ["name", "f"])
         assert near([float(row["f"]) for row in rows], f_scores[order], 1e-4)
         cells = cells_of(f / "faces" / "examples.png", 16, 16)
         assert (cells[: len(order)] == pixels_of(batch["inputs"])[order]).all()
 
 
 def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
-    def ppg_badness(args, sets, model):
-        rates = train.ppg_prediction(train.ppg_all_outputs(model, sets.test), args).numpy()
-        return np.abs(rates - sets.test.labels)
+    def inputs_of(split):
+        return split.batch(np.arange(len(split)))["inputs"]
 
-    def masked_badness(args, sets, model):
-        [(inputs, mask)] = train.masked_patches(sets.test, args)
-        errors = (model(inputs, mask) - model.encoder.patches(inputs)).square()
-        return np.array([float(error[hidden].mean()) for error, hidden in zip(errors, mask)])
+    def ppg_badness(args, splits, model):
+        z = model(inputs_of(splits.test))
+        return np.abs(bidmc.rates({"z": z}, splits.facts).numpy() - splits.test.labels)
 
-    def stay_badness(args, sets, model):
-        p = train.stay_probability(train.stay_all_logits(model, sets.test), args).numpy()
-        return np.abs(p - sets.test.labels)
+    def masked_badness(args, splits, model):
+        inputs, masks = inputs_of(splits.test), splits.test.masks
+        errors = (model(inputs, masks) - model.encoder.patches(inputs)).square()
+        return np.array([float(error[hidden].mean()) for error, hidden in zip(errors, masks)])
 
-    def vae_badness(args, sets, model):
-        batches = [sets.test.batch([i])["inputs"] for i in range(len(sets.test))]
-        return torch.cat([train.vae_parts(model, batch, args)[0] for batch in batches]).numpy()
+    def stay_badness(args, splits, model):
+        logits = model(inputs_of(splits.test))
+        p = seqsetvae.probability(logits, args, splits.facts).numpy()
+        return np.abs(p - splits.test.labels)
+
+    def vae_badness(args, splits, model):
+        badness = []
+        for row in range(len(splits.test)):
+            inputs = splits.test.batch([row])["inputs"]
+            badness.append(seqsetvae_pretrain.per_stay(model(inputs), inputs, args)["recon"])
+        return torch.cat(badness).numpy()
 
     values = ["name", "true", "predicted"]
     with folder() as f:
@@ -494,18 +524,18 @@ def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
                 (stays_run, STAYS, "stays", "pretrain", vae_badness, ["name"])):
             path, words = f / f"{data_name}-{mode}", ["--mode", mode, "--epochs", "1"]
             run_task(path, *words)
-            args, sets, model = best_of(path, *base, *words, "--data", f / data_name)
+            args, splits, model = best_of(path, *base, *words, "--data", f / data_name)
             with torch.inference_mode():
-                want = badness(args, sets, model)
-            rows, order = examples_of(path, sets.test, want, columns)
-            assert all(row["name"] == str(sets.names[int(row["row"])]) for row in rows)
+                want = badness(args, splits, model)
+            rows, order = examples_of(path, splits.test, want, columns)
+            assert all(row["name"] == str(splits.test.names[int(row["row"])]) for row in rows)
             if "true" in columns:
                 errors = [abs(float(row["true"]) - float(row["predicted"])) for row in rows]
                 assert near(errors, want[order], 1e-3)
             assert not (path / "examples.png").exists()
             names = {row["name"] for row in rows}
             if data_name == "stays":
-                assert names == set(map(str, sets.test.ids.tolist()))
+                assert names == set(map(str, splits.test.ids.tolist()))
             else:
                 assert len(names) == len(rows)
                 assert all(re.fullmatch(r"[0-9]+ at [0-9.]+ s", name) for name in names)
@@ -519,15 +549,20 @@ def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
 def test_train_examples_of_modalities_begin_with_the_rows_among_strangers():
     with folder() as f:
         quad_run(f / "a", "--epochs", "1")
-        args, sets, model = best_of(f / "a", *MODAL, "--data", f / "quad.npz")
+        args, splits, model = best_of(f / "a", *MODAL, "--data", f / "quad.npz")
+        embeddings = []
         with torch.inference_mode():
-            z, reference = (train.quad_embeddings(model, split) for split in (sets.test, sets.train))
+            for split in (splits.test, splits.train):
+                batch = split.batch(np.arange(len(split)))
+                embeddings.append(model(batch["inputs"], batch["present"]))
+        z, reference = embeddings
         cosine = F.normalize(z, dim=1) @ F.normalize(reference, dim=1).T
-        nearest = sets.train.labels[cosine.topk(5).indices.numpy()]
-        strangers = (nearest != sets.test.labels[:, None]).mean(1)
-        rows, order = examples_of(f / "a", sets.test, strangers, ["true", "predicted"])
-        names, predicted = args.facts["names"], losses.knn_predict(reference, sets.train.labels, z)
-        assert [row["true"] for row in rows] == [names[label] for label in sets.test.labels[order]]
+        nearest = splits.train.labels[cosine.topk(5).indices.numpy()]
+        strangers = (nearest != splits.test.labels[:, None]).mean(1)
+        rows, order = examples_of(f / "a", splits.test, strangers, ["true", "predicted"])
+        names = splits.facts["names"]
+        predicted = losses.knn_predict(reference, splits.train.labels, z)
+        assert [row["true"] for row in rows] == [names[label] for label in splits.test.labels[order]]
         assert [row["predicted"] for row in rows] == [names[label] for label in predicted[order]]
         assert len(set(strangers)) > 2 and not (f / "a" / "examples.png").exists()
 
@@ -542,11 +577,8 @@ def test_train_examples_need_a_split_that_is_held_out_and_go_with_overwrite():
         with open(f / "b" / "examples.csv", newline="") as file:
             rows = {int(row["row"]) for row in csv.DictReader(file)}
         assert rows == set(sets.validation.rows.tolist())
-        report, train.report = train.report, lambda *_: None
-        try:
+        with replaced(train, "report_best", lambda *_: None):
             run(f / "b", "--epochs", "1", "--overwrite")
-        finally:
-            train.report = report
         assert not list((f / "b").glob("examples.*")) and (f / "b" / "curves.svg").exists()
 
 
@@ -555,7 +587,7 @@ def test_train_write_images_puts_every_image_in_its_cell_and_leaves_the_rest_whi
     with folder() as f:
         for count, columns in ((1, 6), (6, 6), (8, 6), (8, 3)):
             inputs = (images[:count].float() - 127.5) / 127.5
-            train.write_images(f / "a.png", inputs, columns=columns)
+            page.write_images(f / "a.png", inputs, columns=columns)
             picture, cells = picture_of(f / "a.png"), cells_of(f / "a.png", 5, 4)
             assert picture.shape == (-(-count // columns) * 9, columns * 8, 3)
             assert (cells[:count] == images[:count].permute(0, 2, 3, 1).numpy()).all()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import train
+from runtime import checkpoint, checks
 from tasks import ocec
 from tests.helpers import (
     call, folder, HERE, make_class_folder, make_npz, PPG, ppg_folder, ppg_run, raises,
@@ -75,19 +76,22 @@ def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
 
 
 def test_train_a_folder_in_which_a_run_trains_is_refused_to_another():
+    def resumed():
+        return call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")
+
     def second(*words):
-        found.append(call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1"))
-        return report(*words)
+        answers.append(resumed())
+        return report_best(*words)
 
     with folder() as f:
-        found, report = [], train.report
-        with replaced(train, "report", second):
+        answers, report_best = [], train.report_best
+        with replaced(train, "report_best", second):
             run(f / "a", "--epochs", "1")
-        [(code, _, err)] = found
+        [(code, _, err)] = answers
         assert code == 2 and "another process is training in this folder" in err, err
-        assert call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")[0] == 0  # it is free again
+        assert resumed()[0] == 0  # it is free again
         (f / "a" / "best.pt").write_bytes((f / "a" / "best.pt").read_bytes()[:500])
-        code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")
+        code, _, err = resumed()
         assert code == 2 and "best.pt is not a readable checkpoint" in err, err  # before it trains on
         code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / ("x" * 300))
         assert code == 2 and "too long" in err, err
@@ -96,17 +100,16 @@ def test_train_a_folder_in_which_a_run_trains_is_refused_to_another():
 def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
     with folder() as f:
         make_npz(f / "eyes.npz")
-        criterion, calls = train.eyes_criterion, []
+        criterion, calls = ocec.criterion, []
 
-        def overflows_once(logits, targets, args):
+        def overflows_once(logits, *words):
             calls.append(logits.requires_grad)
-            return criterion(logits, targets, args) * (1e35 if sum(calls) == 2 and logits.requires_grad else 1)
+            second_step = sum(calls) == 2 and logits.requires_grad
+            return criterion(logits, *words) * (1e35 if second_step else 1)
 
-        train.eyes_criterion = overflows_once
-        try:
-            code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--amp", "fp16", "--epochs", "2")
-        finally:
-            train.eyes_criterion = criterion
+        with replaced(ocec, "criterion", overflows_once):
+            code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--amp", "fp16",
+                                  "--epochs", "2")
         assert code == 0 and "| skipped 1" in out, err
         last = result_of(f / "a")
         assert last["step"] == last["schedule"]["steps_done"] == last["ema"]["updates"] == 5  # of 6
@@ -115,13 +118,13 @@ def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
 def test_train_a_write_that_fails_leaves_the_old_file():
     with folder() as f:
         (f / "x").write_text("old")
-        with contextlib.suppress(KeyError), train.atomic_write(f / "x") as file:
+        with contextlib.suppress(KeyError), checkpoint.atomic_write(f / "x") as file:
             file.write("half")
             file.flush()
             assert (f / "x").read_text() == "old"
             raise KeyError
         assert (f / "x").read_text() == "old" and [each.name for each in f.iterdir()] == ["x"]
-        with train.atomic_write(f / "x") as file:
+        with checkpoint.atomic_write(f / "x") as file:
             file.write("new")
         assert (f / "x").read_text() == "new"
 
@@ -144,18 +147,16 @@ def test_train_names_the_image_that_cannot_be_read():
 def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch():
     with folder() as f:
         make_npz(f / "eyes.npz")
-        criterion, calls = train.eyes_criterion, []
+        criterion, calls = ocec.criterion, []
 
-        def breaks_in_epoch_2(logits, targets, args):
+        def breaks_in_epoch_2(logits, *words):
             calls.append(logits.requires_grad)
-            return criterion(logits, targets, args) * (math.nan if sum(calls) > 4 else 1)
+            return criterion(logits, *words) * (math.nan if sum(calls) > 4 else 1)
 
-        train.eyes_criterion = breaks_in_epoch_2
-        try:
+        with replaced(ocec, "criterion", breaks_in_epoch_2):
             code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a")
-        finally:
-            train.eyes_criterion = criterion
-        assert code == 1 and "the loss became nan in epoch 2, step 4, at lr " in err and "gradient norm" in err
+        assert code == 1 and "the loss became nan in epoch 2, step 4, at lr " in err, err
+        assert "gradient norm of the step before" in err
         last = result_of(f / "a")
         assert len(last["history"]) == 2 and all(value.isfinite().all() for value in last["model"].values())
         assert all(torch.isfinite(value).all() for value in result_of(f / "a", "best.pt")["model"].values())
@@ -187,7 +188,7 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         assert code == 2 and "already holds a run" in err
         # a fold by itself is the same run; the summary comes with --resume, which trains what is missing
         (f / "cv" / "fold-3" / "last.pt").rename(f / "third.pt")
-        for name in set(train.RUN_FILES) - {"last.pt"}:
+        for name in set(checkpoint.RUN_FILES) - {"last.pt", "examples.png"}:
             (f / "cv" / "fold-3" / name).unlink()
         before = (f / "cv" / "scores.json").read_text()
         (f / "cv" / "scores.json").unlink()
@@ -245,18 +246,19 @@ def test_train_interrupted_folds_say_how_to_go_on_with_all_of_them():
 
 def test_train_a_signal_while_a_fold_is_scored_keeps_the_next_from_starting():
     def scored_late(*words):
-        report(*words)
+        report_best(*words)
         os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with folder() as f:
-        words, report = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "1", "--out", f / "cv"], train.report
+        words = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "1", "--out", f / "cv"]
+        report_best = train.report_best
         with replaced(train, "train_once", interrupted):
             code, out, err = call(*words)
         assert code == 128 + signal.SIGINT and "the folds before" not in out  # there is nothing to go on with
-        with replaced(train, "report", scored_late):
+        with replaced(train, "report_best", scored_late):
             code, out, err = call(*words)
         assert code == 128 + signal.SIGTERM and "\nfold 1 of 2" in out and "\nfold 2 of 2" not in out and "--resume" in out, (out, err)
         code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
@@ -271,11 +273,12 @@ def test_train_folds_work_for_the_eyes_too():
 
 def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_would_do():
     args = train.parse_args([*TINY, "--block", "inverted_se", "--batch-size", "2"])
-    state = types.SimpleNamespace(raw_model=train.task_of(args).network(args))
-    args.facts = {"pos_weight": 1.0}
+    facts = {"pos_weight": 1.0}
+    state = types.SimpleNamespace(args=args, facts=facts, task=ocec.TASK,
+                                  raw_model=ocec.network(args, facts))
     for n, advice in ((2, "add rows"), (6, "try --batch-size 6")):
         split = ocec.EyeSplit(random_images(n, 3, 12, 20), np.arange(n) % 2, np.arange(n))
-        with replaced(train, "world_size", lambda: 2):
-            raises(ValueError, f"1 of the {n} training rows to each process", lambda: train.check_one_row_batch(
-                state, types.SimpleNamespace(train=split), [np.array([0])], args))
-            raises(ValueError, advice, lambda: train.check_one_row_batch(state, types.SimpleNamespace(train=split), [np.array([0])], args))
+        for message in (f"1 of the {n} training rows to each process", advice):
+            with replaced(checks, "world_size", lambda: 2):
+                raises(ValueError, message,
+                       lambda: checks.check_one_row_batch(state, split, [np.array([0])]))
