@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
 import train
+from tasks import bidmc_data, faceparse, ocec, quadmodal, seqsetvae_data
 
 TINY = {"ocec": "--channels 8 --blocks 2 --epochs 3 --batch-size 16 --lr 1e-2",
         "faceparse": "--size 32 --width 4 --epochs 2 --batch-size 8",
@@ -19,17 +19,17 @@ TINY = {"ocec": "--channels 8 --blocks 2 --epochs 3 --batch-size 16 --lr 1e-2",
 
 
 def write_eyes(file, n=400, size=(24, 24)):
-    images, labels, groups, _ = data.synthetic_eyes(n, size=size)
+    images, labels, groups, _ = ocec.synthetic_eyes(n, size=size)
     np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels, groups=groups)
 
 
 def write_faces(file, n=40, size=(64, 64)):
-    images, masks, _ = data.synthetic_faces(n, size=size)
+    images, masks, _ = faceparse.synthetic_faces(n, size=size)
     np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), masks=masks.numpy())
 
 
 def write_modalities(file, n=240, classes=3, names=("audio", "sensor")):
-    arrays, labels, groups, label_names, _ = data.synthetic_modalities(n, classes=classes)
+    arrays, labels, groups, label_names, _ = quadmodal.synthetic_modalities(n, classes=classes)
     arrays = {name: arrays[name] for name in names}
     np.savez(file, **arrays, labels=labels, groups=groups, label_names=np.array(label_names))
 
@@ -37,7 +37,7 @@ def write_modalities(file, n=240, classes=3, names=("audio", "sensor")):
 def write_recordings(folder, n=10, seconds=90):
     """n recordings as PhysioNet writes BIDMC."""
     folder.mkdir()
-    for recording in data.synthetic_ppg(n, seconds=seconds):
+    for recording in bidmc_data.synthetic_ppg(n, seconds=seconds):
         name = f"{folder}/bidmc_{recording['number']:02d}"
         breaths = [recording["breaths"], recording["breaths_2"]]
         marks = np.full((max(map(len, breaths)), 2), np.nan)
@@ -55,7 +55,7 @@ def write_recordings(folder, n=10, seconds=90):
 def write_stays(folder, n=80):
     """n stays as PhysioNet writes the challenge of 2012, all in set a."""
     (folder / "set-a").mkdir(parents=True)
-    stays = data.synthetic_stays(n)
+    stays = seqsetvae_data.synthetic_stays(n)
     first_event = stays["first_event"][stays["first_set"]]
     minutes = np.repeat(stays["minutes"], np.diff(stays["first_event"])).astype(int)
     scores = np.nan_to_num([stays["severity"]["SAPS-I"], stays["severity"]["SOFA"]], nan=-1)
@@ -63,7 +63,7 @@ def write_stays(folder, n=80):
     for i, record in enumerate(stays["ids"]):
         lines = ["Time,Parameter,Value", f"00:00,RecordID,{record}"]
         for event in range(first_event[i], first_event[i + 1]):
-            variable = data.STAY_VARIABLES[stays["variables"][event]]
+            variable = seqsetvae_data.STAY_VARIABLES[stays["variables"][event]]
             hour, minute = divmod(minutes[event], 60)
             lines.append(f"{hour:02d}:{minute:02d},{variable},{stays['values'][event]:.9g}")
         (folder / "set-a" / f"{record}.txt").write_text("\n".join(lines) + "\n")

@@ -2,7 +2,7 @@
 
     $ pip install pytorch-metric-learning albumentations pillow torchvision
     $ python benchmarks/batches.py            # the allocator as glibc has it
-    $ python benchmarks/batches.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
+    $ python benchmarks/batches.py tuned      # with processes.tune_allocator, as train.py runs; for all
     $ python benchmarks/batches.py --quick
 
 Plan: all batches of 256 of an epoch over 470,811 labels of two classes, 53 to 47, as index lists; the second epoch is timed. Against
@@ -55,8 +55,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
 
 import data
-import train
 from _quick import new_parser, parse, require
+from runtime import processes
+from tasks import ocec
 
 
 def compare(title, contestants, rounds, show):
@@ -133,8 +134,9 @@ class Resident(Dataset):
 
 
 def compare_images(n, size, peers):
-    images, labels, _, _ = data.synthetic_eyes(n, size=(32, 64))
-    split = data.EyeSplit(images, labels, np.arange(n), augment={"flip": 0.5, "photometric": 0.5, "clahe": 0.01})
+    images, labels, _, _ = ocec.synthetic_eyes(n, size=(32, 64))
+    augment = {"flip": 0.5, "photometric": 0.5, "clahe": 0.01}
+    split = ocec.EyeSplit(images, labels, np.arange(n), augment=augment)
     inputs = split.batch(np.arange(size), torch.Generator().manual_seed(0))["inputs"]
     assert inputs.shape == (size, 3, 32, 64) and inputs.dtype == torch.float32
     assert -1 <= inputs.min() < -0.5 and 0.5 < inputs.max() <= 1, "not scaled to [-1, 1]"
@@ -166,7 +168,7 @@ def main():
         require("pip install pytorch-metric-learning albumentations pillow torchvision",
                 "pytorch_metric_learning", "albumentations", "PIL", "torchvision")
     if args.allocator:
-        train.tune_allocator()
+        processes.tune_allocator()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, "
           f"allocator {args.allocator or 'default'} on all sides, load {os.getloadavg()[0]:.1f}")
     if args.quick:

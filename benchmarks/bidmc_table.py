@@ -21,6 +21,9 @@ from _quick import new_parser, parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from runtime import checkpoint
+from tasks import bidmc
+from tasks.common import outputs_over
 
 
 def patient_errors(folder, folds):
@@ -31,16 +34,18 @@ def patient_errors(folder, folds):
         content = torch.load(best, map_location="cpu", weights_only=True)
         if not content["task"].startswith("bidmc_") or content["recipe"]["mode"] == "pretrain":
             sys.exit(f"{folder} is no run of bidmc_rr or bidmc_hr that predicts a rate")
-        args = train.parse_args(["--task", content["task"], "--eval", str(best), "--cache", str(folder.parent)])
-        train.adopt_recipe(args, content)
-        args.device = "cpu"
-        split = train.task_of(args).load(args.data, args).test
-        model = train.task_of(args).network(args).eval()
-        train.load_weights(model, content, best)
+        words = ["--task", content["task"], "--eval", str(best), "--device", "cpu"]
+        args = train.parse_args([*words, "--cache", str(folder.parent)])
+        args, facts = checkpoint.adopt_recipe(args, content), content["facts"]
+        split = bidmc.load(args.data, args).test
+        model = bidmc.network(args, facts).eval()
+        checkpoint.load_weights(model, content, best)
         with torch.inference_mode():
-            predictions = {"model": train.ppg_prediction(train.ppg_all_outputs(model, split), args).numpy()}
-        predictions |= {"spectral peak": train.ppg_spectral(split, args), "constant mean": args.facts["scaler"]["mean"],
-                        "constant median": args.facts["median"]}
+            outputs = outputs_over(split, lambda batch: bidmc.outputs(model, batch, args, facts))
+        predictions = {"model": bidmc.rates(outputs, facts).numpy(),
+                       "spectral peak": bidmc.spectral_peak(split, args, facts),
+                       "constant mean": facts["scaler"]["mean"],
+                       "constant median": facts["median"]}
         for name, prediction in predictions.items():
             for patient in np.unique(split.groups):
                 errors[name][patient] = np.abs(prediction - split.labels)[split.groups == patient].mean()

@@ -33,8 +33,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data
 import losses
+from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 FEW = "--train-ratio 0.2 --val-ratio 0.1 --test-ratio 0.7"
 KINDS = {  # name: (flags of a run, what makes it small)
@@ -54,14 +54,16 @@ LOSS_BOUND = 0.1  # how far the training loss may be from that in float32, relat
 BOUND = 1e-2  # how far predictions may be apart, relative to their range, or share of the pixels
 # train.py without TF32, and with sums in one order: a GPU repeats them bit for bit
 EXACT = """import sys, torch, train
+from runtime import processes
 torch.backends.cudnn.allow_tf32 = False
 torch.use_deterministic_algorithms(True, warn_only=True)
-train.leave(train.main())"""
+processes.leave(train.main())"""
 # train.py, and the largest memory that it took
 MEASURED = """import resource, torch, train
+from runtime import processes
 code, peak = train.main(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak)
-train.leave(code)"""
+processes.leave(code)"""
 
 
 class Skipped(Exception):
@@ -171,12 +173,12 @@ def write_inputs(setting, task):
     """Rows that no run has seen, as --predict reads them; their file or folder."""
     path, arrays = setting.folder / f"{task} inputs", {}
     if task == "ocec":
-        arrays["images"] = data.synthetic_eyes(64, size=(32, 64), seed=1)[0].permute(0, 2, 3, 1)
+        arrays["images"] = ocec.synthetic_eyes(64, size=(32, 64), seed=1)[0].permute(0, 2, 3, 1)
     elif task == "faceparse":
         size = (32, 32) if setting.small else (128, 128)  # the network's: masks are not resized
-        arrays["images"] = data.synthetic_faces(8, size=size, seed=1)[0].permute(0, 2, 3, 1)
+        arrays["images"] = faceparse.synthetic_faces(8, size=size, seed=1)[0].permute(0, 2, 3, 1)
     elif task == "quadmodal":
-        arrays = data.synthetic_modalities(64, seed=1)[0]
+        arrays = quadmodal.synthetic_modalities(64, seed=1)[0]
     if arrays:
         path = path.with_suffix(".npz")
         np.savez(path, **arrays)
@@ -190,7 +192,7 @@ def write_inputs(setting, task):
                 lines.append(f"{hour:02d}:{hour % 2:02d},Temp,{35 + hour * stay % 5}")
             (path / f"{stay}.txt").write_text("\n".join(lines))
     else:
-        for recording in data.synthetic_ppg(4, seconds=96, seed=1):
+        for recording in bidmc_data.synthetic_ppg(4, seconds=96, seed=1):
             file = path / f"bidmc_{recording['number']:02d}_Signals.csv"
             np.savetxt(file, recording["ppg"], header="PLETH", comments="")
     return path
@@ -288,7 +290,7 @@ def speed_row(setting, *more):
     """ocec with 64 channels and 8 blocks, augmented: the last of three epochs of eight batches."""
     batch = 32 if setting.small else 4096
     file, out = setting.folder / "many.npz", setting.folder / f"speed {' '.join(more)}"
-    images, labels, _, _ = data.synthetic_eyes(batch, size=(32, 64))
+    images, labels, _, _ = ocec.synthetic_eyes(batch, size=(32, 64))
     images = images.permute(0, 2, 3, 1).numpy()
     np.savez(file, images=np.tile(images, (10, 1, 1, 1)), labels=np.tile(labels, 10))
     words = "--task ocec --channels 64 --blocks 8 --epochs 3".split()

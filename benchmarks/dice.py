@@ -10,7 +10,7 @@ Each contestant runs in a process of its own: the second of two passes is timed,
 peak before the loss, as a multiple of the logits (their gradient, 1.0, is part of it). The contestants take turns, three rounds;
 the median is printed, of the ratios too, which are taken within a round. All this with three allocators, the same for all of them:
 returned, where freed memory goes back at once (MALLOC_MMAP_THRESHOLD_), so that the peak is what is needed at one time; default, as
-glibc has it; and tuned, as train.py runs (train.tune_allocator).
+glibc has it; and tuned, as train.py runs (processes.tune_allocator).
 
 The losses agree but for smp's: its Dice pools the batch, which is 5e-7 here, and takes the overlap from differences of float32 sums,
 which is 4e-5; in float64 it equals dice_loss(per="batch").
@@ -84,8 +84,8 @@ def measure(name, allocator, shape):
     import torch
 
     if allocator == "tuned":
-        import train
-        train.tune_allocator()
+        from runtime import processes
+        processes.tune_allocator()
     loss_fn = contestant(name)
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(2, shape[1], 16, 16, generator=generator, requires_grad=True)

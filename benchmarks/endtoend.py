@@ -12,7 +12,7 @@ channels and 8 blocks, batch 256, 2 epochs, 28 steps, float32. Whole processes, 
             validated before and after each epoch, checkpoints, curves, pictures, diagnosis; the allocator tuned
     peer    a Dataset that opens each file with PIL, torchvision v2 (flip, RandomPhotometricDistort), DataLoader with 2 workers (persistent,
             which is in its favour), eager network, BCE, AdamW(), validated after each epoch, best weights saved; the allocator as glibc
-            has it, and once more with train.tune_allocator
+            has it, and once more with processes.tune_allocator
 
 In turns, images/s are training images over the seconds of the process; crop and mixup are left out for both. Both must have taken the
 same number of steps and come below a loss of 0.6, where a constant has 0.69, in the last epoch (ours with pos_weight, 1.1 here or near it).
@@ -52,8 +52,8 @@ QUICK = "--channels 16 --blocks 2 --batch-size 16 --lr 1e-2 --photometric 0 --dr
 def write_eyes(folder, count):
     from PIL import Image
 
-    import data
-    images, labels, _, _ = data.synthetic_eyes(count, size=(32, 64))
+    from tasks import ocec
+    images, labels, _, _ = ocec.synthetic_eyes(count, size=(32, 64))
     for name in ("open", "closed"):
         (folder / name).mkdir(parents=True)
     for i, (image, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels)):
@@ -70,8 +70,8 @@ def peer(folder, tuned):
 
     import models
     if tuned:
-        import train
-        train.tune_allocator()
+        from runtime import processes
+        processes.tune_allocator()
 
     class Eyes(Dataset):
         def __init__(self, folder, transform):

@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from _drawn import write_eyes, write_faces, write_modalities, write_recordings, write_stays
 from _quick import new_parser, parse
 
-import data
 import ema
 import models
 import train
+from runtime import diagnosis
+from tasks import bidmc, ocec, quadmodal
 
 DATA = {"ocec": "eyes_cew", "faceparse": "celebamask_mini", "bidmc_rr": "bidmc_csv", "quadmodal": "motionsense/motionsense_18_subjects.npz",
         "seqsetvae": "physionet2012"}
@@ -116,24 +117,29 @@ def all_in_train_mode(train_mode):
     return lambda model: model.train()
 
 
+# the batches of training, and those that are counted before it
+SORTED = [(train, "plan_batches", sorted_by_class), (diagnosis, "plan_batches", sorted_by_class),
+          (quadmodal, "check_training_rows", unchecked)]
 FAULTS = {  # name -> (flags, patches, how it came about)
     "frozen-model": (EYES, [(torch.optim, "AdamW", of_a_copy)], "the optimizer holds copies of the parameters"),
-    "leak-across-split": (EYES, [(train, "split_rows", rows_not_groups)], "a random split of crops: both eyes of a face on both sides"),
-    "single-class-batches": (MOTION, [(train, "plan_batches", sorted_by_class), (train, "quad_check", unchecked)],
-                             "a loader that reads a file sorted by class, and no refusal of it"),
-    "loss-at-bound": (MOTION, [(train, "plan_batches", sorted_by_class), (train, "quad_check", unchecked)],
-                      "the same: SupCon of one class is ln(B - 1) at best"),
+    "leak-across-split": (EYES, [(ocec, "split_rows", rows_not_groups)],
+                          "a random split of crops: both eyes of a face on both sides"),
+    "single-class-batches": (MOTION, SORTED, "a loader that reads a file sorted by class, and no refusal of it"),
+    "loss-at-bound": (MOTION, SORTED, "the same: SupCon of one class is ln(B - 1) at best"),
     "lr-too-large": (EYES + " --lr 1 --clip 0 --warmup-epochs 0", [], "--lr 1"),
     "lr-too-small": (EYES + " --lr 1e-8 --warmup-start-lr 0 --min-lr 0", [], "--lr 1e-8"),
     "no-gradient": (STAYS + " --epochs 1", [(models.TimeBias, "forward", bias_clamped_to_zero)], "a sign and a clamp in the time bias"),
     "backbone-in-train-mode": (BREATHS + " --mode partial --epochs 2 --pretrained PRETRAINED", [(models, "train_mode", all_in_train_mode)],
                                "model.train() after freezing"),
-    "constant-prediction": (BREATHS + " --epochs 4", [(train, "ppg_prepare", zeros_read)], "a channel that is read as zeros"),
-    "score-at-floor": (EYES, [(data, "read_eyes", shuffled_labels)], "labels that slid apart from their images"),
+    "constant-prediction": (BREATHS + " --epochs 4", [(bidmc, "network_inputs", zeros_read)],
+                            "a channel that is read as zeros"),
+    "score-at-floor": (EYES, [(ocec, "read_eyes", shuffled_labels)],
+                       "labels that slid apart from their images"),
     "ema-not-moving": (EYES, [(ema.EMA, "update", no_update)], "the update sits in a branch that never runs"),
     "ema-horizon-too-long": (EYES + " --ema-decay 0.9999", [(ema, "EMA", without_warm_up)], "0.9999 without warm-up"),
     "label-quantised": (BREATHS + " --variant original --epochs 2", [], "breaths counted in 10 s: steps of 6 per minute"),
-    "imbalance": (EYES + " --sampler shuffled", [(data, "read_eyes", few_closed)], "97 % of the eyes are open"),
+    "imbalance": (EYES + " --sampler shuffled", [(ocec, "read_eyes", few_closed)],
+                  "97 % of the eyes are open"),
     "schedule-outlasts-run": (FACES + " --epochs 2 --cosine-epochs 300", [], "a cosine of 300 epochs, stopped early"),
     "plateau-too-eager": (FEW_CHECKED + " --schedule plateau --plateau-factor 0.1 --plateau-patience 0 --lr 3e-2 --epochs 16", [],
                           "--plateau-patience 0 --plateau-factor 0.1, 24 validation eyes"),

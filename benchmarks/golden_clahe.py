@@ -1,4 +1,4 @@
-"""Golden values for the CLAHE tests, by OpenCV: what test_all.py stores, printed to be pasted there.
+"""Golden values for the CLAHE tests, by OpenCV: what tests/test_augmentation.py stores.
 
     $ pip install opencv-python-headless && python benchmarks/golden_clahe.py
     $ python benchmarks/golden_clahe.py --quick     # data.clahe beside the stored values, no OpenCV
@@ -81,7 +81,7 @@ def print_golden():
 
 def check_stored():
     """The stored values are those of the inputs made here, as far as data.py agrees with OpenCV."""
-    from test_all import CLAHE_COLOUR, CLAHE_GREY, CLAHE_LAB
+    from tests.test_augmentation import CLAHE_COLOUR, CLAHE_GREY, CLAHE_LAB
 
     for size in SIZES:
         if crc_of_grey(size, our_clahe) != CLAHE_GREY[size]:

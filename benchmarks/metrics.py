@@ -3,7 +3,7 @@ thresholds), and confusion matrices with their F of 100 masks of 512 x 512 pixel
 
     $ pip install scikit-learn torchmetrics
     $ OMP_NUM_THREADS=1 python benchmarks/metrics.py            # the allocator as glibc has it
-    $ OMP_NUM_THREADS=1 python benchmarks/metrics.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
+    $ OMP_NUM_THREADS=1 python benchmarks/metrics.py tuned      # with processes.tune_allocator, for all alike
     $ python benchmarks/metrics.py --quick      # few scores and masks, beside plain versions
 
 All take turns in one process; medians of the rounds are printed, of the ratios too, which are taken within a round. Scores are float32 in
@@ -44,9 +44,9 @@ import numpy as np
 import torch
 
 import losses
-import train
 from _quick import new_parser, parse, require
 from golden_metrics import plain_auroc, plain_average_precision
+from runtime import processes
 
 
 def compare(title, contestants, rounds, tolerances):
@@ -182,7 +182,7 @@ def main():
     parser.add_argument("allocator", nargs="?", choices=["tuned"], help="tuned: as train.py runs")
     args = parse(parser)
     if args.allocator:
-        train.tune_allocator()
+        processes.tune_allocator()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
           f"allocator {args.allocator or 'default'} on all sides, load {os.getloadavg()[0]:.1f}")
     if args.quick:

@@ -1,4 +1,4 @@
-"""One training step of SeqSetVAE at width 64 and depth 2 (forward, loss of train.py, backward, fused AdamW): all stays packed in one
+"""One training step of SeqSetVAE at width 64 and depth 2 (forward, loss of --mode pretrain, backward, fused AdamW): all stays packed in one
 batch, as SeqSetVAE takes them, against a loop over stays and sets, which needs neither padding nor masks.
 
     $ OMP_NUM_THREADS=1 python benchmarks/sets.py                                          # synthetic stays
@@ -46,6 +46,7 @@ import data
 import losses
 import train
 from _quick import new_parser, parse
+from tasks import seqsetvae_data, seqsetvae_pretrain
 
 
 def loop_losses(model, inputs, args):
@@ -66,7 +67,8 @@ def loop_losses(model, inputs, args):
 def backward(kind, model, inputs, args):
     """Gradients of the batch, and its loss."""
     if kind == "packed":
-        loss, _ = train.vae_loss(model, {"inputs": inputs}, args.beta_steps, args)  # at the full beta
+        batch = {"inputs": inputs, "step": args.beta_steps}  # at the full beta
+        loss, _ = seqsetvae_pretrain.loss(model, batch, args, facts=None)
     elif kind == "loop":
         loss = sum(loop_losses(model, inputs, args)) / len(inputs["lengths"])
     else:
@@ -81,9 +83,8 @@ def backward(kind, model, inputs, args):
 
 def network(largest_set):
     args = train.parse_args(["--task", "seqsetvae", "--mode", "pretrain", "--width", "64", "--depth", "2"])
-    args.facts = {"largest_set": largest_set}
     torch.manual_seed(0)
-    model = train.vae_network(args).train()
+    model = seqsetvae_pretrain.network(args, {"largest_set": largest_set}).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), args
 
 
@@ -147,11 +148,12 @@ def main():
     if given.quick:
         path, counts, most_batches, kinds = "", [2], 1, ("packed",)
     if path:
-        stays = data.read_stays(path, need_outcomes=False)
+        stays = seqsetvae_data.read_stays(path, need_outcomes=False)
     else:
-        stays = data.synthetic_stays(6 if given.quick else 1000)
+        stays = seqsetvae_data.synthetic_stays(6 if given.quick else 1000)
     rows, largest_set = np.arange(len(stays["ids"])), int(np.diff(stays["first_event"]).max())
-    split, name = data.StaySplit(stays, rows, scaler=data.event_scaler(stays, rows)), Path(path).name if path else "synthetic"
+    split = seqsetvae_data.StaySplit(stays, rows, scaler=seqsetvae_data.event_scaler(stays, rows))
+    name = Path(path).name if path else "synthetic"
     model, optimizer, args = network(largest_set)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {len(rows):,} stays, {name}, "
           f"{split.lengths.mean():.0f} sets each of {split.sizes.mean():.1f} events, the largest {largest_set}")

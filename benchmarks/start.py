@@ -69,11 +69,11 @@ def main():
     import numpy as np
     import torch
 
-    import data
+    from tasks import ocec
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        images, labels, _, _ = data.synthetic_eyes(100)
+        images, labels, _, _ = ocec.synthetic_eyes(100)
         np.savez(f"{folder}/eyes.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels)
         rounds = []
         for i in range(1 if quick else 12):

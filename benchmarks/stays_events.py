@@ -33,6 +33,8 @@ import models
 import schedulers
 import train
 from _quick import new_parser, parse
+from tasks import seqsetvae
+from tasks.common import outputs_over
 
 
 class EventsAlone(torch.nn.Module):
@@ -52,45 +54,50 @@ class EventsAlone(torch.nn.Module):
         return self.head(strongest).squeeze(1)
 
 
+def outputs_of(model, split, args, facts):
+    model.eval()
+    with torch.inference_mode():
+        return outputs_over(split, lambda batch: seqsetvae.outputs(model, batch, args, facts))
+
+
 def train_one(args):
     """Test logits of the best epoch, those of the logistic regression, labels."""
-    sets = train.TASKS["seqsetvae"].load(args.data, args)
-    args.facts = sets.facts
+    splits = seqsetvae.load(args.data, args)
+    facts = splits.facts
     torch.manual_seed(args.seed)
-    model = EventsAlone(train.stay_network(args))
+    model = EventsAlone(seqsetvae.network(args, facts))
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
                                    {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=args.lr)
-    steps = math.ceil(len(sets.train) / args.batch_size)
+    steps = math.ceil(len(splits.train) / args.batch_size)
     schedule = schedulers.WarmupCosine(optimizer, args.epochs * steps, warmup_steps=int(args.warmup_epochs * steps),
                                        warmup_start_lr=args.warmup_start_lr, min_lr=args.min_lr)
     best, step = (-math.inf, None), 0
     for epoch in range(args.epochs):
-        for rows in data.stratified_batches(sets.train.labels, args.batch_size, seed=args.seed, epoch=epoch):
-            batch = sets.train.batch(rows, torch.Generator().manual_seed(args.seed * 10**6 + step))
-            loss, _ = train.stay_loss(model, batch, step, args)
+        for rows in data.stratified_batches(splits.train.labels, args.batch_size, seed=args.seed,
+                                            epoch=epoch):
+            generator = torch.Generator().manual_seed(args.seed * 10**6 + step)
+            batch = splits.train.batch(rows, generator)
+            loss, _ = seqsetvae.loss(model, batch, args, facts)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             schedule.step()
             step += 1
-        with torch.inference_mode():
-            score = train.stay_evaluate(model.eval(), sets.validation, args)["auroc"]
+        outputs = outputs_of(model, splits.validation, args, facts)
+        score = seqsetvae.scores(outputs, splits.validation, args, facts)["auroc"]
         best = max(best, (score, copy.deepcopy(model.state_dict())), key=lambda pair: pair[0])
         model.train()
     model.load_state_dict(best[1])
-    with torch.inference_mode():
-        logits = train.stay_all_logits(model.eval(), sets.test).numpy()
-    return logits, train.stay_regression(sets.test, args), sets.test.labels
+    logits = outputs_of(model, splits.test, args, facts)["logits"].numpy()
+    return logits, seqsetvae.regression(splits.test, facts), splits.test.labels
 
 
 def compare(path, seeds, flags=()):
     runs = []
     for seed in seeds:
-        words = ["--task", "seqsetvae", "--data", str(path), "--seed", str(seed), *flags]
-        args = train.parse_args(words)
-        args.device, args.split = "cpu", "test"
-        logits, regression, labels = train_one(args)
+        words = ["--task", "seqsetvae", "--data", str(path), "--device", "cpu", "--seed", str(seed)]
+        logits, regression, labels = train_one(train.parse_args([*words, *flags]))
         assert len(logits) == len(regression) == len(labels) and np.isfinite(logits).all()
         runs.append((logits, regression, labels))
         scores = [f"{metric(outputs, labels):.4f}" for outputs in (logits, regression)

@@ -19,31 +19,35 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from _quick import new_parser, parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 import train
+from runtime import checkpoint
+from tasks import seqsetvae
+from tasks.common import outputs_over
 
 RESAMPLES = 2000
 
 
 def test_scores(folder):
     """Logits of the best epoch's weights, of the logistic regression, and labels: the test stays of one run."""
-    content = train.load_checkpoint(folder / "best.pt", "seqsetvae")
-    args = train.parse_args(["--task", "seqsetvae", "--eval", str(folder / "best.pt")])
-    train.adopt_recipe(args, content)
-    args.device, args.split = "cpu", "test"
-    sets = train.TASKS["seqsetvae"].load(args.data, args)
-    if sets.facts != content["facts"]:
+    best = folder / "best.pt"
+    content = checkpoint.load(best, "seqsetvae", seqsetvae.FLAGS)
+    args = train.parse_args(["--task", "seqsetvae", "--eval", str(best), "--device", "cpu"])
+    args, facts = checkpoint.adopt_recipe(args, content), content["facts"]
+    splits = seqsetvae.load(args.data, args)
+    if splits.facts != facts:
         sys.exit(f"{folder}: the data are not those of the run")
-    model = train.stay_network(args)
-    train.load_weights(model, content, folder)
-    model.eval()
-    with train.torch.inference_mode():
-        logits = train.stay_all_logits(model, sets.test).numpy()
-    return logits, train.stay_regression(sets.test, args), sets.test.labels
+    test = splits.test
+    model = seqsetvae.network(args, facts).eval()
+    checkpoint.load_weights(model, content, best)
+    with torch.inference_mode():
+        outputs = outputs_over(test, lambda batch: seqsetvae.outputs(model, batch, args, facts))
+    return outputs["logits"].numpy(), seqsetvae.regression(test, facts), test.labels
 
 
 def spread(x):

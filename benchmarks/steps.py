@@ -4,12 +4,12 @@
     $ OMP_NUM_THREADS=1 python benchmarks/steps.py
 
 EMA: one update of the baseline network of 64 channels and 8 blocks, 0.55 M parameters. All take turns in one process, after
-train.tune_allocator, 200 updates each in a round. The averaged parameters must agree to 1e-4 (timm copies the buffers, the others
+processes.tune_allocator, 200 updates each in a round. The averaged parameters must agree to 1e-4 (timm copies the buffers, the others
 average them as well).
 
 Step: the same network, batch 256 of 32 x 64, float32 but for the row of --amp bf16, BCE, no dropout. Each in a process of its own, in
 turns, the median of 6 steps after 4: a heap that keeps what is freed grows for some steps. plain: the loop of a tutorial, AdamW(), with the
-allocator as glibc has it or after train.tune_allocator; ours: a step of train.train_epoch, always tuned, with the clipping, the check for
+allocator as glibc has it or after processes.tune_allocator; ours: a step of train.train_epoch, always tuned, with the clipping, the check for
 NaN, the schedule and the EMA that plain has not, and AdamW(fused=True). The first loss must agree to 1e-3 of itself, that of bf16 to 1e-2.
 
     $ python benchmarks/steps.py step    # or ema; the rows of the step alone, on all cores
@@ -64,11 +64,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
-import data
 import ema
 import models
 import train
 from _quick import new_parser, parse, require
+from runtime import processes
+from tasks import ocec
+from tasks.common import seed_of
 
 
 def network(channels, blocks):
@@ -114,7 +116,7 @@ def parameters_of(module):
 
 
 def compare_averages(quick):
-    train.tune_allocator()
+    processes.tune_allocator()
     model = network(8, 1) if quick else network(64, 8)
     ours = ema.EMA(model, 0.99, warmup=False)
     averages = {"ours": (ours.update, ours.module)}
@@ -154,8 +156,8 @@ QUICK = types.SimpleNamespace(channels=8, blocks=1, batch=16, steps=2, warm_up=0
 def plain_steps(inputs, targets, size, tuned):
     """The loop of a tutorial; returns the seconds of each step and the first loss."""
     if tuned:
-        train.tune_allocator()
-    torch.manual_seed(train.seed_of(0))
+        processes.tune_allocator()
+    torch.manual_seed(seed_of(0))
     model = models.EyeNet((32, 64), block="baseline", channels=size.channels, blocks=size.blocks,
                           dropout=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -187,21 +189,22 @@ class SameBatch:
 
 def our_steps(inputs, targets, size, flags):
     """train.py's own loop; returns the seconds of each step and the first loss."""
-    train.tune_allocator()
+    processes.tune_allocator()
     words = f"--channels {size.channels} --blocks {size.blocks} --batch-size {size.batch}"
-    args = train.parse_args(["--task", "ocec", "--dropout", "0", *words.split(), *flags])
+    words += " --device cpu --dropout 0"
+    args = train.parse_args(["--task", "ocec", *words.split(), *flags])
     losses = []
-    args.device, args.facts = "cpu", {"pos_weight": 1.0}
-    run, split = train.build(args, size.steps), SameBatch(inputs, targets, size.steps + 1)
+    run = train.build(args, {"pos_weight": 1.0}, size.steps)
+    split = SameBatch(inputs, targets, size.steps + 1)
     run.loss.register_forward_hook(lambda module, batch, output: losses.append(float(output[0].detach())))
-    train.train_epoch(run, split, 1, args, types.SimpleNamespace(check=lambda: None))
+    train.train_epoch(run, split, 1, types.SimpleNamespace(check=lambda: None))
     return [after - before for before, after in zip(split.times, split.times[1:])], losses[0]
 
 
 def child(size, words):
     """In a process of its own: prints the median seconds of the steps after the warm-up, those of
     the first, and the first loss."""
-    images, labels, _, _ = data.synthetic_eyes(size.batch, size=(32, 64))
+    images, labels, _, _ = ocec.synthetic_eyes(size.batch, size=(32, 64))
     inputs, targets = (images.float() - 127.5) / 127.5, torch.from_numpy(labels).float()
     if "plain" in words:
         seconds, loss = plain_steps(inputs, targets, size, "tuned" in words)
