@@ -19,8 +19,8 @@ import models
 import train
 from tasks import faceparse
 from tests.helpers import (
-    call, check_resume, FACEPARSE, faces_npz, faces_run, folder, HERE, near, need_pillow, raises,
-    result_of, same_bits, seeded, sgd, write_faces)
+    call, check_resume, FACEPARSE, faces_npz, faces_run, folder, HERE, loaded, near, need_pillow,
+    raises, result_of, same_bits, scores_of, seeded, sgd, write_faces)
 
 
 def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_class():
@@ -28,8 +28,7 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
         out = faces_run(f / "a")
         scores = json.loads((f / "a" / "scores.json").read_text())
         log = [json.loads(line) for line in (f / "a" / "log.jsonl").read_text().splitlines()]
-        args = train.parse_args([*FACEPARSE, "--data", str(f / "faces.npz")])
-        sets = train.faces_load(args.data, args)
+        _, sets = loaded(*FACEPARSE, "--data", f / "faces.npz")
     test = scores["test"]
     assert list(test) == ["rows", "model", "constant background", "constant by position", "at 16x16, nearest", "at 16x16, by area",
                           "sides set right"]
@@ -67,19 +66,20 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
 
 def test_train_faces_training_rows_are_scored_by_the_weights_that_count():
     with folder() as f:
-        args = train.parse_args([*FACEPARSE, "--data", str(faces_npz(f / "faces.npz"))])
-        sets = train.faces_load(args.data, args)
-    args.facts, nets = sets.facts, []
+        args, splits = loaded(*FACEPARSE, "--data", faces_npz(f / "faces.npz"))
+    run, nets = train.build(args, splits.facts, 3), []
     for favourite in (0, 13):
-        nets.append(train.faces_network(args))
+        nets.append(faceparse.network(args, splits.facts))
         with torch.no_grad():
             nets[-1].classify.bias[favourite] += 9
-    scores = [train.evaluate(net, sets.validation, args)["f"] for net in nets]
+    scores = [train.evaluate(net, splits.validation, run)["f"] for net in nets]
     for raw, averaged in (nets, nets[::-1]):
-        row = train.score_epoch(types.SimpleNamespace(raw_model=raw, ema=types.SimpleNamespace(module=averaged)), {}, sets, args)
+        run.raw_model, run.ema = raw, types.SimpleNamespace(module=averaged)
+        row = train.score_epoch(run, {}, splits)
         winner = nets[scores.index(max(scores))]
         assert row["weights"] == ("raw" if winner is raw else "ema") and row["score"] == max(scores) != min(scores)
-        assert same_bits(row["train_eval"], train.evaluate(winner, sets.train_eval, args))  # NaN where a class is absent
+        want = train.evaluate(winner, splits.train_eval, run)
+        assert same_bits(row["train_eval"], want)  # NaN where a class is absent
 
 
 def test_train_faces_loss_reads_every_flag_of_the_recipe():
@@ -92,31 +92,36 @@ def test_train_faces_loss_reads_every_flag_of_the_recipe():
                            (["--ce-weight", "0.5"], {"ce_weight": 0.5}), (["--dice-weight", "2"], {"dice_weight": 2.0}),
                            (["--class-weights", "median"], {"class_weights": weights})):
         args = train.parse_args([*FACEPARSE, *words])
-        args.facts = {"class_weights": weights.tolist() if words[:1] == ["--class-weights"] else []}
-        got, want = train.faces_criterion(logits, targets, args)[0], losses.ce_dice_loss(logits, targets, **base | options)[0]
-        assert torch.isclose(got, want) and (not words or abs(got - losses.ce_dice_loss(logits, targets, **base)[0]) > 1e-3), words
+        facts = {"class_weights": weights.tolist() if words[:1] == ["--class-weights"] else []}
+        batch = {"inputs": logits, "targets": targets}
+        got, _ = faceparse.loss(torch.nn.Identity(), batch, args, facts)
+        want, _ = losses.ce_dice_loss(logits, targets, **base | options)
+        without, _ = losses.ce_dice_loss(logits, targets, **base)
+        assert torch.isclose(got, want) and (not words or abs(got - without) > 1e-3), words
 
 
 def test_train_faces_training_batches_do_what_the_flags_say():
     with folder() as f:
         faces_npz(f / "faces.npz")
         off = ["--degrees", "0", "--zoom", "1", "--flip", "none", "--jitter", "0"]
-        loaded = {}
+        batches = {}
         cases = (("off", ""), ("swap", "--flip swap"), ("naive", "--flip naive"), ("degrees", "--degrees 15"), ("zoom", "--zoom 1.25"),
                  ("crop", "--crop 3"), ("jitter", "--jitter 0.5"), ("photometric", "--photometric 1"), ("mixup", "--mixup 1"),
                  ("cutmix", "--cutmix 1"))
         for name, words in cases:
-            args = train.parse_args([*FACEPARSE, "--data", str(f / "faces.npz"), *off, *words.split()])
-            loaded[name] = train.faces_load(args.data, args).train.batch(np.arange(24), seeded(2))
-    plain = loaded.pop("off")
-    for name, batch in loaded.items():
+            _, splits = loaded(*FACEPARSE, "--data", f / "faces.npz", *off, *words.split())
+            batches[name] = splits.train.batch(np.arange(24), seeded(2))
+    plain = batches.pop("off")
+    for name, batch in batches.items():
         assert not torch.equal(batch["inputs"], plain["inputs"]), name
         assert torch.equal(batch["targets"], plain["targets"]) == (name in ("jitter", "photometric")), name
-    mirrored = [not torch.equal(a, b) for a, b in zip(loaded["swap"]["inputs"], plain["inputs"])]
-    assert 4 < sum(mirrored) < 20 and torch.equal(loaded["naive"]["inputs"], loaded["swap"]["inputs"])
+    mirrored = [not torch.equal(a, b) for a, b in zip(batches["swap"]["inputs"], plain["inputs"])]
+    assert 4 < sum(mirrored) < 20
+    assert torch.equal(batches["naive"]["inputs"], batches["swap"]["inputs"])
     for name, swap in (("swap", True), ("naive", False)):
         want = plain["targets"][mirrored].flip(-1)
-        assert torch.equal(loaded[name]["targets"][mirrored], data.swap_labels(want, faceparse.FACE_PAIRS) if swap else want)
+        want = data.swap_labels(want, faceparse.FACE_PAIRS) if swap else want
+        assert torch.equal(batches[name]["targets"][mirrored], want)
 
 
 def test_train_faces_folds_test_every_image_once_and_average_what_can_be_averaged():
@@ -143,15 +148,12 @@ def test_train_faces_without_a_validation_or_test_split_and_with_find_lr():
 
 def test_train_faces_loss_and_score_leave_out_an_image_that_is_ignored_whole():
     with folder() as f:
-        args = train.parse_args([*FACEPARSE, "--data", str(faces_npz(f / "faces.npz"))])
-        sets = train.faces_load(args.data, args)
-    args.facts = sets.facts
-    model = train.faces_network(args).eval()
-    sets.whole.masks[3] = 255
-    others = faceparse.FaceSplit(sets.whole.images, sets.whole.masks, [0, 1, 2, 4])
-    with torch.inference_mode():
-        all_five, four = (train.plain(train.faces_evaluate(model, split, args)) for split in (
-            faceparse.FaceSplit(sets.whole.images, sets.whole.masks, np.arange(5)), others))
+        args, splits = loaded(*FACEPARSE, "--data", faces_npz(f / "faces.npz"))
+    images, masks, facts = splits.train.images, splits.train.masks, splits.facts
+    model = faceparse.network(args, facts)
+    masks[3] = 255
+    all_five = scores_of(model, faceparse.FaceSplit(images, masks, np.arange(5)), args, facts)
+    four = scores_of(model, faceparse.FaceSplit(images, masks, [0, 1, 2, 4]), args, facts)
     for name in ("loss", "ce", "dice", "f", "f_pooled", "miou"):
         assert math.isclose(all_five[name], four[name], rel_tol=1e-5), name
 
@@ -159,21 +161,17 @@ def test_train_faces_loss_and_score_leave_out_an_image_that_is_ignored_whole():
 def test_train_faces_score_does_not_depend_on_the_batch_size():
     with folder() as f:
         faces_npz(f / "faces.npz", change=lambda arrays: arrays["masks"].__setitem__((slice(None, None, 3), slice(0, 9)), 255))
-        args = train.parse_args([*FACEPARSE, "--data", str(f / "faces.npz")])
-        sets = train.faces_load(args.data, args)
-    args.facts = sets.facts
+        args, splits = loaded(*FACEPARSE, "--data", f / "faces.npz")
     torch.manual_seed(0)
-    model, chunks, original = train.faces_network(args).eval(), [], train.batches_in_order
-    try:
-        for size in (1, 32):
-            train.batches_in_order = lambda split, chunk: original(split, size)
-            with torch.inference_mode():
-                chunks.append(train.faces_evaluate(model, sets.train, args))
-    finally:
-        train.batches_in_order = original
-    assert len(sets.train) == 24
-    for key, value in train.plain(chunks[0]).items():
-        assert near(value, chunks[1][key], 1e-6), key
+    model, split, scores = faceparse.network(args, splits.facts), splits.train, []
+    for size in (1, 32):
+        split.chunk = size
+        scores.append(scores_of(model, split, args, splits.facts))
+        classes = scores[-1].pop("classes")
+        scores[-1] |= {name: row["f"] for name, row in classes.items() if row["images"]}
+    assert len(split) == 24 and {"loss", "miou", "skin"} < set(scores[0])
+    for name, value in scores[0].items():
+        assert near(value, scores[1][name], 1e-6), name
 
 
 def test_train_faces_resumed_run_equals_straight_run_bit_for_bit():
@@ -192,12 +190,13 @@ def test_train_faces_eval_and_predict_may_add_the_mirror_image():
         assert plain[0] == mirrored[0] == 0, mirrored
         assert " --tta" in mirrored[1].splitlines()[0] and f"{scores[0]['f']:.4f}" in plain[1]
         args = train.parse_args([*FACEPARSE, "--tta", "--data", str(f / "faces.npz")])
-        model = train.faces_network(args).eval()
+        model = faceparse.network(args, facts={}).eval()
         model.load_state_dict(torch.load(f / "a" / "best.pt", weights_only=True)["model"])
         images = torch.randn(2, 3, 16, 16, generator=seeded())
         with torch.inference_mode():
             want = models.flip_average(model, images, faceparse.FACE_PAIRS)
-            assert torch.equal(train.faces_logits(model, images, args), want) and not torch.equal(model(images), want)
+            assert torch.equal(faceparse.tta_logits(model, images, args), want)
+            assert not torch.equal(model(images), want)
         predict = ["--task", "faceparse", "--predict", f / "a" / "best.pt"]
         for name, words in (("p", []), ("q", ["--tta"])):
             assert call(*predict, "--data", f / "faces.npz", "--out", f / name, *words)[0] == 0
@@ -217,14 +216,13 @@ def test_train_faces_predict_writes_masks_that_training_can_read_and_coloured_fa
         code, out, err = call(*predict, "--data", f / "new", "--out", f / "out")
         assert code == 0 and "3 predictions" in out, err
         best = torch.load(f / "a" / "best.pt", weights_only=True)
-        args = train.parse_args(FACEPARSE)
-        model = train.faces_network(args).eval()
+        model = faceparse.network(train.parse_args(FACEPARSE), facts={}).eval()
         model.load_state_dict(best["model"])
         (f / "out" / "images").symlink_to(f / "new" / "images")
         small, predicted, _ = faceparse.read_faces(f / "out", size=(16, 16))
         with torch.no_grad():
             logits = model(small.float() / 127.5 - 1)
-        want = F.interpolate(train.faces_probability(logits, args), (40, 24), mode="bilinear").argmax(1)
+        want = F.interpolate(logits.softmax(1), (40, 24), mode="bilinear").argmax(1)
         assert (predicted == F.interpolate(logits, (40, 24), mode="bilinear").argmax(1)).float().mean() > 0.999
         assert (predicted == want).float().mean() > 0.9  # probabilities may cross elsewhere between pixels, not on them
         colour = data.read_image(f / "out" / "colour" / "001.png")
@@ -251,33 +249,43 @@ def test_train_faces_reversed_labels_are_reported_and_set_right_in_training_alon
         faces_npz(f / "good.npz")
         faces_npz(f / "bad.npz", change=lambda a: a["masks"].__setitem__(
             slice(None, None, 2), data.swap_labels(torch.from_numpy(a["masks"][::2]), pairs).numpy()))
-        loaded = {}
-        for name, words in (("good", []), ("bad", []), ("fixed", ["--fix-reversed"]), ("all", [])):
+        settings, splits = {}, {}
+        for name, words in (("good", []), ("bad", []), ("fixed", ["--fix-reversed"])):
             file = f / ("good.npz" if name == "good" else "bad.npz")
-            args = train.parse_args([*FACEPARSE, "--data", str(file), *words])
-            args.split = "all" if name == "all" else ""
-            loaded[name] = train.faces_load(args.data, args)
-    for name, count in (("good", 0), ("bad", 15), ("fixed", 15), ("all", 15)):
-        [line] = [line for line in loaded[name].notes if line.startswith("left and right: ")]
+            settings[name], splits[name] = loaded(*FACEPARSE, "--data", file, *words)
+        whole = {}
+        for name in ("bad", "fixed"):
+            whole[name] = faceparse.rows(settings[name].data, settings[name], splits[name].facts,
+                                         need_labels=True)
+    for notes, count in ((splits["good"].notes, 0), (splits["bad"].notes, 15),
+                         (splits["fixed"].notes, 15), (whole["bad"].notes, 15)):
+        [line] = [line for line in notes if line.startswith("left and right: ")]
         hidden, found = map(int, re.search(r"(\d+) of 30 masks cannot be told, reversed in (\d+)", line).groups())
         assert count - hidden <= found <= count and hidden < 4, line
-    assert loaded["bad"].facts["data"] == loaded["fixed"].facts["data"] != loaded["good"].facts["data"]
-    trained = {name: loaded[name].train.batch(np.arange(24), seeded())["targets"] for name in ("good", "bad", "fixed")}
-    told = faceparse.sides_reversed(loaded["good"].train.masks[loaded["good"].train.rows], pairs) == 0
-    assert torch.equal(trained["fixed"][told], trained["good"][told]) and not torch.equal(trained["bad"][told], trained["good"][told])
-    for part in ("train", "validation", "test", "train_eval", "whole"):  # what is scored stays as it was read
-        batches = [getattr(loaded[name], part).batch(np.arange(3)) for name in ("bad", "fixed")]
-        assert torch.equal(batches[0]["masks"], batches[1]["masks"]) and torch.equal(batches[0]["targets"], batches[1]["targets"])
-    args = train.parse_args(FACEPARSE)
-    args.facts = loaded["bad"].facts
-    assert train.faces_floor(loaded["bad"].train, args)["sides set right"]["f"] < 0.9
-    assert train.faces_floor(loaded["good"].train, args)["sides set right"]["f"] > 0.9999
+    checksums = {name: splits[name].facts["data"] for name in splits}
+    assert checksums["bad"] == checksums["fixed"] == whole["bad"].checksum != checksums["good"]
+    trained = {}
+    for name in splits:
+        trained[name] = splits[name].train.batch(np.arange(24), seeded())["targets"]
+    good = splits["good"].train
+    known = faceparse.sides_reversed(good.masks[good.rows], pairs) == 0
+    assert torch.equal(trained["fixed"][known], trained["good"][known])
+    assert not torch.equal(trained["bad"][known], trained["good"][known])
+    scored = {}
+    for name in ("bad", "fixed"):
+        parts = [*splits[name].named().values(), splits[name].train_eval, whole[name].split]
+        scored[name] = [part.batch(np.arange(3)) for part in parts]
+    assert len(parts) == 5
+    assert same_bits(scored["bad"], scored["fixed"])  # what is scored stays as it was read
+    args, facts = settings["bad"], splits["bad"].facts
+    assert faceparse.floors(splits["bad"].train, args, facts)["sides set right"]["f"] < 0.9
+    assert faceparse.floors(splits["good"].train, args, facts)["sides set right"]["f"] > 0.9999
 
 
 def test_train_faces_class_weights_count_training_pixels_only():
     with folder() as f:
-        args = train.parse_args([*FACEPARSE, "--class-weights", "median", "--data", str(faces_npz(f / "faces.npz"))])
-        sets = train.faces_load(args.data, args)
+        faces_npz(f / "faces.npz")
+        _, sets = loaded(*FACEPARSE, "--class-weights", "median", "--data", f / "faces.npz")
         pixels = np.bincount(sets.train.masks[sets.train.rows].flatten().numpy(), minlength=19)
         assert near(sets.facts["class_weights"], losses.median_frequency_weights(pixels).numpy(), 1e-5)
         faces_run(f / "a", "--class-weights", "median", "--gamma", "2", "--smoothing", "0.1", "--dice-per", "batch",
@@ -294,31 +302,36 @@ def test_train_faces_segformer_trains_too():
 def test_train_faces_original_schedule_has_the_rates_of_the_note():
     for variant, epochs, want in (("original", (60, 92, 112), (7.33e-4, 6.40e-4, 5.67e-4)), ("cosine120", (120, 121, 200), (0, 0, 0))):
         args = train.parse_args(["--task", "faceparse", "--variant", variant])
-        schedule = train.make_schedule(sgd(args.lr), args, 29)  # 900 images in batches of 32
+        # 900 images in batches of 32
+        schedule = train.make_schedule(sgd(args.lr), args, faceparse.TASK.flags, 29)
         for epoch, rate in zip(epochs, want):
             assert near(schedule.lr_at(epoch * 29, args.lr), rate, 6e-3), (variant, epoch)
         assert math.isclose(schedule.lr_at(5 * 29, args.lr), 8e-4) and math.isclose(schedule.lr_at(0, args.lr), 8e-5)
     for words, message in ((["--cosine-epochs", "0.5"], "--warmup-epochs 0.5 must be below --cosine-epochs 0.5"),
                            (["--cosine-epochs", "100", "--epochs", "3", "--warmup-epochs", "5"], "5 must be below --epochs 3")):
         args = train.parse_args(["--task", "faceparse", *words])
-        raises(ValueError, message, lambda: train.make_schedule(sgd(args.lr), args, 29))
+        raises(ValueError, message,
+               lambda: train.make_schedule(sgd(args.lr), args, faceparse.TASK.flags, 29))
 
 
 def test_train_faces_variants_change_what_they_name_and_nothing_else():
-    names = train.FACEPARSE.defaults
-    settings = {each: {name: getattr(train.parse_args(["--task", "faceparse", "--variant", each]), name) for name in names}
-                for each in train.FACEPARSE.variants}
-    changed = {each: {name for name in names if values[name] != settings["original"][name]} for each, values in settings.items()}
+    names = faceparse.TASK.flags
+    settings = {}
+    for variant in faceparse.TASK.variants:
+        settings[variant] = train.parse_args(["--task", "faceparse", "--variant", variant])
+    original, changed = settings["original"], {}
+    for variant, args in settings.items():
+        changed[variant] = {
+            name for name in names if getattr(args, name) != getattr(original, name)}
     assert changed == {
         "original": set(), "dice1": {"dice_weight"}, "dice2": {"dice_weight"}, "dice2.5": {"dice_weight"}, "dice3": {"dice_weight"},
         "cosine120": {"epochs", "cosine_epochs"}, "restarts": {"epochs", "schedule", "min_lr"},
         "lr1e-3": {"lr", "warmup_epochs", "warmup_start_lr"},
         "combined": {"epochs", "schedule", "min_lr", "lr", "warmup_start_lr", "dice_weight", "dropout", "weight_decay", "smoothing",
                      "patience"}}
-    for each, values in settings.items():
-        args = train.parse_args(["--task", "faceparse", "--variant", each])
-        assert models.count_parameters(train.faces_network(args)) == 1_747_923
-        assert math.isclose(values["warmup_start_lr"], 0.1 * values["lr"])
+    for args in settings.values():
+        assert models.count_parameters(faceparse.network(args, facts={})) == 1_747_923
+        assert math.isclose(args.warmup_start_lr, 0.1 * args.lr)
 
 
 # a grey PNG of 2 x 1 pixels with 4 bits each, ids 1 and 15, which Pillow reads as 17 and 255
