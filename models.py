@@ -1,9 +1,11 @@
 """Small networks, and the blocks that they are made of.
 
-Every piece can be pasted elsewhere: it needs the imports below and what the "Needs" line of its docstring names. Layers
-take and return float tensors; networks return logits, QuadModal an embedding.
+Every piece can be pasted elsewhere: it needs the imports below and what the "Needs" line of its
+docstring names. Layers take and return float tensors; networks return logits, QuadModal an
+embedding.
 
-Letters in shapes: B batch, C channels, F features, H W rows and columns, T tokens, or the steps and frames they are made of.
+Letters in shapes: B batch, C channels, F features, H W rows and columns, T tokens, or the steps and
+frames they are made of.
 
     >>> net = EyeNet((32, 64), block="baseline", channels=32, blocks=4)
     >>> net(torch.zeros(2, 3, 32, 64)).shape
@@ -26,11 +28,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------------------------- shared
+# --------------------------------------------------------------------------------------------------
+# Shared
 
 
 def count_parameters(model, *, trainable_only=False):
-    """Number of scalar parameters. Tied weights count once, buffers (running statistics) do not count.
+    """Number of scalar parameters. Tied weights count once, buffers (running statistics) do not
+    count.
 
     Check: count_parameters(nn.Linear(3, 2)) == 8
     """
@@ -38,12 +42,14 @@ def count_parameters(model, *, trainable_only=False):
 
 
 def init_kaiming_xavier(module):
-    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform with bias 0.
+    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform
+    with bias 0.
 
     Norms and convolution biases keep torch's own start.
 
     Source: He et al. 2015, arXiv:1502.01852; Glorot and Bengio 2010
-    Check:  the weights of nn.Conv2d(3, 64, 3) have a standard deviation of sqrt(2 / (64 * 9)) = 0.059
+    Check:  the weights of nn.Conv2d(3, 64, 3) have a standard deviation of sqrt(2 / (64 * 9)) =
+            0.059
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -59,12 +65,14 @@ def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.I
     Check: conv_bn(3, 32, 3) has 928 parameters
     """
     padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, dilation=dilation,
+                     groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), act())
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the channels of each pixel: (B, C, H, W) -> the same shape, in channels_last layout.
+    """nn.LayerNorm over the channels of each pixel: (B, C, H, W) -> the same shape, in
+    channels_last layout.
 
     Check: ChannelLayerNorm(32) has 64 parameters
     """
@@ -79,9 +87,11 @@ class ChannelLayerNorm(nn.LayerNorm):
 class StochasticDepth(nn.Module):
     """Drops a whole residual branch, for each sample on its own: `x + drop(branch(x))`.
 
-        training: y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample        evaluation: y = x
+        training: y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample
+        evaluation: y = x
 
-    Dividing by 1 - rate keeps the mean. Never put it on a path without a shortcut: that sample's signal would be zero.
+    Dividing by 1 - rate keeps the mean. Never put it on a path without a shortcut: that sample's
+    signal would be zero.
 
     Shape:  (B, ...) -> the same
     Errors: ValueError unless 0 <= rate < 1
@@ -92,7 +102,8 @@ class StochasticDepth(nn.Module):
     def __init__(self, rate):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"stochastic depth rate must be in [0, 1), got {rate}: 0 switches it off")
+            raise ValueError(f"stochastic depth rate must be in [0, 1), got {rate}: 0 switches it "
+                             "off")
         self.rate = rate
 
     def forward(self, x):
@@ -117,29 +128,35 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels, *, reduction=8, bias=True):
         super().__init__()
         hidden = max(1, channels // reduction)
-        self.gate = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=bias), nn.Sigmoid())
+        self.gate = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(),
+                                  nn.Conv2d(hidden, channels, 1, bias=bias), nn.Sigmoid())
 
     def forward(self, x):
         return x * self.gate(x.mean((2, 3), keepdim=True))
 
 
-# ------------------------------------------------------------------------------------------------ pretrained backbones
+# --------------------------------------------------------------------------------------------------
+# pretrained backbones
 
 
 def load_backbone(backbone, state, *, prefix="encoder."):
-    """Copy a backbone's tensors out of the state of the network that it was pretrained in; all of them or none.
+    """Copy a backbone's tensors out of the state of the network that it was pretrained in; all of
+    them or none.
 
-    Only names under `prefix` are taken. What else the state holds (the pretraining head) is left out by name, never silently.
+    Only names under `prefix` are taken. What else the state holds (the pretraining head) is left
+    out by name, never silently.
 
-    backbone  the module to fill; state: {name: tensor} of the pretrained network, as saved by state_dict()
+    backbone  the module to fill; state: {name: tensor} of the pretrained network, as saved by
+              state_dict()
     returns   {"tensors", "scalars", "missing", "unexpected": counts, "left_out": names}
-    Errors: ValueError, and nothing is changed, if a tensor of the backbone is missing, one under the prefix is unexpected, or a
-            shape differs (another width, patch or depth): with the counts and the names
+    Errors: ValueError, and nothing is changed, if a tensor of the backbone is missing, one under
+            the prefix is unexpected, or a shape differs (another width, patch or depth): with the
+            counts and the names
     Check:  a backbone saved as `model.encoder` and loaded into another is bit-equal to it
     """
     own = backbone.state_dict()
-    found = {name[len(prefix):]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    found = {name[len(prefix):]: tensor for name, tensor in state.items()
+             if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
     missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     reshaped = [f"{name} is {tuple(found[name].shape)} there and {tuple(own[name].shape)} here"
@@ -147,24 +164,29 @@ def load_backbone(backbone, state, *, prefix="encoder."):
     if missing or unexpected or reshaped or not own:
         fits = len(own.keys() & found.keys()) - len(reshaped)
         named = [f"{title} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)) if names]
-        raise ValueError(f"{fits} of {len(own)} tensors fit under {prefix!r}: {'; '.join(named) or 'there is nothing to load'}")
+                 for title, names in (("missing", missing), ("unexpected", unexpected),
+                                      ("of another shape", reshaped)) if names]
+        raise ValueError(f"{fits} of {len(own)} tensors fit under {prefix!r}: "
+                         f"{'; '.join(named) or 'there is nothing to load'}")
     result = backbone.load_state_dict(found)
-    return {"tensors": len(found), "scalars": sum(tensor.numel() for tensor in found.values()), "missing": len(result.missing_keys),
-            "unexpected": len(result.unexpected_keys), "left_out": left_out}
+    return {"tensors": len(found), "scalars": sum(tensor.numel() for tensor in found.values()),
+            "missing": len(result.missing_keys), "unexpected": len(result.unexpected_keys),
+            "left_out": left_out}
 
 
 def freeze_backbone(backbone, *, unfreeze_last=0):
     """No gradient for a backbone, except for its last layers and the norm behind them.
 
-    The backbone has `layers`, a sequence, and `norm`, what follows it. Train with train_mode(model), which keeps frozen modules
-    in eval mode: dropout in a frozen backbone is noise that no weight can learn from.
+    The backbone has `layers`, a sequence, and `norm`, what follows it. Train with
+    train_mode(model), which keeps frozen modules in eval mode: dropout in a frozen backbone is
+    noise that no weight can learn from.
 
     Errors: ValueError unless 0 <= unfreeze_last <= len(backbone.layers)
     """
     layers = len(backbone.layers)
     if not 0 <= unfreeze_last <= layers:
-        raise ValueError(f"unfreeze_last {unfreeze_last} must be between 0 and {layers}, the number of layers")
+        raise ValueError(f"unfreeze_last {unfreeze_last} must be between 0 and {layers}, the "
+                         "number of layers")
     backbone.requires_grad_(False)
     if unfreeze_last:
         backbone.layers[layers - unfreeze_last :].requires_grad_(True)
@@ -172,11 +194,12 @@ def freeze_backbone(backbone, *, unfreeze_last=0):
 
 
 def train_mode(model):
-    """model.train(), but modules all of whose parameters are frozen stay in eval mode, with everything inside them.
+    """model.train(), but modules all of whose parameters are frozen stay in eval mode, with
+    everything inside them.
 
-    So dropout in a frozen backbone is off and its running statistics stay as they are, which `model.train()` would undo.
-    A dropout between frozen modules, with no frozen module around both, is on.
-    """
+    So dropout in a frozen backbone is off and its running statistics stay as they are, which
+    `model.train()` would undo. A dropout between frozen modules, with no frozen module around both,
+    is on. """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -184,7 +207,8 @@ def train_mode(model):
             module.eval()
 
 
-# ---------------------------------------------------------------------------------- EyeNet: one logit for a tiny image
+# --------------------------------------------------------------------------------------------------
+# EyeNet: one logit for a tiny image
 
 
 class DepthwiseBlock(nn.Module):
@@ -192,7 +216,8 @@ class DepthwiseBlock(nn.Module):
 
         y = relu(x + branch(x))        branch: depthwise 3x3 (stride), BN, ReLU, 1x1, BN
 
-    The shortcut (and with it stochastic depth) exists only where input and output have the same shape.
+    The shortcut (and with it stochastic depth) exists only where input and output have the same
+    shape.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
     Source: Howard et al. 2017 (MobileNet), arXiv:1704.04861; the shortcut is an addition
@@ -214,15 +239,18 @@ class DepthwiseBlock(nn.Module):
 
 
 class InvertedSEBlock(nn.Module):
-    """Inverted residual with squeeze-and-excite: widen by 4, depthwise 3x3, gate the channels, narrow again.
+    """Inverted residual with squeeze-and-excite: widen by 4, depthwise 3x3, gate the channels,
+    narrow again.
 
         y = silu(x + branch(x))
         branch: 1x1 to 4C, BN, SiLU, depthwise 3x3 (stride), BN, SiLU, squeeze-excite, 1x1, BN
 
-    The shortcut (and with it stochastic depth) exists only where input and output have the same shape.
+    The shortcut (and with it stochastic depth) exists only where input and output have the same
+    shape.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
-    Source: Sandler et al. 2018 (MobileNetV2), arXiv:1801.04381, which has ReLU6 inside and nothing after the sum
+    Source: Sandler et al. 2018 (MobileNetV2), arXiv:1801.04381, which has ReLU6 inside and nothing
+            after the sum
     Check:  InvertedSEBlock(32, 32) has 14,160 parameters
     Needs:  conv_bn, StochasticDepth, SqueezeExcite
     """
@@ -244,13 +272,16 @@ class InvertedSEBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled by almost nothing at first.
+    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled by almost
+    nothing at first.
 
-        x = downsample(x)        only if the shape changes: channel LayerNorm, convolution with kernel = stride
+        x = downsample(x)        only if the shape changes: channel LayerNorm, convolution with
+                                 kernel = stride
         y = x + scale * mlp(layernorm(depthwise7x7(x)))        mlp: C to 4C, GELU, back to C
 
-    The scale starts at 1e-6, so the block starts as the identity and its MLP sees gradients that small: an optimizer
-    that normalises them (Adam) is part of the design. An odd side loses its last row or column when it is halved.
+    The scale starts at 1e-6, so the block starts as the identity and its MLP sees gradients that
+    small: an optimizer that normalises them (Adam) is part of the design. An odd side loses its
+    last row or column when it is halved.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)
     Source: Liu et al. 2022, arXiv:2201.03545
@@ -262,11 +293,13 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.downsample = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                ChannelLayerNorm(inputs), nn.Conv2d(inputs, outputs, kernel_size=stride, stride=stride))
+            self.downsample = nn.Sequential(ChannelLayerNorm(inputs),
+                                            nn.Conv2d(inputs, outputs, kernel_size=stride,
+                                                      stride=stride))
         self.depthwise = nn.Conv2d(outputs, outputs, 7, padding=3, groups=outputs)
         self.norm = nn.LayerNorm(outputs, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(outputs, 4 * outputs), nn.GELU(), nn.Linear(4 * outputs, outputs))
+        self.mlp = nn.Sequential(nn.Linear(outputs, 4 * outputs), nn.GELU(),
+                                 nn.Linear(4 * outputs, outputs))
         self.scale = nn.Parameter(torch.full((outputs,), 1e-6))
         self.drop = StochasticDepth(drop_rate)
 
@@ -278,11 +311,14 @@ class ConvNeXtBlock(nn.Module):
 
 
 class MixerLayer(nn.Module):
-    """MLP-Mixer layer: one MLP across the tokens of each channel, one across the channels of each token.
+    """MLP-Mixer layer: one MLP across the tokens of each channel, one across the channels of each
+    token.
 
-        x = x + mlp_T(layernorm(x)^T)^T        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n, GELU, back to n
+        x = x + mlp_T(layernorm(x)^T)^T        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n,
+        GELU, back to n
 
-    Dropout follows both linear layers of an MLP. The number of tokens is fixed: it is a width of the first MLP.
+    Dropout follows both linear layers of an MLP. The number of tokens is fixed: it is a width of
+    the first MLP.
 
     Shape:  (B, T, C) -> the same
     Source: Tolstikhin et al. 2021, arXiv:2105.01601
@@ -305,27 +341,31 @@ class MixerLayer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer, norm first: the tokens attend to each other, then an MLP works on each of them.
+    """Transformer layer, norm first: the tokens attend to each other, then an MLP works on each of
+    them.
 
-        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to
+        hidden, GELU, back to C
 
     The bias, if given, is added to the attention scores: TimeBias makes the layer causal.
 
-    Dropout falls on the attention weights and after each linear layer except q, k, v. The key bias has no effect, and
-    no gradient: it adds the same to all scores of a query; qkv_bias=False leaves it out of q, k and v.
-    nn.TransformerEncoderLayer(norm_first=True) computes the same; this one also compiles in evaluation, where that one (torch 2.13) fails.
+    Dropout falls on the attention weights and after each linear layer except q, k, v. The key bias
+    has no effect, and no gradient: it adds the same to all scores of a query; qkv_bias=False leaves
+    it out of q, k and v. nn.TransformerEncoderLayer(norm_first=True) computes the same; this one
+    also compiles in evaluation, where that one (torch 2.13) fails.
 
     Shape:  x (B, T, C), bias (B, heads, T, T) or None, some of each row finite  ->  (B, T, C)
     Errors: ValueError if heads does not divide channels
-    Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745; a bias on the
-            scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
+    Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745;
+            a bias on the scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
     Check:  TransformerLayer(64, heads=8, hidden=128) has 33,472 parameters
     """
 
     def __init__(self, channels, *, heads, hidden, dropout=0.0, qkv_bias=True):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
+                             "channels")
         self.heads, self.dropout = heads, dropout
         self.attention_norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
@@ -339,24 +379,32 @@ class TransformerLayer(nn.Module):
         qkv = self.qkv(self.attention_norm(x_btc)).reshape(b, t, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
         bias = None if bias is None else bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
+        y = v
+        # on CUDA, before torch 2.10, flash attention in half precision refuses a batch of no rows
+        if b:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout
+                                               if self.training else 0.0)
         x_btc = x_btc + self.out(y.transpose(1, 2).reshape(b, t, c))
         return x_btc + self.mlp(self.mlp_norm(x_btc))
 
 
 class TokenHead(nn.Module):
-    """Pools a feature map to a grid of tokens, lets the tokens exchange information, and makes one logit of their mean.
+    """Pools a feature map to a grid of tokens, lets the tokens exchange information, and makes one
+    logit of their mean.
 
-        pool to grid, layers x (transformer | mlp_mixer), mean over tokens, LayerNorm, dropout, linear
+        pool to grid, layers x (transformer | mlp_mixer), mean over tokens, LayerNorm, dropout,
+        linear
 
-    Any map goes in: a cell averages the pixels that it touches, so cells overlap where the grid does not divide the map
-    and repeat where the map is smaller. There is no position embedding: the transformer cannot tell where a token lies,
-    the mixer can. The transformer's MLP is max(128, 2C) wide, and its heads are the largest divisor of C up to 8.
-    On CUDA the backward of the pooling may add in any order (torch.use_deterministic_algorithms refuses it).
+    Any map goes in: a cell averages the pixels that it touches, so cells overlap where the grid
+    does not divide the map and repeat where the map is smaller. There is no position embedding: the
+    transformer cannot tell where a token lies, the mixer can. The transformer's MLP is max(128, 2C)
+    wide, and its heads are the largest divisor of C up to 8. On CUDA the backward of the pooling
+    may add in any order (torch.use_deterministic_algorithms refuses it).
 
     Shape:  (B, C, H, W) -> (B, 1)
     Errors: ValueError for an unknown mixer
-    Check:  with 64 channels, grid (2, 3) and 2 layers: transformer 67,137 parameters, mlp_mixer 34,181
+    Check:  with 64 channels, grid (2, 3) and 2 layers: transformer 67,137 parameters, mlp_mixer
+            34,181
     Needs:  TransformerLayer, MixerLayer
     """
 
@@ -364,15 +412,17 @@ class TokenHead(nn.Module):
         super().__init__()
         if mixer == "transformer":
             heads = max(n for n in range(1, 9) if channels % n == 0)
-            stack = [TransformerLayer(channels, heads=heads, hidden=max(128, 2 * channels), dropout=dropout)
-                     for _ in range(layers)]
+            stack = [TransformerLayer(channels, heads=heads, hidden=max(128, 2 * channels),
+                                      dropout=dropout) for _ in range(layers)]
         elif mixer == "mlp_mixer":
-            stack = [MixerLayer(grid[0] * grid[1], channels, dropout=dropout) for _ in range(layers)]
+            stack = [MixerLayer(grid[0] * grid[1], channels, dropout=dropout)
+                     for _ in range(layers)]
         else:
             raise ValueError(f"mixer must be transformer or mlp_mixer, got {mixer!r}")
         self.grid = grid
         self.layers = nn.Sequential(*stack)
-        self.logit = nn.Sequential(nn.LayerNorm(channels), nn.Dropout(dropout), nn.Linear(channels, 1))
+        self.logit = nn.Sequential(nn.LayerNorm(channels), nn.Dropout(dropout),
+                                   nn.Linear(channels, 1))
 
     def forward(self, x):
         tokens_btc = F.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)
@@ -387,13 +437,16 @@ class AvgMaxPool(nn.Module):
 
 
 def eye_map_size(size, block, blocks):
-    """Rows and columns of EyeNet's feature map, and the one place that decides whether a network fits an image.
+    """Rows and columns of EyeNet's feature map, and the one place that decides whether a network
+    fits an image.
 
-    The stem has stride 2 (convnext 4); blocks 2, 4, 6, ... have stride 2. A stride of s needs s rows and s columns to
-    work on. Odd sides round up, but down in convnext.
+    The stem has stride 2 (convnext 4); blocks 2, 4, 6, ... have stride 2. A stride of s needs s
+    rows and s columns to work on. Odd sides round up, but down in convnext.
 
-    Errors: ValueError for an unknown block, blocks < 1, or a stride that meets too small a map (says what fits)
-    Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with 6 blocks (1, 2)
+    Errors: ValueError for an unknown block, blocks < 1, or a stride that meets too small a map
+            (says what fits)
+    Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with 6
+            blocks (1, 2)
     """
     stem_stride = {"baseline": 2, "inverted_se": 2, "convnext": 4}
     if block not in stem_stride:
@@ -413,90 +466,108 @@ def eye_map_size(size, block, blocks):
 
 
 class EyeNet(nn.Module):
-    """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit of the feature map.
+    """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit of the
+    feature map.
 
         block         stem                                          blocks            head="auto"
         baseline      3x3 stride 2, BN, ReLU                        DepthwiseBlock    avg
         inverted_se   3x3, BN, SiLU, 3x3 stride 2, BN, SiLU         InvertedSEBlock   avgmax_mlp
         convnext      4x4 stride 4, channel LayerNorm               ConvNeXtBlock     transformer
 
-    Blocks 2, 4, 6, ... halve the map and double the channels. Block i drops its branch with probability
-    stochastic_depth * i / (blocks - 1).
+    Blocks 2, 4, 6, ... halve the map and double the channels. Block i drops its branch with
+    probability stochastic_depth * i / (blocks - 1).
 
         avg           mean over pixels, BN, dropout, linear
         avgmax_mlp    mean and maximum, BN, dropout, linear to max(16, C), ReLU, dropout, linear
-        transformer, mlp_mixer        TokenHead over token_grid (rows, columns) with token_layers layers
+        transformer, mlp_mixer        TokenHead over token_grid (rows, columns) with token_layers
+                                      layers
 
-    The grid shrinks to the map where the map is smaller; `net.token_grid` is the one in use (None without tokens) and
-    `net.head_kind` what "auto" became. Only `size` is checked to fit; other sizes that fit may be fed as well.
-    BN needs more than one row per batch in training: with a pooling head torch refuses a batch of one.
+    The grid shrinks to the map where the map is smaller; `net.token_grid` is the one in use (None
+    without tokens) and `net.head_kind` what "auto" became. Only `size` is checked to fit; other
+    sizes that fit may be fed as well. BN needs more than one row per batch in training: with a
+    pooling head torch refuses a batch of one.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B,) logits, P(open) = sigmoid(logit)
-    Errors: ValueError when built, never at the first forward: unknown names, numbers out of range, too many blocks for
-            the size, a token head that is left with fewer than 2 tokens
-    Source: PINTO0309/OCEC (MIT), whose fixed grid has to divide the map: most sizes crash at its first forward
-    Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order of the table
-    Needs:  init_kaiming_xavier, conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite, DepthwiseBlock,
-            InvertedSEBlock, ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead, AvgMaxPool, eye_map_size
+    Errors: ValueError when built, never at the first forward: unknown names, numbers out of range,
+            too many blocks for the size, a token head that is left with fewer than 2 tokens
+    Source: PINTO0309/OCEC (MIT), whose fixed grid has to divide the map: most sizes crash at its
+            first forward
+    Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order
+            of the table
+    Needs:  init_kaiming_xavier, conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite,
+            DepthwiseBlock, InvertedSEBlock, ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead,
+            AvgMaxPool, eye_map_size
     """
 
-    def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto", token_grid=(2, 3),
-                 token_layers=2, dropout=0.3, stochastic_depth=0.0):
+    def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto",
+                 token_grid=(2, 3), token_layers=2, dropout=0.3, stochastic_depth=0.0):
         super().__init__()
         self.map_size = eye_map_size(size, block, blocks)
         if head == "auto":
-            head = {"baseline": "avg", "inverted_se": "avgmax_mlp", "convnext": "transformer"}[block]
+            head = {"baseline": "avg", "inverted_se": "avgmax_mlp",
+                    "convnext": "transformer"}[block]
         if head not in ("avg", "avgmax_mlp", "transformer", "mlp_mixer"):
-            raise ValueError(f"head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, got {head!r}")
+            raise ValueError("head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, "
+                             f"got {head!r}")
         if min(channels, token_layers) < 1:
-            raise ValueError(f"channels and token_layers must be at least 1, got {channels} and {token_layers}")
+            raise ValueError(f"channels and token_layers must be at least 1, got {channels} and "
+                             f"{token_layers}")
         self.head_kind, self.token_grid = head, None
         if head in ("transformer", "mlp_mixer"):
-            self.token_grid = rows, cols = tuple(min(g, side) for g, side in zip(token_grid, self.map_size))
+            self.token_grid = rows, cols = tuple(min(g, side)
+                                                 for g, side in zip(token_grid, self.map_size))
             if min(rows, cols) < 1 or rows * cols < 2:
-                raise ValueError(f"head {head!r} needs a grid of at least 2 tokens, got {rows}x{cols} from token_grid "
-                                 f"{token_grid[0]}x{token_grid[1]} on a map of {self.map_size[0]}x{self.map_size[1]}: "
-                                 "use a larger grid or size, fewer blocks, or the head 'avg' or 'avgmax_mlp'")
+                raise ValueError(f"head {head!r} needs a grid of at least 2 tokens, got "
+                                 f"{rows}x{cols} from token_grid {token_grid[0]}x{token_grid[1]} "
+                                 f"on a map of {self.map_size[0]}x{self.map_size[1]}: use a "
+                                 "larger grid or size, fewer blocks, or the head 'avg' or "
+                                 "'avgmax_mlp'")
 
         if block == "baseline":
             Block, self.stem = DepthwiseBlock, conv_bn(3, channels, 3, stride=2, act=nn.ReLU)
         elif block == "inverted_se":
-            Block, self.stem = InvertedSEBlock, nn.Sequential(
-                conv_bn(3, channels, 3, act=nn.SiLU), conv_bn(channels, channels, 3, stride=2, act=nn.SiLU))
+            Block, self.stem = InvertedSEBlock, nn.Sequential(conv_bn(3, channels, 3, act=nn.SiLU),
+                                                              conv_bn(channels, channels, 3,
+                                                                      stride=2, act=nn.SiLU))
         else:
             Block, self.stem = ConvNeXtBlock, nn.Sequential(
                 nn.Conv2d(3, channels, kernel_size=4, stride=4), ChannelLayerNorm(channels))
 
         widths = [channels] + [channels * 2 ** (i // 2) for i in range(blocks)]
         self.blocks = nn.Sequential(*[
-            Block(widths[i], widths[i + 1], stride=widths[i + 1] // widths[i],  # halve the map, double the channels
+            # halve the map where the channels double
+            Block(widths[i], widths[i + 1], stride=widths[i + 1] // widths[i],
                   drop_rate=stochastic_depth * i / max(1, blocks - 1))
             for i in range(blocks)])
 
         c = widths[-1]
         if head == "avg":
-            self.head = nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c), nn.Dropout(dropout), nn.Linear(c, 1))
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c),
+                                      nn.Dropout(dropout), nn.Linear(c, 1))
         elif head == "avgmax_mlp":
             hidden = max(16, c)
-            self.head = nn.Sequential(
-                AvgMaxPool(), nn.BatchNorm1d(2 * c), nn.Dropout(dropout), nn.Linear(2 * c, hidden), nn.ReLU(),
-                nn.Dropout(dropout), nn.Linear(hidden, 1))
+            self.head = nn.Sequential(AvgMaxPool(), nn.BatchNorm1d(2 * c), nn.Dropout(dropout),
+                                      nn.Linear(2 * c, hidden), nn.ReLU(), nn.Dropout(dropout),
+                                      nn.Linear(hidden, 1))
         else:
-            self.head = TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers, dropout=dropout)
+            self.head = TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers,
+                                  dropout=dropout)
         self.apply(init_kaiming_xavier)
 
     def forward(self, images_bchw):
         return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)
 
 
-# ------------------------------------------------------------------------------ faces: the logits of a class per pixel
+# --------------------------------------------------------------------------------------------------
+# Faces: the logits of a class per pixel
 
-FACE_PARAMETER_LIMIT = 1_821_085  # a network of the challenge has fewer: NTU CE7454 / AI6126, face parsing
+# a network of the challenge has fewer: NTU CE7454 / AI6126, face parsing
+FACE_PARAMETER_LIMIT = 1_821_085
 
 
 def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
-    """Refuses a network that does not have fewer than `limit` parameters, and says how many are too many.
+    """Refuses a network that does not have fewer than `limit` parameters, and says how many are too
+    many.
 
     Errors: ValueError
     Check:  check_parameter_limit(nn.Linear(3, 2), 9) passes, with 8 it is refused
@@ -504,12 +575,13 @@ def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
     """
     count = count_parameters(model)
     if count >= limit:
-        raise ValueError(f"{type(model).__name__} has {count:,} parameters and must have fewer than {limit:,}: "
-                         f"make it narrower, by {count - limit + 1:,} or more")
+        raise ValueError(f"{type(model).__name__} has {count:,} parameters and must have fewer "
+                         f"than {limit:,}: make it narrower, by {count - limit + 1:,} or more")
 
 
 def check_stride_fits(size, stride):
-    """Refuses rows and columns that a network of this total stride cannot divide, and names the nearest that it can.
+    """Refuses rows and columns that a network of this total stride cannot divide, and names the
+    nearest that it can.
 
     Errors: ValueError
     Check:  (100, 128) with stride 32: the nearest sizes that fit are 96x128 and 128x128
@@ -518,35 +590,41 @@ def check_stride_fits(size, stride):
         down = "x".join(str(max(stride, n // stride * stride)) for n in size)
         up = "x".join(str(max(stride, -(-n // stride) * stride)) for n in size)
         nearest = f"size that fits is {up}" if up == down else f"sizes that fit are {down} and {up}"
-        raise ValueError(f"rows and columns must be multiples of {stride}, got {size[0]}x{size[1]}: the nearest {nearest}")
+        raise ValueError(f"rows and columns must be multiples of {stride}, got "
+                         f"{size[0]}x{size[1]}: the nearest {nearest}")
 
 
 class ReducedAttention(nn.Module):
-    """Self-attention among the pixels of a map; keys and values are taken from a map `reduction` times smaller.
+    """Self-attention among the pixels of a map; keys and values are taken from a map `reduction`
+    times smaller.
 
         r = layernorm(convolution(x)), kernel = stride = reduction; without reduction r = x
         y = out(softmax(q k^T / sqrt(C / heads)) v)        q = linear(x), (k, v) = linear(r)
 
-    Dropout falls on the attention weights and on y. The key bias has no effect: it adds the same to all scores of a query.
-    Rows or columns left over by the reduction are seen by no key.
+    Dropout falls on the attention weights and on y. The key bias has no effect: it adds the same to
+    all scores of a query. Rows or columns left over by the reduction are seen by no key.
 
     Shape:  (B, H, W, C) -> the same
     Errors: ValueError if heads does not divide channels
-    Source: Wang et al. 2021 (PVT), arXiv:2102.12122; Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 2
-    Check:  ReducedAttention(32, reduction=8) has 69,856 parameters; with reduction 1 it is nn.MultiheadAttention
+    Source: Wang et al. 2021 (PVT), arXiv:2102.12122; Xie et al. 2021 (SegFormer), arXiv:2105.15203,
+            equation 2
+    Check:  ReducedAttention(32, reduction=8) has 69,856 parameters; with reduction 1 it is
+            nn.MultiheadAttention
     Needs:  ChannelLayerNorm
     """
 
     def __init__(self, channels, *, reduction, heads=1, dropout=0.0):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
+                             "channels")
         self.heads, self.dropout = heads, dropout
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
         self.reduce = nn.Identity()
         if reduction > 1:
-            self.reduce = nn.Sequential(
-                nn.Conv2d(channels, channels, kernel_size=reduction, stride=reduction), ChannelLayerNorm(channels, eps=1e-5))
+            self.reduce = nn.Sequential(nn.Conv2d(channels, channels, kernel_size=reduction,
+                                                  stride=reduction),
+                                        ChannelLayerNorm(channels, eps=1e-5))
         self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
 
     def forward(self, x_bhwc):
@@ -557,16 +635,17 @@ class ReducedAttention(nn.Module):
 
         r_bhwc = self.reduce(x_bhwc.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         k, v = self.kv(r_bhwc).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(
-            split(self.q(x_bhwc)), split(k), split(v), dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(split(self.q(x_bhwc)), split(k), split(v),
+                                           dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(b, h, w, c))
 
 
 class MixMLP(nn.Module):
-    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN): linear, 3x3, GELU, linear.
+    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN): linear,
+    3x3, GELU, linear.
 
-    The zeros around the map tell the convolution where the border is: it stands in for position codes. depthwise=False
-    leaves it out. Dropout follows GELU and the second linear layer.
+    The zeros around the map tell the convolution where the border is: it stands in for position
+    codes. depthwise=False leaves it out. Dropout follows GELU and the second linear layer.
 
     Shape:  (B, H, W, C) -> the same, hidden width ratio * C
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 3
@@ -577,15 +656,18 @@ class MixMLP(nn.Module):
         super().__init__()
         hidden = ratio * channels
         self.widen = nn.Linear(channels, hidden)
-        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if depthwise else nn.Identity()
-        self.narrow = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, channels), nn.Dropout(dropout))
+        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1,
+                             groups=hidden) if depthwise else nn.Identity()
+        self.narrow = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, channels),
+                                    nn.Dropout(dropout))
 
     def forward(self, x_bhwc):
         return self.narrow(self.mix(self.widen(x_bhwc).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class SegFormerLayer(nn.Module):
-    """Transformer layer for maps, norm first: x = x + attention(layernorm(x)), y = x + mlp(layernorm(x)).
+    """Transformer layer for maps, norm first: x = x + attention(layernorm(x)), y = x +
+    mlp(layernorm(x)).
 
     Shape:  (B, H, W, C) -> the same
     Check:  SegFormerLayer(32, reduction=8) has 74,816 parameters
@@ -605,19 +687,22 @@ class SegFormerLayer(nn.Module):
 
 
 class SegFormerStage(nn.Module):
-    """A convolution whose patches overlap and LayerNorm make the pixels of a smaller map, then layers, then LayerNorm.
+    """A convolution whose patches overlap and LayerNorm make the pixels of a smaller map, then
+    layers, then LayerNorm.
 
-    Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last layout
+    Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last
+            layout
     Check:  SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8) has 79,680 parameters
     Needs:  SegFormerLayer, ReducedAttention, MixMLP, ChannelLayerNorm
     """
 
-    def __init__(self, inputs, outputs, *, kernel, stride, layers, reduction, mix_ffn=True, dropout=0.0):
+    def __init__(self, inputs, outputs, *, kernel, stride, layers, reduction, mix_ffn=True,
+                 dropout=0.0):
         super().__init__()
-        self.embed = nn.Sequential(
-            nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2), ChannelLayerNorm(outputs, eps=1e-5))
-        self.layers = nn.Sequential(*[SegFormerLayer(outputs, reduction=reduction, mix_ffn=mix_ffn, dropout=dropout)
-                                      for _ in range(layers)])
+        self.embed = nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2),
+                                   ChannelLayerNorm(outputs, eps=1e-5))
+        self.layers = nn.Sequential(*[SegFormerLayer(outputs, reduction=reduction, mix_ffn=mix_ffn,
+                                                     dropout=dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(outputs)
 
     def forward(self, x):
@@ -626,9 +711,11 @@ class SegFormerStage(nn.Module):
 
 
 class AllMLPDecoder(nn.Module):
-    """Brings maps of several sizes to one width and to the size of the first, and mixes them pixel by pixel.
+    """Brings maps of several sizes to one width and to the size of the first, and mixes them pixel
+    by pixel.
 
-        y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))        upsample: bilinear; linear: 1x1 convolution
+        y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))        upsample: bilinear;
+        linear: 1x1 convolution
 
     Shape:  [(B, widths[i], H_i, W_i)] -> (B, channels, H_0, W_0)
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 4
@@ -638,8 +725,8 @@ class AllMLPDecoder(nn.Module):
     def __init__(self, widths, channels=128):
         super().__init__()
         self.project = nn.ModuleList([nn.Conv2d(width, channels, 1) for width in widths])
-        self.fuse = nn.Sequential(
-            nn.Conv2d(len(widths) * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
+        self.fuse = nn.Sequential(nn.Conv2d(len(widths) * channels, channels, 1), nn.GELU(),
+                                  nn.Conv2d(channels, channels, 1))
 
     def forward(self, maps):
         size = maps[0].shape[2:]
@@ -649,7 +736,8 @@ class AllMLPDecoder(nn.Module):
 
 
 class LMSA(nn.Module):
-    """The recipe's local attention, without any bias: y = x + squeeze_excite(BN(1x1(depthwise 3x3(x)))).
+    """The recipe's local attention, without any bias: y = x + squeeze_excite(BN(1x1(depthwise
+    3x3(x)))).
 
     Shape:  (B, C, H, W) -> the same
     Check:  LMSA(128) has 25,984 parameters
@@ -668,7 +756,8 @@ class LMSA(nn.Module):
 
 
 class MicroSegFormer(nn.Module):
-    """Which part of the face is each pixel? Four transformer stages, a decoder at 1/4 size, a linear classifier.
+    """Which part of the face is each pixel? Four transformer stages, a decoder at 1/4 size, a
+    linear classifier.
 
         stage   size   width   layers   reduction   dropout
         1       1/4    32      1        8           0.5  x dropout
@@ -678,16 +767,18 @@ class MicroSegFormer(nn.Module):
 
         logits = upsample(classify(lmsa(decoder(maps))))
 
-    The class logits are upsampled, bilinearly, not the 128 channels before them: a 1x1 convolution commutes with it, so the
-    result is the same for 6.7 times less memory. On CUDA the backward of the upsampling may add in any order.
+    The class logits are upsampled, bilinearly, not the 128 channels before them: a 1x1 convolution
+    commutes with it, so the result is the same for 6.7 times less memory. On CUDA the backward of
+    the upsampling may add in any order.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 32
-    Errors: ValueError for a size that is not (names the nearest), for dropout outside [0, 0.8), and when built with as many
-            parameters as FACE_PARAMETER_LIMIT or more
+    Errors: ValueError for a size that is not (names the nearest), for dropout outside [0, 0.8), and
+            when built with as many parameters as FACE_PARAMETER_LIMIT or more
     Source: after Xie et al. 2021 (SegFormer), arXiv:2105.15203
     Check:  1,763,923 parameters; without Mix-FFN 1,747,923, without LMSA too 1,721,939
-    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits, conv_bn, ChannelLayerNorm,
-            SqueezeExcite, ReducedAttention, MixMLP, SegFormerLayer, SegFormerStage, AllMLPDecoder, LMSA
+    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
+            conv_bn, ChannelLayerNorm, SqueezeExcite, ReducedAttention, MixMLP, SegFormerLayer,
+            SegFormerStage, AllMLPDecoder, LMSA
     """
 
     stride = 32
@@ -695,12 +786,19 @@ class MicroSegFormer(nn.Module):
     def __init__(self, classes=19, *, lmsa=True, mix_ffn=True, dropout=0.15):
         super().__init__()
         if not 0 <= dropout < 0.8:
-            raise ValueError(f"dropout must be in [0, 0.8), got {dropout}: the last stage drops 1.25 times as much")
-        self.stages = nn.ModuleList([
-            SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8, mix_ffn=mix_ffn, dropout=0.5 * dropout),
-            SegFormerStage(32, 64, kernel=3, stride=2, layers=2, reduction=4, mix_ffn=mix_ffn, dropout=0.75 * dropout),
-            SegFormerStage(64, 128, kernel=3, stride=2, layers=2, reduction=2, mix_ffn=mix_ffn, dropout=dropout),
-            SegFormerStage(128, 192, kernel=3, stride=2, layers=2, reduction=1, mix_ffn=mix_ffn, dropout=1.25 * dropout)])
+            raise ValueError(f"dropout must be in [0, 0.8), got {dropout}: the last stage drops "
+                             "1.25 times as much")
+        self.stages = nn.ModuleList([SegFormerStage(3, 32, kernel=7, stride=4, layers=1,
+                                                    reduction=8, mix_ffn=mix_ffn,
+                                                    dropout=0.5 * dropout),
+                                     SegFormerStage(32, 64, kernel=3, stride=2, layers=2,
+                                                    reduction=4, mix_ffn=mix_ffn,
+                                                    dropout=0.75 * dropout),
+                                     SegFormerStage(64, 128, kernel=3, stride=2, layers=2,
+                                                    reduction=2, mix_ffn=mix_ffn, dropout=dropout),
+                                     SegFormerStage(128, 192, kernel=3, stride=2, layers=2,
+                                                    reduction=1, mix_ffn=mix_ffn,
+                                                    dropout=1.25 * dropout)])
         self.decoder = AllMLPDecoder((32, 64, 128, 192))
         self.lmsa = LMSA(128) if lmsa else nn.Identity()
         self.classify = nn.Conv2d(128, classes, 1)
@@ -720,10 +818,12 @@ class MicroSegFormer(nn.Module):
 
 
 class DilatedBlock(nn.Module):
-    """Residual block of two 3x3 convolutions that look `dilation` pixels far: y = relu(x + BN(conv(relu(BN(conv(x)))))).
+    """Residual block of two 3x3 convolutions that look `dilation` pixels far: y = relu(x +
+    BN(conv(relu(BN(conv(x)))))).
 
     Shape:  (B, C, H, W) -> the same
-    Source: He et al. 2016 (ResNet), arXiv:1512.03385; Yu and Koltun 2016 (dilation), arXiv:1511.07122
+    Source: He et al. 2016 (ResNet), arXiv:1512.03385; Yu and Koltun 2016 (dilation),
+            arXiv:1511.07122
     Check:  DilatedBlock(128, dilation=2) has 295,424 parameters
     Needs:  conv_bn
     """
@@ -739,7 +839,8 @@ class DilatedBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One step up in a U-Net: narrow, double the size, put the encoder's map beside it, 3x3 convolution.
+    """One step up in a U-Net: narrow, double the size, put the encoder's map beside it, 3x3
+    convolution.
 
         y = relu(BN(conv(concat(upsample(relu(BN(1x1(x)))), skip))))        upsample: bilinear
 
@@ -760,22 +861,27 @@ class UpBlock(nn.Module):
 
 
 class FaceCNN(nn.Module):
-    """A plain U-Net with a dilated bottleneck, for the task and under the parameter limit of MicroSegFormer.
+    """A plain U-Net with a dilated bottleneck, for the task and under the parameter limit of
+    MicroSegFormer.
 
-        encoder      two 3x3 each at 1/2 (width), 1/4 (2 width) and 1/8 (4 width), the first of them with stride 2
+        encoder      two 3x3 each at 1/2 (width), 1/4 (2 width) and 1/8 (4 width), the first of them
+                     with stride 2
         bottleneck   at 1/8, a DilatedBlock per entry of dilations; channel dropout
         decoder      UpBlock to 1/4, UpBlock to 1/2, 1x1 to the classes, logits upsampled bilinearly
 
-    BN follows every convolution but the last, so they keep torch's own start. A pixel of the bottleneck sees itself and
-    2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of the image: left and right are told from a wide view.
-    On CUDA the backward of the upsampling may add in any order.
+    BN follows every convolution but the last, so they keep torch's own start. A pixel of the
+    bottleneck sees itself and 2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of
+    the image: left and right are told from a wide view. On CUDA the backward of the upsampling may
+    add in any order.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 8
-    Errors: ValueError for a size that is not (names the nearest), and when built with as many parameters as
-            FACE_PARAMETER_LIMIT or more
-    Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Yu and Koltun 2016 (dilation), arXiv:1511.07122
+    Errors: ValueError for a size that is not (names the nearest), and when built with as many
+            parameters as FACE_PARAMETER_LIMIT or more
+    Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Yu and Koltun 2016 (dilation),
+            arXiv:1511.07122
     Check:  1,572,563 parameters
-    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits, conv_bn, DilatedBlock, UpBlock
+    Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
+            conv_bn, DilatedBlock, UpBlock
     """
 
     stride = 8
@@ -784,11 +890,13 @@ class FaceCNN(nn.Module):
         super().__init__()
 
         def down(inputs, outputs):
-            return nn.Sequential(
-                conv_bn(inputs, outputs, 3, stride=2, act=nn.ReLU), conv_bn(outputs, outputs, 3, act=nn.ReLU))
+            return nn.Sequential(conv_bn(inputs, outputs, 3, stride=2, act=nn.ReLU),
+                                 conv_bn(outputs, outputs, 3, act=nn.ReLU))
 
-        self.down2, self.down4, self.down8 = down(3, width), down(width, 2 * width), down(2 * width, 4 * width)
-        self.bottleneck = nn.Sequential(*[DilatedBlock(4 * width, dilation=d) for d in dilations], nn.Dropout2d(dropout))
+        self.down2, self.down4 = down(3, width), down(width, 2 * width)
+        self.down8 = down(2 * width, 4 * width)
+        self.bottleneck = nn.Sequential(*[DilatedBlock(4 * width, dilation=d) for d in dilations],
+                                        nn.Dropout2d(dropout))
         self.up4, self.up2 = UpBlock(4 * width, 2 * width), UpBlock(2 * width, width)
         self.classify = nn.Conv2d(width, classes, 1)
         check_parameter_limit(self)
@@ -807,11 +915,13 @@ class FaceCNN(nn.Module):
 
 
 def flip_average(model, images, pairs):
-    """Mean of the logits of an image and of its mirror image, the latter mirrored back with left and right channels swapped.
+    """Mean of the logits of an image and of its mirror image, the latter mirrored back with left
+    and right channels swapped.
 
         y = (f(x) + swap(mirror(f(mirror(x))))) / 2
 
-    Shape:  images (B, C, H, W), pairs ((left, right), ...) channels  ->  logits as of model(images), (B, classes, h, w)
+    Shape:  images (B, C, H, W), pairs ((left, right), ...) channels  ->  logits as of
+            model(images), (B, classes, h, w)
     Check:  flip_average of the mirror image is flip_average of the image, mirrored and swapped
     """
     logits, mirrored = model(images), model(images.flip(-1)).flip(-1)
@@ -821,13 +931,15 @@ def flip_average(model, images, pairs):
     return (logits + mirrored[:, order]) / 2
 
 
-# ------------------------------------------------------------------------------------- PPG: a rate from a short signal
+# --------------------------------------------------------------------------------------------------
+# PPG: a rate from a short signal
 
 
 def sinusoidal_positions(n, channels):
     """Position codes of n tokens, to be added to them: (n, channels).
 
-        p[t, 2i] = sin(t / 10000^(2i / channels))        p[t, 2i + 1] = cos(t / 10000^(2i / channels))
+        p[t, 2i] = sin(t / 10000^(2i / channels))        p[t, 2i + 1] = cos(t / 10000^(2i /
+        channels))
 
     Errors: ValueError for an odd number of channels
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5
@@ -841,15 +953,18 @@ def sinusoidal_positions(n, channels):
 
 
 class PPGEncoder(nn.Module):
-    """Transformer over the patches of a signal: a linear layer makes a token of each patch, norm-first layers mix the tokens.
+    """Transformer over the patches of a signal: a linear layer makes a token of each patch,
+    norm-first layers mix the tokens.
 
         tokens = linear(patches) + positions        y = layernorm(layers(tokens))
 
-    A patch is `patch` neighbouring samples of all channels; a rest shorter than a patch, at the end, is dropped. The length of
-    the signal is free. The samples may be of a waveform, or the bins of a spectrum (data.ppg_inputs).
+    A patch is `patch` neighbouring samples of all channels; a rest shorter than a patch, at the
+    end, is dropped. The length of the signal is free. The samples may be of a waveform, or the bins
+    of a spectrum (data.ppg_inputs).
 
     Shape:  (B, channels, n) -> (B, n // patch, width)
-    Errors: ValueError for a signal of other channels or shorter than a patch, heads that do not divide width, an odd width
+    Errors: ValueError for a signal of other channels or shorter than a patch, heads that do not
+            divide width, an odd width
     Source: Dosovitskiy et al. 2021 (ViT), arXiv:2010.11929, in one dimension
     Check:  PPGEncoder(channels=3, patch=4, width=64, depth=2) has 100,928 parameters
     Needs:  TransformerLayer, sinusoidal_positions
@@ -859,17 +974,20 @@ class PPGEncoder(nn.Module):
         super().__init__()
         self.channels, self.patch, self.width = channels, patch, width
         self.embed = nn.Linear(channels * patch, width)
-        self.layers = nn.Sequential(*[TransformerLayer(width, heads=heads, hidden=4 * width, dropout=dropout)
-                                      for _ in range(depth)])
+        self.layers = nn.Sequential(*[TransformerLayer(width, heads=heads, hidden=4 * width,
+                                                       dropout=dropout) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
 
     def patches(self, signals):
-        """(B, channels, n) -> (B, n // patch, channels * patch), the channels of a patch one after the other."""
+        """(B, channels, n) -> (B, n // patch, channels * patch), the channels of a patch one after
+        the other."""
         n = signals.shape[-1] // self.patch
         if signals.ndim != 3 or signals.shape[1] != self.channels or n == 0:
-            raise ValueError(f"signals must be (B, {self.channels}, at least {self.patch}), got {tuple(signals.shape)}")
-        return signals[..., : n * self.patch].unflatten(-1, (n, self.patch)).transpose(1, 2).flatten(2)
+            raise ValueError(f"signals must be (B, {self.channels}, at least {self.patch}), got "
+                             f"{tuple(signals.shape)}")
+        patches = signals[..., : n * self.patch].unflatten(-1, (n, self.patch))
+        return patches.transpose(1, 2).flatten(2)
 
     def encode(self, tokens_btc):
         """Embedded patches, or what stands in for them, to mixed tokens."""
@@ -881,7 +999,8 @@ class PPGEncoder(nn.Module):
 
 
 class PPGRegressor(nn.Module):
-    """One number from a signal: encoder, mean over the tokens, linear head. The number is a z-scored label.
+    """One number from a signal: encoder, mean over the tokens, linear head. The number is a
+    z-scored label.
 
     Shape:  (B, channels, n) -> (B,)
     Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
@@ -903,12 +1022,15 @@ class PPGRegressor(nn.Module):
 class MaskedPatchModel(nn.Module):
     """Self-supervised pretraining of a PPGEncoder: hide patches, and guess them from the others.
 
-        tokens = learnt token where masked, else linear(patches)        guess = linear(layers(tokens + positions))
+        tokens = learnt token where masked, else linear(patches)        guess = linear(layers(tokens
+        + positions))
 
     Score the guesses on masked patches only: a visible patch can be copied.
 
-    Shape:  signals (B, channels, n), mask bool (B, n // patch), True is hidden  ->  (B, n // patch, channels * patch)
-    Source: He et al. 2022 (MAE), arXiv:2111.06377; with one encoder for all tokens as in SimMIM, arXiv:2111.09886
+    Shape:  signals (B, channels, n), mask bool (B, n // patch), True is hidden  ->  (B, n // patch,
+            channels * patch)
+    Source: He et al. 2022 (MAE), arXiv:2111.06377; with one encoder for all tokens as in SimMIM,
+            arXiv:2111.09886
     Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
     """
 
@@ -925,22 +1047,26 @@ class MaskedPatchModel(nn.Module):
 
 
 def random_patch_mask(b, t, ratio, *, generator=None):
-    """Which of t patches are hidden, round(ratio * t) of them in each of b rows, at least 1 and never all: bool (b, t).
+    """Which of t patches are hidden, round(ratio * t) of them in each of b rows, at least 1 and
+    never all: bool (b, t).
 
     Errors: ValueError for fewer than 2 patches or a ratio outside (0, 1)
     """
     if t < 2 or not 0 < ratio < 1:
-        raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches and a ratio between 0 and 1")
+        raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches and "
+                         "a ratio between 0 and 1")
     hidden = min(max(round(ratio * t), 1), t - 1)
     order = torch.rand(b, t, generator=generator).argsort(1)
     return order < hidden
 
 
-# -------------------------------------------------------------------------- QuadModal: one embedding of several modalities
+# --------------------------------------------------------------------------------------------------
+# QuadModal: one embedding of several modalities
 
 
 def grid_positions(rows, columns, channels):
-    """Position codes of the pixels of a map, row by row: half of the channels tell the row, the other half the column.
+    """Position codes of the pixels of a map, row by row: half of the channels tell the row, the
+    other half the column.
 
         p[r * columns + c] = concat(sinusoidal(r), sinusoidal(c)), each of channels / 2
 
@@ -950,23 +1076,28 @@ def grid_positions(rows, columns, channels):
     Needs:  sinusoidal_positions
     """
     if channels % 4:
-        raise ValueError(f"channels must be a multiple of 4, got {channels}: a pair of sine and cosine for the row, one for the column")
+        raise ValueError(f"channels must be a multiple of 4, got {channels}: a pair of sine and "
+                         "cosine for the row, one for the column")
     row, column = (sinusoidal_positions(n, channels // 2) for n in (rows, columns))
     return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], 1)
 
 
 def strided_cnn(channels, size, *, width):
-    """Three 3x3 convolutions with BN and ReLU, to width / 4, width / 2 and width channels. Each halves the map, odd sides round up.
+    """Three 3x3 convolutions with BN and ReLU, to width / 4, width / 2 and width channels. Each
+    halves the map, odd sides round up.
 
-    One that would leave fewer than 4 pixels does not halve: BN then has several values to average, even of a single image.
+    One that would leave fewer than 4 pixels does not halve: BN then has several values to average,
+    even of a single image.
 
     Shape:  (B, channels, *size) -> (B, width, about rows / 8, about columns / 8)
     Errors: ValueError for an image of a single pixel
-    Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4, for (9, 9) of 2x2
+    Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4, for (9, 9) of
+            2x2
     Needs:  conv_bn
     """
     if size[0] * size[1] < 2:
-        raise ValueError(f"an image must have more than one pixel, got {size[0]}x{size[1]}: leave the two sides out of the shape")
+        raise ValueError(f"an image must have more than one pixel, got {size[0]}x{size[1]}: leave "
+                         "the two sides out of the shape")
     layers = []
     for outputs in (width // 4, width // 2, width):
         half = [-(-n // 2) for n in size]
@@ -977,7 +1108,8 @@ def strided_cnn(channels, size, *, width):
 
 
 class VectorTokens(nn.Module):
-    """A feature vector, as another network has made it, to a few tokens: LayerNorm of a linear layer, which is one for each token.
+    """A feature vector, as another network has made it, to a few tokens: LayerNorm of a linear
+    layer, which is one for each token.
 
     Several, because attention to a single token has nothing to choose from.
 
@@ -987,7 +1119,8 @@ class VectorTokens(nn.Module):
 
     def __init__(self, features, *, width, tokens=4):
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(features, tokens * width), nn.Unflatten(1, (tokens, width)))
+        self.embed = nn.Sequential(nn.Linear(features, tokens * width),
+                                   nn.Unflatten(1, (tokens, width)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -995,9 +1128,11 @@ class VectorTokens(nn.Module):
 
 
 class SequenceTokens(PPGEncoder):
-    """PPGEncoder for a sequence with the time first: patches, linear, positions, transformer layers, LayerNorm.
+    """PPGEncoder for a sequence with the time first: patches, linear, positions, transformer
+    layers, LayerNorm.
 
-    Shape:  (B, n, channels) -> (B, n // patch, width); a rest shorter than a patch, at the end, is dropped
+    Shape:  (B, n, channels) -> (B, n // patch, width); a rest shorter than a patch, at the end, is
+            dropped
     Check:  SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8) has 51,712 parameters
     Needs:  TransformerLayer, sinusoidal_positions, PPGEncoder
     """
@@ -1007,7 +1142,8 @@ class SequenceTokens(PPGEncoder):
 
 
 class ImageTokens(nn.Module):
-    """An image to the pixels of a small map: layernorm(strided_cnn(x) + positions of rows and columns).
+    """An image to the pixels of a small map: layernorm(strided_cnn(x) + positions of rows and
+    columns).
 
     Shape:  (B, channels, H, W), with (H, W) = size -> (B, T, width), T about H / 8 * W / 8
     Check:  ImageTokens(3, (32, 32), width=64) has 23,824 parameters
@@ -1026,7 +1162,8 @@ class ImageTokens(nn.Module):
 
 
 class VideoTokens(nn.Module):
-    """A video to one token per frame: the mean of the frame's strided_cnn map, then SequenceTokens with patches of one frame.
+    """A video to one token per frame: the mean of the frame's strided_cnn map, then SequenceTokens
+    with patches of one frame.
 
     Shape:  (B, T, channels, H, W), with (H, W) = size -> (B, T, width)
     Check:  VideoTokens(3, (32, 32), width=64) has 77,968 parameters
@@ -1036,7 +1173,8 @@ class VideoTokens(nn.Module):
     def __init__(self, channels, size, *, width, depth=1, heads=8, dropout=0.1):
         super().__init__()
         self.cnn = strided_cnn(channels, size, width=width)
-        self.frames = SequenceTokens(channels=width, patch=1, width=width, depth=depth, heads=heads, dropout=dropout)
+        self.frames = SequenceTokens(channels=width, patch=1, width=width, depth=depth, heads=heads,
+                                     dropout=dropout)
 
     def forward(self, x_btchw):
         means = self.cnn(x_btchw.flatten(0, 1)).mean((2, 3))
@@ -1044,7 +1182,8 @@ class VideoTokens(nn.Module):
 
 
 def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropout=0.1):
-    """The encoder for samples of this shape, and the one place that decides whether a shape can be encoded.
+    """The encoder for samples of this shape, and the one place that decides whether a shape can be
+    encoded.
 
         shape           taken for             encoder           tokens
         (F,)            a feature vector      VectorTokens      `tokens`
@@ -1053,20 +1192,23 @@ def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropo
         (T, C, H, W)    a video               VideoTokens       T
 
     Shape:  (B, *shape) -> (B, tokens, width)
-    Errors: ValueError for another number of sides, a side of 0, a sequence shorter than a patch, an image of one pixel
-    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions, strided_cnn, VectorTokens,
-            SequenceTokens, ImageTokens, VideoTokens
+    Errors: ValueError for another number of sides, a side of 0, a sequence shorter than a patch, an
+            image of one pixel
+    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions,
+            strided_cnn, VectorTokens, SequenceTokens, ImageTokens, VideoTokens
     """
     shape = tuple(shape)
     if not 1 <= len(shape) <= 4 or min(shape) < 1:
-        raise ValueError(f"a sample must be (F,), (T, C), (C, H, W) or (T, C, H, W), no side 0, got {shape}: give the shape without the "
-                         "batch, or reshape")
+        raise ValueError("a sample must be (F,), (T, C), (C, H, W) or (T, C, H, W), no side 0, "
+                         f"got {shape}: give the shape without the batch, or reshape")
     if len(shape) == 1:
         return VectorTokens(shape[0], width=width, tokens=tokens)
     if len(shape) == 2:
         if shape[0] < patch:
-            raise ValueError(f"a sequence must have at least one patch of {patch} steps, got {shape[0]}: use a patch of {shape[0]} or less")
-        return SequenceTokens(channels=shape[1], patch=patch, width=width, depth=depth, heads=heads, dropout=dropout)
+            raise ValueError(f"a sequence must have at least one patch of {patch} steps, got "
+                             f"{shape[0]}: use a patch of {shape[0]} or less")
+        return SequenceTokens(channels=shape[1], patch=patch, width=width, depth=depth, heads=heads,
+                              dropout=dropout)
     if len(shape) == 3:
         return ImageTokens(shape[0], shape[1:], width=width)
     return VideoTokens(shape[1], shape[2:], width=width, depth=depth, heads=heads, dropout=dropout)
@@ -1075,12 +1217,15 @@ def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropo
 class ModalityReadout(nn.Module):
     """What the fusion tokens read in one modality, or a learnt vector in the rows that lack it.
 
-        y = layernorm(tokens + attention(queries tokens, keys and values features)) where present, else missing
+        y = layernorm(tokens + attention(queries tokens, keys and values features)) where present,
+        else missing
 
-    The features of an absent row, NaN or not, reach neither the output nor any gradient. Dropout falls on the attention weights.
+    The features of an absent row, NaN or not, reach neither the output nor any gradient. Dropout
+    falls on the attention weights.
 
     Shape:  tokens (N, width), features (B, T, width), present bool (B,) -> (B, N, width)
-    Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learnt queries as in Jaegle et al. 2021 (Perceiver), arXiv:2103.03206
+    Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learnt queries as in Jaegle et
+            al. 2021 (Perceiver), arXiv:2103.03206
     Check:  ModalityReadout(64, heads=8) has 16,832 parameters
     """
 
@@ -1092,17 +1237,20 @@ class ModalityReadout(nn.Module):
 
     def forward(self, tokens, features_btc, present_b):
         present = present_b[:, None, None]
-        features_btc = features_btc.masked_fill(~present, 0.0)  # the mask below would still let 0 * NaN into the gradients
+        # the mask below would still let 0 * NaN into the gradients
+        features_btc = features_btc.masked_fill(~present, 0.0)
         queries = tokens.expand(features_btc.shape[0], -1, -1)
-        read = self.norm(queries + self.attention(queries, features_btc, features_btc, need_weights=False)[0])
+        read = self.norm(queries + self.attention(queries, features_btc, features_btc,
+                                                  need_weights=False)[0])
         return torch.where(present, read, self.missing.to(read.dtype))
 
 
 def drop_modalities(present, rate):
-    """Marks each present modality absent with probability `rate`, but in every row keeps the one with the largest draw.
+    """Marks each present modality absent with probability `rate`, but in every row keeps the one
+    with the largest draw.
 
-    So no row loses everything, and of k present ones each is dropped with probability rate - rate^k / k. Draws from torch's
-    global generator.
+    So no row loses everything, and of k present ones each is dropped with probability rate - rate^k
+    / k. Draws from torch's global generator.
 
     Shape:  bool (B, modalities) -> the same; a row without any stays without
     Check:  at rate 0.5 one of 2 modalities is dropped in 3 of 8 rows, a single one never
@@ -1112,76 +1260,95 @@ def drop_modalities(present, rate):
 
 
 class QuadModal(nn.Module):
-    """One embedding of several modalities, four or any other number: an encoder for each, fusion by learnt tokens, an MLP.
+    """One embedding of several modalities, four or any other number: an encoder for each, fusion by
+    learnt tokens, an MLP.
 
-        features_m = modality_encoder(x_m)                                  its kind follows from the shape, channels first
-        fused_m    = ModalityReadout(tokens, features_m)                    (B, tokens, width), `missing` where m is absent
-        y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))        widths hidden, embed
+        features_m = modality_encoder(x_m)                                  its kind follows from
+        the shape, channels first
+        fused_m    = ModalityReadout(tokens, features_m)                    (B, tokens, width),
+                   `missing` where m is absent
+        y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))        widths
+                   hidden, embed
         forward    = y / |y|
 
-    `features` returns y, not normalised, `forward` and `fuse` the L2-normalised embedding. A row that lacks a modality says so in
-    `present`; its values there, NaN or not, are never encoded: they reach neither output nor gradients nor batch statistics.
-    In training each present modality is dropped with probability modality_dropout (drop_modalities). Rows without any modality
-    all have the same embedding. `dropout` falls in the transformer layers, on the attention weights and behind GELU.
-    The order of `shapes` plays no role: weights belong to names.
+    `features` returns y, not normalised, `forward` and `fuse` the L2-normalised embedding. A row
+    that lacks a modality says so in `present`; its values there, NaN or not, are never encoded:
+    they reach neither output nor gradients nor batch statistics. In training each present modality
+    is dropped with probability modality_dropout (drop_modalities). Rows without any modality all
+    have the same embedding. `dropout` falls in the transformer layers, on the attention weights and
+    behind GELU. The order of `shapes` plays no role: weights belong to names.
 
-    Encoders can be run once and their tokens kept: in eval mode forward(x) is fuse({name: encode(name, x[name])}).
+    Encoders can be run once and their tokens kept: in eval mode forward(x) is fuse({name:
+    encode(name, x[name])}).
 
-    Shape:  inputs {name: (B, *shapes[name])}, present {name: bool (B,)} (a name left out: all present), encoded {name: (B, T,
+    Shape:  inputs {name: (B, *shapes[name])}, present {name: bool (B,)} (a name left out: all
+            present), encoded {name: (B, T,
             width)} in place of the inputs of some modalities  ->  (B, embed)
-    Errors: ValueError when built, for no or unusable names, shapes that fit no encoder, a width that heads or 4 does not divide,
-            numbers out of range; at forward for an unknown or missing modality, one given twice, other shapes
+    Errors: ValueError when built, for no or unusable names, shapes that fit no encoder, a width
+            that heads or 4 does not divide, numbers out of range; at forward for an unknown or
+            missing modality, one given twice, other shapes
     Check:  four modalities of (128, 3): 414,272 parameters
-    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions, strided_cnn, VectorTokens,
-            SequenceTokens, ImageTokens, VideoTokens, modality_encoder, ModalityReadout, drop_modalities
+    Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions,
+            strided_cnn, VectorTokens, SequenceTokens, ImageTokens, VideoTokens, modality_encoder,
+            ModalityReadout, drop_modalities
     """
 
-    def __init__(self, shapes, *, width=64, tokens=4, heads=8, depth=1, hidden=128, embed=64, patch=8, dropout=0.1, modality_dropout=0.0):
+    def __init__(self, shapes, *, width=64, tokens=4, heads=8, depth=1, hidden=128, embed=64,
+                 patch=8, dropout=0.1, modality_dropout=0.0):
         super().__init__()
         if not shapes:
-            raise ValueError("shapes must name at least one modality, got none: for example {'audio': (128, 3)}")
+            raise ValueError("shapes must name at least one modality, got none: for example "
+                             "{'audio': (128, 3)}")
         if min(width, tokens, heads, hidden, embed, patch) < 1 or depth < 0:
-            raise ValueError("width, tokens, heads, hidden, embed and patch must be at least 1 and depth at least 0, got "
-                             f"{width}, {tokens}, {heads}, {hidden}, {embed}, {patch} and {depth}")
+            raise ValueError("width, tokens, heads, hidden, embed and patch must be at least 1 "
+                             f"and depth at least 0, got {width}, {tokens}, {heads}, {hidden}, "
+                             f"{embed}, {patch} and {depth}")
         if width % heads or width % 4:
             step = math.lcm(heads, 4)
-            raise ValueError(f"width must be a multiple of heads and of 4, got width {width} with {heads} heads: the next width that fits "
-                             f"is {-(-width // step) * step}")
+            raise ValueError(f"width must be a multiple of heads and of 4, got width {width} with "
+                             f"{heads} heads: the next width that fits is "
+                             f"{-(-width // step) * step}")
         if not (0 <= dropout < 1 and 0 <= modality_dropout < 1):
-            raise ValueError(f"dropout and modality_dropout must be in [0, 1), got {dropout} and {modality_dropout}: 0 switches one off")
+            raise ValueError(f"dropout and modality_dropout must be in [0, 1), got {dropout} and "
+                             f"{modality_dropout}: 0 switches one off")
         self.width, self.modality_dropout = width, modality_dropout
         self.shapes = {name: tuple(shapes[name]) for name in sorted(shapes)}
         self.encoders, self.readouts = nn.ModuleDict(), nn.ModuleDict()
         for name, shape in self.shapes.items():
             if not name or "." in name or hasattr(self.encoders, name):
-                raise ValueError(f"a modality cannot be called {name!r}: nn.ModuleDict takes no dots and no names of its own; rename it")
+                raise ValueError(f"a modality cannot be called {name!r}: nn.ModuleDict takes no "
+                                 "dots and no names of its own; rename it")
             try:
-                self.encoders[name] = modality_encoder(
-                    shape, width=width, tokens=tokens, heads=heads, depth=depth, patch=patch, dropout=dropout)
+                self.encoders[name] = modality_encoder(shape, width=width, tokens=tokens,
+                                                       heads=heads, depth=depth, patch=patch,
+                                                       dropout=dropout)
             except ValueError as error:
                 raise ValueError(f"modality {name!r}: {error}") from error
             self.readouts[name] = ModalityReadout(width, heads=heads, dropout=dropout)
         self.tokens = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
-        self.head = nn.Sequential(
-            nn.Linear(len(self.shapes) * tokens * width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(hidden, embed), nn.LayerNorm(embed))
+        self.head = nn.Sequential(nn.Linear(len(self.shapes) * tokens * width, hidden),
+                                  nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
+                                  nn.Linear(hidden, embed), nn.LayerNorm(embed))
 
     def encode(self, name, x):
         """One modality, whole rows of it: (B, *shapes[name]) -> (B, T, width)."""
         if name not in self.shapes:
             raise ValueError(f"unknown modality {name!r}: there are {', '.join(self.shapes)}")
         if x.shape[1:] != self.shapes[name]:
-            raise ValueError(f"modality {name!r} must be (B, {', '.join(map(str, self.shapes[name]))}), got {tuple(x.shape)}: cut or "
-                             "pad it, or build the network for this shape")
+            raise ValueError(f"modality {name!r} must be (B, "
+                             f"{', '.join(map(str, self.shapes[name]))}), got {tuple(x.shape)}: "
+                             "cut or pad it, or build the network for this shape")
         return self.encoders[name](x)
 
     def encode_present(self, name, x, here):
-        """Tokens (B, T, width) of the rows that have a modality, 0 in the others, which stay out of gradients and batch statistics."""
+        """Tokens (B, T, width) of the rows that have a modality, 0 in the others, which stay out of
+        gradients and batch statistics."""
         some = self.encode(name, x[here])
         return some.new_zeros(len(x), *some.shape[1:]).index_put((here,), some)
 
     def encode_frozen(self, inputs):
-        """What the frozen encoders make of whole rows, {name: (B, T, width)}: the same in every epoch, to be made once."""
+        """What the frozen encoders make of whole rows, {name: (B, T, width)}: the same in every
+        epoch, to be made once."""
         return {name: self.encode(name, inputs[name]) for name in self.shapes
                 if not any(p.requires_grad for p in self.encoders[name].parameters())}
 
@@ -1191,7 +1358,10 @@ class QuadModal(nn.Module):
         present = self._present(inputs, encoded, present or {})
         fused = []
         for name in self.shapes:
-            tokens = encoded[name] if name in encoded else self.encode_present(name, inputs[name], present[name])
+            if name in encoded:
+                tokens = encoded[name]
+            else:
+                tokens = self.encode_present(name, inputs[name], present[name])
             fused.append(self.readouts[name](self.tokens, tokens, present[name]))
         return self.head(torch.cat(fused, 1).flatten(1))
 
@@ -1199,29 +1369,35 @@ class QuadModal(nn.Module):
         return F.normalize(self.features(inputs, present, encoded=encoded), dim=1)
 
     def fuse(self, features, present=None):
-        """The normalised embedding from the tokens of all modalities, {name: (B, T, width)} as `encode` returns them."""
+        """The normalised embedding from the tokens of all modalities, {name: (B, T, width)} as
+        `encode` returns them."""
         return self(inputs={}, present=present, encoded=features)
 
     def _present(self, inputs, encoded, present):
-        """Who has what, {name: bool (B,)}, after modality dropout; and every check of what was given."""
+        """Who has what, {name: bool (B,)}, after modality dropout; and every check of what was
+        given."""
         known, given = ", ".join(self.shapes), [*inputs, *encoded]
         wrong = {"missing": [name for name in self.shapes if name not in given],
                  "unknown": [name for name in [*given, *present] if name not in self.shapes],
                  "given twice": [name for name in inputs if name in encoded]}
         if any(wrong.values()):
-            found = "; ".join(f"{title}: {', '.join(map(str, names))}" for title, names in wrong.items() if names)
-            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {found}. For a modality that rows lack, give any "
-                             "values and present={name: False for these rows}")
+            found = "; ".join(f"{title}: {', '.join(map(str, names))}"
+                              for title, names in wrong.items() if names)
+            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {found}. "
+                             f"For a modality that rows lack, give any values and present={{name: "
+                             f"False for these rows}}")
         rows = {name: x.shape[0] for name, x in (inputs | encoded).items()}
         n = rows[given[0]]
         if any(each != n for each in rows.values()):
             raise ValueError(f"modalities must have the same number of rows, got {rows}")
         for name, tokens in encoded.items():
             if tokens.ndim != 3 or tokens.shape[2] != self.width:
-                raise ValueError(f"encoded {name!r} must be (B, T, {self.width}), as encode returns it, got {tuple(tokens.shape)}")
+                raise ValueError(f"encoded {name!r} must be (B, T, {self.width}), as encode "
+                                 f"returns it, got {tuple(tokens.shape)}")
         for name, mask in present.items():
             if mask.dtype != torch.bool or mask.shape != (n,):
-                raise ValueError(f"present {name!r} must be a bool tensor of shape ({n},), got {mask.dtype} of {tuple(mask.shape)}")
+                raise ValueError(f"present {name!r} must be a bool tensor of shape ({n},), got "
+                                 f"{mask.dtype} of {tuple(mask.shape)}")
         every = torch.ones(n, dtype=torch.bool, device=(inputs | encoded)[given[0]].device)
         mask = torch.stack([present.get(name, every) for name in self.shapes], 1)
         if self.training and self.modality_dropout:
@@ -1230,30 +1406,38 @@ class QuadModal(nn.Module):
 
 
 def freeze_encoders(model, names):
-    """No gradient and eval mode for these encoders of a QuadModal; train on with train_mode(model), which keeps them in eval mode.
+    """No gradient and eval mode for these encoders of a QuadModal; train on with train_mode(model),
+    which keeps them in eval mode.
 
-    Their dropout is then off and their running statistics stay: a row's tokens never change, so `model.encode` is needed once.
+    Their dropout is then off and their running statistics stay: a row's tokens never change, so
+    `model.encode` is needed once.
 
     Warns:  if no encoder is left to train
     Errors: ValueError, and nothing is frozen, for a name that the model does not have
     """
     unknown = [name for name in names if name not in model.shapes]
     if unknown:
-        raise ValueError(f"cannot freeze {', '.join(map(repr, unknown))}: the modalities are {', '.join(model.shapes)}")
+        raise ValueError(f"cannot freeze {', '.join(map(repr, unknown))}: the modalities are "
+                         f"{', '.join(model.shapes)}")
     for name in names:
         model.encoders[name].requires_grad_(False).eval()
     if not any(p.requires_grad for p in model.encoders.parameters()):
-        warnings.warn(f"all {len(model.shapes)} encoders are frozen: only the fusion and the head are trained", stacklevel=2)
+        warnings.warn(f"all {len(model.shapes)} encoders are frozen: only the fusion and the head "
+                      "are trained", stacklevel=2)
 
 
-# ----------------------------------------------------------------------------- SeqSetVAE: a sequence of sets of events
+# --------------------------------------------------------------------------------------------------
+# SeqSetVAE: a sequence of sets of events
 
 
 def sets_by_size(sizes, *, chunk=256):
-    """Packed sets as padded batches with little padding: sort the sets by size, cut the order into chunks, pad each to its largest.
+    """Packed sets as padded batches with little padding: sort the sets by size, cut the order into
+    chunks, pad each to its largest.
 
-    sizes    int64 (S,): elements of each set, at least 1; the elements of all sets lie one after the other, in one tensor (E, ...)
-    returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of those sets, where mask is True
+    sizes    int64 (S,): elements of each set, at least 1; the elements of all sets lie one after
+             the other, in one tensor (E, ...)
+    returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of
+             those sets, where mask is True
     Check:   sizes 1, 3, 1 in chunks of 2 give sets [0, 2] padded to 1 and set [1] padded to 3
     """
     order = sizes.argsort(stable=True)
@@ -1267,41 +1451,52 @@ def sets_by_size(sizes, *, chunk=256):
 
 
 class AttentionBlock(nn.Module):
-    """Queries read a set, keep what they were, and pass an MLP: the multihead attention block of the Set Transformer, norm first.
+    """Queries read a set, keep what they were, and pass an MLP: the multihead attention block of
+    the Set Transformer, norm first.
 
-        h = q + attention(layernorm(q), layernorm(x))        y = h + mlp(layernorm(h))        mlp: C to hidden, GELU, back to C
+        h = q + attention(layernorm(q), layernorm(x))        y = h + mlp(layernorm(h))        mlp: C
+        to hidden, GELU, back to C
 
-    Where mask is False an element is not read: padding changes nothing. Queries, keys and values have no bias: that of the keys
-    would have no gradient. The same queries for all sets are projected once.
+    Where mask is False an element is not read: padding changes nothing. Queries, keys and values
+    have no bias: that of the keys would have no gradient. The same queries for all sets are
+    projected once.
 
-    Shape:  q (S, N, C) or (1, N, C), x (S, M, C), mask bool (S, M) or None, some of each row True  ->  (S, N, C)
+    Shape:  q (S, N, C) or (1, N, C), x (S, M, C), mask bool (S, M) or None, some of each row True
+            ->  (S, N, C)
     Errors: ValueError if heads does not divide channels
-    Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, MAB, with the norms in front: Xiong et al. 2020, arXiv:2002.04745
+    Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, MAB, with the norms in front: Xiong
+            et al. 2020, arXiv:2002.04745
     Check:  AttentionBlock(64, heads=2, hidden=128) has 33,408 parameters
     """
 
     def __init__(self, channels, *, heads, hidden):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} channels")
+            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
+                             "channels")
         self.heads = heads
         self.query_norm, self.key_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.query, self.key_value = nn.Linear(channels, channels, bias=False), nn.Linear(channels, 2 * channels, bias=False)
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key_value = nn.Linear(channels, 2 * channels, bias=False)
         self.out = nn.Linear(channels, channels)
         self.mlp_norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(),
+                                 nn.Linear(hidden, channels))
 
     def forward(self, q, x, mask=None):
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (S, heads, tokens, C / heads)
+        # (S, heads, tokens, C / heads)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         queries = split(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
         keys, values = map(split, self.key_value(self.key_norm(x)).chunk(2, -1))
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else mask[:, None, None])
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None
+                                              else mask[:, None, None])
         h = q + self.out(read.transpose(1, 2).flatten(2))
         return h + self.mlp(self.mlp_norm(h))
 
 
 class InducedSetAttention(nn.Module):
-    """The elements of a set read each other through a few learnt points: linear in the size of the set, whatever their order.
+    """The elements of a set read each other through a few learnt points: linear in the size of the
+    set, whatever their order.
 
         h = block(points, x)        y = block(x, h)        of AttentionBlock, both with residuals
 
@@ -1314,21 +1509,24 @@ class InducedSetAttention(nn.Module):
     def __init__(self, channels, *, heads=2, points=16):
         super().__init__()
         self.points = nn.Parameter(channels ** -0.5 * torch.randn(points, channels))
-        self.gather, self.spread = (AttentionBlock(channels, heads=heads, hidden=channels) for _ in range(2))
+        self.gather, self.spread = (AttentionBlock(channels, heads=heads, hidden=channels)
+                                    for _ in range(2))
 
     def forward(self, x, mask=None):
         return self.spread(x, self.gather(self.points[None], x, mask))
 
 
 class SetEncoder(nn.Module):
-    """One vector of each set: a linear layer on every element, levels of induced set attention, the mean over the elements.
+    """One vector of each set: a linear layer on every element, levels of induced set attention, the
+    mean over the elements.
 
         x = gelu(layernorm(linear(elements)))        y = layernorm(mean of levels(x))
 
-    All sets are encoded together, padded in chunks of like size (sets_by_size); neither the order of the elements nor the other sets
-    play a role.
+    All sets are encoded together, padded in chunks of like size (sets_by_size); neither the order
+    of the elements nor the other sets play a role.
 
-    Shape:  elements (E, features), sizes int64 (S,), the elements of a set one after the other, no set empty  ->  (S, width)
+    Shape:  elements (E, features), sizes int64 (S,), the elements of a set one after the other, no
+            set empty  ->  (S, width)
     Check:  SetEncoder(82, width=64) has 108,224 parameters
     Needs:  sets_by_size, AttentionBlock, InducedSetAttention
     """
@@ -1336,7 +1534,8 @@ class SetEncoder(nn.Module):
     def __init__(self, features, *, width, heads=2, points=16, levels=2):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.GELU())
-        self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points) for _ in range(levels))
+        self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points)
+                                    for _ in range(levels))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, elements, sizes):
@@ -1351,7 +1550,8 @@ class SetEncoder(nn.Module):
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
-    """Which of `buckets` a time span falls into, their bounds evenly spaced in log(1 + minutes); longer ones into the last.
+    """Which of `buckets` a time span falls into, their bounds evenly spaced in log(1 + minutes);
+    longer ones into the last.
 
     Shape:  float (...), >= 0 -> int64 (...)
     Check:  0 minutes are in bucket 0, 1 minute in 5, an hour in 33, a day in 58, two days in 63
@@ -1361,12 +1561,14 @@ def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
 
 
 class TimeBias(nn.Module):
-    """What attention loses to distance in time, for causal attention: the older, the less, each head at its own rate.
+    """What attention loses to distance in time, for causal attention: the older, the less, each
+    head at its own rate.
 
         bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i, -inf for j > i
 
-    slope > 0 starts at 1, tau > 0 at 60 minutes; both are learnt, as logarithms. t does not fall with i, so t_i - t_j >= 0: with
-    the sign turned and a clamp at 0 the bias is 0 throughout and never learns.
+    slope > 0 starts at 1, tau > 0 at 60 minutes; both are learnt, as logarithms. t does not fall
+    with i, so t_i - t_j >= 0: with the sign turned and a clamp at 0 the bias is 0 throughout and
+    never learns.
 
     Shape:  minutes (B, T) -> (B, heads, T, T); minutes of padding at the end may be anything
     Check:  an hour apart, at the start, -log 2 = -0.693
@@ -1374,7 +1576,8 @@ class TimeBias(nn.Module):
 
     def __init__(self, heads, *, tau=60.0):
         super().__init__()
-        self.log_slope, self.log_tau = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.full((heads,), math.log(tau)))
+        self.log_slope = nn.Parameter(torch.zeros(heads))
+        self.log_tau = nn.Parameter(torch.full((heads,), math.log(tau)))
 
     def forward(self, minutes):
         gap = (minutes[:, :, None] - minutes[:, None]).clamp(min=0)[:, None]  # (B, 1, T, T)
@@ -1384,25 +1587,32 @@ class TimeBias(nn.Module):
 
 
 class SetSequenceEncoder(nn.Module):
-    """Stays to hidden states: each is a sequence of sets, a set all events of one minute, an event a variable and its scaled value.
+    """Stays to hidden states: each is a sequence of sets, a set all events of one minute, an event
+    a variable and its scaled value.
 
-        event    = (value * u, u), u the unit vector of the variable          the u beside it: a value of 0 would erase the variable
+        event    = (value * u, u), u the unit vector of the variable          the u beside it: a
+                 value of 0 would erase the variable
         mu       = linear(SetEncoder(events of the set))
-        x        = mu + sinusoidal position in the stay + embedding of log_time_buckets(minutes since the set before)
+        x        = mu + sinusoidal position in the stay + embedding of log_time_buckets(minutes
+                 since the set before)
         hidden   = layernorm(layers(x)), causal, with TimeBias
 
-    The u are the axes, fixed: were they learnt, reconstruction could turn all of them into one. All sets of all stays are encoded in
-    one call, all stays in another. Stays come packed, as compressed rows: no padding is stored.
+    The u are the axes, fixed: were they learnt, reconstruction could turn all of them into one. All
+    sets of all stays are encoded in one call, all stays in another. Stays come packed, as
+    compressed rows: no padding is stored.
 
-    Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set, "minutes" (S,) since admission, "lengths"
-            int64 (B,) sets per stay}  ->  hidden states (B, T, width), T the longest stay; behind the end of a stay they mean nothing
+    Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set,
+            "minutes" (S,) since admission, "lengths"
+            int64 (B,) sets per stay}  ->  hidden states (B, T, width), T the longest stay; behind
+                                       the end of a stay they mean nothing
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
     Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
-    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            TransformerLayer
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
+            log_time_buckets, TimeBias, TransformerLayer
     """
 
-    def __init__(self, variables, *, width=64, depth=2, heads=8, hidden=128, set_heads=2, points=16, dropout=0.15, buckets=64):
+    def __init__(self, variables, *, width=64, depth=2, heads=8, hidden=128, set_heads=2, points=16,
+                 dropout=0.15, buckets=64):
         super().__init__()
         self.variables, self.width, self.buckets = variables, width, buckets
         self.sets = SetEncoder(2 * variables, width=width, heads=set_heads, points=points)
@@ -1411,7 +1621,8 @@ class SetSequenceEncoder(nn.Module):
         nn.init.normal_(self.gap.weight, std=0.02)
         self.time_bias = TimeBias(heads)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(TransformerLayer(width, heads=heads, hidden=hidden, dropout=dropout, qkv_bias=False)
+        self.layers = nn.ModuleList(TransformerLayer(width, heads=heads, hidden=hidden,
+                                                     dropout=dropout, qkv_bias=False)
                                     for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
@@ -1429,8 +1640,8 @@ class SetSequenceEncoder(nn.Module):
             present.reshape(*present.shape, *[1] * (x.ndim - 1)), x)
         latent_btc, minutes_bt = pad(latent), pad(minutes)
         gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
-        x = latent_btc + sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc) + self.gap(
-            log_time_buckets(gaps, buckets=self.buckets))
+        places = sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc)
+        x = latent_btc + places + self.gap(log_time_buckets(gaps, buckets=self.buckets))
         x, bias = self.dropout(x), self.time_bias(minutes_bt)
         for layer in self.layers:
             x = layer(x, bias)
@@ -1441,13 +1652,17 @@ class SetSequenceEncoder(nn.Module):
 
 
 class SetDecoder(nn.Module):
-    """As many elements as a set had, from one vector: learnt seeds, scaled and shifted by it, one block of attention, linear.
+    """As many elements as a set had, from one vector: learnt seeds, scaled and shifted by it, one
+    block of attention, linear.
 
-        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size        elements = linear(layernorm(block(x, x)))
+        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size        elements =
+        linear(layernorm(block(x, x)))
 
-    Scaled, too: of seeds that are only shifted all elements move alike, and it is left to the block to tell them apart.
+    Scaled, too: of seeds that are only shifted all elements move alike, and it is left to the block
+    to tell them apart.
 
-    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->  (s, n, features)
+    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->
+             (s, n, features)
     Errors: ValueError for more elements than seeds
     Check:  SetDecoder(82, width=64, seeds=40) has 66,258 parameters
     Needs:  AttentionBlock
@@ -1459,33 +1674,39 @@ class SetDecoder(nn.Module):
         self.scale, self.shift = nn.Linear(width, width), nn.Linear(width, width)
         self.block = AttentionBlock(width, heads=heads, hidden=4 * width)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
-        nn.init.normal_(self.out[1].weight, std=0.02)  # most entries of an event are 0: to start there saves the first hundred steps
+        # most entries of an event are 0: to start there saves the first hundred steps
+        nn.init.normal_(self.out[1].weight, std=0.02)
 
     def forward(self, y, mask):
         if mask.shape[1] > len(self.seeds):
-            raise ValueError(f"a set of {mask.shape[1]} elements needs as many seeds, there are {len(self.seeds)}: build it with more")
+            raise ValueError(f"a set of {mask.shape[1]} elements needs as many seeds, there are "
+                             f"{len(self.seeds)}: build it with more")
         x = self.seeds[: mask.shape[1]] * (1 + self.scale(y)[:, None]) + self.shift(y)[:, None]
         return self.out(self.block(x, x, mask))
 
 
 class SeqSetVAE(nn.Module):
-    """Pretraining of a SetSequenceEncoder without labels: each set passes a noisy latent vector, and is rebuilt from the hidden state.
+    """Pretraining of a SetSequenceEncoder without labels: each set passes a noisy latent vector,
+    and is rebuilt from the hidden state.
 
-        mu, logvar = linear(SetEncoder(events))        latent = mu + exp(logvar / 2) * noise (mu in eval mode)
+        mu, logvar = linear(SetEncoder(events))        latent = mu + exp(logvar / 2) * noise (mu in
+        eval mode)
         guess      = SetDecoder(hidden state at the set, which knows it and those before)
 
-    Shape:  inputs as in SetSequenceEncoder  ->  {"mu", "logvar": (S, width), "sets": a list of chunks {"sets" (s,), "guess" (s, n,
-            features), "target" (s, n, features), "mask" bool (s, n)}}: the target of an event is what the encoder saw of it
+    Shape:  inputs as in SetSequenceEncoder  ->  {"mu", "logvar": (S, width), "sets": a list of
+            chunks {"sets" (s,), "guess" (s, n, features), "target" (s, n, features), "mask" bool
+            (s, n)}}: the target of an event is what the encoder saw of it
     Source: sxtforreal/SeqSetVAE (MIT); Kingma and Welling 2014, arXiv:1312.6114
-    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            TransformerLayer, SetSequenceEncoder, SetDecoder
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
+            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, SetDecoder
     """
 
     def __init__(self, encoder, *, seeds):
         super().__init__()
         self.encoder = encoder
         self.logvar = nn.Linear(encoder.width, encoder.width)
-        nn.init.constant_(self.logvar.bias, -5.0)  # noise of sd 0.08: at sd 1 it drowns mu from the first step, and the latent collapses
+        # noise of sd 0.08: at sd 1 it drowns mu from the first step, and the latent collapses
+        nn.init.constant_(self.logvar.bias, -5.0)
         self.decoder = SetDecoder(2 * encoder.variables, width=encoder.width, seeds=seeds)
 
     def forward(self, inputs):
@@ -1494,66 +1715,80 @@ class SeqSetVAE(nn.Module):
         mu, logvar = self.encoder.mu(encoded), self.logvar(encoded)
         latent = mu + torch.randn_like(mu) * (logvar / 2).exp() if self.training else mu
         hidden = self.encoder.sequence(latent, inputs)
-        hidden = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]]  # packed again, (S, width)
-        chunks = [{"sets": sets, "guess": self.decoder(hidden[sets], mask), "target": events[index], "mask": mask}
-                  for sets, index, mask in sets_by_size(inputs["sizes"])]
+        # packed again, (S, width)
+        hidden = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]]
+        chunks = [{"sets": sets, "guess": self.decoder(hidden[sets], mask), "target": events[index],
+                   "mask": mask} for sets, index, mask in sets_by_size(inputs["sizes"])]
         return {"mu": mu, "logvar": logvar, "sets": chunks}
 
 
 class StrongestEvents(nn.Module):
-    """One vector of a stay: of each channel the largest value that any of its events gives, whenever it came.
+    """One vector of a stay: of each channel the largest value that any of its events gives,
+    whenever it came.
 
-        y = layernorm(max over events of linear(gelu(layernorm(linear([value * u, u, minutes / longest])))))
+        y = layernorm(max over events of linear(gelu(layernorm(linear([value * u, u, minutes /
+        longest])))))
 
-    A mean over 48 hours hides a value that was far off once, and one that was measured three times among a hundred sets; a largest
-    value hides neither. The time lets it tell late ones from early ones.
+    A mean over 48 hours hides a value that was far off once, and one that was measured three times
+    among a hundred sets; a largest value hides neither. The time lets it tell late ones from early
+    ones.
 
-    Shape:  events (E, features) and minutes (E,) since admission, those of a stay one after the other, counts int64 (B,) of events per
+    Shape:  events (E, features) and minutes (E,) since admission, those of a stay one after the
+            other, counts int64 (B,) of events per
             stay, none 0  ->  (B, width)
-    Source: Qi et al. 2017 (PointNet), arXiv:1612.00593, eq. 1; Zaheer et al. 2017 (Deep Sets), arXiv:1703.06114
+    Source: Qi et al. 2017 (PointNet), arXiv:1612.00593, eq. 1; Zaheer et al. 2017 (Deep Sets),
+            arXiv:1703.06114
     Check:  StrongestEvents(82, width=64) has 9,792 parameters
     """
 
     def __init__(self, features, *, width, longest=2880.0):
         super().__init__()
         self.longest = longest
-        self.embed = nn.Sequential(nn.Linear(features + 1, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width))
+        self.embed = nn.Sequential(nn.Linear(features + 1, width), nn.LayerNorm(width), nn.GELU(),
+                                   nn.Linear(width, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, events, minutes, counts):
         x = self.embed(torch.cat([events, (minutes / self.longest)[:, None]], 1))
-        stay = torch.arange(len(counts), device=x.device).repeat_interleave(counts)[:, None].expand_as(x)
-        return self.norm(x.new_zeros(len(counts), x.shape[1]).scatter_reduce(0, stay, x, "amax", include_self=False))
+        stay = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+        stay = stay[:, None].expand_as(x)
+        strongest = x.new_zeros(len(counts), x.shape[1])
+        return self.norm(strongest.scatter_reduce(0, stay, x, "amax", include_self=False))
 
 
 class SeqSetClassifier(nn.Module):
-    """One logit of a stay: SetSequenceEncoder, then a head on the mean and the last of its hidden states, and on the strongest events.
+    """One logit of a stay: SetSequenceEncoder, then a head on the mean and the last of its hidden
+    states, and on the strongest events.
 
         states = [mean of the hidden states, last of them]
         logit  = head(states), or with events=True head([scale * states, StrongestEvents])
 
-    The latent vectors are mu, without noise. `scale` is small and fixed: beside states at their full size, or at a learnt one, the
-    strongest events are learnt slowly and badly.
-    Head: width `hidden` and ReLU in all layers but the last, whose bias starts at the log-odds of `prior`, the share of positives: else
+    The latent vectors are mu, without noise. `scale` is small and fixed: beside states at their
+    full size, or at a learnt one, the strongest events are learnt slowly and badly.
+    Head: width `hidden` and ReLU in all layers but the last, whose bias starts at the log-odds of
+          `prior`, the share of positives: else
     the first epochs go into learning that they are rare.
 
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
     Check:  the head at width 256, without events: 65,793 parameters
-    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder, log_time_buckets, TimeBias,
-            TransformerLayer, SetSequenceEncoder, StrongestEvents
+    Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
+            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, StrongestEvents
     """
 
-    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5, events=False, scale=0.1):
+    def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5, events=False,
+                 scale=0.1):
         super().__init__()
         self.encoder, self.scale, width = encoder, scale, encoder.width
         self.strongest = StrongestEvents(2 * encoder.variables, width=width) if events else None
         widths = [(3 if events else 2) * width] + [hidden] * (layers - 1)
-        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in zip(widths, widths[1:])]
+        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))
+                  for a, b in zip(widths, widths[1:])]
         self.head = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
         nn.init.constant_(self.head[-1].bias, math.log(prior / (1 - prior)))
 
     def features(self, inputs):
-        """What the encoder tells the head, (B, 2 * width): of a frozen encoder the same in every epoch."""
+        """What the encoder tells the head, (B, 2 * width): of a frozen encoder the same in every
+        epoch."""
         hidden, lengths = self.encoder(inputs), inputs["lengths"]
         present = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         mean = (hidden * present[..., None]).sum(1) / lengths[:, None]
@@ -1564,8 +1799,10 @@ class SeqSetClassifier(nn.Module):
         states = self.features(inputs)
         if self.strongest is not None:
             sizes, lengths = inputs["sizes"], inputs["lengths"]
-            stay = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # of each set
-            strongest = self.strongest(self.encoder.events(inputs), inputs["minutes"].repeat_interleave(sizes),
+            # of each set
+            stay = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+            strongest = self.strongest(self.encoder.events(inputs),
+                                       inputs["minutes"].repeat_interleave(sizes),
                                        torch.zeros_like(lengths).index_add(0, stay, sizes))
             states = torch.cat([self.scale * states, strongest], 1)
         return self.head(states).squeeze(1)

@@ -705,8 +705,6 @@ def apply_checkpoint(args):
     model = run.task.network(args, run.facts).to(args.device)
     checkpoint.load_weights(model, content, path)
     if args.export:
-        if run.task.export is None:
-            run.task.predictions()
         export.write_export(model, run.task, args, run.facts)
     elif args.predict:
         predict(model, run)

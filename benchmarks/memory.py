@@ -30,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
+from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 RUN = "--epochs 1 --device cpu --train-ratio 0.6 --val-ratio 0.2 --test-ratio 0.2"
 COMMANDS = {
@@ -95,17 +96,17 @@ def write_recordings(path, recordings, times):
 def write_set(kind, path, rows, times):
     """A set of `rows` drawn rows, `times` times over."""
     if kind == "recordings":
-        write_recordings(path, data.synthetic_ppg(rows, seconds=240), times)
+        write_recordings(path, bidmc_data.synthetic_ppg(rows, seconds=240), times)
     elif kind == "modalities .npz":
-        arrays, labels, groups, names, _ = data.synthetic_modalities(rows)
+        arrays, labels, groups, names, _ = quadmodal.synthetic_modalities(rows)
         labels = np.array(names)[labels]
         repeated_npz(path, arrays | {"labels": labels, "groups": groups}, times)
     elif kind == "faces .npz":
-        images, masks, _ = data.synthetic_faces(rows, size=(128, 128))
+        images, masks, _ = faceparse.synthetic_faces(rows, size=(128, 128))
         images = images.permute(0, 2, 3, 1).numpy()
         repeated_npz(path, {"images": images, "masks": masks.numpy()}, times)
     else:
-        images, labels, groups, _ = data.synthetic_eyes(rows)
+        images, labels, groups, _ = ocec.synthetic_eyes(rows)
         images = images.permute(0, 2, 3, 1).numpy()
         if kind == "eyes folder":
             eyes_folder(path, images, labels, times)

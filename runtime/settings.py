@@ -147,7 +147,8 @@ def check_call(args, task, run_files):
     if args.predict and not (args.data and args.out):
         raise ValueError("--predict needs --data (what to apply it to) and --out (what to write)")
     if args.export and task.export is None:
-        raise ValueError(f"task {args.task} has no --export: use --predict")
+        raise ValueError(f"--export: a network of task {args.task} cannot be exported: apply its "
+                         "checkpoint with --predict")
     if args.export and Path(args.out).suffix != ".pt2":
         raise ValueError("--export needs --out, a file whose name ends in .pt2 as torch.export.load "
                          f"expects it, not {args.out!r}")

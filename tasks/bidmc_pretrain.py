@@ -75,9 +75,10 @@ def examples(outputs, split, args, facts):
 
 
 def task(parent):
+    refuse = functools.partial(no_predictions, "rate")
     return dataclasses.replace(
         parent, network=network, loss=loss, outputs=outputs, scores=scores, floors=floors,
-        predictions=functools.partial(no_predictions, "rate"), export=None, examples=examples)
+        predictions=refuse, examples=examples, export=refuse)
 
 
 TASKS = {name: task(parent) for name, parent in bidmc.TASKS.items()}

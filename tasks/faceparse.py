@@ -60,7 +60,8 @@ def read_faces(path, *, size, cache=""):
             return data.resize_uint8(arrays[start:stop], size)
 
         key = data.file_stamps([path], path.parent)
-        images = data.decode_once(resized, (len(names), 3, *size), key=key, cache=cache, kind="faces")
+        shape = (len(names), 3, *size)
+        images = data.decode_once(resized, shape, key=key, cache=cache, kind="faces", chunk=16)
         return images, masks, names
 
     files, mask_files = list_face_files(path)

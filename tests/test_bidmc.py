@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import torch
@@ -18,21 +17,31 @@ import torch.nn.functional as F
 
 import models
 import train
+from runtime import looks
+from tasks import bidmc
 from tasks import bidmc_data
+from tasks import bidmc_pretrain
 from tests.helpers import (
-    call, edit, folder, HERE, near, NEVER, PPG, ppg_folder, ppg_run, prepared, result_of,
-    same_bits, small_encoder, write_bidmc)
+    call, edit, folder, HERE, loaded, near, NEVER, PPG, ppg_folder, ppg_run, prepared, result_of,
+    same_bits, scores_of, small_encoder, write_bidmc)
+
+
+def prepared_ppg(*words):
+    """A run just before training, its splits and its folder; nothing is printed."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.prepare(train.parse_args([*PPG, *map(str, words)]))
 
 
 def test_train_frozen_parameters_stay_bit_equal():
     with folder() as f:
-        args, sets, state = prepared(f, "--weight-decay", "0.5")
-        for p in state.raw_model.stem.parameters():
+        _, splits, run = prepared(f, "--weight-decay", "0.5")
+        for p in run.raw_model.stem.parameters():
             p.requires_grad_(False)
-        before = [p.clone() for p in state.raw_model.parameters()]
-        train.train_epoch(state, sets.train, 1, args, NEVER)
-        frozen = len(list(state.raw_model.stem.parameters()))
-        equal = [torch.equal(a, b) for a, b in zip(before, state.raw_model.parameters())]
+        run.parameters = [p for p in run.raw_model.parameters() if p.requires_grad]
+        before = [p.clone() for p in run.raw_model.parameters()]
+        train.train_epoch(run, splits.train, 1, NEVER)
+        frozen = len(list(run.raw_model.stem.parameters()))
+        equal = [torch.equal(a, b) for a, b in zip(before, run.raw_model.parameters())]
         assert equal == [True] * frozen + [False] * (len(before) - frozen)
 
 
@@ -41,9 +50,7 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
         out = ppg_run(f / "a", "--epochs", "3", "--seed", "3")
         scores = json.loads((f / "a" / "scores.json").read_text())["test"]
         best = result_of(f / "a", "best.pt")
-        args = train.parse_args([*PPG, "--seed", "3", "--data", str(f / "bidmc")])
-        args.out = str(f / "a")
-        sets = train.ppg_load(args.data, args)
+        _, sets = loaded(*PPG, "--seed", "3", "--data", f / "bidmc")
         windows = bidmc_data.bidmc_windows(bidmc_data.read_bidmc(f / "bidmc"), rate="hr", seconds=10)
         code, _, err = call("--task", "bidmc_hr", "--predict", f / "a" / "best.pt", "--data", f / "bidmc", "--out", f / "p.csv")
         assert code == 0, err
@@ -72,15 +79,14 @@ def test_train_ppg_splits_keep_patients_apart_and_folds_test_each_of_them_once()
     with folder() as f:
         seen = []
         for fold in (1, 2, 3):
-            args = train.parse_args([*PPG, "--data", str(ppg_folder(f)), "--folds", "3", "--fold", str(fold)])
-            sets = train.ppg_load(args.data, args)
+            _, sets = loaded(*PPG, "--data", ppg_folder(f), "--folds", "3", "--fold", fold)
             groups = [set(split.groups) for split in (sets.train, sets.validation, sets.test)]
             assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2] and len(set().union(*groups)) == 8
             assert not set(sets.facts["seen"]) & set(sets.facts["held_out"])
             seen += groups[2]
         assert len(seen) == len(set(seen)) == 8
-        args = train.parse_args([*PPG, "--mode", "pretrain", "--data", str(f / "bidmc"), "--folds", "3", "--fold", "3"])
-        pretraining = train.ppg_load(args.data, args)
+        _, pretraining = loaded(*PPG, "--mode", "pretrain", "--data", f / "bidmc", "--folds", "3",
+                                "--fold", "3")
         assert pretraining.facts["seen"] == sets.facts["seen"] and "scaler" not in pretraining.facts
         assert np.isnan(pretraining.train.labels).all() and "targets" not in pretraining.train.batch(np.arange(2))
 
@@ -110,8 +116,9 @@ def test_train_modes_start_from_the_pretrained_encoder_and_train_what_they_say()
 
 def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_only():
     with folder() as f:
-        args = train.parse_args([*PPG, "--mode", "pretrain", "--mask-ratio", "0.25", "--data", str(ppg_folder(f))])
-        split = train.ppg_load(args.data, args).test
+        words = [*PPG, "--mode", "pretrain", "--mask-ratio", "0.25", "--data", ppg_folder(f)]
+        args, splits = loaded(*words)
+        split, facts = splits.test, splits.facts
 
         class Zero(nn.Module):  # guesses 7 for what is visible and 0 for what is hidden
             encoder = small_encoder(channels=1)
@@ -119,10 +126,12 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
             def forward(self, signals, mask):
                 return 7.0 * (~mask)[..., None].expand_as(self.encoder.patches(signals))
 
-        inputs, mask = (torch.cat(parts) for parts in zip(*train.masked_patches(split, args)))
+        batch = split.batch(np.arange(len(split)))
+        inputs, mask = batch["inputs"], batch["mask"]
         assert (mask.sum(1) == 1).all()  # a quarter of 4 patches
-        again = torch.cat([mask for _, mask in train.masked_patches(split, args, chunk=5)])
-        assert torch.equal(mask, again)
+        _, again = loaded(*words)
+        parts = np.array_split(np.arange(len(split)), 5)
+        assert torch.equal(mask, torch.cat([again.test.batch(rows)["mask"] for rows in parts]))
         targets, mean, line, shape = [], [], [], []
         for signal, hidden in zip(inputs[:, 0].numpy().astype(float), mask):
             i = int(hidden.nonzero()) * 4
@@ -132,14 +141,13 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
             line += [np.interp(j, seen, signal[seen]) for j in range(i, i + 4)]
             shape += [float(inputs[:, 0, j].double().mean()) for j in range(i, i + 4)]
         targets = np.array(targets)
-        rows = {"model": train.masked_evaluate(Zero(), split, args)} | train.masked_floor(split, args)
+        rows = {"model": scores_of(Zero(), split, args, facts)}
+        rows |= bidmc_pretrain.floors(split, args, facts)
         for name, guess in (("model", 0), ("constant mean", mean), ("interpolation", line), ("constant shape", shape)):
             assert math.isclose(rows[name]["mae"], np.abs(guess - targets).mean(), rel_tol=1e-4), name
             assert math.isclose(rows[name]["loss"], np.square(guess - targets).mean(), rel_tol=1e-4), name
-        batch = split.batch(np.arange(len(split)))
-        loss, _ = train.masked_loss(Zero(), batch, 0, args)
         torch.manual_seed(0)
-        loss, _ = train.masked_loss(Zero(), batch, 0, args)
+        loss, _ = bidmc_pretrain.loss(Zero(), batch, args, facts)
         torch.manual_seed(0)
         drawn = models.random_patch_mask(len(split), 4, 0.25)
         assert math.isclose(float(loss), float(Zero.encoder.patches(batch["inputs"])[drawn].square().mean()), rel_tol=1e-5)
@@ -147,29 +155,27 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
 
 def test_train_loss_of_the_regressor_is_what_the_flag_says():
     with folder() as f:
-        values = {}
         for name, oracle in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss)):
-            args = train.parse_args([*PPG, "--loss", name, "--data", str(ppg_folder(f))])
-            sets = train.ppg_load(args.data, args)
-            args.facts, model = sets.facts, train.ppg_network(args).eval()
-            batch = sets.train.batch(np.arange(30))
-            assert torch.equal(train.ppg_loss(model, batch, 0, args)[0], oracle(model(batch["inputs"]), batch["targets"]))
+            args, splits = loaded(*PPG, "--loss", name, "--data", ppg_folder(f))
+            model = bidmc.network(args, splits.facts).eval()
+            batch = splits.train.batch(np.arange(30))
+            got, _ = bidmc.loss(model, batch, args, splits.facts)
+            assert torch.equal(got, oracle(model(batch["inputs"]), batch["targets"]))
 
 
 def test_train_frozen_layers_have_no_dropout_in_the_loop():
     with folder() as f:
         ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
-        args = train.parse_args([*PPG, "--mode", "partial", "--pretrained", str(f / "pre"), "--dropout", "0.5", "--data", str(f / "bidmc")])
-        args.out, seen, loss = str(f / "new"), [], train.ppg_loss
-        with contextlib.redirect_stdout(io.StringIO()):
-            state, sets, _ = train.prepare(args)
-        layers = state.raw_model.encoder.layers
+        run, splits, _ = prepared_ppg("--mode", "partial", "--pretrained", f / "pre", "--dropout", "0.5",
+                                      "--data", f / "bidmc", "--out", f / "new")
+        layers, seen = run.raw_model.encoder.layers, []
         layers[0].register_forward_hook(
             lambda module, *_: seen.append((layers[0].training, layers[0].mlp[2].training, layers[1].mlp[2].training)))
-        train.train_epoch(state, sets.train, 1, args, types.SimpleNamespace(check=lambda: None))
+        train.train_epoch(run, splits.train, 1, NEVER)
         assert set(seen) == {(False, False, True)}, seen
+        seen.clear()
         with contextlib.redirect_stdout(io.StringIO()):
-            train.find_lr(state, sets, args)
+            looks.find_lr(run, splits)
         assert set(seen) == {(False, False, True)}, seen
 
 
@@ -181,14 +187,13 @@ def test_train_probe_on_cached_features_scores_what_the_whole_network_scores():
         code, out, err = call("--task", "bidmc_hr", "--eval", f / "probe" / "best.pt", "--split", "test")  # no features there
         [line] = [line for line in out.splitlines() if line.startswith("model")]
         assert code == 0 and line.split()[1:] == [f"{each:.4f}" for each in value.values()], (out, err)
-        args = train.parse_args([*PPG, "--mode", "probe", "--pretrained", str(f / "pre"), "--data", str(f / "bidmc")])
-        args.out = str(f / "new")
-        with contextlib.redirect_stdout(io.StringIO()):
-            state, sets, _ = train.prepare(args)
-        features = sets.train.features.clone()
-        assert not features.requires_grad and features.shape == (len(sets.train), 16)
-        sets.train.features = None
-        whole = state.raw_model.features(sets.train.batch(np.arange(len(sets.train)))["inputs"])
+        run, splits, _ = prepared_ppg("--mode", "probe", "--pretrained", f / "pre",
+                                      "--data", f / "bidmc", "--out", f / "new")
+        split = splits.train
+        features = split.features.clone()
+        assert not features.requires_grad and features.shape == (len(split), 16)
+        split.features = None
+        whole = run.raw_model.features(split.batch(np.arange(len(split)))["inputs"])
         assert near(whole, features, 1e-5)
 
 
@@ -265,8 +270,8 @@ def test_train_ppg_refuses_bad_data_with_exit_code_2_and_one_message():
     with folder() as f:
         ppg_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
         ppg_run(f / "run", "--epochs", "1")
-        args = train.parse_args([*PPG, "--data", str(f / "bidmc")])
-        [validation] = set(train.ppg_load(args.data, args).validation.groups)
+        _, splits = loaded(*PPG, "--data", f / "bidmc")
+        [validation] = set(splits.validation.groups)
         constant, quiet = bidmc_data.synthetic_ppg(10, seconds=90), bidmc_data.synthetic_ppg(10, seconds=90)
         for one, other in zip(constant, quiet):
             one["hr"][:] = 80

@@ -117,7 +117,7 @@ def test_data_bidmc_cache_is_written_one_recording_at_a_time_and_mapped():
 
     with folder() as f:
         write_bidmc(f / "bidmc", recordings)
-        with replaced(data, "read_bidmc_recording", read_and_look):
+        with replaced(bidmc_data, "read_bidmc_recording", read_and_look):
             first = bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache")
         assert len(signals) == 5 and all(is_mapped(recording["ppg"]) for recording in first)
         (f / "file").write_text("")

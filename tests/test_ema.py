@@ -39,7 +39,7 @@ def test_ema_decay_ramps_to_the_decay_and_stays():
 
 
 def test_ema_docstring_table_is_right():
-    for line, decay in zip(ema.EMA.__doc__.splitlines()[3:7], (0.9, 0.99, 0.999, 0.9999)):
+    for line, decay in zip(ema.EMA.__doc__.splitlines()[5:9], (0.9, 0.99, 0.999, 0.9999)):
         shown, horizon, half_life, end = [float(word.replace(",", "")) for word in line.split() if word != "steps"]
         assert shown == decay and horizon == round(1 / (1 - decay))
         assert abs(half_life - math.log(2) / -math.log(decay)) < 0.5 if decay > 0.9 else half_life == 6.6

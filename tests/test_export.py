@@ -9,10 +9,14 @@ import numpy as np
 import torch
 
 import train
+from runtime import checkpoint
+from tasks import bidmc
 from tasks import bidmc_data
+from tasks import faceparse
+from tasks import quadmodal
 from tests.helpers import (
-    call, faces_npz, folder, lived_in, make_npz, MODAL, near, PPG, ppg_folder, quad_npz, STAYS,
-    stays_folder, TINY)
+    call, faces_npz, folder, lived_in, loaded, make_npz, MODAL, near, PPG, ppg_folder, quad_npz,
+    STAYS, stays_folder, TINY)
 
 
 LOAD = """
@@ -25,15 +29,14 @@ assert not any(name in sys.modules for name in ("train", "models", "data"))
 
 
 def untrained(path, *words):
-    """best.pt of drawn weights in a new folder, as a run would leave it -> its network, args and data."""
-    args = train.parse_args([str(word) for word in words])
-    args.device = "cpu"
-    sets = train.task_of(args).load(args.data, args)
-    args.facts = sets.facts
-    model = lived_in(train.task_of(args).network(args))
+    """best.pt of drawn weights in a new folder, as a run leaves it: its network, settings and splits."""
+    args, splits = loaded(*words, "--device", "cpu")
+    task = train.task_of(args)
+    model = lived_in(task.network(args, splits.facts))
     path.mkdir(parents=True)
-    train.save_checkpoint(path / "best.pt", {"model": model.state_dict()}, args)
-    return model, args, sets
+    content = {"model": model.state_dict()}
+    checkpoint.save(path / "best.pt", content, args, splits.facts, task.flags)
+    return model, args, splits
 
 
 def export(path, task, *words):
@@ -44,30 +47,39 @@ def export(path, task, *words):
 
 def eyes_exported(f, path, *words):
     """The case of one exported network: inputs of all rows, and the function from rows to the task's own numbers."""
-    model, args, sets = untrained(path, *TINY, "--data", make_npz(f / "eyes.npz"), *words)
+    model, _, splits = untrained(path, *TINY, "--data", make_npz(f / "eyes.npz"), *words)
     export(path, "ocec")
-    split = sets.test
+    split = splits.test
     images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
-    return {"images": images}, lambda rows: train.eyes_probability(model(split.batch(rows)["inputs"]), args)
+    return {"images": images}, lambda rows: torch.sigmoid(model(split.batch(rows)["inputs"]))
 
 
 def faces_exported(f, path, *words):
-    model, args, sets = untrained(path, "--task", "faceparse", "--data", faces_npz(f / "faces.npz"), *words)
+    words = ["--task", "faceparse", "--data", faces_npz(f / "faces.npz"), *words]
+    model, args, splits = untrained(path, *words)
     export(path, "faceparse", "--tta")
-    args.tta = True
-    split = sets.test
+    args = args.replace(tta=True)
+    split = splits.test
     images = split.images[torch.from_numpy(split.rows)].permute(0, 2, 3, 1)
-    return {"images": images}, lambda rows: train.faces_probability(train.faces_logits(model, split.batch(rows)["inputs"], args), args)
+
+    def own(rows):
+        return faceparse.tta_logits(model, split.batch(rows)["inputs"], args).softmax(1)
+
+    return {"images": images}, own
 
 
 def ppg_exported(f, path, *words):
-    model, args, _ = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
+    model, args, splits = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
     export(path, args.task)
     recordings = bidmc_data.read_bidmc(f / "bidmc")
     raw = bidmc_data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"][:]
-    windows, _, prepare = train.ppg_windows(recordings, args, None)
-    split = bidmc_data.PPGSplit(windows, np.arange(len(raw)), prepare)
-    return {"ppg": raw}, lambda rows: train.ppg_prediction(model(split.batch(rows)["inputs"]), args)
+    facts = splits.facts
+    split = bidmc.rows(args.data, args, facts, need_labels=False).split
+
+    def own(rows):
+        return bidmc.rates(bidmc.outputs(model, split.batch(rows), args, facts), facts)
+
+    return {"ppg": raw}, own
 
 
 def quad_exported(f, path):
@@ -78,15 +90,15 @@ def quad_exported(f, path):
         arrays["clock"] = 1.7e9 + np.random.default_rng(0).normal(size=(240, 2))
         arrays["image"] = np.random.default_rng(1).integers(0, 256, (240, 3, 9, 9), dtype=np.uint8)
 
-    model, args, sets = untrained(path, *MODAL, "--data", quad_npz(f / "quad.npz", change=change))
+    words = [*MODAL, "--data", quad_npz(f / "quad.npz", change=change)]
+    model, args, splits = untrained(path, *words)
     export(path, "quadmodal")
-    split = sets.test
+    split = splits.test
     inputs = {name: torch.from_numpy(array[split.rows]) for name, array in split.arrays.items()}
     inputs |= {f"present_{name}": torch.from_numpy(split.present[name][split.rows]) for name in split.arrays}
 
     def own(rows):
-        batch = split.batch(rows)
-        return train.quad_probability(model(batch["inputs"], batch["present"], encoded=batch["encoded"]), args)
+        return quadmodal.outputs(model, split.batch(rows), args, splits.facts)["embedding"]
 
     return inputs, own
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import unittest.mock
 import warnings
 
 import numpy as np
@@ -540,6 +541,23 @@ def settled(model):
         for each in bias:
             each.log_slope.sub_(1.0), each.log_tau.add_(3.0)
     return model
+
+
+def test_models_transformer_layer_asks_no_attention_of_a_batch_without_rows():
+    """Flash attention on CUDA refuses it before torch 2.10, as the stand-in does here."""
+    attention = F.scaled_dot_product_attention
+
+    def flash(q, *rest, **options):
+        assert len(q), "batch size must be positive"
+        return attention(q, *rest, **options)
+
+    layer = models.TransformerLayer(12, heads=3, hidden=20)
+    with unittest.mock.patch.object(F, "scaled_dot_product_attention", flash):
+        assert layer(torch.randn(2, 6, 12)).shape == (2, 6, 12)
+        y = layer(torch.zeros(0, 6, 12))
+        y.sum().backward()
+    assert y.shape == (0, 6, 12)
+    assert all((p.grad == 0).all() for p in layer.parameters())  # DDP waits for every gradient
 
 
 @torch.no_grad()
