@@ -1,14 +1,12 @@
 """Tests of train."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
 import re
 import types
-import unittest
-import unittest.mock
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,31 +17,46 @@ import data
 import losses
 import models
 import train
-from tasks import bidmc_data
-from tasks import ocec
+from runtime import checks
+from runtime.settings import command_line
+from tasks import bidmc_data, common, ocec
 from tests.helpers import (
     call, FACEPARSE, faces_npz, folder, HERE, make_class_folder, make_npz, MODAL, near,
     need_pillow, need_real, NEVER, PPG, ppg_folder, prepared, quad_npz, raises, replaced,
-    result_of, run, same_bits, stays_run, TINY)
+    result_of, run, same_bits, scores_of, stays_run, TINY)
+
+
+def parsed_again(args):
+    """The settings of the command that a run prints."""
+    flags = train.TASKS[args.task].flags
+    return train.parse_args(command_line(args, flags, flags).split()[2:])
 
 
 def test_train_resolved_command_says_the_same_again():
-    args = train.parse_args(["--task", "ocec", "--lr=3e-4", "--batch_size", "32", "--num-epochs", "7", "--size", "24x40",
-                             "--no-channels-last"])
-    names = train.OCEC.defaults
-    again = train.parse_args(train.command_line(args, names).split()[2:])
-    assert all(getattr(args, name) == getattr(again, name) for name in names)
-    assert (args.lr, args.batch_size, args.epochs, args.size, args.channels_last) == (3e-4, 32, 7, (24, 40), False)
+    args = train.parse_args(["--task", "ocec", "--lr=3e-4", "--batch_size", "32", "--num-epochs", "7",
+                             "--size", "24x40", "--no-channels-last"])
+    again = parsed_again(args)
+    assert all(getattr(args, name) == getattr(again, name) for name in ocec.TASK.flags)
+    assert (args.lr, args.batch_size, args.epochs) == (3e-4, 32, 7)
+    assert (args.size, args.channels_last) == ((24, 40), False)
     assert args.typed == {"lr", "batch_size", "epochs", "size", "channels_last"}
 
 
+def test_train_settings_do_not_change_after_parsing():
+    args = train.parse_args(["--task", "ocec"])
+    raises(AttributeError, "use replace(lr=...)", lambda: setattr(args, "lr", 1.0))
+    assert args.replace(lr=1.0).lr == 1.0 != args.lr
+
+
 def test_train_resolved_command_of_every_variant_and_mode_is_accepted():
-    for task, entry in train.TASKS.items():
-        for variant in ("default", *entry.variants):
-            for mode in entry.defaults["mode"].choices if "mode" in entry.defaults else ("scratch",):
-                args = train.parse_args(["--task", task, "--variant", variant] + ["--mode", mode] * ("mode" in entry.defaults))
-                again = train.parse_args(train.command_line(args, entry.defaults).split()[2:])
-                assert all(getattr(args, name) == getattr(again, name) for name, flag in entry.defaults.items() if not flag.unmet(args))
+    for name, task in train.TASKS.items():
+        modes = task.flags["mode"].choices if "mode" in task.flags else ("",)
+        for variant, mode in itertools.product(("default", *task.variants), modes):
+            words = ["--mode", mode] if mode else []
+            args = train.parse_args(["--task", name, "--variant", variant, *words])
+            again = parsed_again(args)
+            read = [name for name, flag in task.flags.items() if not flag.unmet(args)]
+            assert all(getattr(args, name) == getattr(again, name) for name in read)
 
 
 def test_train_help_shows_the_defaults_of_the_variant():
@@ -51,37 +64,42 @@ def test_train_help_shows_the_defaults_of_the_variant():
         code, out, _ = call("--task", "ocec", "--variant", variant, "--help")
         text = " ".join(out.split())
         assert code == 0 and f"peak learning rate (default: {lr})" in text and f"together (default: {batch})" in text
-    assert set(train.parse_args(["--task", "ocec", "--variant", "balanced"]).__dict__) >= set(train.OCEC.defaults)
-    for name, overrides in train.OCEC.variants.items():
-        assert set(overrides) <= set(train.OCEC.defaults), name
+    args = train.parse_args(["--task", "ocec", "--variant", "balanced"])
+    assert set(vars(args)) >= set(ocec.TASK.flags)
+    for task in train.TASKS.values():
+        for name, overrides in task.variants.items():
+            assert set(overrides) <= set(task.flags), name
 
 
-def test_train_task_entry_has_the_fields_of_the_design_and_no_more():
-    fields = [field.name for field in train.dataclasses.fields(train.Task)]
-    assert fields == ["defaults", "variants", "load", "network", "loss", "probability", "evaluate", "floor", "predict", "examples",
-                      "export"]
-    loop = Path(train.__file__).read_text().split("# The loop\n")[1]
-    assert not re.search(r"ocec|eyes_|task ==", loop)
+def test_train_task_has_the_fields_of_the_design_and_the_loop_knows_no_task():
+    fields = [field.name for field in dataclasses.fields(common.Task)]
+    assert fields == ["flags", "variants", "load", "rows", "network", "loss", "outputs", "scores",
+                      "floors", "predictions", "examples", "export", "reference"]
+    loop = (HERE / "train.py").read_text().split("# The step\n")[1].split("# Command line")[0]
+    assert "def train_step" in loop and "def build" in loop
+    assert not re.search("ocec|faceparse|bidmc|quadmodal|seqsetvae", loop)
+    for path in (HERE / "train.py", *(HERE / "runtime").glob("*.py")):
+        assert not re.search(r"\btask (==|!=) ", path.read_text()), path
 
 
 def test_train_accumulation_equals_one_big_batch():
-    def weights(batch_size, accumulate):
-        off = [word for name in ("flip", "photometric", "clahe", "crop", "mixup", "dropout", "warmup-epochs")
-               for word in (f"--{name}", "0")]
-        args = train.parse_args([*TINY, *off, "--batch-size", str(batch_size), "--accumulate", str(accumulate), "--schedule", "none",
-                                 "--block", "convnext", "--channels", "16", "--token-grid", "2x2", "--data", str(f / "eyes.npz")])
-        sets = train.OCEC.load(args.data, args)
-        args.facts = sets.facts
-        state = train.build(args, 1)
-        state.optimizer = torch.optim.SGD(state.raw_model.parameters(), lr=0.1)  # AdamW would magnify the rounding of tiny gradients
-        train.train_epoch(state, sets.train, 1, args, types.SimpleNamespace(check=lambda: None))
-        return torch.cat([p.detach().flatten() for p in state.raw_model.parameters()]), state.step
+    def weights(f, batch_size, accumulate):
+        off = [word for name in ("flip", "photometric", "clahe", "crop", "mixup", "dropout",
+                                 "warmup-epochs") for word in (f"--{name}", "0")]
+        _, splits, state = prepared(
+            f, *off, "--batch-size", str(batch_size), "--accumulate", str(accumulate),
+            "--schedule", "none", "--block", "convnext", "--channels", "16", "--token-grid", "2x2")
+        # AdamW would magnify the rounding of tiny gradients
+        state.optimizer = torch.optim.SGD(state.raw_model.parameters(), lr=0.1)
+        row = train.train_epoch(state, splits.train, 1, NEVER)
+        flat = torch.cat([p.detach().flatten() for p in state.raw_model.parameters()])
+        return flat, state.step, row["train_loss"]
 
-    with folder() as f:  # 42 training rows: windows of 16 + 16 and of 10, the last one short; no batch norm in this network
-        make_npz(f / "eyes.npz")
-        big, steps = weights(32, 1)
-        small, steps_again = weights(16, 2)
-    assert steps == steps_again == 2
+    # 42 training rows: windows of 16 + 16 and of 10, the last one short; no batch norm in this network
+    with folder() as f:
+        big, steps, loss = weights(f, 32, 1)
+        small, steps_again, loss_again = weights(f, 16, 2)
+    assert steps == steps_again == 2 and near(loss, loss_again, 1e-6)
     assert near(big, small, 1e-6), (big - small).abs().max()
 
 
@@ -101,7 +119,7 @@ def test_train_amp_schedules_and_samplers_all_train():
 
 
 def test_train_warns_where_amp_is_slower_than_float32():
-    measured = train.slowdown
+    measured = checks.slowdown
     assert 0 < measured(torch.bfloat16, "cpu") < math.inf and measured(torch.float32, "cpu") == 1
 
     def show_schedule(*words):
@@ -110,7 +128,7 @@ def test_train_warns_where_amp_is_slower_than_float32():
         return out
 
     for ratio, warned in (19.4, True), (1.9, False):
-        with unittest.mock.patch.object(train, "slowdown", lambda dtype, device: ratio):
+        with replaced(checks, "slowdown", lambda dtype, device: ratio):
             for amp in ("bf16", "fp16"):
                 text = show_schedule("--amp", amp)
                 assert (f"--amp {amp} is slow on this cpu" in text and "19 times" in text) == warned, text
@@ -189,15 +207,18 @@ def test_train_find_lr_prints_a_curve_and_writes_nothing():
 
 def test_train_scores_do_not_depend_on_the_batch_size_and_weights_come_from_training_rows():
     with folder() as f:
-        args = train.parse_args([*TINY, "--data", str(make_npz(f / "eyes.npz"))])
-        sets = train.OCEC.load(args.data, args)
-        args.facts = sets.facts
-        positives = int(sets.train.labels.sum())
-        assert sets.facts["pos_weight"] == (len(sets.train) - positives) / positives != losses.auto_pos_weight(sets.whole.labels)
-        model = train.build(args, 1).raw_model.eval()
-        with torch.no_grad():
-            few, many = (train.eyes_logits(model, sets.whole, chunk=chunk) for chunk in (7, 512))
-        assert near(few, many, 1e-5)
+        args, splits, state = prepared(f)
+        positives = int(splits.train.labels.sum())
+        rows = ocec.TASK.rows(args.data, args, splits.facts, need_labels=True).split
+        weight = splits.facts["pos_weight"]
+        assert weight == (len(splits.train) - positives) / positives
+        assert weight != losses.auto_pos_weight(rows.labels)
+        outputs = []
+        for chunk in (7, 512):
+            rows.chunk = chunk
+            with torch.no_grad():
+                outputs.append(train.outputs_of(state.raw_model, rows, state)["logits"])
+        assert len(outputs[0]) == 60 and near(*outputs, 1e-5)
 
 
 def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
@@ -285,20 +306,23 @@ def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
 def test_train_epoch_equals_the_loop_written_out():
     """Clip, AdamW, schedule and EMA in their order, with augmentation and dropout; the oracle uses none of the script's loop."""
     with folder() as f:
-        args, sets, state = prepared(f, "--clip", "0.1", "--weight-decay", "0.1", "--warmup-epochs", "1", "--warmup-start-lr", "1e-4",
-                                     "--lr", "1e-2", "--ema-decay", "0.9", "--no-channels-last")
-        row = train.train_epoch(state, sets.train, 1, args, NEVER)
+        args, splits, state = prepared(
+            f, "--clip", "0.1", "--weight-decay", "0.1", "--warmup-epochs", "1", "--warmup-start-lr",
+            "1e-4", "--lr", "1e-2", "--ema-decay", "0.9", "--no-channels-last")
+        row = train.train_epoch(state, splits.train, 1, NEVER)
         torch.manual_seed(train.seed_of(args.seed))
-        model = train.eyes_network(args).train()
+        model = ocec.network(args, splits.facts).train()
         shadow = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=False)
         torch.manual_seed(train.seed_of(args.seed, 1))
         generator, norms = torch.Generator().manual_seed(train.seed_of(args.seed, 1, 1)), []
-        for t, rows in enumerate(data.shuffled_batches(len(sets.train), 16, seed=args.seed, epoch=1)):
+        pos_weight, batches = torch.tensor(splits.facts["pos_weight"]), data.shuffled_batches(
+            len(splits.train), 16, seed=args.seed, epoch=1)
+        for t, rows in enumerate(batches):
             optimizer.param_groups[0]["lr"] = 1e-4 + (1e-2 - 1e-4) * t / 3
-            batch = sets.train.batch(rows, generator)
+            batch = splits.train.batch(rows, generator)
             F.binary_cross_entropy_with_logits(model(batch["inputs"]), batch["targets"],
-                                               pos_weight=torch.tensor(sets.facts["pos_weight"])).backward()
+                                               pos_weight=pos_weight).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
             optimizer.step(), optimizer.zero_grad()
             decay = min(0.9, (1 + t) / (10 + t))
@@ -311,21 +335,21 @@ def test_train_epoch_equals_the_loop_written_out():
 
 def test_train_order_augmentation_and_dropout_follow_seed_and_epoch():
     with folder() as f:
-        args, sets, state = prepared(f)
+        _, splits, state = prepared(f)
 
         class Recorder:
-            labels = sets.train.labels
+            labels = splits.train.labels
 
             def __len__(self):
-                return len(sets.train)
+                return len(splits.train)
 
             def batch(self, rows, generator):
                 seen.append((rows.tolist(), generator.initial_seed(), torch.initial_seed()))
-                return sets.train.batch(rows, generator)
+                return splits.train.batch(rows, generator)
 
         def drawn(epoch):
             seen.clear()
-            train.train_epoch(state, Recorder(), epoch, args, NEVER)
+            train.train_epoch(state, Recorder(), epoch, NEVER)
             return seen[0]
 
         seen = []
@@ -333,17 +357,21 @@ def test_train_order_augmentation_and_dropout_follow_seed_and_epoch():
         assert first == again and all(a != b for a, b in zip(first, second))
 
 
-def test_train_autocast_covers_training_and_not_scoring():
+def test_train_autocast_covers_forward_and_loss_in_training_and_not_in_scoring():
     with folder() as f:
-        args, sets, state = prepared(f, "--amp", "bf16")
-        criterion, kinds = train.eyes_criterion, []
-        train.eyes_criterion = lambda logits, targets, args: kinds.append(logits.dtype) or criterion(logits, targets, args)
-        try:
-            train.train_epoch(state, sets.train, 1, args, NEVER)
-            train.evaluate(state.raw_model, sets.validation, args)
-        finally:
-            train.eyes_criterion = criterion
+        args, splits, state = prepared(f, "--amp", "bf16")
+        criterion, kinds, autocasts = ocec.criterion, [], []
+
+        def recorded(*words):
+            autocasts.append(torch.is_autocast_enabled("cpu"))
+            return criterion(*words)
+
+        state.raw_model.register_forward_hook(lambda _, inputs, output: kinds.append(output.dtype))
+        with replaced(ocec, "criterion", recorded):
+            train.train_epoch(state, splits.train, 1, NEVER)
+            scores_of(state.raw_model, splits.validation, args, splits.facts)
         assert kinds == [torch.bfloat16] * 3 + [torch.float32]
+        assert autocasts == [True] * 3 + [False]
 
 
 def test_train_every_augmentation_flag_reaches_the_batch():
@@ -353,18 +381,21 @@ def test_train_every_augmentation_flag_reaches_the_batch():
         split = ocec.EyeSplit(images, labels, np.arange(20), augment={name: 1})
         assert not torch.equal(split.batch(np.arange(8), torch.Generator().manual_seed(0))["inputs"], plain), name
     with folder() as f:
-        args, sets, _ = prepared(f, "--flip", "0.25", "--crop", "3")
-        assert sets.train.augment == {"flip": 0.25, "photometric": 0.5, "clahe": 0.01, "crop": 3, "mixup": 0.2, "cutmix": 0.0}
-        assert torch.equal(sets.validation.batch(np.arange(3))["inputs"], sets.whole.batch(sets.validation.rows[:3])["inputs"])
+        args, splits, _ = prepared(f, "--flip", "0.25", "--crop", "3")
+        assert splits.train.augment == {"flip": 0.25, "photometric": 0.5, "clahe": 0.01, "crop": 3,
+                                        "mixup": 0.2, "cutmix": 0.0}
+        whole = ocec.TASK.rows(args.data, args, splits.facts, need_labels=True).split
+        as_read = whole.batch(splits.validation.rows[:3])["inputs"]
+        assert torch.equal(splits.validation.batch(np.arange(3))["inputs"], as_read)
 
 
 def test_train_splits_keep_groups_apart_and_the_test_split_is_the_one_reported():
     with folder() as f:
-        args, sets, _ = prepared(f)
+        _, splits, _ = prepared(f)
         groups = np.load(f / "eyes.npz")["groups"]
-        sides = [set(groups[split.rows]) for split in (sets.train, sets.validation, sets.test)]
+        sides = [set(groups[split.rows]) for split in splits.named().values()]
         assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-        assert [len(split) for split in (sets.train, sets.validation, sets.test)] == [42, 6, 12]
+        assert [len(split) for split in splits.named().values()] == [42, 6, 12]
         run(f / "a", "--lr", "3e-3")
         scores = json.loads((f / "a" / "scores.json").read_text())
         assert scores["test"]["rows"] == 12 and scores["validation"]["rows"] == 6
@@ -419,6 +450,10 @@ def same_run(a, b):
 
 def test_train_with_a_cache_equals_training_without_bit_for_bit():
     read = bidmc_data.read_bidmc
+
+    def without_cache(path, cache, **options):
+        return read(path, **options)
+
     with folder() as f:
         eyes = [*TINY, *"--accumulate 2 --mixup 0.4 --clahe 0.5 --sampler stratified".split()]
         calls = {"eyes.npz": [*eyes, "--data", make_npz(f / "eyes.npz")],
@@ -429,7 +464,7 @@ def test_train_with_a_cache_equals_training_without_bit_for_bit():
                  "pretraining": [*PPG, "--mode", "pretrain", "--data", f / "bidmc"]}
         make_class_folder(f / "png", n=48)
         for name, words in calls.items():
-            with replaced(data, "read_bidmc", lambda path, cache, **options: read(path, **options)):
+            with replaced(bidmc_data, "read_bidmc", without_cache):
                 assert call(*words, "--out", f / "plain" / name)[0] == 0
             for out in ("builds", "maps"):
                 code, _, err = call(*words, "--out", f / out / name, "--cache", f / "cache" / name)
@@ -524,7 +559,7 @@ def test_train_compile_without_a_compiler_is_refused_before_training():
         return what if isinstance(what, nn.Module) else fails  # as torch.compile, which compiles at the first call
 
     with folder() as f, replaced(torch, "compile", missing):
-        raises(ValueError, "install a C++ compiler", lambda: train.check_compile("cpu"))
+        raises(ValueError, "install a C++ compiler", lambda: checks.check_compile("cpu"))
         code, _, err = call(*TINY, "--data", make_npz(f / "eyes.npz"), "--out", f / "a", "--compile")
         assert code == 2 and "install a C++ compiler" in err and not (f / "a").exists(), err
 
