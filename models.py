@@ -339,7 +339,9 @@ class TransformerLayer(nn.Module):
         qkv = self.qkv(self.attention_norm(x_btc)).reshape(b, t, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
         bias = None if bias is None else bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
+        y = v
+        if b:  # on CUDA, before torch 2.10, flash attention in half precision refuses a batch of no rows
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
         x_btc = x_btc + self.out(y.transpose(1, 2).reshape(b, t, c))
         return x_btc + self.mlp(self.mlp_norm(x_btc))
 

@@ -1,6 +1,6 @@
 """Every claim of the project, checked: `python test_all.py` (no test library needed), or `pytest test_all.py`.
 
-    $ python test_all.py                     # all of it, about two minutes on 2 cores
+    $ python test_all.py                     # all of it, in as many processes as there are cores
     $ python test_all.py plateau resume      # only the tests whose name holds one of these words
 
 A test is a plain function test_<module>_<claim>: its name is the claim. Oracles are torch's own functions or a slow version in
@@ -11,6 +11,7 @@ Tests that need Pillow or the real data in ../shared/data say so when they skip.
 import ast
 import base64
 import colorsys
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -22,6 +23,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -33,9 +35,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import unittest
+import unittest.mock
 import warnings
 import xml.etree.ElementTree
 import zlib
@@ -67,6 +71,26 @@ def raises(kind, text, call):
         assert text in str(error), f"{text!r} not in {error}"
     else:
         raise AssertionError(f"no {kind.__name__}")
+
+
+def near(got, want, within):
+    """The largest difference is at most `within` times the largest wanted value: processors differ in the last bits."""
+    got, want = (torch.as_tensor(values, dtype=torch.float64).detach() for values in (got, want))
+    return got.numel() == want.numel() == 0 or bool((got - want).abs().max() <= within * want.abs().max())
+
+
+def assert_near(got, want, within=1e-5):
+    """near() for one or several tensors of the same type and shape, with a message."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), (got.keys(), want.keys())
+        got, want = list(got.values()), list(want.values())
+    if isinstance(want, (list, tuple)):
+        assert len(got) == len(want), (len(got), len(want))
+        for a, b in zip(got, want):
+            assert_near(a, b, within)
+        return
+    assert (got.dtype, got.shape) == (want.dtype, want.shape), (got.dtype, got.shape, want.dtype, want.shape)
+    assert near(got, want, within), f"{float((got - want).abs().max()):.3g} apart, of {float(want.abs().max()):.3g}"
 
 
 def need_pillow():
@@ -168,7 +192,7 @@ def test_schedulers_warmup_cosine_equals_torch():
     optimizer = sgd(0.3)
     ours = trajectory(schedulers.WarmupCosine(sgd(0.3), 20, min_lr=0.01), 21)
     theirs = torch_trajectory(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.01), optimizer, 21)
-    assert np.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert near(ours, theirs, 1e-9)
 
 
 def test_schedulers_warmup_cosine_peaks_once_and_never_rises_after():
@@ -194,7 +218,7 @@ def test_schedulers_closed_forms_are_plotted_without_an_optimizer():
     plot = schedulers.WarmupCosine(None, total_steps=1000, warmup_steps=100)
     assert [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 550, 1000)] == [0.0, 0.0005, 0.001, 0.0005, 0.0]
     plot = schedulers.Cyclic(None, base_lr=0.1, max_lr=0.5, steps_up=4, mode="triangular2")
-    assert np.allclose([plot.lr_at(t, 0.1) for t in (0, 4, 8, 12, 16)], [0.1, 0.5, 0.1, 0.3, 0.1])
+    assert near([plot.lr_at(t, 0.1) for t in (0, 4, 8, 12, 16)], [0.1, 0.5, 0.1, 0.3, 0.1], 1e-5)
     plot = schedulers.WarmRestarts(None, 10, cycle_mult=2)
     assert [t for t in range(151) if plot.lr_at(t, 1.0) == 1.0] == [0, 10, 30, 70, 150]
 
@@ -215,7 +239,7 @@ def test_schedulers_restarts_hit_the_peak_on_every_boundary():
             assert math.isclose(schedule.lr_at(boundary, 0.3), 0.3 * decay**cycle), (length, mult, cycle)
             if size > 1:  # one step before a boundary is the lowest rate of the cycle
                 low = 0.3 * decay**cycle * (1 + math.cos(math.pi * (size - 1) / size)) / 2
-                assert math.isclose(schedule.lr_at(boundary + size - 1, 0.3), low, rel_tol=1e-6, abs_tol=1e-18)
+                assert math.isclose(schedule.lr_at(boundary + size - 1, 0.3), low, rel_tol=1e-6)
             boundary, size = boundary + size, size * mult
     assert schedulers.WarmRestarts(None, 1, cycle_mult=3).lr_at(121, 1.0) == 1.0
     assert schedulers.WarmRestarts(None, 10).lr_at(10**12, 1.0) == 1.0  # in one division, not in 1e11 rounds
@@ -226,14 +250,14 @@ def test_schedulers_restarts_equal_torch():
         optimizer = sgd(0.3)
         ours = trajectory(schedulers.WarmRestarts(sgd(0.3), 5, cycle_mult=mult, min_lr=0.01), 120)
         theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, mult, 0.01)
-        assert np.allclose(ours, torch_trajectory(theirs, optimizer, 120), rtol=1e-9)
+        assert near(ours, torch_trajectory(theirs, optimizer, 120), 1e-9)
 
 
 def test_schedulers_restarts_warm_up_once_and_stay_above_min_lr():
     rates = trajectory(schedulers.WarmRestarts(sgd(0.3), 6, peak_decay=0.1, warmup_steps=3, warmup_start_lr=0.03,
                                                min_lr=0.02), 40)
-    assert np.allclose(rates[:4], [0.03, 0.12, 0.21, 0.3])
-    assert math.isclose(rates[9], 0.03) and np.allclose(rates[15:], 0.02) and min(rates) >= 0.02 - 1e-15
+    assert near(rates[:4], [0.03, 0.12, 0.21, 0.3], 1e-5)
+    assert math.isclose(rates[9], 0.03) and near(rates[15:], 0.02, 1e-5) and min(rates) >= 0.02 - 1e-15
 
 
 def test_schedulers_cyclic_equals_torch():
@@ -244,7 +268,7 @@ def test_schedulers_cyclic_equals_torch():
             theirs = torch.optim.lr_scheduler.CyclicLR(optimizer, step_size_up=up, step_size_down=down,
                                                        cycle_momentum=False, **options)
             ours = schedulers.Cyclic(mine, steps_up=up, steps_down=down, **options)
-            assert np.allclose(trajectory(ours, 60), torch_trajectory(theirs, optimizer, 60), rtol=1e-9), (mode, up)
+            assert near(trajectory(ours, 60), torch_trajectory(theirs, optimizer, 60), 1e-9), (mode, up)
 
 
 def test_schedulers_plateau_equals_torch():
@@ -299,10 +323,10 @@ def test_schedulers_plateau_and_its_warm_up_advance_apart():
     schedule = schedulers.Plateau(sgd(1.0), patience=0, factor=0.5, warmup_steps=4, warmup_start_lr=0.2)
     plain = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     schedule.step(1.0)
-    assert np.allclose(trajectory(schedule, 2), plain[:2])
+    assert near(trajectory(schedule, 2), plain[:2], 1e-5)
     schedule.step(1.0)  # a reduction during the warm-up halves what is left of it
     schedule.step(0.5)
-    assert np.allclose(trajectory(schedule, 4), np.array(plain[2:]) / 2) and schedule.best == 0.5
+    assert near(trajectory(schedule, 4), np.array(plain[2:]) / 2, 1e-5) and schedule.best == 0.5
 
 
 def test_schedulers_plateau_never_goes_below_min_lr_nor_rises():
@@ -311,7 +335,7 @@ def test_schedulers_plateau_never_goes_below_min_lr_nor_rises():
     for _ in range(9):
         schedule.step(1.0)
         rates.append(schedule.get_last_lr()[0])
-    assert np.allclose(rates, [1, 0.3, 0.09] + 6 * [0.05]) and np.allclose(schedule.get_last_lr()[1], 0.005)
+    assert near(rates, [1, 0.3, 0.09] + 6 * [0.05], 1e-5) and near(schedule.get_last_lr()[1], 0.005, 1e-5)
 
 
 def test_schedulers_groups_keep_their_ratio():
@@ -474,7 +498,7 @@ def test_schedulers_find_lr_restores_everything_also_after_an_error():
         raises(ValueError, "ended after 4", lambda: schedulers.find_lr(model, optimizer, loss_fn, iter(batches)))
         assert same_bits(before, snapshot(model, optimizer))
         again = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
-        assert np.allclose(again[:2], first[:2]) and again[2] == first[2]
+        assert near(again[:2], first[:2], 1e-5) and again[2] == first[2]
 
 
 def test_schedulers_find_lr_restores_a_fresh_optimizer_and_what_the_loss_learns():
@@ -494,8 +518,8 @@ def test_schedulers_find_lr_ramps_exponentially_with_the_groups_in_ratio():
         modes.append(model.norm.training)
         return loss_fn(model, batch)
     rates, _, _ = schedulers.find_lr(model, optimizer, spy, batches, start_lr=1e-5, end_lr=1e-2, num_steps=7)
-    assert np.allclose(rates, np.logspace(-5, -2, 7)) and all(modes)
-    assert np.allclose(seen, np.outer(rates, [0.1, 1.0]))
+    assert near(rates, np.logspace(-5, -2, 7), 1e-5) and all(modes)
+    assert near(seen, np.outer(rates, [0.1, 1.0]), 1e-5)
 
 
 def fed(losses, **options):
@@ -507,7 +531,7 @@ def fed(losses, **options):
 
 
 def test_schedulers_find_lr_smoothing_is_unbiased_from_the_first_step():
-    assert np.allclose(fed([2.0] * 20)[1], 2.0, rtol=1e-12)
+    assert near(fed([2.0] * 20)[1], 2.0, 1e-12)
     values = np.random.default_rng(0).random(30) + 1
     _, smooth, _ = fed(values.tolist())
     for i in range(30):
@@ -604,7 +628,7 @@ def test_losses_focal_gamma_zero_equals_cross_entropy_in_value_and_gradient():
                                                                 reduction=reduction), logits)
             got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(
                 z, targets, gamma=0, smoothing=e, class_weights=w, ignore_index=ignore_index, reduction=reduction), logits)
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            assert_near(got, want)
 
 
 def test_losses_focal_equals_the_written_sum():
@@ -619,7 +643,7 @@ def test_losses_focal_equals_the_written_sum():
         want, t = torch.tensor(rows, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
         for given in (t, t.argmax(1)) if t.max() == 1 else (t,):
             got = losses.focal_label_smooth_ce(logits, given, gamma=gamma, smoothing=e, class_weights=weights, reduction="none")
-            torch.testing.assert_close(got, want)
+            assert_near(got, want)
 
 
 def test_losses_focal_gradient_equals_finite_differences():
@@ -639,14 +663,14 @@ def test_losses_focal_binary_is_the_two_class_case_for_labels_of_any_dtype():
         for dtype in (torch.int64, torch.uint8, torch.bool, torch.float32, torch.float64, torch.bfloat16):
             for logits, labels in (z, y), (z[:, None], y), (z, y[:, None]), (z[:, None], y[:, None]):
                 got = losses.focal_label_smooth_ce(logits, labels.to(dtype), **options)
-                torch.testing.assert_close(got, want)
+                assert_near(got, want)
 
 
 def test_losses_focal_binary_without_focus_is_bce_with_logits_also_for_soft_labels():
     z, y = torch.tensor([-2.0, 0.3, 1.5, 4.0]), torch.tensor([0.0, 1.0, 0.3, 0.9])
     want = value_and_gradient(lambda z: F.binary_cross_entropy_with_logits(z, 0.9 * y + 0.05), z)
     got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(z, y, gamma=0, smoothing=0.1), z)
-    torch.testing.assert_close(got, want)
+    assert_near(got, want)
 
 
 def test_losses_focal_gradient_is_finite_and_right_at_saturation():
@@ -657,7 +681,7 @@ def test_losses_focal_gradient_is_finite_and_right_at_saturation():
          + losses.focal_label_smooth_ce(rows, torch.tensor([0, 0]), gamma=gamma, smoothing=e)).backward()
         assert z.grad.isfinite().all() and rows.grad.isfinite().all(), (gamma, e, size)
         if size >= 50:  # correct and certain: smoothing pulls back by e / 2; wrong and certain: the full slope of 1
-            torch.testing.assert_close(z.grad, torch.tensor([e / 2, e / 2 - 1, 1 - e / 2, -e / 2]))
+            assert_near(z.grad, torch.tensor([e / 2, e / 2 - 1, 1 - e / 2, -e / 2]))
 
 
 def test_losses_focal_equals_its_logarithmic_form_at_every_confidence():
@@ -666,7 +690,7 @@ def test_losses_focal_equals_its_logarithmic_form_at_every_confidence():
         want = value_and_gradient(lambda z: -(gamma * F.logsigmoid(-z)).exp() * F.logsigmoid(z), z)
         got = value_and_gradient(lambda z: losses.focal_label_smooth_ce(
             z, torch.ones(61), gamma=gamma, smoothing=0, reduction="none"), z)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-14)
+        assert_near(got, want, 1e-6)
 
 
 def test_losses_focal_with_everything_ignored_is_zero_and_connected():
@@ -684,10 +708,10 @@ def test_losses_focal_ignored_samples_leave_the_rest_as_if_alone():
     z, y, w = torch.tensor([-2.0, 0.3, 1.5, 4.0]), torch.tensor([0.0, -100.0, 0.3, 1.0]), [1.0, 2.0]
     kept = torch.tensor([0, 2, 3])
     want = losses.focal_label_smooth_ce(z[kept], y[kept], class_weights=w)
-    torch.testing.assert_close(losses.focal_label_smooth_ce(z, y, class_weights=w), want)
+    assert_near(losses.focal_label_smooth_ce(z, y, class_weights=w), want)
     logits = torch.stack([z, -z, z + 1], 1)
     want = losses.focal_label_smooth_ce(logits[kept], torch.tensor([0, 2, 1]))
-    torch.testing.assert_close(losses.focal_label_smooth_ce(logits, torch.tensor([0, 255, 2, 1]), ignore_index=255), want)
+    assert_near(losses.focal_label_smooth_ce(logits, torch.tensor([0, 255, 2, 1]), ignore_index=255), want)
 
 
 def test_losses_focal_indices_may_be_of_any_integer_type():
@@ -719,7 +743,7 @@ def test_losses_focal_takes_one_hot_targets_of_any_dtype_as_the_indices_they_are
     logits, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
     want = losses.focal_label_smooth_ce(logits, targets)
     for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float64):
-        torch.testing.assert_close(losses.focal_label_smooth_ce(logits, F.one_hot(targets).to(dtype)), want)
+        assert_near(losses.focal_label_smooth_ce(logits, F.one_hot(targets).to(dtype)), want)
 
 
 def test_losses_focal_refuses_what_does_not_fit():
@@ -741,7 +765,7 @@ def test_losses_focal_refuses_what_does_not_fit():
 
 def test_losses_focal_of_equal_logits_is_the_number_in_its_docstring():
     for targets in torch.tensor([3]), torch.tensor([[0.1, 0.2, 0.3, 0.4]]):
-        assert abs(losses.focal_label_smooth_ce(torch.zeros(1, 4), targets).item() - 0.75 ** 2 * math.log(4)) < 1e-6
+        assert near(losses.focal_label_smooth_ce(torch.zeros(1, 4), targets).item(), 0.75 ** 2 * math.log(4), 1e-6)
     assert round(0.75 ** 2 * math.log(4), 4) == 0.7798
 
 
@@ -801,7 +825,7 @@ def test_losses_dice_equals_the_definition_in_value_and_gradient():
                 z.reshape(len(z), 4, -1), one_hot, kept, weights=weights or [1.0] * 4, **options), logits)
             got = value_and_gradient(lambda z: losses.dice_loss(
                 z, targets, class_weights=weights, ignore_index=ignore_index, **options), logits)
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            assert_near(got, want, 1e-10)
 
 
 def test_losses_dice_gradient_equals_finite_differences():
@@ -846,7 +870,7 @@ def test_losses_ce_dice_gradient_keeps_the_memory_format_of_the_logits():
     logits, targets = torch.randn(2, 3, 4, 5, generator=seeded(), requires_grad=True), torch.arange(40).reshape(2, 4, 5) % 3
     last = logits.detach().to(memory_format=torch.channels_last).requires_grad_()
     want, got = (torch.autograd.grad(losses.ce_dice_loss(z, targets)[0], z)[0] for z in (logits, last))
-    torch.testing.assert_close(got, want)
+    assert_near(got, want)
     assert want.is_contiguous() and got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -866,10 +890,10 @@ def test_losses_dice_absent_class_is_skipped_counted_or_zero():
     targets = torch.zeros(1, 10, dtype=torch.long)  # class 1 has one false positive, class 2 is nowhere
     logits = confident(torch.tensor([[0] * 9 + [1]]), 3)
     for absent, want in ("skip", 1 / 19), ("count", (1 / 19 + 1 + 0) / 3), ("zero", 1 / 57):
-        assert abs(losses.dice_loss(logits, targets, absent=absent).item() - want) < 1e-5, absent
+        assert near(losses.dice_loss(logits, targets, absent=absent).item(), want, 2e-5), absent
     pair = torch.stack([targets[0], torch.ones(10, dtype=torch.long)])  # pooled over the batch, class 1 is there
     logits = logits.expand(2, -1, -1)
-    assert abs(losses.dice_loss(logits, pair, per="batch").item() - ((1 - 18 / 28) + (1 - 2 / 12)) / 2) < 1e-6
+    assert near(losses.dice_loss(logits, pair, per="batch").item(), ((1 - 18 / 28) + (1 - 2 / 12)) / 2, 2e-6)
 
 
 def test_losses_dice_per_image_is_independent_of_the_rest_of_the_batch():
@@ -877,7 +901,7 @@ def test_losses_dice_per_image_is_independent_of_the_rest_of_the_batch():
     logits, targets = torch.randn(3, 5, 8, 8, generator=g), torch.randint(0, 4, (3, 8, 8), generator=g)
     logits[0] *= 4
     alone = torch.stack([losses.dice_loss(logits[i:i + 1], targets[i:i + 1]) for i in range(3)])
-    torch.testing.assert_close(losses.dice_loss(logits, targets), alone.mean())
+    assert_near(losses.dice_loss(logits, targets), alone.mean())
     assert abs(losses.dice_loss(logits, targets, per="batch") - alone.mean()) > 1e-3
     for i in range(3):
         assert torch.equal(losses.dice_loss(logits[i:i + 1], targets[i:i + 1], per="batch"), alone[i])
@@ -898,7 +922,7 @@ def test_losses_dice_takes_one_hot_targets_of_any_dtype_as_the_indices_they_are(
     logits, targets = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16).reshape(2, 8) % 3
     want = losses.dice_loss(logits, targets)
     for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float64):
-        torch.testing.assert_close(losses.dice_loss(logits, F.one_hot(targets).transpose(1, 2).to(dtype)), want)
+        assert_near(losses.dice_loss(logits, F.one_hot(targets).transpose(1, 2).to(dtype)), want)
     for dtype in (torch.uint8, torch.int32, torch.int16):
         assert torch.equal(losses.dice_loss(logits, targets.to(dtype), ignore_index=-100), want)
     wide = torch.randn(1, 160, 1, generator=torch.Generator().manual_seed(0))  # -100 as uint8 is 156
@@ -918,7 +942,7 @@ def test_losses_dice_ignored_pixels_may_hold_nan_and_get_zero_gradient():
             want, gradient = value_and_gradient(lambda z: call(z, targets[:, kept]), logits[:, :, kept])
             for garbage in math.nan, math.inf, -math.inf:
                 got, full = value_and_gradient(lambda z: call(z, targets), logits.masked_fill(void, garbage))
-                torch.testing.assert_close((got, full[:, :, kept]), (want, gradient))
+                assert_near((got, full[:, :, kept]), (want, gradient))
                 assert (full[void] == 0).all()
 
 
@@ -948,11 +972,11 @@ def test_losses_dice_sums_large_images_in_half_precision_and_loses_no_small_term
     want = 1 - ((2 * (1 - p) * 212) / ((1 - p) * 512 + 212) + (2 * p * 300) / (p * 512 + 300)) / 2
     for dtype in (torch.float16, torch.bfloat16):
         got, gradient = value_and_gradient(lambda z: losses.dice_loss(z, targets), logits.to(dtype))
-        assert abs(got.item() - want) < 1e-6 and got.dtype == torch.float32 and gradient.isfinite().all()
+        assert near(got.item(), want, 1e-6) and got.dtype == torch.float32 and gradient.isfinite().all()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert losses.dice_loss(logits.to(dtype), targets) == got
         soft = losses.dice_loss(logits.to(dtype), F.one_hot(targets).movedim(-1, 1).to(dtype))
-        assert abs(soft.item() - want) < 1e-6 and soft.dtype == torch.float32
+        assert near(soft.item(), want, 1e-6) and soft.dtype == torch.float32
     assert losses.dice_loss(logits.double(), targets).dtype == torch.float64
 
 
@@ -969,9 +993,9 @@ def test_losses_ce_dice_is_cross_entropy_plus_dice_in_value_and_gradient():
             want = value_and_gradient(lambda z: torch.dot(torch.stack(parts(z)), torch.tensor([0.7, 2.5], dtype=torch.float64)), logits)
             keywords = dict(ce_weight=0.7, dice_weight=2.5, label_smoothing=e, gamma=gamma, per=per, absent=absent, smooth=0.1, **options)
             got = value_and_gradient(lambda z: losses.ce_dice_loss(z, targets, **keywords)[0], logits)
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            assert_near(got, want, 1e-10)
             named = losses.ce_dice_loss(logits.requires_grad_(), targets, **keywords)[1]
-            torch.testing.assert_close(named, dict(zip(("ce", "dice"), parts(logits))), rtol=1e-10, atol=1e-12)
+            assert_near(named, dict(zip(("ce", "dice"), parts(logits))), 1e-10)
             assert not any(part.requires_grad for part in named.values())
             module = losses.CEDiceLoss(**keywords)
             assert torch.equal(module(logits, targets), losses.ce_dice_loss(logits, targets, **keywords)[0])
@@ -1018,7 +1042,7 @@ def test_losses_dice_refuses_what_does_not_fit():
 
 def test_losses_dice_of_one_pixel_is_the_number_in_its_docstring():
     logits, targets = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
-    assert abs(losses.dice_loss(logits, targets).item() - 1 / 3) < 1e-5
+    assert near(losses.dice_loss(logits, targets).item(), 1 / 3, 2e-5)
     loss, parts = losses.ce_dice_loss(logits, targets)
     assert round(loss.item(), 4) == round(math.log(2) + 0.5, 4) == 1.1931
     loss, parts = losses.ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())
@@ -1056,10 +1080,9 @@ def test_losses_dice_and_cross_entropy_leave_out_pixels_whose_probabilities_are_
                     {"class_weights": torch.tensor([1.0, 2, 3, 4])}):
         got, parts = losses.ce_dice_loss(logits, targets, **options)
         want, known = losses.ce_dice_loss(logits[:, :, :1], targets[:, :, :1], **options)
-        assert torch.isfinite(got) and abs(got - want) < 1e-5 and all(abs(parts[name] - known[name]) < 1e-5 for name in known)
+        assert torch.isfinite(got) and near(got, want, 1e-5) and all(near(parts[name], known[name], 1e-5) for name in known)
         gradient = torch.autograd.grad(got, logits)[0]
-        assert (gradient[:, :, 1:] == 0).all() and torch.allclose(
-            gradient[:, :, :1], torch.autograd.grad(want, logits)[0][:, :, :1], atol=1e-6)
+        assert (gradient[:, :, 1:] == 0).all() and near(gradient[:, :, :1], torch.autograd.grad(want, logits)[0][:, :, :1], 1e-6)
     nothing = losses.ce_dice_loss(logits, torch.zeros_like(targets))[0]
     assert nothing == 0 and (torch.autograd.grad(nothing, logits)[0] == 0).all()
 
@@ -1070,7 +1093,7 @@ def test_losses_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert 0.91 < np.mean(hits) < 0.98
     values = rng.normal(0.7, 0.1, 90)
     low, high = losses.bootstrap_interval(values)
-    assert abs((high - low) - 2 * 1.96 * values.std() / math.sqrt(90)) < 0.004 and low < values.mean() < high
+    assert near(high - low, 2 * 1.96 * values.std() / math.sqrt(90), 0.1) and low < values.mean() < high
     assert losses.bootstrap_interval([0.3, math.nan, 0.3]) == (0.3, 0.3) and losses.bootstrap_interval(values) == (low, high)
     assert all(map(math.isnan, losses.bootstrap_interval([math.nan, 0.4])))
     narrow = losses.bootstrap_interval(values, level=0.5)
@@ -1117,10 +1140,10 @@ def test_losses_supcon_equals_the_double_loop_whatever_the_lengths_of_the_featur
         features = torch.randn(len(labels), 5, generator=seeded(seed)) * torch.rand(len(labels), 1, generator=seeded(seed)) * 9
         for temperature in (0.07, 0.5, 2.0):
             got = losses.supcon_loss(features, torch.tensor(labels), temperature=temperature)
-            assert got.dtype == torch.float32 and abs(got - slow_supcon(features, labels, temperature)) < 2e-5
+            assert got.dtype == torch.float32 and near(got, slow_supcon(features, labels, temperature), 2e-5)
         default = losses.supcon_loss(features, labels)
         assert default == losses.supcon_loss(features, torch.tensor(labels), temperature=0.07)
-        assert abs(losses.supcon_loss(1e-6 * features, labels) - default) < 1e-5
+        assert near(losses.supcon_loss(1e-6 * features, labels), default, 1e-5)
 
 
 def test_losses_supcon_gradient_equals_finite_differences():
@@ -1135,7 +1158,7 @@ def test_losses_supcon_leaves_anchors_without_positives_out_of_the_mean_and_keep
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     s = (pair @ unit.T / 0.5).exp()
     want = -(math.log(s[0, 1] / (s[0].sum() - s[0, 0])) + math.log(s[1, 0] / (s[1].sum() - s[1, 1]))) / 2
-    assert abs(losses.supcon_loss(features, labels, temperature=0.5) - want) < 1e-5
+    assert near(losses.supcon_loss(features, labels, temperature=0.5), want, 1e-5)
     assert losses.supcon_loss(features, labels, temperature=2) > losses.supcon_loss(features[:3], labels[:3], temperature=2) + 0.1
 
 
@@ -1144,7 +1167,7 @@ def test_losses_supcon_of_one_class_is_never_below_ln_of_the_others_and_equal_th
         labels, floor = torch.zeros(n, dtype=torch.long), math.log(n - 1)
         simplex = torch.eye(n) - 1 / n  # every pair has the same cosine, -1 / (n - 1): as far apart as they can be
         for ends in torch.ones(n, 3), simplex:
-            assert abs(losses.supcon_loss(ends, labels) - floor) < 2e-6
+            assert near(losses.supcon_loss(ends, labels), floor, 2e-6)
         for seed in range(20):
             scattered = torch.randn(n, 6, generator=seeded(seed))
             assert losses.supcon_loss(scattered, labels) > floor - 1e-6 and (n == 2 or losses.supcon_loss(scattered, labels) > floor + 0.01)
@@ -1155,7 +1178,7 @@ def test_losses_supcon_of_equal_features_is_ln_of_the_others_whatever_the_labels
     for labels in COMPOSITIONS:
         for row in torch.ones(1, 4), torch.zeros(1, 4), torch.randn(1, 4, generator=seeded()):
             got = losses.supcon_loss(row.expand(len(labels), 4), labels)
-            assert abs(got - math.log(len(labels) - 1)) < 2e-6 and abs(losses.supcon_bounds(labels)[1] - math.log(len(labels) - 1)) < 1e-12
+            assert near(got, math.log(len(labels) - 1), 2e-6) and near(losses.supcon_bounds(labels)[1], math.log(len(labels) - 1), 1e-12)
 
 
 def test_losses_supcon_computes_in_float32_for_half_inputs_and_under_autocast_and_keeps_float64():
@@ -1168,14 +1191,14 @@ def test_losses_supcon_computes_in_float32_for_half_inputs_and_under_autocast_an
         got, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels), half)
         assert got.dtype == torch.float32 and same_bits(got, losses.supcon_loss(half.float(), labels)) and gradient.dtype == kind
     double = losses.supcon_loss(features.double(), labels)
-    assert double.dtype == torch.float64 and abs(double - slow_supcon(features, labels.tolist(), 0.07)) < 1e-12
+    assert double.dtype == torch.float64 and near(double, slow_supcon(features, labels.tolist(), 0.07), 1e-12)
 
 
 def test_losses_supcon_is_finite_for_zero_vectors_and_low_temperatures():
     features, labels = torch.randn(6, 4, generator=seeded()), torch.tensor([0, 0, 1, 1, 0, 1])
     features[0] = 0
     loss, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels), features)
-    assert abs(loss - slow_supcon(features, labels.tolist(), 0.07)) < 1e-5
+    assert near(loss, slow_supcon(features, labels.tolist(), 0.07), 1e-5)
     assert 0 < gradient[0].abs().max() < 100  # F.normalize has 10^12 there
     loss, gradient = value_and_gradient(lambda x: losses.supcon_loss(x, labels, temperature=1e-4), features)  # exp(10^4) overflows
     assert 1000 < loss < 30000 and torch.isfinite(gradient).all()
@@ -1187,7 +1210,7 @@ def test_losses_supcon_takes_integer_labels_of_any_type_and_does_not_depend_on_t
     for given in torch.tensor(labels, dtype=torch.uint8), torch.tensor(labels).bool(), np.array(labels), 7 - 3 * torch.tensor(labels):
         assert same_bits(losses.supcon_loss(features, given), want)
     order = torch.randperm(8, generator=seeded())
-    assert abs(losses.supcon_loss(features[order], torch.tensor(labels)[order]) - want) < 1e-5
+    assert near(losses.supcon_loss(features[order], torch.tensor(labels)[order]), want, 1e-5)
 
 
 def test_losses_supcon_refuses_what_it_cannot_compare():
@@ -1248,9 +1271,9 @@ def test_losses_supcon_over_two_processes_equals_one_with_the_whole_batch_in_val
         assert not any(each.returncode for each in both), printed
         for rank in range(2):
             got = torch.load(f / f"rank{rank}.pt", weights_only=True)
-            assert abs(got["loss"] - want) < 1e-6
+            assert near(got["loss"], want, 1e-6)
             for gradient, parameter in zip(got["gradients"], net.parameters(), strict=True):
-                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
+                assert_near(gradient, parameter.grad)
             assert "got [[2, 6], [3, 6]]" in got["refused"]
 
 
@@ -1278,7 +1301,7 @@ def test_losses_supcon_bound_is_what_two_opposite_classes_have_and_equals_ln_of_
         labels = [0] * 6 + [1] * rare
         opposite = torch.tensor([[1.0, 2.0]] * 6 + [[-1.0, -2.0]] * rare, dtype=torch.float64)
         low, collapsed = losses.supcon_bounds(labels, temperature=temperature)
-        assert abs(losses.supcon_loss(opposite, labels, temperature=temperature) - low) < 1e-12 and low < collapsed - 0.05
+        assert near(losses.supcon_loss(opposite, labels, temperature=temperature), low, 1e-12) and low < collapsed - 0.05
     for n in (2, 3, 32):
         np.testing.assert_allclose(losses.supcon_bounds(["a"] * n), [math.log(n - 1)] * 2, rtol=1e-12)
     np.testing.assert_allclose(losses.supcon_bounds(torch.arange(32) % 4), [math.log(7), math.log(31)], rtol=1e-9)
@@ -1295,24 +1318,24 @@ def test_losses_kl_equals_torch_distributions_in_value_and_gradient():
         normal = torch.distributions.Normal
         got = value_and_gradient(lambda z: losses.kl_to_standard_normal(*z), both)
         want = value_and_gradient(lambda z: torch.distributions.kl_divergence(normal(z[0], (z[1] / 2).exp()), normal(0, 1)).sum(-1), both)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_near(got, want, 1e-12)
         assert got[0].shape == shape[:-1]
     for mu, logvar, want in (1.0, 0.0, 0.5), (0.0, math.log(4), 0.8069):  # the numbers in the docstring
-        assert abs(losses.kl_to_standard_normal(torch.tensor([mu]), torch.tensor([logvar])).item() - want) < 5e-5
-    near = losses.kl_to_standard_normal(torch.zeros(1), torch.tensor([1e-3])).item()
-    assert abs(near / 2.5e-7 - 1) < 1e-2  # logvar^2 / 4: exp(logvar) - 1 in float32 would be off by half of it
+        assert near(losses.kl_to_standard_normal(torch.tensor([mu]), torch.tensor([logvar])).item(), want, 2e-4)
+    tiny = losses.kl_to_standard_normal(torch.zeros(1), torch.tensor([1e-3])).item()
+    assert near(tiny / 2.5e-7, 1, 1e-2)  # logvar^2 / 4: exp(logvar) - 1 in float32 would be off by half of it
 
 
 def test_losses_kl_free_bits_cost_the_same_and_have_no_gradient_in_each_row_and_dimension():
-    assert torch.allclose(losses.kl_to_standard_normal(torch.zeros(3, 5), torch.zeros(3, 5), free_bits=0.03), torch.tensor(0.03 * 5))
+    assert near(losses.kl_to_standard_normal(torch.zeros(3, 5), torch.zeros(3, 5), free_bits=0.03), torch.tensor(0.03 * 5), 1e-5)
     mu = torch.tensor([[0.1, 2.0], [1.0, 0.1]], requires_grad=True)  # the mean over the rows is above 0.03 in both dimensions
     logvar = torch.zeros(2, 2, requires_grad=True)
     got = losses.kl_to_standard_normal(mu, logvar + 0.01, free_bits=0.03)
     free = losses.kl_to_standard_normal(mu, logvar + 0.01)
     got.sum().backward()
     assert (mu.grad == 0).tolist() == (logvar.grad == 0).tolist() == [[True, False], [False, True]]
-    torch.testing.assert_close(mu.grad[0, 1], mu[0, 1].detach())
-    assert torch.allclose(got, free + 0.03 - (0.01 + (math.exp(0.01) - 1.01)) / 2, atol=1e-6)
+    assert_near(mu.grad[0, 1], mu[0, 1].detach())
+    assert near(got, free + 0.03 - (0.01 + (math.exp(0.01) - 1.01)) / 2, 1e-6)
     alone = [losses.kl_to_standard_normal(mu[i], logvar[i] + 0.01, free_bits=0.03) for i in range(2)]
     assert torch.equal(got, torch.stack(alone))  # adds up: nothing hangs on what else is in the batch
 
@@ -1361,17 +1384,17 @@ def test_losses_chamfer_equals_the_loop_over_pairs():
         x, y, x_mask, y_mask = ragged_sets(seed)
         want = [slow_chamfer(a[p].numpy(), b[q].numpy(), **weights) for a, b, p, q in zip(x, y, x_mask, y_mask)]
         got = losses.chamfer(x, y, x_mask=x_mask, y_mask=y_mask, **weights)
-        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+        assert near(got, want, 1e-10)
         assert got[:3].tolist() == [0, 0, 0] and got[3:].max() > 1
         single = losses.chamfer(x.float(), y.float(), x_mask=x_mask, y_mask=y_mask, **weights)
         assert single.dtype == torch.float32
-        np.testing.assert_allclose(single, want, rtol=1e-4, atol=1e-5)
+        assert near(single, want, 1e-4)
         np.testing.assert_allclose(losses.chamfer(x, y, y_mask=y_mask), [slow_chamfer(a.numpy(), b[q].numpy()) for a, b, q in
                                                                          zip(x, y, y_mask)], rtol=1e-10)
     costs = losses.set_costs(x, y)
     assert costs.shape == (7, 5, 6) and costs.min() >= 0
     pair = lambda a, b: losses.chamfer(torch.tensor([[a]]), torch.tensor([[b]])).item()
-    assert abs(pair([1.0, 0], [2.0, 0]) - 8) < 1e-5 and abs(pair([1.0, 0], [0, 1.0]) - 14) < 1e-5  # the numbers in the docstrings
+    assert near(pair([1.0, 0], [2.0, 0]), 8, 1e-5) and near(pair([1.0, 0], [0, 1.0]), 14, 1e-5)  # the numbers in the docstrings
     for shape in (0, 3, 4), (2, 0, 4):
         assert losses.chamfer(torch.zeros(shape), torch.zeros(shape[0], 3, 4)).tolist() == [0] * shape[0]
 
@@ -1402,9 +1425,9 @@ def test_losses_chamfer_does_not_depend_on_order_or_padding():
         assert a.grad[3:].any() and b.grad[3:].any() and not a.grad[:3].any() and not b.grad[:3].any()
         found.append(loss)
     for loss in found[1:]:
-        torch.testing.assert_close(loss, found[0], rtol=1e-12, atol=1e-12)
+        assert_near(loss, found[0], 1e-12)
     swapped = losses.chamfer(y, x, x_mask=y_mask, y_mask=x_mask)
-    torch.testing.assert_close(swapped, found[0].detach(), rtol=1e-12, atol=1e-12)
+    assert_near(swapped, found[0].detach(), 1e-12)
 
 
 def test_losses_chamfer_is_zero_for_equal_sets_and_has_finite_gradients_at_zero_vectors():
@@ -1493,7 +1516,7 @@ def test_losses_metrics_equal_scikit_learn_on_tied_logits():
     golden = {"accuracy": 0.6565, "precision": 0.44583808437856326, "recall": 0.660472972972973, "f1": 0.5323349217154527,
               "auroc": 0.7698155808507371, "auprc": 0.6591635468547066, "tp": 391, "fp": 486, "fn": 201, "tn": 922}
     report = losses.binary_report(scores, labels)
-    assert report.keys() == golden.keys() and all(abs(report[key] - golden[key]) < 1e-12 for key in golden)
+    assert report.keys() == golden.keys() and all(near(report[key], golden[key], 1e-12) for key in golden)
 
 
 def tied_scores(seed):
@@ -1506,7 +1529,7 @@ def test_losses_auroc_equals_counting_pairs_with_half_for_ties():
     for seed in range(20):
         scores, labels = tied_scores(seed)
         pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
-        assert abs(losses.auroc(scores, labels) - sum(pairs) / len(pairs)) < 1e-12
+        assert near(losses.auroc(scores, labels), sum(pairs) / len(pairs), 1e-12)
 
 
 def test_losses_average_precision_equals_the_sum_over_distinct_thresholds():
@@ -1517,7 +1540,7 @@ def test_losses_average_precision_equals_the_sum_over_distinct_thresholds():
             picked = labels[scores >= threshold]
             area += (picked.sum() / labels.sum() - recall) * picked.mean()
             recall = picked.sum() / labels.sum()
-        assert abs(losses.average_precision(scores, labels) - area) < 1e-12
+        assert near(losses.average_precision(scores, labels), area, 1e-12)
 
 
 def test_losses_metrics_do_not_depend_on_order_container_or_dtype():
@@ -1532,8 +1555,8 @@ def test_losses_metrics_do_not_depend_on_order_container_or_dtype():
 
 def test_losses_auroc_and_ap_keep_apart_what_a_sigmoid_would_tie():
     scores, labels = [40.0, 30.0, 20.0, -math.inf, math.inf], [1, 0, 1, 0, 1]
-    assert abs(losses.auroc(scores, labels) - 5 / 6) < 1e-12
-    assert abs(losses.average_precision(scores, labels) - (1 + 1 + 3 / 4) / 3) < 1e-12
+    assert near(losses.auroc(scores, labels), 5 / 6, 1e-12)
+    assert near(losses.average_precision(scores, labels), (1 + 1 + 3 / 4) / 3, 1e-12)
     close = [1.0, 1.0 + 1e-12]  # equal in float32
     assert losses.auroc(close, [0, 1]) == 1.0 and losses.auroc(close, [1, 0]) == 0.0
 
@@ -1577,7 +1600,7 @@ def test_losses_binary_floor_is_the_report_of_a_constant_score():
         never = losses.binary_report(np.full(7, -1.0), labels)
         for key in "f1", "auroc", "auprc":
             np.testing.assert_allclose(floor[key], always[key], rtol=1e-12)
-        assert abs(floor["accuracy"] - max(always["accuracy"], never["accuracy"])) < 1e-12
+        assert near(floor["accuracy"], max(always["accuracy"], never["accuracy"]), 1e-12)
     assert round(losses.binary_floor([1] * 53 + [0] * 47)["f1"], 3) == 0.693
 
 
@@ -1588,7 +1611,7 @@ def test_losses_regression_report_equals_scikit_learn():
     report = losses.regression_report(torch.from_numpy(predictions), targets[:, None].tolist())
     assert list(report) == ["mae", "rmse", "r2"]
     for value, golden in zip(report.values(), (0.4339375, 0.5156231060571277, 0.6960647516849647)):
-        assert abs(value - golden) < 1e-12
+        assert near(value, golden, 1e-12)
 
 
 def test_losses_regression_report_counts_each_group_once():
@@ -1654,7 +1677,7 @@ def test_losses_segmentation_metrics_equal_the_slow_loop():
         np.testing.assert_allclose(losses.f_score_pooled(stack.sum(0)), f, rtol=1e-12)
         assert math.isnan(f[4]) and not any(map(math.isnan, f[:4]))
         iou = [tp / (tp + fp + fn) for tp, fp, fn in pooled if tp + fp + fn]
-        assert abs(losses.mean_iou(stack.sum(0)) - sum(iou) / len(iou)) < 1e-12
+        assert near(losses.mean_iou(stack.sum(0)), sum(iou) / len(iou), 1e-12)
 
 
 def test_losses_confusion_matrix_counts_pairs_with_the_truth_in_rows():
@@ -1693,7 +1716,7 @@ def test_losses_confusion_matrix_is_the_same_at_every_number_of_classes_and_type
 def test_losses_segmentation_scores_by_hand():
     confusion = [[3, 1], [0, 4]]
     np.testing.assert_allclose(losses.f_score_pooled(confusion), [6 / 7, 8 / 9])
-    assert abs(losses.mean_iou(confusion) - 0.775) < 1e-12
+    assert near(losses.mean_iou(confusion), 0.775, 1e-12)
     np.testing.assert_allclose(losses.f_score_per_image([confusion]), [(6 / 7 + 8 / 9) / 2], rtol=1e-6)
     assert losses.f_score_per_image([confusion])[0] < (6 / 7 + 8 / 9) / 2  # by the challenge's eps
     only_predicted = [[3, 0, 1], [0, 4, 0], [0, 0, 0]]  # class 2: skipped by the challenge, 0 when pooled
@@ -1748,10 +1771,10 @@ def test_losses_class_report_equals_the_slow_loop():
             tp, rows = sum((predictions == c) & (labels == c)), sum(labels == c)
             precision, recall = tp / max(sum(predictions == c), 1), tp / rows if rows else math.nan
             f1s.append(2 * precision * recall / (precision + recall) if tp else 0.0)
-            assert got["rows"] == rows and (abs(got["recall"] - recall) < 1e-12 if rows else math.isnan(got["recall"]))
-            assert abs(got["f1"] - f1s[c]) < 1e-12 if c < 5 else math.isnan(got["f1"])
-        assert abs(report["accuracy"] - np.mean(predictions == labels)) < 1e-12
-        assert abs(report["macro_f1"] - np.mean(f1s[:4])) < 1e-12
+            assert got["rows"] == rows and (near(got["recall"], recall, 1e-12) if rows else math.isnan(got["recall"]))
+            assert near(got["f1"], f1s[c], 1e-12) if c < 5 else math.isnan(got["f1"])
+        assert near(report["accuracy"], np.mean(predictions == labels), 1e-12)
+        assert near(report["macro_f1"], np.mean(f1s[:4]), 1e-12)
 
 
 def test_losses_class_report_by_hand_and_nan_where_undefined():
@@ -1775,11 +1798,11 @@ def test_losses_mean_cosine_equals_the_mean_over_pairs():
     for seed in range(5):
         x = np.random.default_rng(seed).normal(size=(7, 3)) + seed
         pairs = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.combinations(x, 2)]
-        assert abs(losses.mean_cosine(x) - np.mean(pairs)) < 1e-12
+        assert near(losses.mean_cosine(x), np.mean(pairs), 1e-12)
         longer = np.concatenate([x * np.arange(1, 8)[:, None], np.zeros((2, 3))])
-        assert abs(losses.mean_cosine(longer) - np.mean(pairs)) < 1e-12
-    assert abs(losses.mean_cosine([[1, 0], [2, 0], [0, 3]]) - 1 / 3) < 1e-12
-    assert abs(losses.mean_cosine(torch.full((5, 3), 0.1, requires_grad=True)) - 1) < 1e-12
+        assert near(losses.mean_cosine(longer), np.mean(pairs), 1e-12)
+    assert near(losses.mean_cosine([[1, 0], [2, 0], [0, 3]]), 1 / 3, 1e-12)
+    assert near(losses.mean_cosine(torch.full((5, 3), 0.1, requires_grad=True)), 1, 1e-12)
     for spread, within in (np.eye(6) - 1 / 6, 1e-12), (torch.eye(6).bfloat16() - 1 / 6, 1e-2):
         assert abs(losses.mean_cosine(spread) + 1 / 5) < within  # the least of 6 rows
     assert all(math.isnan(losses.mean_cosine(x)) for x in (np.zeros((4, 3)), np.ones((1, 3)), np.zeros((0, 3)), [[0, 0], [1, 1]]))
@@ -1933,11 +1956,11 @@ def test_losses_logistic_solution_has_gradient_zero_and_equals_lbfgs():
             return loss
 
         lbfgs.step(objective)
-        np.testing.assert_allclose(logits, (rows @ free[:6] + free[6]).detach(), atol=1e-5)
+        assert near(logits, (rows @ free[:6] + free[6]).detach(), 1e-5)
         if penalty == 1:
             new = torch.tensor(x[:5] + 1, requires_grad=True)
             got = losses.logistic_predict(torch.tensor(x), torch.tensor(labels), new)
-            np.testing.assert_allclose(got, ((x[:5] + 1 - x.mean(0)) / x.std(0)) @ w + logits.mean() - (z @ w).mean(), atol=1e-8)
+            assert near(got, ((x[:5] + 1 - x.mean(0)) / x.std(0)) @ w + logits.mean() - (z @ w).mean(), 1e-8)
             assert got.dtype == np.float64
 
 
@@ -1977,12 +2000,12 @@ def test_losses_logistic_forgets_units_and_constant_columns_and_uses_training_st
     x, labels, _ = logistic_case(1)
     want = losses.logistic_predict(x, labels, x)
     scale, shift = np.array([1e-6, 1, -1e6, 3, 0.1, 1e3]), np.array([5, -1e3, 0, 1, 7, 2])
-    np.testing.assert_allclose(losses.logistic_predict(x * scale + shift, labels, x * scale + shift), want, atol=1e-6)
+    assert near(losses.logistic_predict(x * scale + shift, labels, x * scale + shift), want, 1e-6)
     wider = np.hstack([np.full((80, 1), 0.1), x])
     assert 0 < wider.std(0)[0] < 1e-15
-    np.testing.assert_allclose(losses.logistic_predict(wider, labels, np.hstack([np.linspace(-1e9, 1e9, 80)[:, None], x])), want, atol=1e-9)
+    assert near(losses.logistic_predict(wider, labels, np.hstack([np.linspace(-1e9, 1e9, 80)[:, None], x])), want, 1e-9)
     np.testing.assert_allclose(losses.logistic_predict(x, labels, x[3:4]), want[3:4], rtol=1e-12)
-    np.testing.assert_allclose(losses.logistic_predict(x, 1 - labels, x), -want, atol=1e-9)
+    assert near(losses.logistic_predict(x, 1 - labels, x), -want, 1e-9)
     odds = losses.logistic_predict(np.ones((5, 2)), [1, 0, 0, 0, 1], np.zeros((3, 2)))
     np.testing.assert_allclose(odds, [math.log(2 / 3)] * 3, rtol=1e-12)
     assert losses.logistic_predict(x, labels, x[:0]).shape == (0,)
@@ -2048,8 +2071,8 @@ def test_losses_bootstrap_ranking_works_in_chunks_that_change_nothing():
     assert peak < 60_000 * 40 * 8 * 2, peak  # 17 resamples at a time
     drawn = np.random.default_rng(3).integers(60_000, size=(40, 60_000))
     for i in (0, 16, 17, 39):
-        assert abs(found["auroc"][i] - losses.auroc(scores[drawn[i]], labels[drawn[i]])) < 1e-12
-        assert abs(found["auprc"][i] - losses.average_precision(scores[drawn[i]], labels[drawn[i]])) < 1e-12
+        assert near(found["auroc"][i], losses.auroc(scores[drawn[i]], labels[drawn[i]]), 1e-12)
+        assert near(found["auprc"][i], losses.average_precision(scores[drawn[i]], labels[drawn[i]]), 1e-12)
 
 
 def test_losses_ranking_interval_is_the_middle_of_the_resamples_and_pairs_two_models():
@@ -2093,7 +2116,7 @@ def test_losses_numbers_in_the_docstrings_are_right():
     report = losses.binary_report(scores, labels)
     assert report["auroc"] == losses.auroc(scores, labels) == 0.875 and report["f1"] == 0.8
     assert report["precision"] == 2 / 3 and report["recall"] == 1
-    assert abs(losses.average_precision(scores, labels) - (1 + 2 / 3) / 2) < 1e-12
+    assert near(losses.average_precision(scores, labels), (1 + 2 / 3) / 2, 1e-12)
     assert round(losses.binary_floor(labels)["f1"], 3) == 0.667 and losses.auto_pos_weight([0, 0, 0, 1]) == 3.0
     assert torch.sigmoid(torch.tensor(17.0)) == 1
 
@@ -2132,7 +2155,7 @@ def test_ema_docstring_table_is_right():
         shown, horizon, half_life, end = [float(word.replace(",", "")) for word in line.split() if word != "steps"]
         assert shown == decay and horizon == round(1 / (1 - decay))
         assert abs(half_life - math.log(2) / -math.log(decay)) < 0.5 if decay > 0.9 else half_life == 6.6
-        assert ema.ema_decay(end - 1, decay) < decay - 1e-9 and abs(ema.ema_decay(end, decay) - decay) < 1e-12
+        assert ema.ema_decay(end - 1, decay) < decay - 1e-9 and near(ema.ema_decay(end, decay), decay, 1e-12)
 
 
 def test_ema_equals_the_written_recurrence():
@@ -2147,7 +2170,7 @@ def test_ema_equals_the_written_recurrence():
             for name, value in model.state_dict().items():
                 want[name] = d * want[name] + (1 - d) * value.double() if value.is_floating_point() else value
         for name, value in average.module.state_dict().items():
-            torch.testing.assert_close(value.double(), want[name].double(), rtol=1e-5, atol=1e-6)
+            assert_near(value.double(), want[name].double())
         assert average.updates == 30
 
 
@@ -2162,8 +2185,8 @@ def test_ema_averages_running_statistics_and_copies_counters_and_masks():
     model.mask.logical_not_()
     average.update(model)
     assert average.module.num_batches_tracked == 7 and average.module.mask.tolist() == [False, True]
-    torch.testing.assert_close(average.module.running_mean, torch.full((2,), 0.9))
-    torch.testing.assert_close(average.module.scratch, torch.full((2,), 0.9))
+    assert_near(average.module.running_mean, torch.full((2,), 0.9))
+    assert_near(average.module.scratch, torch.full((2,), 0.9))
 
 
 def test_ema_averages_tied_weights_once():
@@ -2175,7 +2198,7 @@ def test_ema_averages_tied_weights_once():
         model[0].weight += 1
     average.update(model)
     assert average.module[0].weight is average.module[1].weight
-    torch.testing.assert_close(average.module[0].weight, initial + 0.9)
+    assert_near(average.module[0].weight, initial + 0.9)
 
 
 def test_ema_keeps_a_float32_shadow_of_half_precision_weights():
@@ -2189,7 +2212,7 @@ def test_ema_keeps_a_float32_shadow_of_half_precision_weights():
         for _ in range(100):
             average.update(model)
         assert average.module.weight.dtype == torch.float32
-        torch.testing.assert_close(average.module.weight, target + (initial - target) * 0.999 ** 100)
+        assert_near(average.module.weight, target + (initial - target) * 0.999 ** 100)
         average.module(torch.zeros(1, 2))
 
 
@@ -2200,7 +2223,7 @@ def test_ema_keeps_float64_and_complex_weights_in_their_own_dtype():
         average = ema.EMA(model)
         model.weight.data += 1
         average.update(model)
-        torch.testing.assert_close(average.module.weight.detach(), torch.full((2,), 0.9, dtype=dtype))
+        assert_near(average.module.weight.detach(), torch.full((2,), 0.9, dtype=dtype))
 
 
 def test_ema_moves_while_the_model_is_left_alone():
@@ -2280,7 +2303,7 @@ def test_ema_matches_names_when_only_a_part_was_compiled_later():
     training_step(model, 0)
     model[0] = Compiled(model[0])
     average.update(model)
-    torch.testing.assert_close(average.module[0].weight, 0.1 * small_net()[0].weight + 0.9 * model[0]._orig_mod.weight)
+    assert_near(average.module[0].weight, 0.1 * small_net()[0].weight + 0.9 * model[0]._orig_mod.weight)
 
 
 def test_ema_keeps_apart_a_submodule_that_is_called_module():
@@ -2290,8 +2313,8 @@ def test_ema_keeps_apart_a_submodule_that_is_called_module():
     model.weight.data += 1
     model.module.weight.data += 2
     average.update(model)
-    torch.testing.assert_close(average.module.weight.detach(), model.weight.detach() - 0.1)
-    torch.testing.assert_close(average.module.module.weight.detach(), model.module.weight.detach() - 0.2)
+    assert_near(average.module.weight.detach(), model.weight.detach() - 0.1)
+    assert_near(average.module.module.weight.detach(), model.module.weight.detach() - 0.2)
 
 
 def test_ema_refuses_a_missing_extra_or_reshaped_tensor_and_stays_as_it_was():
@@ -2586,7 +2609,7 @@ def test_models_token_head_is_cell_means_then_layers_then_the_mean_token():
     tokens = torch.stack([x[:, :, rows, cols].mean((2, 3)) for rows in (slice(0, 2), slice(1, 3))
                           for cols in (slice(0, 2), slice(1, 4), slice(3, 5))], dim=1)
     mean = sum(head.layers(tokens)[:, t] for t in range(6)) / 6
-    assert torch.allclose(head(x), head.logit(mean), atol=1e-5)
+    assert near(head(x), head.logit(mean), 1e-5)
 
 
 def test_models_transformer_head_has_the_promised_heads_width_and_layers():
@@ -2601,7 +2624,7 @@ def test_models_transformer_is_blind_to_where_a_token_lies_and_the_mixer_is_not(
     x = torch.randn(2, 8, 2, 3)
     for mixer, blind in (("transformer", True), ("mlp_mixer", False)):
         head = models.TokenHead(8, mixer=mixer).eval()
-        assert torch.allclose(head(x), head(x.flip(3)), atol=1e-5) == blind
+        assert near(head(x), head(x.flip(3)), 1e-5) == blind
 
 
 def test_models_stochastic_depth_is_off_in_eval_and_keeps_the_mean_in_training():
@@ -2609,14 +2632,14 @@ def test_models_stochastic_depth_is_off_in_eval_and_keeps_the_mean_in_training()
     x, drop = torch.ones(20000, 1, 2), models.StochasticDepth(0.25)
     y = drop(x)
     assert torch.equal(y[..., 0], y[..., 1]), "a sample is kept or dropped whole"
-    assert torch.equal(y.unique(), torch.tensor([0, 4 / 3])) and abs(float(y.mean()) - 1) < 0.02
+    assert torch.equal(y.unique(), torch.tensor([0, 4 / 3])) and near(float(y.mean()), 1, 0.02)
     assert drop.eval()(x) is x and models.StochasticDepth(0)(x) is x
 
 
 def test_models_stochastic_depth_grows_with_depth_and_leaves_the_shortcut():
     for block in EYE_BLOCKS:
         rates = [b.drop.rate for b in models.EyeNet(block=block, channels=4, blocks=5, stochastic_depth=0.2).blocks]
-        assert torch.allclose(torch.tensor(rates), torch.tensor([0, 0.05, 0.1, 0.15, 0.2]))
+        assert near(torch.tensor(rates), torch.tensor([0, 0.05, 0.1, 0.15, 0.2]), 1e-5)
     x = torch.randn(3, 4, 6, 6)
     for Block, act in ((models.DepthwiseBlock, F.relu), (models.InvertedSEBlock, F.silu),
                        (models.ConvNeXtBlock, nn.Identity())):
@@ -2633,7 +2656,7 @@ def test_models_eval_output_is_independent_of_the_rest_of_the_batch():
         with torch.no_grad():
             whole = net(x)
             alone = torch.cat([net(x[i:i + 1]) for i in range(5)])
-            assert torch.allclose(whole, alone, rtol=1e-4, atol=1e-4) and whole.std() > 1e-3, (block, head)
+            assert near(whole, alone, 1e-4) and whole.std() > 1e-3, (block, head)
             assert net(x[:0]).shape == (0,)
 
 
@@ -2642,7 +2665,7 @@ def test_models_channels_last_gives_the_same_output():
         net, x = lived_in(models.EyeNet(block=block, head=head, channels=8)), torch.randn(4, 3, 32, 64)
         plain = net(x)
         last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-        assert torch.allclose(plain, last, rtol=1e-4, atol=1e-4), (block, head)
+        assert near(plain, last, 1e-4), (block, head)
 
 
 def test_models_bf16_autocast_stays_close_to_float32():
@@ -2664,14 +2687,14 @@ def test_models_init_has_the_promised_spread():
             bound = math.sqrt(6 / (module.in_features + module.out_features))
             assert 0.95 * bound < module.weight.abs().max().item() <= bound and (module.bias == 0).all()
     conv = nn.Conv2d(3, 64, 3).apply(models.init_kaiming_xavier)
-    assert abs(conv.weight.std().item() - 0.059) < 0.003
+    assert near(conv.weight.std().item(), 0.059, 0.05)
 
 
 def test_models_channel_layer_norm_is_the_formula():
     norm, x = lived_in(models.ChannelLayerNorm(5)), torch.randn(2, 5, 3, 4)
     mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
     slow = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
-    assert torch.allclose(norm(x), slow, atol=1e-6)
+    assert near(norm(x), slow, 1e-6)
     assert norm(x).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -2681,12 +2704,12 @@ def test_models_squeeze_excite_is_the_formula():
     mean = torch.stack([x[i].flatten(1).mean(1) for i in range(2)])
     hidden = (mean @ p["gate.0.weight"].flatten(1).T + p["gate.0.bias"]).clamp(min=0)
     gate = 1 / (1 + torch.exp(-(hidden @ p["gate.2.weight"].flatten(1).T + p["gate.2.bias"])))
-    assert hidden.shape == (2, 2) and torch.allclose(se(x), x * gate[:, :, None, None], atol=1e-6)
+    assert hidden.shape == (2, 2) and near(se(x), x * gate[:, :, None, None], 1e-6)
     assert models.SqueezeExcite(4).gate[0].out_channels == 1
     plain, bare = models.SqueezeExcite(16), models.SqueezeExcite(16, bias=False)
     bare.load_state_dict({name: p[name] for name in ("gate.0.weight", "gate.2.weight")})
     plain.load_state_dict({name: value * (value.ndim == 4) for name, value in p.items()})
-    assert torch.equal(plain(x), bare(x)) and not torch.allclose(se(x), bare(x), atol=1e-3)
+    assert torch.equal(plain(x), bare(x)) and not near(se(x), bare(x), 1e-3)
 
 
 def test_models_conv_blocks_are_their_formulas():
@@ -2700,14 +2723,14 @@ def test_models_conv_blocks_are_their_formulas():
         block = lived_in(models.DepthwiseBlock(4, outputs, stride=stride))
         p = block.state_dict()
         y = conv_bn(F.relu(conv_bn(x, p, "branch.0", stride=stride, groups=4)), p, "branch.1")
-        assert torch.allclose(block(x), F.relu(x + y if outputs == 4 else y), atol=1e-5)
+        assert near(block(x), F.relu(x + y if outputs == 4 else y), 1e-5)
 
         block = lived_in(models.InvertedSEBlock(4, outputs, stride=stride))
         p = block.state_dict()
         y = F.silu(conv_bn(x, p, "branch.0"))
         y = block.branch[2](F.silu(conv_bn(y, p, "branch.1", stride=stride, groups=16)))
         y = conv_bn(y, p, "branch.3")
-        assert torch.allclose(block(x), F.silu(x + y if outputs == 4 else y), atol=1e-5)
+        assert near(block(x), F.silu(x + y if outputs == 4 else y), 1e-5)
 
 
 def test_models_convnext_block_is_the_formula_with_1x1_convolutions():
@@ -2725,7 +2748,7 @@ def test_models_convnext_block_is_the_formula_with_1x1_convolutions():
         z = F.conv2d(y, p["depthwise.weight"], p["depthwise.bias"], padding=3, groups=outputs)
         z = F.gelu(F.conv2d(norm(z, "norm"), p["mlp.0.weight"][:, :, None, None], p["mlp.0.bias"]))
         z = F.conv2d(z, p["mlp.2.weight"][:, :, None, None], p["mlp.2.bias"])
-        assert torch.allclose(block(x), y + p["scale"][:, None, None] * z, atol=1e-5)
+        assert near(block(x), y + p["scale"][:, None, None] * z, 1e-5)
 
 
 def test_models_mixer_layer_is_the_formula_token_by_token():
@@ -2739,7 +2762,7 @@ def test_models_mixer_layer_is_the_formula_token_by_token():
         for c in range(4):
             y[:, c] = x[i, :, c] + mlp(normed[:, c], layer.token_mlp)
         z = torch.stack([y[t] + mlp(layer.channel_norm(y[t]), layer.channel_mlp) for t in range(6)])
-        assert torch.allclose(layer(x)[i], z, atol=1e-5)
+        assert near(layer(x)[i], z, 1e-5)
 
 
 def test_models_transformer_layer_equals_torchs():
@@ -2750,8 +2773,24 @@ def test_models_transformer_layer_equals_torchs():
     p = ours.state_dict()
     theirs.load_state_dict({a + end: p[b + end] for a, b in names.items() for end in ("weight", "bias")})
     x = torch.randn(3, 6, 12)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert near(ours(x), theirs(x), 1e-5)
     assert len(p) == 2 * len(names)
+
+
+def test_models_transformer_layer_asks_no_attention_of_a_batch_without_rows():
+    """Of a modality that no row of a batch has; flash attention on CUDA refuses it before torch 2.10, as the stand-in does here."""
+    attention = F.scaled_dot_product_attention
+
+    def flash(q, *rest, **options):
+        assert len(q), "batch size must be positive"
+        return attention(q, *rest, **options)
+
+    layer = models.TransformerLayer(12, heads=3, hidden=20)
+    with replaced(F, "scaled_dot_product_attention", flash):
+        assert layer(torch.randn(2, 6, 12)).shape == (2, 6, 12)
+        y = layer(torch.zeros(0, 6, 12))
+        y.sum().backward()
+    assert y.shape == (0, 6, 12) and all((p.grad == 0).all() for p in layer.parameters())  # DDP waits for every gradient
 
 
 def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too():
@@ -2773,10 +2812,10 @@ def test_models_eye_net_is_stem_then_blocks_then_head():
         assert maps.shape == (2, 32, *net.map_size)
         pooled = torch.stack([torch.cat([m.flatten(1).mean(1), m.flatten(1).max(1).values]) for m in maps])
         hidden = F.relu(net.head[3](net.head[1](pooled)))
-        assert hidden.shape == (2, 32) and torch.allclose(net(x), net.head[6](hidden)[:, 0], atol=1e-5)
+        assert hidden.shape == (2, 32) and near(net(x), net.head[6](hidden)[:, 0], 1e-5)
     net = lived_in(models.EyeNet(channels=8))
     pooled = net.blocks(net.stem(x)).mean((2, 3))
-    assert torch.allclose(net(x), net.head[4](net.head[2](pooled))[:, 0], atol=1e-5)
+    assert near(net(x), net.head[4](net.head[2](pooled))[:, 0], 1e-5)
     assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
 
 
@@ -2865,7 +2904,7 @@ def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_n
             with torch.autocast("cpu", torch.bfloat16):
                 half = net(x)
             last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-        assert torch.allclose(whole, alone, rtol=1e-4, atol=1e-4) and torch.allclose(whole, last, rtol=1e-4, atol=1e-4)
+        assert near(whole, alone, 1e-4) and near(whole, last, 1e-4)
         assert (half - whole).abs().max() < 0.1 * whole.abs().max() and net(x[:0]).shape == (0, 19, 128, 64)
 
 
@@ -2896,7 +2935,7 @@ def test_models_reduced_attention_without_reduction_equals_torchs():
             "out_proj.weight": p["out.0.weight"], "out_proj.bias": p["out.0.bias"]})
         x = torch.randn(2, 3, 5, 12)
         tokens = x.flatten(1, 2)
-        assert torch.allclose(ours(x).flatten(1, 2), theirs(tokens, tokens, tokens, need_weights=False)[0], atol=1e-5)
+        assert near(ours(x).flatten(1, 2), theirs(tokens, tokens, tokens, need_weights=False)[0], 1e-5)
     raises(ValueError, "heads must divide channels, got 4 heads for 6", lambda: models.ReducedAttention(6, reduction=1, heads=4))
 
 
@@ -2914,7 +2953,7 @@ def test_models_reduced_attention_is_the_formula_pixel_by_pixel():
             k, v = kv[:, 4 * head : 4 * head + 4], kv[:, 8 + 4 * head : 12 + 4 * head]
             y.append((k @ q[4 * head : 4 * head + 4] / 2).softmax(0) @ v)
         expected = p["out.0.weight"] @ torch.cat(y) + p["out.0.bias"]
-        assert torch.allclose(attention(x)[0, i, j], expected, atol=1e-5)
+        assert near(attention(x)[0, i, j], expected, 1e-5)
 
 
 def test_models_mix_mlp_is_the_formula_pixel_by_pixel_with_zeros_around_the_map():
@@ -2928,7 +2967,7 @@ def test_models_mix_mlp_is_the_formula_pixel_by_pixel_with_zeros_around_the_map(
             if depthwise and 0 <= i + a - 1 < 3 and 0 <= j + b - 1 < 4:
                 mixed[i, j] += p["mix.weight"][:, 0, a, b] * wide[i + a - 1, j + b - 1]
         expected = F.gelu(mixed) @ p["narrow.2.weight"].T + p["narrow.2.bias"]
-        assert torch.allclose(mlp(x)[0], expected, atol=1e-5)
+        assert near(mlp(x)[0], expected, 1e-5)
 
 
 def test_models_segformer_stage_is_patches_norm_then_residual_layers_then_norm():
@@ -2946,7 +2985,7 @@ def test_models_segformer_stage_is_patches_norm_then_residual_layers_then_norm()
             x = x + layer.attention(norm(x, layer.attention_norm))
             x = x + layer.mlp(norm(x, layer.mlp_norm))
         x = norm(x, stage.norm).permute(0, 3, 1, 2)
-        assert x.shape == (2, 8, 16 // stride, 24 // stride) and torch.allclose(stage(images), x, atol=1e-5)
+        assert x.shape == (2, 8, 16 // stride, 24 // stride) and near(stage(images), x, 1e-5)
         assert stage(images).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -2955,7 +2994,7 @@ def test_models_all_mlp_decoder_is_the_formula_with_upsampling_before_the_linear
     linear = lambda x, conv: torch.einsum("kc,bchw->bkhw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
     large = F.interpolate(maps[1], scale_factor=4, mode="bilinear", align_corners=False)
     both = torch.cat([linear(maps[0], decoder.project[0]), linear(large, decoder.project[1])], 1)
-    assert torch.allclose(decoder(maps), linear(F.gelu(linear(both, decoder.fuse[0])), decoder.fuse[2]), atol=1e-5)
+    assert near(decoder(maps), linear(F.gelu(linear(both, decoder.fuse[0])), decoder.fuse[2]), 1e-5)
 
 
 def test_models_face_conv_blocks_are_their_formulas():
@@ -2971,17 +3010,17 @@ def test_models_face_conv_blocks_are_their_formulas():
     y = conv_bn(F.conv2d(x, p["branch.0.weight"], padding=1, groups=8), p, "branch.1")
     gate = (y.mean((2, 3)) @ p["branch.2.gate.0.weight"].flatten(1).T).relu() @ p["branch.2.gate.2.weight"].flatten(1).T
     assert p["branch.2.gate.0.weight"].shape[0] == 2  # 8 / 4
-    assert torch.allclose(block(x), x + y * gate.sigmoid()[:, :, None, None], atol=1e-5)
+    assert near(block(x), x + y * gate.sigmoid()[:, :, None, None], 1e-5)
 
     block = lived_in(models.DilatedBlock(8, dilation=3))
     p = block.state_dict()
     y = conv_bn(F.relu(conv_bn(x, p, "branch.0", 3)), p, "branch.1", 3)
-    assert torch.allclose(block(x), F.relu(x + y), atol=1e-5)
+    assert near(block(x), F.relu(x + y), 1e-5)
 
     block, skip = lived_in(models.UpBlock(8, 4)), torch.randn(2, 4, 10, 12)
     p = block.state_dict()
     y = F.interpolate(F.relu(conv_bn(x, p, "narrow")), scale_factor=2, mode="bilinear", align_corners=False)
-    assert torch.allclose(block(x, skip), F.relu(conv_bn(torch.cat([y, skip], 1), p, "mix")), atol=1e-5)
+    assert near(block(x, skip), F.relu(conv_bn(torch.cat([y, skip], 1), p, "mix")), 1e-5)
 
 
 def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
@@ -2989,7 +3028,7 @@ def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
     maps = list(itertools.accumulate(net.stages, lambda x, stage: stage(x), initial=x))[1:]
     assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 24), (64, 8, 12), (128, 4, 6), (192, 2, 3)]
     assert [len(stage.layers) for stage in net.stages] == [1, 2, 2, 2]
-    assert torch.allclose(net.features(x), net.lmsa(net.decoder(maps)), atol=1e-5)
+    assert near(net.features(x), net.lmsa(net.decoder(maps)), 1e-5)
     keys = [stage.layers[0].attention.reduce(m).shape[2:].numel() for stage, m in zip(net.stages, maps)]
     assert keys == [6, 6, 6, 6]  # every query of every stage sees the image as H / 32 x W / 32 keys
 
@@ -2998,7 +3037,7 @@ def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
     quarter = net.down4(half)
     eighth = net.down8(quarter)
     assert [tuple(m.shape[1:]) for m in (half, quarter, eighth)] == [(4, 32, 48), (8, 16, 24), (16, 8, 12)]
-    assert torch.allclose(net.features(x), net.up2(net.up4(net.bottleneck(eighth), quarter), half), atol=1e-5)
+    assert near(net.features(x), net.up2(net.up4(net.bottleneck(eighth), quarter), half), 1e-5)
     for part in net.modules():
         if isinstance(part, nn.Sequential) and isinstance(part[0], nn.Conv2d):
             assert isinstance(part[1], nn.BatchNorm2d) and isinstance(part[2], (nn.ReLU, nn.Identity))
@@ -3026,7 +3065,7 @@ def test_models_sinusoidal_positions_are_the_formula():
     for t in range(9):
         for i in range(3):
             angle = t / 10000 ** (2 * i / 6)
-            assert abs(table[t, 2 * i] - math.sin(angle)) < 1e-5 and abs(table[t, 2 * i + 1] - math.cos(angle)) < 1e-5
+            assert near(table[t, 2 * i], math.sin(angle), 1e-5) and near(table[t, 2 * i + 1], math.cos(angle), 1e-5)
     raises(ValueError, "channels must be even, got 5", lambda: models.sinusoidal_positions(3, 5))
 
 
@@ -3036,8 +3075,8 @@ def test_models_ppg_encoder_is_patches_linear_positions_layers_norm():
     tokens = tokens + models.sinusoidal_positions(6, 16)
     for layer in encoder.layers:
         tokens = layer(tokens)
-    assert torch.allclose(encoder(x), F.layer_norm(tokens, (16,), encoder.norm.weight, encoder.norm.bias), atol=1e-6)
-    assert not torch.allclose(encoder(x)[:, :1], encoder(x.flip(-1))[:, -1:], atol=1e-2)  # it knows where a patch lies
+    assert near(encoder(x), F.layer_norm(tokens, (16,), encoder.norm.weight, encoder.norm.bias), 1e-5)
+    assert not near(encoder(x)[:, :1], encoder(x.flip(-1))[:, -1:], 1e-2)  # it knows where a patch lies
     for bad in (torch.zeros(2, 24), torch.zeros(2, 1, 24), torch.zeros(2, 3, 3)):
         raises(ValueError, f"signals must be (B, 3, at least 4), got {tuple(bad.shape)}", lambda: encoder(bad))
     raises(ValueError, "channels must be even", lambda: small_encoder(width=15, heads=3))
@@ -3047,8 +3086,8 @@ def test_models_ppg_encoder_is_patches_linear_positions_layers_norm():
 def test_models_ppg_regressor_is_a_linear_head_on_the_mean_token():
     model, x = models.PPGRegressor(small_encoder()).eval(), signals_of(3)
     assert torch.equal(model.features(x), model.encoder(x).mean(1))
-    assert torch.allclose(model(x), model.encoder(x).mean(1) @ model.head.weight[0] + model.head.bias, atol=1e-6)
-    assert torch.allclose(model(x)[1], model(x[1:2])[0], atol=1e-6)  # whatever else is in the batch
+    assert near(model(x), model.encoder(x).mean(1) @ model.head.weight[0] + model.head.bias, 1e-6)
+    assert near(model(x)[1], model(x[1:2])[0], 1e-6)  # whatever else is in the batch
 
 
 def test_models_masked_patch_model_does_not_see_what_is_hidden():
@@ -3056,7 +3095,7 @@ def test_models_masked_patch_model_does_not_see_what_is_hidden():
     mask = torch.tensor([[True, False, False, True, False, False], [False, True, True, True, False, False]])
     other = x.clone()
     other.view(2, 3, 6, 4)[mask[:, None].expand(2, 3, 6)] = 100.0
-    assert torch.equal(model(x, mask), model(other, mask)) and not torch.allclose(model(x, ~mask), model(other, ~mask))
+    assert torch.equal(model(x, mask), model(other, mask)) and not near(model(x, ~mask), model(other, ~mask), 1e-5)
     assert model(x, mask).shape == model.encoder.patches(x).shape == (2, 6, 12)
 
 
@@ -3171,7 +3210,7 @@ def test_models_strided_cnn_halves_while_four_pixels_are_left():
     for i, stride in enumerate((2, 2, 1)):
         y = F.conv2d(y, p[f"{i}.0.weight"], stride=stride, padding=1)
         y = F.batch_norm(y, *(p[f"{i}.1.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))).relu()
-    assert torch.allclose(cnn(x), y, atol=1e-5)
+    assert near(cnn(x), y, 1e-5)
 
 
 def test_models_modality_encoders_are_their_formulas():
@@ -3182,22 +3221,22 @@ def test_models_modality_encoders_are_their_formulas():
     x = quad_rows(2)
     net, p = nets["text"], nets["text"].state_dict()
     each = [x["text"] @ p["embed.0.weight"][16 * i : 16 * i + 16].T + p["embed.0.bias"][16 * i : 16 * i + 16] for i in range(4)]
-    assert torch.allclose(net(x["text"]), norm(torch.stack(each, 1), net.norm), atol=1e-5)
+    assert near(net(x["text"]), norm(torch.stack(each, 1), net.norm), 1e-5)
 
     net = nets["motion"]
     patches = [torch.cat([x["motion"][:, t, c : c + 1] for c in range(3) for t in range(i, i + 4)], 1) for i in range(0, 20, 4)]
     tokens = net.layers(net.embed(torch.stack(patches, 1)) + models.sinusoidal_positions(5, 16))  # the 21st step is a rest
-    assert len(net.layers) == 2 and torch.allclose(net(x["motion"]), norm(tokens, net.norm), atol=1e-5)
+    assert len(net.layers) == 2 and near(net(x["motion"]), norm(tokens, net.norm), 1e-5)
 
     net, tokens = nets["photo"], []
     for r, c in itertools.product(range(2), range(2)):
         tokens.append(net.cnn(x["photo"])[:, :, r, c] + models.grid_positions(2, 2, 16)[2 * r + c])
-    assert torch.allclose(net(x["photo"]), norm(torch.stack(tokens, 1), net.norm), atol=1e-5)
+    assert near(net(x["photo"]), norm(torch.stack(tokens, 1), net.norm), 1e-5)
 
     net = nets["film"]
     frames = torch.stack([net.cnn(x["film"][:, t]).mean(3).mean(2) for t in range(5)], 1)
     tokens = net.frames.layers(net.frames.embed(frames) + models.sinusoidal_positions(5, 16))
-    assert len(net.frames.layers) == 2 and torch.allclose(net(x["film"]), norm(tokens, net.frames.norm), atol=1e-5)
+    assert len(net.frames.layers) == 2 and near(net(x["film"]), norm(tokens, net.frames.norm), 1e-5)
 
 
 def test_models_quadmodal_has_the_encoder_and_the_tokens_of_every_shape():
@@ -3213,7 +3252,7 @@ def test_models_quadmodal_has_the_encoder_and_the_tokens_of_every_shape():
             assert net({"x": torch.randn(n, *shape)}).shape == (n, 12), shape
     net = quad().eval()
     whole = net(quad_rows(3))
-    assert whole.shape == (3, 12) and torch.allclose(whole.norm(dim=1), torch.ones(3), atol=1e-6)
+    assert whole.shape == (3, 12) and near(whole.norm(dim=1), torch.ones(3), 1e-6)
     for m in range(1, 8):
         shapes = {f"m{i}": (8, 2) for i in range(m)}
         assert quad(shapes, tokens=3, depth=0)(quad_rows(2, shapes)).shape == (2, 12)
@@ -3227,7 +3266,7 @@ def test_models_modality_readout_is_the_formula_head_by_head():
     for token in range(3):
         read = [(k[0, :, h] @ q[token, h] / 2).softmax(0) @ v[0, :, h] for h in (slice(0, 4), slice(4, 8))]
         read = p["attention.out_proj.weight"] @ torch.cat(read) + p["attention.out_proj.bias"] + tokens[token]
-        assert torch.allclose(y[0, token], F.layer_norm(read, (8,), p["norm.weight"], p["norm.bias"]), atol=1e-5)
+        assert near(y[0, token], F.layer_norm(read, (8,), p["norm.weight"], p["norm.bias"]), 1e-5)
         assert torch.equal(y[1, token], p["missing"])
 
 
@@ -3239,8 +3278,8 @@ def test_models_quadmodal_is_encoders_readouts_and_head_in_the_order_of_the_name
     p = net.head.state_dict()
     hidden = F.gelu(F.layer_norm(flat @ p["0.weight"].T + p["0.bias"], (24,), p["1.weight"], p["1.bias"]))
     expected = F.layer_norm(hidden @ p["4.weight"].T + p["4.bias"], (12,), p["5.weight"], p["5.bias"])
-    assert flat.shape == (2, 4 * 3 * 16) and torch.allclose(net.features(x, present), expected, atol=1e-5)
-    assert torch.allclose(net(x, present), expected / expected.square().sum(1, keepdim=True).sqrt(), atol=1e-6)
+    assert flat.shape == (2, 4 * 3 * 16) and near(net.features(x, present), expected, 1e-5)
+    assert near(net(x, present), expected / expected.square().sum(1, keepdim=True).sqrt(), 1e-5)
     backwards = lived_in(quad(dict(reversed(QUAD.items())), tokens=3))
     backwards.load_state_dict(net.state_dict())
     assert torch.equal(backwards(dict(reversed(x.items())), present), net(x, present)) and net(x).std() > 1e-2
@@ -3303,24 +3342,24 @@ def test_models_quadmodal_rows_are_independent_of_each_other_and_of_what_others_
         alone = torch.cat([net(pick(x, [i]), pick(present, [i])) for i in range(6)])
         with torch.autocast("cpu", torch.bfloat16):
             half = net(x, present)
-        assert torch.allclose(net(pick(x, order), pick(present, order)), whole[order], atol=1e-5)
-    assert torch.allclose(alone, whole, atol=1e-5) and (half - whole).abs().max() < 0.1
+        assert near(net(pick(x, order), pick(present, order)), whole[order], 1e-5)
+    assert near(alone, whole, 1e-5) and (half - whole).abs().max() < 0.1
     complete = present["photo"] & present["text"]
-    assert torch.allclose(whole[complete], full[complete], atol=1e-5)
+    assert near(whole[complete], full[complete], 1e-5)
     changed = ((whole - full).abs().amax(1) > 1e-2)
     assert torch.equal(changed, ~complete) and (whole - whole[:1]).abs().amax(1)[1:].min() > 1e-2
 
     trained = quad(dropout=0.0).train()  # with batch norm: rows that lack a photo count in no mean
     lacks = {"photo": torch.tensor([True, True, True, False, False, False]), "film": torch.arange(6) < 3}
     few = trained(pick(x, slice(3)))
-    assert torch.allclose(trained(x, lacks)[:3], few, atol=1e-5) and not torch.allclose(trained(x)[:3], few, atol=1e-3)
+    assert near(trained(x, lacks)[:3], few, 1e-5) and not near(trained(x)[:3], few, 1e-3)
 
 
 def test_models_quadmodal_rows_without_any_modality_share_one_embedding():
     net, x = lived_in(quad()), quad_rows(3)
     present = {name: torch.tensor([False, True, False]) for name in QUAD}
     y = net(x, present)
-    assert torch.equal(y[0], y[2]) and not torch.allclose(y[0], y[1], atol=1e-2) and y.isfinite().all()
+    assert torch.equal(y[0], y[2]) and not near(y[0], y[1], 1e-2) and y.isfinite().all()
 
 
 def test_models_drop_modalities_drops_at_its_rate_and_never_all():
@@ -3328,10 +3367,10 @@ def test_models_drop_modalities_drops_at_its_rate_and_never_all():
     present = torch.ones(40000, 4, dtype=torch.bool)
     for rate in (0.1, 0.5, 0.9):
         kept = models.drop_modalities(present, rate)
-        assert kept.any(1).all() and (1 - kept.float().mean(0) - (rate - rate ** 4 / 4)).abs().max() < 0.01
-        assert abs((kept.sum(1) == 1).float().mean() - (4 * (1 - rate) * rate ** 3 + rate ** 4)) < 0.01  # four draws, each on its own
+        assert kept.any(1).all() and near(1 - kept.float().mean(0), rate - rate ** 4 / 4, 0.03)
+        assert near((kept.sum(1) == 1).float().mean(), 4 * (1 - rate) * rate ** 3 + rate ** 4, 0.15)  # four draws, each on its own
     two = models.drop_modalities(present[:, :2], 0.5)
-    assert abs((~two).any(1).float().mean() - 2 * 3 / 8) < 0.01
+    assert near((~two).any(1).float().mean(), 2 * 3 / 8, 0.01)
     some = torch.rand(40000, 4) < 0.5
     kept = models.drop_modalities(some, 0.7)
     assert not (kept & ~some).any() and torch.equal(kept.any(1), some.any(1))
@@ -3346,14 +3385,14 @@ def test_models_quadmodal_drops_modalities_in_training_only():
     y = net(x)
     with torch.no_grad():
         only = [net.eval()(x, {name: torch.full((32,), name == kept) for name in x}) for kept in x]
-    kept = torch.stack([(y - each).abs().amax(1) < 1e-5 for each in only])
+    kept = torch.stack([(y - each).abs().amax(1) < 1e-5 * y.abs().max() for each in only])
     assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 4).all()
     z = net.train()(x, {"b": torch.zeros(32, dtype=torch.bool)})  # what a row lacks is not what it keeps
-    kept = torch.stack([(z - each).abs().amax(1) < 1e-5 for each in only])
+    kept = torch.stack([(z - each).abs().amax(1) < 1e-5 * z.abs().max() for each in only])
     assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 8).tolist() == [True, False, True]
     torch.manual_seed(0)
     tokens = {name: net.encode(name, v) for name, v in x.items()}
-    assert torch.allclose(net.train().fuse(tokens), y, atol=1e-6)  # the same draws for tokens that were made before
+    assert near(net.train().fuse(tokens), y, 1e-6)  # the same draws for tokens that were made before
     state = torch.get_rng_state()
     assert torch.equal(net.eval()(x), net(x)) and torch.equal(state, torch.get_rng_state())
     whole = quad({"a": (3,)}, dropout=0.0)
@@ -3589,14 +3628,14 @@ def test_models_seqset_hidden_states_equal_one_set_and_one_stay_at_a_time():
     assert hidden.shape == (5, 40, 16)
     for row, stay in zip(hidden, stays):
         expected = loop_stay(encoder, stay)
-        assert torch.allclose(row[: len(stay)], expected, atol=1e-5), (row[: len(stay)] - expected).abs().max()
+        assert near(row[: len(stay)], expected, 1e-5), (row[: len(stay)] - expected).abs().max()
     assert hidden[1].std(0).min() > 0.1 and abs(set_encoder(width=64).gap.weight.std() / 0.02 - 1) < 0.05
     heads = [m.heads for m in set_encoder(set_heads=8).modules() if hasattr(m, "heads")]
     assert heads == [8] * 4 + [4] * 2  # two levels of two blocks, two layers
     big = settled(set_encoder(variables=41, width=64, depth=2, heads=8, hidden=128, points=16))
     stays = draw_sets((4, 9), variables=41, seed=1)
     for row, stay in zip(big(packed_sets(stays)), stays):
-        assert torch.allclose(row[: len(stay)], loop_stay(big, stay), atol=1e-5)
+        assert near(row[: len(stay)], loop_stay(big, stay), 1e-5)
 
 
 @torch.no_grad()
@@ -3609,10 +3648,10 @@ def test_models_seqset_classifier_is_the_head_on_the_mean_and_the_last_state():
     for logit, features, stay in zip(logits, net.features(inputs), stays):
         hidden = loop_stay(net.encoder, stay)
         x = torch.cat([sum(hidden) / len(stay), hidden[len(stay) - 1]])
-        assert torch.allclose(features, x, atol=1e-5)
+        assert near(features, x, 1e-5)
         for layer in linear:
             x = loop_linear(x, layer).relu() if layer is not linear[-1] else loop_linear(x, layer)
-        assert torch.allclose(logit, x[0], atol=1e-5)
+        assert near(logit, x[0], 1e-4)
     shallow = models.SeqSetClassifier(set_encoder(), layers=1)
     assert [type(layer) for layer in shallow.head] == [nn.Linear] and shallow.head[0].in_features == 32
 
@@ -3627,16 +3666,16 @@ def test_models_strongest_events_are_the_largest_of_each_channel_one_event_at_a_
     y = block(events, minutes, torch.tensor(counts))
     for row, end, count in zip(y, np.cumsum(counts), counts):
         largest = [max(float(x[channel]) for x in each[end - count : end]) for channel in range(8)]
-        assert torch.allclose(row, loop_norm(torch.tensor(largest), block.norm), atol=1e-5)
+        assert near(row, loop_norm(torch.tensor(largest), block.norm), 1e-5)
     order = torch.cat([torch.randperm(4), torch.tensor([4]), 5 + torch.randperm(9)])
-    assert torch.allclose(block(events[order], minutes[order], torch.tensor(counts)), y, atol=1e-6)
+    assert near(block(events[order], minutes[order], torch.tensor(counts)), y, 1e-6)
     assert (block(events, minutes.flip(0), torch.tensor(counts)) - y).abs().amax(1).min() > 1e-3  # when it came plays a role
     # padded: 3 stays of 5 sets of 2 events, whatever stands where there is none
     padded, when, mask = torch.full((3, 5, 2, 6), 1e3), torch.full((3, 5, 2), math.nan), torch.zeros(3, 5, 2, dtype=torch.bool)
     for i, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
         mask[i].flatten()[torch.randperm(10)[:count]] = True
         padded[i][mask[i]], when[i][mask[i]] = events[end - count : end], minutes[end - count : end]
-    assert torch.allclose(block.padded(padded, when, mask), y, atol=1e-6)
+    assert near(block.padded(padded, when, mask), y, 1e-5)
     assert block.padded(padded, when, mask & (torch.arange(3) > 0)[:, None, None])[0].isnan().all()
 
 
@@ -3648,9 +3687,9 @@ def test_models_seqset_classifier_reads_the_strongest_events_beside_its_scaled_d
     events = [torch.stack([torch.cat([x * unit[v], unit[v]]) for _, events in stay for v, x in events]) for stay in stays]
     strongest = torch.cat([net.strongest(each, when, torch.tensor([len(each)])) for each, when in zip(events, minutes)])
     logits = net.head(torch.cat([net.scale * net.features(inputs), strongest], 1)).squeeze(1)
-    assert torch.allclose(net(inputs), logits, atol=1e-5) and net.head[0][0].in_features == 48
+    assert near(net(inputs), logits, 1e-5) and net.head[0][0].in_features == 48
     for sets, width in ((40, 7), (45, 11)):
-        assert torch.allclose(net.padded(**padded_sets(stays, sets, width)), logits, atol=1e-5)
+        assert near(net.padded(**padded_sets(stays, sets, width)), logits, 1e-5)
     assert net.scale == 0.1 and net.strongest.longest == 2880
     net.scale = 1.0
     assert (net(inputs) - logits).abs().min() > 1e-4
@@ -3662,8 +3701,8 @@ def test_models_seqset_vae_equals_one_set_and_one_stay_at_a_time():
     encoder, decoder, output = net.encoder, net.decoder, net(packed_sets(stays))
     sets = [each for stay in stays for _, each in stay]
     encoded = torch.cat([loop_set(encoder, events) for events in sets])
-    assert torch.allclose(output["mu"], loop_linear(encoded, encoder.mu), atol=1e-5)
-    assert torch.allclose(output["logvar"], loop_linear(encoded, net.logvar), atol=1e-5)
+    assert near(output["mu"], loop_linear(encoded, encoder.mu), 3e-5)
+    assert near(output["logvar"], loop_linear(encoded, net.logvar), 1e-5)
     hidden, seen = torch.cat([loop_stay(encoder, stay) for stay in stays]), []
     for chunk in output["sets"]:
         for i, guess, target, mask in zip(chunk["sets"].tolist(), chunk["guess"], chunk["target"], chunk["mask"]):
@@ -3671,7 +3710,7 @@ def test_models_seqset_vae_equals_one_set_and_one_stay_at_a_time():
             x = torch.stack([seed * (1 + scale) + shift for seed in decoder.seeds[:n]])
             expected = loop_linear(loop_norm(loop_block(decoder.block, x, x), decoder.out[0]), decoder.out[1])
             assert mask.tolist() == [True] * n + [False] * (len(mask) - n)
-            assert torch.allclose(guess[:n], expected, atol=1e-5), (guess[:n] - expected).abs().max()
+            assert near(guess[:n], expected, 3e-5), (guess[:n] - expected).abs().max()
             assert torch.equal(target[:n], loop_events(encoder, sets[i]))
             seen.append(i)
     assert sorted(seen) == list(range(63)) and output["mu"].std() > 0.1
@@ -3699,12 +3738,12 @@ def test_models_seqset_is_blind_to_the_order_of_events_the_company_and_the_chunk
     mixed = [[(minute, [events[i] for i in rng.permutation(len(events))]) for minute, events in stay] for stay in stays]
     assert mixed != stays
     for row, shuffled, stay in zip(whole, encoder(packed_doubles(mixed)), stays):
-        assert torch.allclose(row[: len(stay)], shuffled[: len(stay)], atol=1e-10)
+        assert near(row[: len(stay)], shuffled[: len(stay)], 1e-10)
     wide = draw_sets((50, 3), largest=30, seed=2)  # a company of larger sets and longer stays
     for row, stay in zip(whole, stays):
         alone = encoder(packed_doubles([stay]))[0]
-        assert alone.shape == (len(stay), 16) and torch.allclose(row[: len(stay)], alone, atol=1e-10)
-        assert torch.allclose(encoder(packed_doubles([wide[0], stay, wide[1]]))[1, : len(stay)], alone, atol=1e-10)
+        assert alone.shape == (len(stay), 16) and near(row[: len(stay)], alone, 1e-10)
+        assert near(encoder(packed_doubles([wide[0], stay, wide[1]]))[1, : len(stay)], alone, 1e-10)
     inputs, original = packed_doubles(stays), models.sets_by_size
     try:
         for chunk in (1, 3, 16):
@@ -3712,7 +3751,7 @@ def test_models_seqset_is_blind_to_the_order_of_events_the_company_and_the_chunk
             output = net(inputs)
             assert len(output["sets"]) == -(-63 // chunk)
             for row, again, stay in zip(whole, encoder(inputs), stays):
-                assert torch.allclose(row[: len(stay)], again[: len(stay)], atol=1e-10)
+                assert near(row[: len(stay)], again[: len(stay)], 1e-10)
     finally:
         models.sets_by_size = original
 
@@ -3726,7 +3765,7 @@ def test_models_seqset_hidden_states_know_only_the_past():
     for known in (1, 5, 11):
         for later in ([], far, far[:1], [(minute, other[i][1]) for i, (minute, _) in enumerate(stay)][known:]):
             changed = encoder(packed_doubles([stay[:known] + later]))[0]
-            assert torch.allclose(changed[:known], hidden[:known], atol=1e-10)
+            assert near(changed[:known], hidden[:known], 1e-10)
             if later and known < 11:
                 assert (changed[known] - hidden[known]).abs().max() > 1e-2  # what came is known from there on
     earlier = encoder(packed_doubles([[(stay[0][0], other[0][1])] + stay[1:]]))[0]
@@ -3736,13 +3775,13 @@ def test_models_seqset_hidden_states_know_only_the_past():
     before, after = guesses(stay), guesses(stay[:5] + far)
     for i in range(5):
         n = len(stay[i][1])
-        assert torch.allclose(before[i][:n], after[i][:n], atol=1e-10)
+        assert near(before[i][:n], after[i][:n], 1e-10)
 
 
 def test_models_time_bias_is_the_formula_causal_and_learns():
     bias = models.TimeBias(3)
     start = bias(torch.tensor([[0.0, 60.0, 60.0], [7.0, 7.0, 0.0]]))  # the last minute of the second row: padding
-    assert start.shape == (2, 3, 3, 3) and torch.allclose(start[0, :, 1, 0], torch.tensor(-0.693147)) and (start[0, :, 2, 1] == 0).all()
+    assert start.shape == (2, 3, 3, 3) and near(start[0, :, 1, 0], torch.tensor(-0.693147), 1e-5) and (start[0, :, 2, 1] == 0).all()
     minutes = torch.tensor([[0.0, 5.0, 65.0, 65.0, 900.0]])
     with torch.no_grad():
         bias.log_slope.copy_(torch.tensor([0.0, 0.5, -1.0])), bias.log_tau.copy_(torch.tensor([1.0, 3.0, 6.0]))
@@ -3750,7 +3789,7 @@ def test_models_time_bias_is_the_formula_causal_and_learns():
     for h, i, j in itertools.product(range(3), range(5), range(5)):
         slope, tau = math.exp((0, 0.5, -1)[h]), math.exp((1, 3, 6)[h])
         expected = -slope * math.log(1 + float(minutes[0, i] - minutes[0, j]) / tau) if j <= i else -math.inf
-        assert table[0, h, i, j] == expected or abs(table[0, h, i, j] - expected) < 1e-5, (h, i, j)
+        assert table[0, h, i, j] == expected or near(table[0, h, i, j], expected, 1e-5), (h, i, j)
     same = bias(torch.full((1, 4), 33.0))
     assert torch.equal(same, torch.zeros(1, 3, 4, 4).masked_fill(torch.ones(4, 4).triu(1) > 0, -math.inf))
 
@@ -3763,8 +3802,8 @@ def test_models_time_bias_is_the_formula_causal_and_learns():
         hidden = encoder(packed_sets(stays))[0]
         apart = encoder(packed_sets([[(3 * minute, events) for minute, events in stays[0]]]))[0]
         moved = encoder(packed_sets([[(minute + 100, events) for minute, events in stays[0]]]))[0]
-    assert torch.allclose(apart[0], hidden[0], atol=1e-6) and (apart - hidden)[1:].abs().amax(1).min() > 1e-3
-    assert torch.allclose(moved, hidden, atol=1e-5)  # only spans of time matter to it
+    assert near(apart[0], hidden[0], 1e-6) and (apart - hidden)[1:].abs().amax(1).min() > 1e-3
+    assert near(moved, hidden, 1e-5)  # only spans of time matter to it
 
 
 def test_models_every_parameter_of_the_seqset_networks_has_a_nonzero_gradient():
@@ -3800,10 +3839,10 @@ def test_models_attention_block_equals_torchs():
         normed, hide = block.key_norm(x), None if keep is None else ~keep
         h = queries + theirs(block.query_norm(queries.expand(4, -1, -1)), normed, normed, key_padding_mask=hide)[0]
         y = block(queries, x, keep)
-        assert y.shape == (4, 5, 12) and torch.allclose(y, h + block.mlp(block.mlp_norm(h)), atol=1e-5)
+        assert y.shape == (4, 5, 12) and near(y, h + block.mlp(block.mlp_norm(h)), 1e-5)
     junk = torch.where(mask[..., None], x, torch.full_like(x, 1e6) * torch.randn(12))
-    assert torch.allclose(block(q, junk, mask), block(q, x, mask), atol=1e-6) and not torch.allclose(block(q, junk), block(q, x), atol=0.1)
-    assert torch.allclose(block(q[2:3], x[2:3, :4]), block(q, x, mask)[2:3], atol=1e-6)
+    assert near(block(q, junk, mask), block(q, x, mask), 1e-6) and not near(block(q, junk), block(q, x), 0.1)
+    assert near(block(q[2:3], x[2:3, :4]), block(q, x, mask)[2:3], 1e-6)
     assert sorted(p) == sorted([f"{name}.weight" for name in ("query", "key_value")] + [
         f"{name}.{end}" for name in ("query_norm", "key_norm", "mlp_norm", "out", "mlp.0", "mlp.2") for end in ("weight", "bias")])
 
@@ -3811,11 +3850,11 @@ def test_models_attention_block_equals_torchs():
 def test_models_induced_set_attention_is_equivariant_and_reads_no_padding():
     layer, x = lived_in(models.InducedSetAttention(12, heads=3, points=5)), torch.randn(3, 7, 12)
     order, mask = torch.randperm(7), torch.arange(7) < torch.tensor([3, 7, 1])[:, None]
-    assert torch.allclose(layer(x[:, order], mask[:, order]), layer(x, mask)[:, order], atol=1e-5)
+    assert near(layer(x[:, order], mask[:, order]), layer(x, mask)[:, order], 1e-5)
     for row, n in enumerate((3, 7, 1)):
         h = loop_block(layer.gather, layer.points, x[row, :n])
-        assert h.shape == (5, 12) and torch.allclose(layer(x, mask)[row, :n], loop_block(layer.spread, x[row, :n], h), atol=1e-5)
-    assert not torch.allclose(layer(x, mask)[0], layer(x)[0], atol=1e-2)
+        assert h.shape == (5, 12) and near(layer(x, mask)[row, :n], loop_block(layer.spread, x[row, :n], h), 1e-5)
+    assert not near(layer(x, mask)[0], layer(x)[0], 1e-2)
     assert abs(models.InducedSetAttention(64, points=256).points.std() / 0.125 - 1) < 0.05
 
 
@@ -3829,8 +3868,8 @@ def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch
     assert len(p) == 2 * len(names) + 1
     x, minutes = torch.randn(2, 6, 12), torch.tensor([[0.0, 9, 9, 40, 300, 2000], [5.0] * 6])
     bias = models.TimeBias(3)(minutes)
-    assert torch.allclose(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), atol=1e-5)
-    assert torch.allclose(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], atol=1e-5)
+    assert near(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), 1e-5)
+    assert near(ours(x, bias)[1], theirs(x[1:], src_mask=nn.Transformer.generate_square_subsequent_mask(6))[0], 1e-5)
 
 
 def padded_sets(stays, sets, events, junk=math.nan):
@@ -3851,7 +3890,7 @@ def test_models_padded_stays_are_encoded_as_packed_ones_whatever_stands_in_the_p
     present = torch.arange(9) < lengths[:, None]
     for sets, events in ((9, 7), (12, 20)):
         hidden = encoder.padded(**padded_sets(stays, sets, events))
-        assert hidden.shape == (3, sets, 16) and torch.allclose(hidden[:, :9][present], packed[present], atol=1e-5)
+        assert hidden.shape == (3, sets, 16) and near(hidden[:, :9][present], packed[present], 1e-5)
 
 
 def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
@@ -3918,8 +3957,9 @@ def test_models_set_decoder_starts_near_zero_and_reads_the_set_only_through_the_
     guess = decoder(y, mask)
     for row, n in enumerate((2, 9, 5)):
         alone = decoder(y[row : row + 1], torch.ones(1, n, dtype=torch.bool))[0]
-        assert torch.allclose(guess[row, :n], alone, atol=1e-6) and (alone[1:] - alone[:1]).abs().amax(1).min() > 1e-2  # all differ
-    assert (decoder(y.flip(0), mask)[1] - guess[1]).abs().max() < 1e-6 < (decoder(y.flip(0), mask)[0, :2] - guess[0, :2]).abs().max()
+        assert near(guess[row, :n], alone, 1e-6) and (alone[1:] - alone[:1]).abs().amax(1).min() > 1e-2  # all differ
+    swapped = decoder(y.flip(0), mask)
+    assert near(swapped[1], guess[1], 1e-5) and not near(swapped[0, :2], guess[0, :2], 1e-3)
 
 
 def test_models_seqset_targets_are_the_events_and_no_parameter_moves_them():
@@ -4068,10 +4108,10 @@ def test_models_flip_average_of_a_mirrored_image_is_mirrored_with_sides_swapped(
     model, images, pairs = models.FaceCNN(6, width=4).eval(), torch.randn(2, 3, 16, 24), ((1, 2), (4, 5))
     with torch.no_grad():
         y, mirrored = models.flip_average(model, images, pairs), models.flip_average(model, images.flip(-1), pairs)
-        assert torch.allclose(mirrored, y.flip(-1)[:, [0, 2, 1, 3, 5, 4]], atol=1e-5)
-        assert not torch.allclose(mirrored, y.flip(-1), atol=1e-2)  # without the swap it is not
+        assert near(mirrored, y.flip(-1)[:, [0, 2, 1, 3, 5, 4]], 1e-5)
+        assert not near(mirrored, y.flip(-1), 1e-2)  # without the swap it is not
         symmetric = images + images.flip(-1)
-        assert torch.allclose(models.flip_average(model, symmetric, ()), (model(symmetric) + model(symmetric).flip(-1)) / 2, atol=1e-5)
+        assert near(models.flip_average(model, symmetric, ()), (model(symmetric) + model(symmetric).flip(-1)) / 2, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4440,7 +4480,7 @@ def test_data_resize_is_a_mean_over_blocks_when_it_halves():
 
 def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
     images, labels, groups, _ = data.synthetic_eyes(400)
-    assert abs(losses.binary_report(np.ones(400), labels)["f1"] - 0.69) < 0.01
+    assert near(losses.binary_report(np.ones(400), labels)["f1"], 0.69, 0.01)
     assert torch.equal(images, data.synthetic_eyes(400)[0]) and not torch.equal(images, data.synthetic_eyes(400, seed=1)[0])
     assert all(len(set(labels[groups == face])) == 1 for face in np.unique(groups))
     for statistic in (images.float().mean((1, 2, 3)), images.float().std((1, 2, 3))):  # brightness and contrast give little away
@@ -4547,10 +4587,6 @@ def test_data_synthetic_faces_colour_alone_does_not_tell_the_class():
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def close(got, want, within):
-    assert (got - want).abs().max() <= within, float((got - want).abs().max())
 
 
 def random_images(*shape, seed=0):
@@ -4669,17 +4705,17 @@ def test_data_photometric_draws_five_times_independently():
     for value, neutral, low, high in ranges.values():
         on = value != neutral
         value = (value[on] - low) / (high - low)
-        assert 0 <= value.min() < 0.01 and 0.99 < value.max() <= 1 and abs(value.mean() - 0.5) < 0.02
+        assert 0 <= value.min() < 0.01 and 0.99 < value.max() <= 1 and near(value.mean(), 0.5, 0.02)
         drawn.append(on.float())
     for i, a in enumerate(drawn):
-        assert abs(a.mean() - 0.3) < 0.02  # sd 0.003
-        assert all(abs((a * b).mean() - 0.09) < 0.012 for b in drawn[:i])
+        assert near(a.mean(), 0.3, 0.06)  # sd 0.003
+        assert all(near((a * b).mean(), 0.09, 0.13) for b in drawn[:i])
     # Contrast is at one place, a fair coin says which; the order is a permutation, all six alike likely.
     before, after = settings["contrast_before"] != 1, settings["contrast_after"] != 1
     assert not (before & after).any() and abs(before.sum() / (before.sum() + after.sum()) - 0.5) < 0.03
     assert torch.equal(order.sort(1).values, torch.arange(3).expand(n, 3))
     counts = torch.bincount(order[:, 0] * 3 + order[:, 1])
-    assert all(abs(counts[k] / n - 0.3 / 6) < 0.01 for k in (2, 3, 5, 6, 7))
+    assert all(near(counts[k] / n, 0.3 / 6, 0.2) for k in (2, 3, 5, 6, 7))
 
 
 def test_data_photometric_distort_at_the_limits_of_p():
@@ -4701,8 +4737,8 @@ def test_data_turn_hue_keeps_value_and_chroma():
     turn = torch.tensor([0.0, 0.05, -0.2, 1 / 3])[:, None, None]
     turned = data.turn_hue_(planes.clone(), turn)
     assert torch.equal(turned.amax(0), planes.amax(0)) and torch.equal(turned.amin(0), planes.amin(0))
-    assert torch.allclose(turned[:, 0], planes[:, 0], atol=1e-6)
-    assert torch.allclose(turned[:, 3], planes[:, 3].roll(1, 0), atol=1e-5)  # a third of a turn: red to green, green to blue
+    assert near(turned[:, 0], planes[:, 0], 1e-5)
+    assert near(turned[:, 3], planes[:, 3].roll(1, 0), 1e-5)  # a third of a turn: red to green, green to blue
     whole = torch.randint(0, 256, (3, 5, 6), generator=seeded()).float()
     assert torch.equal(data.turn_hue_(whole.clone(), 0.0), whole)  # nothing is divided: whole numbers stay what they are
 
@@ -4857,13 +4893,13 @@ def test_data_mixup_mixes_targets_as_inputs_for_every_lambda_and_odd_batches():
     for seed in range(300):
         inputs = torch.eye(5)  # the input says who is in it, so the target must say the same
         mixed, targets = data.mixup(inputs[:, :, None, None], inputs, alpha=0.4, generator=seeded(seed))
-        assert torch.equal(mixed[:, :, 0, 0], targets) and torch.allclose(targets.sum(1), torch.ones(5))
-        assert torch.allclose(targets.sum(0), torch.ones(5))  # a permutation: each sample is used once more
+        assert torch.equal(mixed[:, :, 0, 0], targets) and near(targets.sum(1), torch.ones(5), 1e-5)
+        assert near(targets.sum(0), torch.ones(5), 1e-5)  # a permutation: each sample is used once more
         lam = targets.diagonal().min().item()
-        assert all(torch.allclose(t[t > 0].sort().values, torch.tensor([lam, 1 - lam]).sort().values, atol=1e-6)
+        assert all(near(t[t > 0].sort().values, torch.tensor([lam, 1 - lam]).sort().values, 1e-6)
                    or t.max() == 1 for t in targets)
         _, scalar = data.mixup(inputs[:, :, None, None], torch.arange(5.0), alpha=0.4, generator=seeded(seed))
-        assert torch.allclose(scalar, targets @ torch.arange(5.0), atol=1e-6)
+        assert near(scalar, targets @ torch.arange(5.0), 1e-6)
         first_shares.append(lam)
     # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation that moves nobody reads as lam = 1.
     first_shares = np.array([share for share in first_shares if share < 1])
@@ -4877,7 +4913,7 @@ def test_data_cutmix_counts_the_pixels_of_the_clipped_box():
         mixed, targets = data.cutmix(inputs, torch.eye(5), alpha=1.0, generator=seeded(seed))
         for i in range(5):
             shares = torch.bincount(mixed[i, 0].long().flatten(), minlength=5) / 70
-            assert torch.allclose(targets[i], shares, atol=1e-6) and torch.equal(mixed[i, 0], mixed[i, 2])
+            assert near(targets[i], shares, 1e-6) and torch.equal(mixed[i, 0], mixed[i, 2])
         pasted = (mixed[:, 0] != inputs[:, 0]).any(0).nonzero()
         if len(pasted):
             (top, left), (bottom, right) = pasted.min(0).values, pasted.max(0).values
@@ -4948,8 +4984,8 @@ def test_data_affine_samples_where_the_formula_says_in_pixels_of_any_frame():
         source_x, source_y = (math.cos(angle) * x - math.sin(angle) * y) / scale, (math.sin(angle) * x + math.cos(angle) * y) / scale
         inside = (source_x.abs() <= (width - 1) / 2) & (source_y.abs() <= (height - 1) / 2)
         assert inside.sum() > 100  # a linear image is sampled exactly, wherever all four neighbours are in the frame
-        close(got[0][inside], source_x[inside], 1e-4)
-        close(got[1][inside], source_y[inside], 1e-4)
+        assert_near(got[0][inside], source_x[inside], 1e-4)
+        assert_near(got[1][inside], source_y[inside], 1e-4)
 
 
 def test_data_affine_takes_a_mask_through_the_same_geometry_with_nearest_sampling_and_ignores_what_lies_outside():
@@ -5165,7 +5201,7 @@ def test_data_face_split_is_not_augmented_without_a_generator():
         degrees=90, zoom=2, crop=4, flip="swap", jitter=1, photometric=1, mixup=1, cutmix=1), wrong=np.ones(6, bool))
     batch = split.batch(np.array([0, 2]))
     assert len(split) == 3 and torch.equal(batch["masks"], masks[[1, 4]])
-    close(batch["inputs"], small[[1, 4]].float() / 127.5 - 1, 1e-6)
+    assert_near(batch["inputs"], small[[1, 4]].float() / 127.5 - 1, 1e-6)
     assert torch.equal(batch["targets"], F.interpolate(masks[[1, 4]][:, None], (16, 16), mode="nearest-exact")[:, 0].long())
     off = data.FaceSplit(small, masks, [1, 3, 4], augment=AUGMENT).batch(np.array([0, 2]), seeded())
     assert "masks" not in off and torch.equal(off["inputs"], batch["inputs"]) and torch.equal(off["targets"], batch["targets"])
@@ -5247,15 +5283,15 @@ def test_data_face_split_mixes_targets_as_it_mixes_images():
                 swaps += int(other.any() and not other.all())
                 continue
             apart = (base["inputs"][0] - base["inputs"][1]).abs() > 0.1
-            if torch.allclose(x, base["inputs"][0], atol=1e-5):
+            if near(x, base["inputs"][0], 1e-5):
                 continue  # the permutation left the pair alone
             lam = ((x - base["inputs"][1]) / (base["inputs"][0] - base["inputs"][1]))[apart].median()
             swaps += 1
             both = (masks[0] != 255) & (masks[1] != 255)
             want = lam * data.soft_targets(masks[:1], 19)[0] + (1 - lam) * data.soft_targets(masks[1:2], 19)[0]
-            close(t[:, both], want[:, both], 1e-3)
+            assert_near(t[:, both], want[:, both], 1e-3)
             assert (t[:, :2] == 0).all()  # ignored in both
-            close(t[:, 2:4], data.soft_targets(masks[1:2], 19)[0][:, 2:4], 1e-5)  # ignored in one: the other counts
+            assert_near(t[:, 2:4], data.soft_targets(masks[1:2], 19)[0][:, 2:4], 1e-5)  # ignored in one: the other counts
         assert swaps >= 2
 
 
@@ -5569,9 +5605,9 @@ def test_data_original_windows_count_breaths_and_split_by_recording():
 def test_data_standardised_windows_forget_scale_and_offset():
     x = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
     z = data.standardise(x)
-    assert z.mean(1).abs().max() < 1e-6 and (z.std(1, correction=0) - 1).abs().max() < 1e-6
-    assert torch.allclose(data.standardise(4 * x + 1), z, atol=1e-5)
-    assert torch.allclose(data.standardise(x[2]), z[2]) and torch.allclose(data.standardise(x.double()), z.double(), atol=1e-6)
+    assert z.mean(1).abs().max() < 1e-6 and near(z.std(1, correction=0), 1, 1e-6)
+    assert near(data.standardise(4 * x + 1), z, 1e-5)
+    assert near(data.standardise(x[2]), z[2], 1e-5) and near(data.standardise(x.double()), z.double(), 1e-6)
     assert torch.equal(data.standardise(torch.full((2, 999), 0.1)), torch.zeros(2, 999))
 
 
@@ -5579,9 +5615,8 @@ def test_data_reduced_rate_is_the_mean_of_each_block():
     x = torch.arange(11.0)[None].repeat(2, 1)
     assert data.reduce_rate(x, 4).tolist() == [[1.5, 5.5]] * 2 and torch.equal(data.reduce_rate(x, 1), x)
     t = torch.arange(4000, dtype=torch.float64) / 125
-    for hz, share in ((2.0, 0.99), (5.5, 0.95), (29.25, 0.07)):  # the shares that the docstring claims
-        kept = data.reduce_rate(torch.sin(2 * torch.pi * hz * t), 4)
-        assert abs(kept.square().mean().sqrt() * 2**0.5 - share) < 0.006, hz
+    shares = [data.reduce_rate(torch.sin(2 * torch.pi * hz * t), 4).square().mean().sqrt() * 2**0.5 for hz in (2.0, 5.5, 29.25)]
+    assert near(shares, [0.99, 0.95, 0.07], 0.006), shares  # as the docstring claims
 
 
 def test_data_spectral_rate_finds_a_sine_at_any_rate_scale_and_phase():
@@ -5589,7 +5624,7 @@ def test_data_spectral_rate_finds_a_sine_at_any_rate_scale_and_phase():
     for name, hz in (("rr", torch.linspace(0.12, 0.58, 40)), ("hr", torch.linspace(0.8, 2.45, 40))):
         x = torch.sin(2 * torch.pi * hz[:, None] * t + torch.arange(40.0)[:, None])
         rate = data.spectral_rate(0.01 * x + 3, 31.25, data.RATE_BANDS[name])
-        assert (rate - 60 * hz).abs().max() < 0.003, (rate - 60 * hz).abs().max()
+        assert near(rate, 60 * hz, 0.003), (rate - 60 * hz).abs().max()
     mixed = 3 * torch.sin(2 * torch.pi * 1.5 * t) + torch.sin(2 * torch.pi * 0.3 * t)
     assert abs(data.spectral_rate(mixed[None], 31.25, (0.1, 0.6)) - 18) < 0.15  # what is outside the band does not count
     assert abs(data.spectral_rate(mixed[None], 31.25, (0.75, 2.5)) - 90) < 0.15
@@ -5623,13 +5658,13 @@ def breathing_pulse(where, *, breath_hz=0.3, pulse_hz=1.3, rate_hz=31.25, second
 def test_data_respiratory_signals_show_breathing_where_it_is():
     for place, where in enumerate(("baseline", "amplitude", "frequency")):
         signals = data.respiratory_signals(breathing_pulse(where), 31.25)
-        assert signals.shape == (1, 3, 1000) and signals.mean(-1).abs().max() < 1e-5 and (signals.std(-1) - 1).abs().max() < 1e-3
+        assert signals.shape == (1, 3, 1000) and signals.mean(-1).abs().max() < 1e-5 and near(signals.std(-1), 1, 1e-3)
         spectrum = data.band_spectrum(signals, 31.25, (0.1, 0.6), 51)  # bin 20 is 0.3 Hz
         assert abs(int(spectrum[0, place].argmax()) - 20) <= 1, where
         power = spectrum.exp()[0, :, 18:23].sum(-1) / spectrum.exp()[0].sum(-1)
         assert power[place] > 0.6, (where, power)
     scaled = data.respiratory_signals(4 * breathing_pulse("amplitude") + 1, 31.25)
-    assert torch.allclose(scaled, data.respiratory_signals(breathing_pulse("amplitude"), 31.25), atol=1e-3)
+    assert near(scaled, data.respiratory_signals(breathing_pulse("amplitude"), 31.25), 1e-3)
     assert torch.isfinite(data.respiratory_signals(torch.ones(2, 1000), 31.25)).all()
 
 
@@ -5643,7 +5678,7 @@ def test_data_band_spectrum_equals_the_written_sum():
             y = y - np.polyval(np.polyfit(t, y, 1), t)
             y = y * (0.5 - 0.5 * np.cos(2 * np.pi * t / 39))
             power = np.array([abs((y * np.exp(-2j * np.pi * f * t / rate_hz)).sum()) ** 2 for f in np.linspace(low, high, bins)])
-            assert np.allclose(spectrum[row, channel], np.log(power / power.mean() + 1e-3), atol=1e-6)
+            assert near(spectrum[row, channel], np.log(power / power.mean() + 1e-3), 1e-6)
 
 
 def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
@@ -5651,10 +5686,10 @@ def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
     sine = lambda phase: torch.sin(2 * torch.pi * 0.35 * t + phase)[None]
     spectrum = data.band_spectrum(sine(0), 31.25, (0.1, 0.6), 51)
     assert spectrum.argmax() == 25
-    assert torch.allclose(data.band_spectrum(7 * sine(0) + 3, 31.25, (0.1, 0.6), 51), spectrum, atol=1e-3)
-    assert torch.allclose(data.band_spectrum(sine(0) + t, 31.25, (0.1, 0.6), 51), spectrum, atol=2e-2)
+    assert near(data.band_spectrum(7 * sine(0) + 3, 31.25, (0.1, 0.6), 51), spectrum, 1e-3)
+    assert near(data.band_spectrum(sine(0) + t, 31.25, (0.1, 0.6), 51), spectrum, 2e-2)
     assert (data.band_spectrum(sine(1.5), 31.25, (0.1, 0.6), 51) - spectrum).exp().sub(1).abs()[0, 22:29].max() < 0.05
-    assert torch.allclose(data.band_spectrum(torch.ones(1, 100), 31.25, (0.1, 0.6), 5), torch.tensor(1e-3).log().expand(1, 5))
+    assert near(data.band_spectrum(torch.ones(1, 100), 31.25, (0.1, 0.6), 5), torch.tensor(1e-3).log().expand(1, 5), 1e-5)
     for band, bins in (((0.6, 0.1), 5), ((0.1, 20.0), 5), ((0.1, 0.6), 1)):
         raises(ValueError, "must lie in order between 0 and half the rate, 15.625 Hz",
                lambda: data.band_spectrum(sine(0), 31.25, band, bins))
@@ -5676,12 +5711,12 @@ def test_data_time_stretch_changes_the_rate_and_the_label_alike():
 def test_data_time_stretch_at_its_seams():
     windows, labels = torch.randn(5, 64, generator=seeded()), torch.arange(5.0)
     same, rates = data.time_stretch(windows, labels, limit=1.0, generator=seeded())
-    assert torch.allclose(same, windows) and torch.equal(rates, labels)
+    assert near(same, windows, 1e-5) and torch.equal(rates, labels)
     ramp = torch.arange(65.0).expand(50, -1)
     stretched, factor = data.time_stretch(ramp, torch.ones(50), limit=1.9, generator=seeded())
     expected = (torch.arange(65.0) - 32) * factor[:, None] + 32
     expected = torch.where(expected < 0, -expected, torch.where(expected > 64, 128 - expected, expected))
-    assert torch.allclose(stretched, expected, atol=1e-3)
+    assert near(stretched, expected, 1e-3)
     for dtype in (torch.float32, torch.float64, torch.int64):  # whole rates come back as fractions
         again = data.time_stretch(ramp, torch.ones(50, dtype=dtype), limit=1.9, generator=seeded())
         assert torch.equal(again[0], stretched) and torch.equal(again[1].float(), factor)
@@ -5708,7 +5743,7 @@ def test_data_ppg_split_stretches_in_training_only_and_scales_its_targets():
     split = data.PPGSplit(windows, rows, lambda x: x[:, None], scaler=scaler, stretch=1.2)
     plain, stretched = split.batch(np.array([4, 0])), split.batch(np.array([4, 0]), seeded())
     assert len(split) == 12 and torch.equal(plain["inputs"][:, 0], windows["inputs"][[7, 3]])
-    assert np.allclose(scaler.inverse(plain["targets"].double()), windows["labels"][[7, 3]], atol=1e-4)
+    assert near(scaler.inverse(plain["targets"].double()), windows["labels"][[7, 3]], 1e-4)
     factor = scaler.inverse(stretched["targets"].double()) / torch.from_numpy(windows["labels"][[7, 3]])
     assert not torch.equal(plain["inputs"], stretched["inputs"])
     assert (factor - 1).abs().min() > 1e-3 and (factor.log().abs() < math.log(1.2001)).all()
@@ -5726,8 +5761,8 @@ def test_data_quantisation_cost_is_what_even_breathing_shows():
         phase = rng.uniform(size=len(mean))
         counts = np.floor(mean + phase) - np.floor(phase)
         truth, rounded = data.quantisation_cost(seconds)
-        assert abs(60 / seconds * np.abs(mean - counts).mean() / truth - 1) < 0.02
-        assert abs(60 / seconds * np.abs(np.round(mean) - counts).mean() / rounded - 1) < 0.02
+        assert near(60 / seconds * np.abs(mean - counts).mean() / truth, 1, 0.02)
+        assert near(60 / seconds * np.abs(np.round(mean) - counts).mean() / rounded, 1, 0.02)
     assert data.quantisation_cost(10) == (2.0, 1.5)
 
 
@@ -5751,12 +5786,12 @@ def test_data_label_scaler_is_exact_for_arrays_and_tensors():
     labels = np.random.default_rng(0).normal(17, 4, 1000)
     scaler = data.LabelScaler().fit(labels.astype(np.float32))
     z = scaler.transform(labels.astype(np.float32).astype(np.float64))
-    assert abs(z.mean()) < 1e-12 and abs(z.std() - 1) < 1e-12 and np.allclose(scaler.inverse(scaler.transform(labels)), labels)
+    assert abs(z.mean()) < 1e-12 and near(z.std(), 1, 1e-12) and near(scaler.inverse(scaler.transform(labels)), labels, 1e-5)
     tensor = torch.from_numpy(labels).float().requires_grad_()
     back = scaler.inverse(scaler.transform(tensor))
-    assert back.dtype == torch.float32 and back.requires_grad and torch.allclose(back, tensor)
+    assert back.dtype == torch.float32 and back.requires_grad and near(back, tensor, 1e-5)
     large = 1e8 + np.array([0.0, 1, 2, 3])
-    assert np.allclose(data.LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], atol=1e-4)
+    assert near(data.LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], 1e-4)
     simple = data.LabelScaler().fit([10, 20])
     assert simple.state_dict() == {"mean": 15.0, "scale": 5.0} and {type(v) for v in simple.state_dict().values()} == {float}
     loaded = data.LabelScaler()
@@ -5767,7 +5802,7 @@ def test_data_label_scaler_is_exact_for_arrays_and_tensors():
 def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():
     scaler = data.LabelScaler().fit(np.full(7, 0.1))
     assert scaler.scale == 1.0 and np.abs(scaler.transform(np.full(7, 0.1))).max() < 1e-15
-    assert abs(scaler.inverse(0.0) - 0.1) < 1e-15
+    assert near(scaler.inverse(0.0), 0.1, 1e-15)
     raises(ValueError, "0 labels", lambda: data.LabelScaler().fit([]))
     raises(ValueError, "3 labels, 1 of them NaN", lambda: data.LabelScaler().fit([1, np.nan, 2]))
     raises(ValueError, "1 of them NaN or infinite", lambda: data.LabelScaler().fit([1, np.inf]))
@@ -5817,7 +5852,7 @@ def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
         assert len(labels) == count and len(set(windows["groups"])) == 46 and not np.isnan(windows["ceiling"]).any()
         estimate = data.spectral_rate(data.reduce_rate(windows["inputs"][:], 4), 31.25, data.RATE_BANDS[rate]).numpy()
         for prediction, expected in ((np.median(labels), floor), (windows["ceiling"], ceiling), (estimate, spectral)):
-            assert abs(np.abs(prediction - labels).mean() - expected) < 0.01, (rate, np.abs(prediction - labels).mean())
+            assert near(np.abs(prediction - labels).mean(), expected, 0.01), (rate, np.abs(prediction - labels).mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5943,7 +5978,7 @@ def test_data_channel_statistics_equal_numpy_over_the_training_rows_only():
         for chunk in (1, 40, 2**21):
             mean, sd = data.channel_statistics(array, rows, chunk=chunk)
             assert mean.dtype == sd.dtype == torch.float64 and mean.shape == sd.shape == expected.shape[1:]
-            assert np.allclose(mean, expected.mean(0), rtol=1e-12, atol=1e-12) and np.allclose(sd, expected.std(0), rtol=1e-12)
+            assert near(mean, expected.mean(0), 1e-12) and near(sd, expected.std(0), 1e-12)
         other = array.copy()
         other[np.setdiff1d(np.arange(12), rows)] = 99
         assert same_bits(data.channel_statistics(other, rows), data.channel_statistics(array, rows)), name
@@ -5956,7 +5991,7 @@ def test_data_channel_statistics_of_constant_huge_and_no_values():
     array = np.random.default_rng(0).normal(1.7e9, 2.0, (500, 3))  # a clock in seconds: squares have 19 digits
     array[:, 1] = 0.1
     mean, sd = data.channel_statistics(array, np.arange(500), chunk=100)
-    assert sd[1] == 1 and abs(mean[1] - 0.1) < 1e-12 and np.allclose(sd[[0, 2]], array[:, [0, 2]].std(0), rtol=1e-6)
+    assert sd[1] == 1 and near(mean[1], 0.1, 1e-12) and near(sd[[0, 2]], array[:, [0, 2]].std(0), 1e-6)
     mean, sd = data.channel_statistics(np.full((4, 3), np.nan), np.arange(4), np.zeros(4, dtype=bool))
     assert mean.tolist() == [0, 0, 0] and sd.tolist() == [1, 1, 1]
 
@@ -5977,11 +6012,11 @@ def test_data_modal_split_standardises_each_channel_by_the_training_rows():
         x = batch["inputs"][name]
         assert x.dtype == torch.float32 and x.shape == (6, *array.shape[1:]) and batch["present"][name].tolist() == [True] * 6
         flat = np.concatenate(channels_last(x.numpy()))
-        assert np.abs(flat.mean(0)).max() < 1e-6 and np.abs(flat.std(0) - 1).max() < 1e-5, name
+        assert np.abs(flat.mean(0)).max() < 1e-6 and near(flat.std(0), 1, 1e-5), name
     other = data.ModalSplit(modal_arrays(), None, rest, scaler=split.scaler).batch([2, 0])
     assert sorted(other) == ["encoded", "inputs", "present"] and not other["encoded"]
     mean, sd = (each[:, None, None].numpy() for each in split.scaler["photo"])
-    assert np.allclose(other["inputs"]["photo"], (modal_arrays()["photo"][[5, 0]] - mean) / sd, atol=1e-5)
+    assert near(other["inputs"]["photo"], (modal_arrays()["photo"][[5, 0]] - mean) / sd, 1e-5)
 
 
 def test_data_modal_split_without_a_scaler_gives_the_values_and_keeps_a_large_offset_exact():
@@ -5991,7 +6026,7 @@ def test_data_modal_split_without_a_scaler_gives_the_values_and_keeps_a_large_of
     clock = 1.7e9 + np.random.default_rng(0).normal(size=(12, 6, 1))  # float32 counts 1.7e9 in steps of 128
     scaler = {"clock": data.channel_statistics(clock, np.arange(12))}
     x = data.ModalSplit({"clock": clock}, None, np.arange(12), scaler=scaler).batch(np.arange(12))["inputs"]["clock"]
-    assert np.allclose(x, (clock - clock.mean()) / clock.std(), atol=1e-5)
+    assert near(x, (clock - clock.mean()) / clock.std(), 1e-5)
 
 
 def test_data_modal_split_shows_nothing_of_an_absent_row_and_says_that_it_is_absent():
@@ -6025,10 +6060,10 @@ def test_data_modal_split_augments_with_a_generator_only_and_as_it_is_told():
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
 
     for name, x in of(noise=0.2).batch(every, seeded())["inputs"].items():
-        assert abs(float((x - plain[name]).std()) - 0.2) < 0.01 and abs(float((x - plain[name]).mean())) < 0.02
+        assert near(float((x - plain[name]).std()), 0.2, 0.05) and abs(float((x - plain[name]).mean())) < 0.02
     factors = {name: (x / plain[name]).flatten(1) for name, x in of(scale=0.3).batch(every, seeded())["inputs"].items()}
     for factor in factors.values():  # one per row and modality
-        assert torch.allclose(factor, factor[:, :1].expand_as(factor), atol=1e-4)
+        assert near(factor, factor[:, :1].expand_as(factor), 1e-4)
         assert 0.7 <= factor.min() < 0.72 and 1.28 < factor.max() <= 1.3001
     assert abs(float(torch.corrcoef(torch.stack([factors["sound"][:, 0], factors["photo"][:, 0]]))[0, 1])) < 0.15
 
@@ -6365,18 +6400,18 @@ def test_data_event_scaler_is_of_the_training_stays_only_and_clipped_at_its_quan
     assert at("HR") == [80, 16.3299, 60, 100] and at("MechVent") == [1, 1, 1, 1] and at("K") == [0, 1, 0, 0]
     z = data.scale_events(stays["variables"], stays["values"], scaler)
     hr = z[stays["variables"] == of("HR")]
-    assert z.dtype == np.float32 and np.allclose(hr, [-1.2247, 0, 1.2247, 1.2247], atol=1e-4)  # 9999 as far as the training stays go
+    assert z.dtype == np.float32 and near(hr, [-1.2247, 0, 1.2247, 1.2247], 1e-4)  # 9999 as far as the training stays go
     assert (z[stays["variables"] == of("K")] == 0).all() and (z[stays["variables"] == of("MechVent")] == 0).all()
     again = data.scale_events(stays["variables"], stays["values"], {name: torch.from_numpy(each) for name, each in scaler.items()})
     assert np.array_equal(z, again)  # as saved with the weights
     many = data.pack_stays(np.arange(1001), np.zeros(1001), np.full(1001, of("pH")), [7.3, 7.5] * 500 + [735])
     sds = [data.event_scaler(many, np.arange(1001), tail=tail)["sd"][of("pH")] for tail in (0.005, 0)]
-    assert np.allclose(sds, [0.1, 22.986], atol=1e-3)  # the docstring's numbers
+    assert near(sds, [0.1, 22.986], 1e-3)  # the docstring's numbers
     x = np.random.default_rng(0).normal(80, 20, 400).astype(np.float32)
     scaler = data.event_scaler(data.pack_stays(np.arange(400), np.zeros(400), np.full(400, of("HR")), x), np.arange(400), tail=0.1)
     low, high = np.quantile(x.astype(np.float64), [0.1, 0.9])
     clipped = x.astype(np.float64).clip(low, high)
-    assert np.allclose([each[of("HR")] for each in scaler.values()], [clipped.mean(), clipped.std(), low, high])
+    assert near([each[of("HR")] for each in scaler.values()], [clipped.mean(), clipped.std(), low, high], 1e-5)
     for wrong in (0.5, -0.1, float("nan")):
         raises(ValueError, f"tail {wrong:g} must be", lambda: data.event_scaler(stays, [0], tail=wrong))
     raises(ValueError, "0 stays at least 1", lambda: data.event_scaler(stays, []))
@@ -6396,7 +6431,7 @@ def test_data_stay_statistics_equal_the_slow_version():
             x = np.clip(found.get(v, []), scaler["low"][v], scaler["high"][v])
             slow[k, :, v] = [((x - scaler["mean"][v]) / scaler["sd"][v]).mean() if len(x) else 0, len(x) == 0, np.log1p(len(x))]
     fast = data.stay_statistics(stays, rows, scaler)
-    assert fast.dtype == np.float64 and fast.shape == (4, 123) and np.allclose(fast, slow.reshape(4, 123), atol=1e-6)
+    assert fast.dtype == np.float64 and fast.shape == (4, 123) and near(fast, slow.reshape(4, 123), 1e-6)
     assert data.stay_statistics(stays, [], scaler).shape == (0, 123)
 
 
@@ -6422,7 +6457,7 @@ def test_data_stay_split_batches_equal_a_loop_over_stays():
         types = {"variables": torch.int64, "values": torch.float32, "sizes": torch.int64, "minutes": torch.float32, "lengths": torch.int64}
         assert {name: each.dtype for name, each in batch["inputs"].items()} == types
         for name, each in batch["inputs"].items():
-            assert torch.allclose(each, torch.tensor(slow[name], dtype=each.dtype), atol=1e-5), name
+            assert near(each, torch.tensor(slow[name], dtype=each.dtype), 1e-5), name
         assert batch["targets"].dtype == torch.float32 and batch["targets"].tolist() == [float(split.labels[r]) for r in rows]
     split.features = torch.arange(5.0)[:, None]
     batch = split.batch([4, 0], seeded())
@@ -6740,7 +6775,7 @@ def test_train_accumulation_equals_one_big_batch():
         big, steps = weights(32, 1)
         small, steps_again = weights(16, 2)
     assert steps == steps_again == 2
-    assert (big - small).abs().max() < 1e-6, (big - small).abs().max()
+    assert near(big, small, 1e-6), (big - small).abs().max()
 
 
 def test_train_amp_schedules_and_samplers_all_train():
@@ -6756,6 +6791,25 @@ def test_train_amp_schedules_and_samplers_all_train():
         run(f / "blind", *words)
         run(f / "blind", *words, "--resume")  # the training loss picks there, and the same command goes on
         assert "at 0% of its highest" in run(f / "still", "--epochs", "1", "--batch-size", "64", *NO_RATE)
+
+
+def test_train_warns_where_amp_is_slower_than_float32():
+    measured = train.slowdown
+    assert 0 < measured(torch.bfloat16, "cpu") < math.inf and measured(torch.float32, "cpu") == 1
+
+    def show_schedule(*words):
+        code, out, err = call("--task", "ocec", "--device", "cpu", "--epochs", "2", "--show-schedule", *words)
+        assert code == 0, err
+        return out
+
+    for ratio, warned in (19.4, True), (1.9, False):
+        with unittest.mock.patch.object(train, "slowdown", lambda dtype, device: ratio):
+            for amp in ("bf16", "fp16"):
+                text = show_schedule("--amp", amp)
+                assert (f"--amp {amp} is slow on this cpu" in text and "19 times" in text) == warned, text
+            assert "is slow on this" not in show_schedule()
+    commands = re.findall(r"python train\.py [^`\n]+", (HERE / "README.md").read_text())
+    assert len(commands) > 10 and not any("--amp" in command for command in commands)
 
 
 def test_train_lr_of_a_step_is_the_schedule_of_that_step():
@@ -6794,7 +6848,7 @@ def test_train_predict_writes_the_probability_that_eval_scores():
         with open(f / "preds.csv") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0]) == ["path", "logit", "prob_open"] and rows[3]["path"] == "eyes.npz#3" and len(rows) == 60
-        assert all(abs(1 / (1 + math.exp(-float(row["logit"]))) - float(row["prob_open"])) < 1e-5 for row in rows)
+        assert all(near(1 / (1 + math.exp(-float(row["logit"]))), float(row["prob_open"]), 1e-5) for row in rows)
         labels = np.load(f / "eyes.npz")["labels"]
         f1 = losses.binary_report(np.array([float(row["logit"]) for row in rows]), labels)["f1"]
         code, out, _ = call("--task", "ocec", "--eval", f / "a" / "best.pt", "--split", "all")
@@ -6874,7 +6928,7 @@ def test_train_scores_do_not_depend_on_the_batch_size_and_weights_come_from_trai
         model = train.build(args, 1).raw_model.eval()
         with torch.no_grad():
             few, many = (train.eyes_logits(model, sets.whole, chunk=chunk) for chunk in (7, 512))
-        assert (few - many).abs().max() < 1e-5
+        assert near(few, many, 1e-5)
 
 
 def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
@@ -6992,9 +7046,9 @@ def test_train_epoch_equals_the_loop_written_out():
             decay = min(0.9, (1 + t) / (10 + t))
             for name, value in model.state_dict().items():
                 shadow[name] = decay * shadow[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
-        close = lambda a, b: all((a[name].float() - b[name].float()).abs().max() < 1e-5 for name in b)
+        close = lambda a, b: all(near(a[name].float(), b[name].float(), 1e-5) for name in b)
         assert close(state.raw_model.state_dict(), model.state_dict()) and close(state.ema.module.state_dict(), shadow)
-        assert abs(row["grad_norm"] - np.mean(norms)) < 1e-3 and row["step"] == 3 and math.isclose(row["lr_end"], 1e-4 + 0.0099 * 2 / 3)
+        assert near(row["grad_norm"], np.mean(norms), 1e-3) and row["step"] == 3 and math.isclose(row["lr_end"], 1e-4 + 0.0099 * 2 / 3)
 
 
 def test_train_order_augmentation_and_dropout_follow_seed_and_epoch():
@@ -7301,10 +7355,10 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
     assert math.isclose(scores["PULSE"]["mae"], np.abs(test.ceiling - test.labels).mean())
     keys = {(int(row["recording"]), float(row["start_s"])): float(row["beats_per_minute"]) for row in rows}
     predicted = np.array([keys[windows["recording"][row] + 1, windows["starts"][row]] for row in test.rows])
-    assert math.isclose(scores["model"]["mae"], np.abs(predicted - test.labels).mean(), abs_tol=1e-3)
-    assert math.isclose(scores["model"]["rmse"], math.sqrt(np.square(predicted - test.labels).mean()), abs_tol=1e-3)
+    assert near(scores["model"]["mae"], np.abs(predicted - test.labels).mean(), 1e-3)
+    assert near(scores["model"]["rmse"], math.sqrt(np.square(predicted - test.labels).mean()), 1e-3)
     by_patient = [np.abs(predicted - test.labels)[test.groups == each].mean() for each in np.unique(test.groups)]
-    assert math.isclose(scores["model"]["patient_mae"], np.mean(by_patient), abs_tol=1e-3)
+    assert near(scores["model"]["patient_mae"], np.mean(by_patient), 1e-3)
     assert "SYNTHETIC" not in out and "10 recordings of 8 patients" in out and "none on two sides" in out
     assert out.count("constant median") == 3
 
@@ -7430,7 +7484,7 @@ def test_train_probe_on_cached_features_scores_what_the_whole_network_scores():
         assert not features.requires_grad and features.shape == (len(sets.train), 16)
         sets.train.features = None
         whole = state.raw_model.features(sets.train.batch(np.arange(len(sets.train)))["inputs"])
-        assert torch.allclose(whole, features, atol=1e-5)
+        assert near(whole, features, 1e-5)
 
 
 def test_train_scratch_learns_the_heart_rate_of_synthetic_recordings():
@@ -7904,7 +7958,7 @@ def test_train_faces_score_does_not_depend_on_the_batch_size():
         train.batches_in_order = original
     assert len(sets.train) == 24
     for key, value in train.plain(chunks[0]).items():
-        assert abs(value - chunks[1][key]) < 1e-6, key
+        assert near(value, chunks[1][key], 1e-6), key
 
 
 def check_resume(base, run, path, words, data_path=None):
@@ -8032,7 +8086,7 @@ def test_train_faces_class_weights_count_training_pixels_only():
         args = train.parse_args([*FACEPARSE, "--class-weights", "median", "--data", str(faces_npz(f / "faces.npz"))])
         sets = train.faces_load(args.data, args)
         pixels = np.bincount(sets.train.masks[sets.train.rows].flatten().numpy(), minlength=19)
-        assert np.allclose(sets.facts["class_weights"], losses.median_frequency_weights(pixels).numpy())
+        assert near(sets.facts["class_weights"], losses.median_frequency_weights(pixels).numpy(), 1e-5)
         faces_run(f / "a", "--class-weights", "median", "--gamma", "2", "--smoothing", "0.1", "--dice-per", "batch",
                   "--dice-absent", "zero")
         assert result_of(f / "a")["facts"] == sets.facts
@@ -8049,7 +8103,7 @@ def test_train_faces_original_schedule_has_the_rates_of_the_note():
         args = train.parse_args(["--task", "faceparse", "--variant", variant])
         schedule = train.make_schedule(sgd(args.lr), args, 29)  # 900 images in batches of 32
         for epoch, rate in zip(epochs, want):
-            assert abs(schedule.lr_at(epoch * 29, args.lr) - rate) < 4e-6, (variant, epoch)
+            assert near(schedule.lr_at(epoch * 29, args.lr), rate, 6e-3), (variant, epoch)
         assert math.isclose(schedule.lr_at(5 * 29, args.lr), 8e-4) and math.isclose(schedule.lr_at(0, args.lr), 8e-5)
     for words, message in ((["--cosine-epochs", "0.5"], "--warmup-epochs 0.5 must be below --cosine-epochs 0.5"),
                            (["--cosine-epochs", "100", "--epochs", "3", "--warmup-epochs", "5"], "5 must be below --epochs 3")):
@@ -8215,10 +8269,10 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
     assert math.isclose(scores["constant majority"]["accuracy"], np.mean(labels == majority))
     # the same scores again, from the embeddings that --predict wrote
     predicted = losses.knn_predict(z[sets.train.rows], sets.train.labels, z[sets.test.rows], k=5)
-    assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
-    assert math.isclose(scores["model"]["accuracy"], np.mean(predicted == labels), abs_tol=0.011)  # batches may round ties otherwise
+    assert near(np.linalg.norm(z, axis=1), 1, 1e-5)
+    assert near(scores["model"]["accuracy"], np.mean(predicted == labels), 0.02)  # batches may round ties otherwise
     probe = losses.ridge_predict(z[sets.train.rows], sets.train.labels, z[sets.test.rows])
-    assert math.isclose(scores["model"]["probe"], np.mean(probe == labels), abs_tol=0.021) and np.mean(probe == predicted) < 0.95
+    assert near(scores["model"]["probe"], np.mean(probe == labels), 0.04) and np.mean(probe == predicted) < 0.95
     assert math.isclose(scores["model"]["cosine"], losses.mean_cosine(z[sets.test.rows]), rel_tol=1e-4)
     assert scores["ceiling"]["loss"] < scores["constant majority"]["loss"]
     assert scores["ridge all"]["accuracy"] > scores["constant majority"]["accuracy"]
@@ -8244,8 +8298,8 @@ def test_train_quad_knows_training_rows_only_and_augments_as_the_flags_say():
         arrays, labels, _, names, _ = data.read_modalities(f / "quad.npz")
     for name, array in arrays.items():
         rows = array[sets.train.rows].astype(np.float64)
-        np.testing.assert_allclose(sets.facts["scaler"][name][0], rows.mean((0, 1)), rtol=1e-6, atol=1e-9)
-        assert not np.allclose(sets.facts["scaler"][name][0], array.mean((0, 1)), rtol=1e-6)
+        assert near(sets.facts["scaler"][name][0], rows.mean((0, 1)), 1e-6)
+        assert not near(sets.facts["scaler"][name][0], array.mean((0, 1)), 1e-6)
     one = data.ModalSplit(arrays, labels, np.flatnonzero(labels == 2)[:9], scaler=sets.train.scaler)  # rows of another class only
     one.reference, one.present = sets.train, sets.train.present
     assert np.bincount(sets.train.labels).argmax() != 2
@@ -8280,7 +8334,7 @@ def test_train_quad_mixup_keeps_absent_rows_out_of_the_batch_statistics():
         batch = data.ModalSplit(arrays, labels, np.arange(rows), present=present).batch(np.arange(rows))
         train.quad_loss(model, batch, 0, args)
         found.append([each.clone() for name, each in model.named_buffers() if "running_mean" in name])
-    assert found[0] and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+    assert found[0] and all(near(a, b, 1e-6) for a, b in zip(*found))
 
 
 def test_train_quad_uses_the_modalities_that_are_named():
@@ -8303,7 +8357,7 @@ def test_train_quad_statistics_are_mean_and_sd_of_every_channel():
         channels = np.moveaxis(array, -3, -1) if array.ndim > 3 else array[:, None] if array.ndim == 2 else array
         flat = channels.reshape(len(array), -1, channels.shape[-1])[3:17].astype(np.float64)
         want = np.where(present[name][3:17, None], np.concatenate([flat.mean(1), flat.std(1)], 1), 0)
-        np.testing.assert_allclose(found[name], want, atol=1e-4)
+        assert near(found[name], want, 1e-4)
 
 
 def test_train_quad_one_class_is_refused_or_stands_at_its_bound():
@@ -8349,7 +8403,7 @@ def test_train_quad_frozen_encoders_are_run_once_and_stay_as_they_were():
         batch = sets.test.batch(np.array([3, 0]))
         assert torch.equal(batch["encoded"]["sensor"], sets.test.features["sensor"][[3, 0]])
         assert list(batch["encoded"]) == ["sensor"] and list(batch["inputs"]) == ["audio"]
-        assert torch.allclose(train.quad_embeddings(run_.raw_model, sets.test), plain, atol=1e-6)
+        assert near(train.quad_embeddings(run_.raw_model, sets.test), plain, 1e-6)
         code, _, err = call(*MODAL, "--data", f / "quad.npz", "--out", f / "b", "--freeze", "audio,sensor")
         assert code == 0 and "all 2 encoders are frozen" in err
 
@@ -8572,9 +8626,9 @@ def test_train_stays_scores_stand_between_chance_and_ceiling_beside_a_logistic_r
     assert list(scores) == ["rows", "model", "constant", "SAPS-I", "SOFA", "logistic regression", "ceiling"]
     test = sets.test
     logits, prob = np.array([rows[each] for each in test.ids]).T
-    assert len(rows) == 80 and np.allclose(prob, 1 / (1 + np.exp(-logits)), atol=1e-5)
-    assert math.isclose(scores["model"]["auroc"], losses.auroc(logits, test.labels), abs_tol=1e-6)
-    assert math.isclose(scores["model"]["auprc"], losses.average_precision(logits, test.labels), abs_tol=1e-6)
+    assert len(rows) == 80 and near(prob, 1 / (1 + np.exp(-logits)), 1e-5)
+    assert near(scores["model"]["auroc"], losses.auroc(logits, test.labels), 1e-6)
+    assert near(scores["model"]["auprc"], losses.average_precision(logits, test.labels), 1e-6)
     assert scores["model"]["auroc_low"] < scores["model"]["auroc"] < scores["model"]["auroc_high"]
     assert scores["constant"]["auroc"] == 0.5 and math.isclose(scores["constant"]["auprc"], test.labels.mean())
     assert scores["ceiling"] == {"loss": 0, "auroc": 1, "auprc": 1}
@@ -8583,7 +8637,7 @@ def test_train_stays_scores_stand_between_chance_and_ceiling_beside_a_logistic_r
     assert args.facts["scale"] == {name: each.tolist() for name, each in scaler.items()}
     expected = losses.logistic_predict(data.stay_statistics(stays, train_rows, scaler), stays["labels"][train_rows],
                                        data.stay_statistics(stays, test.rows, scaler), penalty=train.STAY_PENALTY)
-    assert np.allclose(train.stay_regression(test, args), expected)
+    assert near(train.stay_regression(test, args), expected, 1e-5)
     assert math.isclose(scores["logistic regression"]["auroc"], losses.auroc(expected, test.labels))
     saps = stays["severity"]["SAPS-I"][test.rows]
     known = ~np.isnan(saps)
@@ -8616,7 +8670,7 @@ def test_train_stays_scores_do_not_depend_on_the_batch_they_are_in():
         with torch.inference_mode():
             together = train.stay_all_logits(model, sets.test)
             alone = torch.cat([model(sets.test.batch([row])["inputs"]) for row in range(len(sets.test))])
-            assert (together - alone).abs().max() < 1e-5 and together.std() > 0.01
+            assert near(together, alone, 1e-5) and together.std() > 0.01
             args, sets = stays_args(f, "--mode", "pretrain")
             model = train.vae_network(args).eval()
             one = train.vae_evaluate(model, sets.test, args)
@@ -8925,12 +8979,12 @@ def test_train_two_processes_equal_one_and_equal_accumulation():
                 ways |= {"one accumulated": alike(f, task, 12, 2), "two accumulated": results_of_two(f, f"{task}-accumulated")[0]}
             for way, want in ways.items():
                 assert two["step"] == want["step"] and two["parts"].keys() == want["parts"].keys(), (task, way)
-                assert abs(two["loss"] - want["loss"]) < 1e-5, (task, way, two["loss"], want["loss"])
+                assert near(two["loss"], want["loss"], 1e-5), (task, way, two["loss"], want["loss"])
                 for name, value in want["parts"].items():
-                    assert abs(two["parts"][name] - value) < 1e-5, (task, way, name)
+                    assert near(two["parts"][name], value, 1e-5), (task, way, name)
                 for kind in ("model", "ema"):
                     for name, value in want[kind].items():
-                        assert (two[kind][name] - value).abs().max() < 1e-5, (task, way, kind, name)
+                        assert near(two[kind][name], value, 1e-5), (task, way, kind, name)
         one, two = results_of_two(f, "noisy")
         assert not set(one["seeds"]) & set(two["seeds"]) and same_bits(one | {"seeds": 0}, two | {"seeds": 0})
         for name, buffers in results_of_two(f, "own")[0].items():  # batch statistics of rank 0, and of its average
@@ -9398,7 +9452,7 @@ def test_train_exported_networks_give_the_numbers_of_their_task_without_this_scr
         for name, expected in own.items():
             for ours, theirs in zip(expected, torch.load(f / "runs" / name / "outputs", weights_only=True), strict=True):
                 assert theirs.dtype == torch.float32 and not theirs.requires_grad and ours.shape == theirs.shape, name
-                assert torch.allclose(theirs.double(), ours.double(), rtol=1e-6, atol=1e-6), (name, (theirs - ours).abs().max())
+                assert near(theirs.double(), ours.double(), 1e-6), (name, (theirs - ours).abs().max())
             assert expected[-1].std(0).max() > 1e-4, name  # rows differ
 
 
@@ -9409,7 +9463,7 @@ def test_train_export_describes_itself_and_prints_the_lines_that_load_it():
         lines = out.split("to use it, without this script:\n")[1]
         known = {"images": inputs["images"]}
         exec("\n".join(line.strip() for line in lines.splitlines()), known)
-        assert torch.allclose(known["prob_open"], numbers(np.arange(len(inputs["images"]))), atol=1e-6)
+        assert near(known["prob_open"], numbers(np.arange(len(inputs["images"]))), 1e-6)
         files = {"about.json": ""}
         torch.export.load(f / "run" / "net.pt2", extra_files=files)
         about = json.loads(files["about.json"])
@@ -9429,7 +9483,7 @@ def test_train_exported_stays_that_break_the_layout_are_nan_and_leave_the_others
     inputs["variables"][hole, 1] = -1
     inputs["minutes"][unordered, 1] = inputs["minutes"][unordered, 0]
     broken = model(inputs)
-    assert broken[:3].isnan().all() and torch.allclose(broken[3:], good[3:], atol=1e-6)
+    assert broken[:3].isnan().all() and near(broken[3:], good[3:], 1e-6)
 
 
 def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_nothing():
@@ -9578,7 +9632,7 @@ def test_train_log_tells_how_far_weights_and_outputs_moved_what_has_no_gradient_
         row = train.train_epoch(state, sets.train, 1, args, NEVER)
         length = lambda tensors: float(torch.cat([each.detach().flatten() for each in tensors]).double().norm())
         moved = [p - before[name] for name, p in state.raw_model.named_parameters() if p.requires_grad]
-        assert abs(row["weight_change"] - length(moved) / length(before.values())) < 1e-6 and row["weight_change"] > 0
+        assert near(row["weight_change"], length(moved) / length(before.values()), 1e-6) and row["weight_change"] > 0
         assert row["no_gradient"] == ["idle.weight", "idle.bias"] and row["frozen_in_training"] == []
         whole = train.models.train_mode
         train.models.train_mode = lambda model: model.train()
@@ -9618,8 +9672,8 @@ def test_train_phases_are_thirds_and_what_came_after_the_best():
     found = train.phases(history, args)
     assert {name: (each["first"], each["last"]) for name, each in found.items()} == {
         "early": (1, 2), "middle": (3, 4), "late": (5, 5), "after the best": (5, 5)}
-    assert abs(found["early"]["mean"] - 0.15) < 1e-12 and abs(found["early"]["sd"] - 0.1 / 2 ** 0.5) < 1e-12
-    assert abs(found["middle"]["gap"] - 0.35) < 1e-12 and math.isnan(found["late"]["sd"])
+    assert near(found["early"]["mean"], 0.15, 1e-12) and near(found["early"]["sd"], 0.1 / 2 ** 0.5, 1e-12)
+    assert near(found["middle"]["gap"], 0.35, 1e-12) and math.isnan(found["late"]["sd"])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         train.print_phases(history, args)
@@ -9711,8 +9765,8 @@ def test_train_curves_svg_puts_series_floor_ceiling_and_the_best_epoch_where_the
         lines["f1", "constant"] + (0.6 - value) / 0.4 * (lines["f1", "constant"] - lines["f1", "ceiling"]))
     places = pairs_of(curves["f1", "raw"])
     assert len(places) == 5 and (places[0][0], places[-1][0]) == (train.SVG_LEFT, train.SVG_LEFT + train.SVG_PLOT)
-    assert np.allclose([y for _, y in places], [at(row["raw"]["f1"]) for row in history], atol=0.11)
-    assert np.allclose(np.diff([x for x, _ in places]), (places[-1][0] - places[0][0]) / 4, atol=0.11)
+    assert near([y for _, y in places], [at(row["raw"]["f1"]) for row in history], 1e-3)
+    assert near(np.diff([x for x, _ in places]), (places[-1][0] - places[0][0]) / 4, 1e-3)
     assert marks == dict.fromkeys(("loss", "f1", "learning rate", "gradient norm"), (3, places[3][0]))
     assert dots == [places[3]] and abs(lines["f1", "a & b"] - at(0.7)) < 0.11
     rates = pairs_of(curves["learning rate", "lr"])  # the first and the last of each of four epochs
@@ -9748,7 +9802,7 @@ def test_train_curves_svg_shows_gaps_one_epoch_no_validation_and_a_thousand_epoc
 def test_train_curves_svg_has_round_ticks_and_labels_that_keep_apart():
     for low, high, ticks in ((0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.61, 0.99, [0.7, 0.8, 0.9]), (0, 13, [0, 5, 10]),
                              (-3, 42, [0, 10, 20, 30, 40])):
-        assert np.allclose(train.round_ticks(low, high), ticks), (low, high, train.round_ticks(low, high))
+        assert near(train.round_ticks(low, high), ticks, 1e-5), (low, high, train.round_ticks(low, high))
     assert train.log_ticks(-2.5, 1.2) == [0.01, 0.1, 1, 10] and len(train.log_ticks(-30, 10)) <= 6
     assert [train.tick_label(each) for each in (3 * 2e-4, 0.25, 0.0, 1500.0)] == ["6e-4", "0.25", "0", "1500"]
     assert train.spread([50.0, 10.0, 51.0, 99.0], 12, 100) == [50, 10, 62, 99] and train.spread([99.0, 98.0], 12, 100) == [100, 88]
@@ -9882,7 +9936,7 @@ def test_train_examples_of_ppg_show_the_worst_window_of_each_patient():
                     told = [each for (each,) in numbers_in(lines, r": rmse ([0-9.]+)$")]
             patients = np.unique(sets.test.groups)
             largest = sorted((errors[sets.test.groups == each].max() for each in patients), reverse=True)
-            assert np.allclose(told, largest, atol=0.11 if mode == "scratch" else 1e-3) and len(told) == len(patients) >= 2
+            assert near(told, largest, 0.01 if mode == "scratch" else 1e-3) and len(told) == len(patients) >= 2
             assert lines[0].startswith(f"{sets.test.groups[errors.argmax()]}: ") or mode == "pretrain"
             assert picture_of(f / mode / "examples.png").shape[1] > 480
     for seconds in (30, 32, 70, 190):  # whose tens of seconds numpy.arange may round up to the edge
@@ -10259,23 +10313,48 @@ def test_project_readme_commands_are_flags_that_exist():
     assert "pip install -r requirements.txt && python train.py --task ocec --lr 2e-4" in text and "python test_all.py" in text
 
 
-def suite(words=()):
-    """Every test of this file whose name holds one of the words."""
-    tests = [(name, value) for name, value in globals().items() if name.startswith("test_") and callable(value)]
-    return unittest.TestSuite(unittest.FunctionTestCase(value, description=name) for name, value in tests
-                              if not words or any(word in name for word in words))
+def tests_named(words):
+    """Names of the tests of this file that hold one of the words; all of them without words."""
+    names = [name for name, value in globals().items() if name.startswith("test_") and callable(value)]
+    return [name for name in names if not words or any(word in name for word in words)]
 
 
-def load_tests(loader, tests, pattern):
-    """For `python -m unittest test_all`, which looks for classes only."""
-    return suite()
+def outcome_of(name):
+    """Run one test in this process: (name, "passed", "failed" or "skipped", traceback or reason)."""
+    try:
+        globals()[name]()
+    except unittest.SkipTest as reason:
+        return name, "skipped", str(reason)
+    except Exception:
+        return name, "failed", traceback.format_exc()
+    return name, "passed", ""
+
+
+def run_tests(names, processes):
+    """Yield the outcome of every test as it ends. A process that dies fails the tests that it still had to run."""
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that holds torch's threads may hang
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        # The last tests of the file train: they take longest, so they start first.
+        running = {pool.submit(outcome_of, name): name for name in reversed(names)}
+        for future in concurrent.futures.as_completed(running):
+            error = future.exception()
+            yield future.result() if error is None else (running[future], "failed", f"its process died: {error}")
+
+
+def main(words):
+    names = tests_named([word for word in words if word != "-v"])
+    outcomes = []
+    for name, outcome, text in run_tests(names, processes=os.cpu_count()):
+        outcomes.append(outcome)
+        if "-v" in words:
+            print(f"{name} ... {outcome}", flush=True)
+        if outcome == "failed":
+            print(f"FAILED: {name}\n{text}", flush=True)
+        if outcome == "skipped":
+            print(f"skipped: {name}: {text}", flush=True)
+    print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped")))
+    return not outcomes or "failed" in outcomes
 
 
 if __name__ == "__main__":
-    start = time.perf_counter()
-    result = unittest.TextTestRunner(verbosity=2 if "-v" in sys.argv else 1).run(suite([w for w in sys.argv[1:] if w != "-v"]))
-    failed = len(result.failures) + len(result.errors)
-    for _, reason in result.skipped:
-        print("skipped:", reason)
-    print(f"{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, {len(result.skipped)} skipped")
-    sys.exit(failed > 0 or result.testsRun == 0)
+    sys.exit(main(sys.argv[1:]))

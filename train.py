@@ -2452,9 +2452,40 @@ def share_buffers(run):
                 dist.broadcast(buffer, 0)
 
 
+def autocast_dtype(args):
+    return torch.float16 if args.amp == "fp16" else torch.bfloat16
+
+
 def autocast(args):
-    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    return torch.autocast(torch.device(args.device).type, dtype=dtype, enabled=args.amp != "off")
+    return torch.autocast(torch.device(args.device).type, dtype=autocast_dtype(args), enabled=args.amp != "off")
+
+
+def slowdown(dtype, device):
+    """Seconds of one small matrix product in `dtype`, divided by those in float32; the best of three.
+
+    A processor without bf16 or fp16 instructions converts every value: it takes 10 to 500 times as long.
+    """
+    side = 128 if torch.device(device).type == "cpu" else 4096  # large enough to be more than a launch
+    seconds = {}
+    for kind in (torch.float32, dtype):
+        matrix = torch.ones(side, side, dtype=kind, device=device)
+        times = []
+        for _ in range(4):  # the first one loads the kernel
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # item() waits for the device
+            times.append(time.perf_counter() - start)
+        seconds[kind] = min(times[1:])
+    return seconds[dtype] / seconds[torch.float32]
+
+
+def warn_slow_amp(args):
+    """Say so where --amp is slower than float32: on most processors, and on GPUs older than Ampere."""
+    if args.amp == "off":
+        return
+    ratio = slowdown(autocast_dtype(args), args.device)
+    if ratio > 2:
+        print(f"warning: --amp {args.amp} is slow on this {args.device}: one small matrix product takes {ratio:.0f} times as long "
+              "as in float32; leave --amp out", flush=True)
 
 
 def train_epoch(run, split, epoch, args, stop):
@@ -3437,6 +3468,7 @@ def prepare(args):
         raise ValueError(f"--batch-size {args.batch_size} counts the rows of all {world_size()} processes, which take equal shares of it: "
                          f"give --batch-size {-(-args.batch_size // world_size()) * world_size()}")
     args.device = resolve_device(args.device)
+    warn_slow_amp(args)
     given = [name for name in ("sync_bn", look_of(args)) if name and getattr(args, name)]
     print(command_line(args, [*task.defaults, "data", "cache", "out", "device", *given]), flush=True)
     if args.resume and not content:

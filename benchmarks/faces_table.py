@@ -1,7 +1,7 @@
 """Test scores of finished faceparse runs as rows of a table: seeds of one recipe joined by commas, several recipes side by side.
 
     $ for seed in 0 1; do for flip in swap naive none; do
-    >     python train.py --task faceparse --lr 2e-3 --data celebamask_mini --size 96 --amp bf16 --epochs 20 --warmup-epochs 1 \\
+    >     python train.py --task faceparse --lr 2e-3 --data celebamask_mini --size 96 --epochs 20 --warmup-epochs 1 \\
     >         --min-lr 2e-6 --jitter 0 --flip $flip --seed $seed --out runs/flip-$flip-$seed; done; done
     $ python benchmarks/faces_table.py runs/flip-swap-0,runs/flip-swap-1 runs/flip-naive-0,runs/flip-naive-1 \\
     >     runs/flip-none-0,runs/flip-none-1
