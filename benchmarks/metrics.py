@@ -68,7 +68,7 @@ def compare(title, contestants, rounds, tolerances):
 
 
 def rankings_of_peers():
-    """{metric: {library: function(scores, labels)}} and how far each may be off."""
+    """{metric: {library: function(scores, labels)}}"""
     import torchmetrics.functional.classification as peer
     from sklearn.metrics import average_precision_score, roc_auc_score
 

@@ -137,7 +137,7 @@ def compare_averages(quick):
         if i == 0:
             for name, (_, module) in averages.items():
                 off = float((parameters_of(module) - parameters_of(ours.module)).abs().max())
-                if off > 1e-4:
+                if not off <= 1e-4:
                     sys.exit(f"{name}: not the average of ours, off by {off}")
     compare(f"EMA of {models.count_parameters(model):,} parameters", rounds, "ms")
 
