@@ -10303,6 +10303,12 @@ def test_project_every_public_definition_works_when_pasted_alone():
     assert len(copied) > 10 and copied <= USES.keys(), copied - USES.keys()
 
 
+def test_project_every_benchmark_takes_quick_as_ci_calls_it():
+    scripts = sorted((HERE / "benchmarks").glob("[!_]*.py"))
+    rest = [script.name for script in scripts if "--quick" not in script.read_text()]
+    assert len(scripts) > 15 and not rest, rest
+
+
 def test_project_readme_commands_are_flags_that_exist():
     text = (HERE / "README.md").read_text()
     commands = re.findall(r"(?:python|torchrun [^\n`|]+?) train\.py (--task [^\n`|]+)", text)

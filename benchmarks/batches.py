@@ -3,6 +3,7 @@
     $ pip install pytorch-metric-learning albumentations pillow torchvision
     $ python benchmarks/batches.py            # the allocator as glibc has it
     $ python benchmarks/batches.py tuned      # with train.tune_allocator, as train.py runs; for all of them alike
+    $ python benchmarks/batches.py --quick
 
 Plan: all batches of 256 of an epoch over 470,811 labels of two classes, 53 to 47, as index lists; the second epoch is timed. Against
 pytorch-metric-learning's MPerClassSampler with 128 rows per class, and torch's WeightedRandomSampler in a BatchSampler, which draws with
@@ -49,16 +50,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import albumentations
 import numpy as np
 import torch
-from PIL import Image
-from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
-from torchvision.transforms import v2
 
 import data
 import train
+from _quick import new_parser, parse, require
 
 
 def compare(title, contestants, rounds, show):
@@ -74,20 +72,34 @@ def compare(title, contestants, rounds, show):
         print(f"    {name:<22} {show(statistics.median(taken)):>16}   {ratio:6.1f} x", flush=True)
 
 
-def compare_plans(n=470_811, size=256):
+def compare_plans(n, size, peers):
     labels = (np.random.default_rng(0).random(n) < 0.53).astype(np.int64)
-    balanced = MPerClassSampler(labels, size // 2, batch_size=size, length_before_new_iter=n)
+    for rows in data.stratified_batches(labels, size, seed=0, epoch=0):
+        assert len(rows) == size and labels[rows].sum() == size // 2, "a batch is not balanced"
     weighted = WeightedRandomSampler(torch.from_numpy(1 / np.bincount(labels)[labels]), n)
-    batched = lambda sampler: list(BatchSampler(sampler, size, drop_last=False))
-    compare(f"plan of {n:,} labels in batches of {size}",
-            {"ours": lambda i: data.stratified_batches(labels, size, seed=0, epoch=i), "MPerClassSampler": lambda i: batched(balanced),
-             "WeightedRandomSampler": lambda i: batched(weighted)}, 3, lambda s: f"{s * 1000:,.1f} ms")
+
+    def batched(sampler):
+        return list(BatchSampler(sampler, size, drop_last=False))
+
+    contestants = {"ours": lambda i: data.stratified_batches(labels, size, seed=0, epoch=i),
+                   "WeightedRandomSampler": lambda i: batched(weighted)}
+    if peers:
+        from pytorch_metric_learning.samplers import MPerClassSampler
+
+        balanced = MPerClassSampler(labels, size // 2, batch_size=size, length_before_new_iter=n)
+        contestants["MPerClassSampler"] = lambda i: batched(balanced)
+    compare(f"plan of {n:,} labels in batches of {size}", contestants, 3,
+            lambda s: f"{s * 1000:,.1f} ms")
 
 
 class Files(Dataset):
     """PNG files, decoded by PIL and augmented by torchvision each time they are asked for."""
 
     def __init__(self, folder, images):
+        from PIL import Image
+        from torchvision.transforms import v2
+
+        self.open = Image.open
         self.files = [folder / f"{i}.png" for i in range(len(images))]
         for file, image in zip(self.files, images):
             file.write_bytes(data.encode_png(image))
@@ -98,16 +110,18 @@ class Files(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return self.transform(Image.open(self.files[i]).convert("RGB"))
+        return self.transform(self.open(self.files[i]).convert("RGB"))
 
 
 class Resident(Dataset):
     """Images (h, w, 3) of an array, augmented by albumentations."""
 
     def __init__(self, images):
+        import albumentations as a
         import cv2
+
         cv2.setNumThreads(0)
-        self.images, a = images, albumentations
+        self.images = images
         self.transform = a.Compose([a.HorizontalFlip(p=0.5), a.RandomBrightnessContrast(0.125, 0.5, p=0.5), a.HueSaturationValue(p=0.5),
                                     a.ChannelShuffle(p=0.5), a.CLAHE(2.0, (4, 4), p=0.01), a.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -118,12 +132,12 @@ class Resident(Dataset):
         return torch.from_numpy(np.ascontiguousarray(self.transform(image=self.images[i])["image"].transpose(2, 0, 1)))
 
 
-def compare_images(folder, n=16_384, size=256):
+def compare_images(n, size, peers):
     images, labels, _, _ = data.synthetic_eyes(n, size=(32, 64))
     split = data.EyeSplit(images, labels, np.arange(n), augment={"flip": 0.5, "photometric": 0.5, "clahe": 0.01})
-    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    loaders = [DataLoader(each, size, shuffle=True, num_workers=2, persistent_workers=True) for each in (Files(folder, pixels),
-                                                                                                         Resident(pixels))]
+    inputs = split.batch(np.arange(size), torch.Generator().manual_seed(0))["inputs"]
+    assert inputs.shape == (size, 3, 32, 64) and inputs.dtype == torch.float32
+    assert -1 <= inputs.min() < -0.5 and 0.5 < inputs.max() <= 1, "not scaled to [-1, 1]"
 
     def ours(epoch, threads=2):
         torch.set_num_threads(threads)
@@ -131,18 +145,37 @@ def compare_images(folder, n=16_384, size=256):
         for rows in data.shuffled_batches(n, size, seed=0, epoch=epoch):
             split.batch(rows, generator)
 
-    compare(f"{n:,} augmented images in batches of {size}",
-            {"ours": ours, "ours, 1 thread": lambda i: ours(i, 1), "PIL + torchvision": lambda i: [None for _ in loaders[0]],
-             "albumentations": lambda i: [None for _ in loaders[1]]},
-            3, lambda s: f"{n / s:,.0f} images/s")
+    contestants = {"ours": ours, "ours, 1 thread": lambda i: ours(i, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        if peers:
+            pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+            options = dict(shuffle=True, num_workers=2, persistent_workers=True)
+            files = DataLoader(Files(Path(folder), pixels), size, **options)
+            resident = DataLoader(Resident(pixels), size, **options)
+            contestants["PIL + torchvision"] = lambda i: [None for _ in files]
+            contestants["albumentations"] = lambda i: [None for _ in resident]
+        compare(f"{n:,} augmented images in batches of {size}", contestants, 3,
+                lambda s: f"{n / s:,.0f} images/s")
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("allocator", nargs="?", choices=["tuned"], help="tuned: as train.py runs")
+    args = parse(parser)
+    if not args.quick:
+        require("pip install pytorch-metric-learning albumentations pillow torchvision",
+                "pytorch_metric_learning", "albumentations", "PIL", "torchvision")
+    if args.allocator:
+        train.tune_allocator()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, "
+          f"allocator {args.allocator or 'default'} on all sides, load {os.getloadavg()[0]:.1f}")
+    if args.quick:
+        compare_plans(1000, 32, peers=False)
+        compare_images(64, 32, peers=False)
+    else:
+        compare_plans(470_811, 256, peers=True)
+        compare_images(16_384, 256, peers=True)
 
 
 if __name__ == "__main__":
-    tuned = sys.argv[1:] == ["tuned"]
-    if tuned:
-        train.tune_allocator()
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, allocator {'tuned' if tuned else 'default'} on all sides, load "
-          f"{os.getloadavg()[0]:.1f}")
-    compare_plans()
-    with tempfile.TemporaryDirectory() as folder:
-        compare_images(Path(folder))
+    main()

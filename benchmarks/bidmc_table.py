@@ -11,10 +11,13 @@ joined by commas are averaged patient by patient first.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from _quick import new_parser, parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -51,24 +54,79 @@ def interval(differences):
     return differences.mean(), *np.percentile(differences[rows].mean(1), (2.5, 97.5))
 
 
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
-first = None
-for joined in sys.argv[1:]:
+def print_scores(folder, scores):
+    print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, "
+          "mean +- sd over the folds")
+    for name, row in scores["test"].items():
+        if name != "rows":
+            sd = scores["test_sd"][name]
+            cells = [f"{key} {value:8.4f} +- {sd[key]:.4f}" for key, value in row.items()
+                     if value is not None]
+            print(f"  {name:<16}" + "   ".join(cells))
+
+
+def errors_of_seeds(folders):
+    """patient_errors, averaged patient by patient over the seeds; prints the scores of each."""
     of_seeds = []
-    for folder in map(Path, joined.split(",")):
+    for folder in folders:
         scores = json.loads((folder / "scores.json").read_text())
         if "folds" not in scores:
             sys.exit(f"{folder} is a run without --folds")
-        print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, mean +- sd over the folds")
-        for name, row in scores["test"].items():
-            if name != "rows":
-                cells = [f"{key} {value:8.4f} +- {scores['test_sd'][name][key]:.4f}" for key, value in row.items() if value is not None]
-                print(f"  {name:<16}" + "   ".join(cells))
+        print_scores(folder, scores)
         of_seeds.append(patient_errors(folder, scores["folds"]))
-    errors = {name: {patient: np.mean([each[name][patient] for each in of_seeds]) for patient in of_seeds[0][name]} for name in of_seeds[0]}
-    first = first or errors["model"]
-    others = {name: errors[name] for name in errors if name != "model"} | ({sys.argv[1]: first} if first is not errors["model"] else {})
-    for title, other in others.items():
-        mean, low, high = interval([errors["model"][patient] - other[patient] for patient in other])
-        print(f"  {joined}: MAE by patient minus that of {title}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(other)} patients")
+    means = {}
+    for name, patients in of_seeds[0].items():
+        means[name] = {patient: np.mean([errors[name][patient] for errors in of_seeds])
+                       for patient in patients}
+    return means
+
+
+def compare(recipes):
+    """Each list of folders, seeds of one recipe, with what learns nothing and with the first."""
+    first = None
+    for folders in recipes:
+        title = ",".join(map(str, folders))
+        errors = errors_of_seeds(folders)
+        others = {name: errors[name] for name in errors if name != "model"}
+        if first:
+            others[",".join(map(str, recipes[0]))] = first
+        first = first or errors["model"]
+        for name, other in others.items():
+            differences = [errors["model"][patient] - other[patient] for patient in other]
+            mean, low, high = interval(differences)
+            print(f"  {title}: MAE by patient minus that of {name}: "
+                  f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(other)} patients")
+
+
+def tiny_recipes(folder):
+    """One recipe with two seeds, and the second alone, on drawn recordings, in two folds."""
+    from _drawn import tiny_run, write_recordings
+
+    write_recordings(folder / "csv")
+    runs = []
+    for seed in ("0", "1"):
+        run = folder / f"run-{seed}"
+        runs.append(tiny_run("bidmc_hr", folder / "csv", run, "--folds", "2", "--seed", seed))
+    for run in runs:
+        errors = patient_errors(run, 1)["model"]  # of the first fold alone
+        mean = np.mean(list(errors.values()))
+        scores = json.loads((run / "fold-1" / "scores.json").read_text())["test"]["model"]
+        assert abs(mean / scores["patient_mae"] - 1) < 1e-4, (mean, scores)
+    return [runs, runs[1:]]
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
+    args = parse(parser)
+    if bool(args.runs) == args.quick:
+        parser.error("give either folders of finished runs, or --quick")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            compare(tiny_recipes(Path(folder)))
+        else:
+            compare([[Path(name) for name in group.split(",")] for group in args.runs])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """What several processes pay for talking to each other: the same training step of ocec with and without it.
 
     $ torchrun --nproc-per-node 2 benchmarks/ddp.py
+    $ python benchmarks/ddp.py --quick      # without torchrun it starts itself in two processes
 
 Two processes of one thread each, gloo, train.tune_allocator in both. The network of train.build with 64 channels and 8 blocks, 128 images
 of 32 x 64 for each process, float32: forward, BCE, backward, gradient norm, AdamW, average of the weights, as train.py does them. The
@@ -26,6 +27,7 @@ came to +5.8 %, with gradient_as_bucket_view to +3.1 %, with static_graph as wel
 import contextlib
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,8 +39,8 @@ import torch
 
 import data
 import train
+from _quick import new_parser, parse
 
-STEPS, ROUNDS = 2, 40
 KINDS = ("alone", "waiting", "gradients", "all of train.py")
 
 
@@ -60,9 +62,10 @@ def step(kind, run, args, batch, stop):
     return float(norm)
 
 
-def compare():
-    args = train.parse_args("--task ocec --channels 64 --blocks 8 --device cpu".split())
-    images, labels, _, _ = data.synthetic_eyes(128, size=args.size, seed=train.rank())
+def compare(channels, blocks, batch_size, steps, number_of_rounds):
+    words = f"--task ocec --channels {channels} --blocks {blocks} --device cpu"
+    args = train.parse_args(words.split())
+    images, labels, _, _ = data.synthetic_eyes(batch_size, size=args.size, seed=train.rank())
     args.facts = {"pos_weight": 1.0}
     run = train.build(args, 1000)
     train.share_gradients(run)
@@ -75,23 +78,39 @@ def compare():
                 sys.exit(f"{kind}: gradient norms {norms}")
             for p in run.raw_model.parameters():
                 torch.distributed.broadcast(p.data, 0)
-        for i in range(ROUNDS):
+        for i in range(number_of_rounds):
             for kind in KINDS[i % 4 :] + KINDS[: i % 4]:
                 train.gathered(None)
                 start = time.perf_counter()
-                for _ in range(STEPS):
+                for _ in range(steps):
                     step(kind, run, args, batch, stop)
                 train.summed([0])
-                rounds[kind].append((time.perf_counter() - start) / STEPS)
+                rounds[kind].append((time.perf_counter() - start) / steps)
     print(f"torch {torch.__version__}, {train.world_size()} processes, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}")
+    quarter = number_of_rounds // 4
     for kind, seconds in rounds.items():
         ratios = sorted(its / alone for its, alone in zip(seconds, rounds["alone"]))
         print(f"    {kind:<16} {statistics.median(seconds) * 1000:8.1f} ms   {100 * statistics.median(ratios) - 100:+5.1f} %   "
-              f"middle half {100 * ratios[ROUNDS // 4] - 100:+.1f} to {100 * ratios[-1 - ROUNDS // 4] - 100:+.1f}")
+              f"middle half {100 * ratios[quarter] - 100:+.1f} "
+              f"to {100 * ratios[-1 - quarter] - 100:+.1f}")
+
+
+def main():
+    parser = new_parser(__doc__)
+    if "LOCAL_RANK" not in os.environ:
+        parse(parser)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words = ["--nproc-per-node", "2", __file__, *sys.argv[1:]]
+        sys.exit(subprocess.run([*launcher, *words]).returncode)
+    quick = parser.parse_args().quick
+    train.tune_allocator()
+    with train.processes():
+        if quick:
+            compare(channels=8, blocks=1, batch_size=8, steps=1, number_of_rounds=4)
+        else:
+            compare(channels=64, blocks=8, batch_size=128, steps=2, number_of_rounds=40)
+    train.leave(0)
 
 
 if __name__ == "__main__":
-    train.tune_allocator()
-    with train.processes():
-        compare()
-    train.leave(0)
+    main()

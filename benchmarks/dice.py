@@ -4,6 +4,7 @@ DiceLoss of segmentation-models-pytorch (smp), and a one-hot version.
     $ pip install monai && pip install --no-deps segmentation-models-pytorch    # its torchvision would replace torch by a newer one
     $ OMP_NUM_THREADS=1 python benchmarks/dice.py                               # 8 x 19 x 512 x 512
     $ OMP_NUM_THREADS=1 python benchmarks/dice.py 2 19 256 256
+    $ python benchmarks/dice.py --quick         # tiny, beside the one-hot version alone
 
 Each contestant runs in a process of its own: the second of two passes is timed, memory is the peak of the whole process minus its
 peak before the loss, as a multiple of the logits (their gradient, 1.0, is part of it). The contestants take turns, three rounds;
@@ -46,7 +47,10 @@ import sys
 import time
 from pathlib import Path
 
+from _quick import new_parser, parse, require
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TOLERANCES = {"ce_dice_loss": 0.0, "monai": 1e-5, "smp": 1e-4, "one-hot": 1e-5}  # of the loss
 
 
 def contestant(name):
@@ -99,21 +103,52 @@ def measure(name, allocator, shape):
     print(float(loss), seconds, (peak() - before) / (logits.numel() * 4))
 
 
-if sys.argv[1:2] == ["measure"]:
-    measure(*sys.argv[2:4], [int(word) for word in sys.argv[4:]])
-    sys.exit()
-shape = sys.argv[1:] or ["8", "19", "512", "512"]
-print(f"{' x '.join(shape)}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), median of 3, load {os.getloadavg()[0]:.1f}")
-for allocator in "returned", "default", "tuned":
-    names, rounds = ("ce_dice_loss", "monai", "smp", "one-hot"), {}
-    for _ in range(3):
+def compare(allocator, names, shape, rounds):
+    """Each of the names in turn in a process of its own; prints medians."""
+    values = {name: [] for name in names}
+    settings = {"MALLOC_MMAP_THRESHOLD_": "4000000"} if allocator == "returned" else {}
+    for _ in range(rounds):
         for name in names:
-            settings = {"MALLOC_MMAP_THRESHOLD_": "4000000"} if allocator == "returned" else {}
-            out = subprocess.run([sys.executable, __file__, "measure", name, allocator, *shape], capture_output=True, text=True,
-                                 check=True, env=os.environ | settings)
-            rounds.setdefault(name, []).append([float(word) for word in out.stdout.split()])
+            words = ["measure", name, allocator, *map(str, shape)]
+            done = subprocess.run([sys.executable, __file__, *words], capture_output=True,
+                                  text=True, env=os.environ | settings)
+            if done.returncode:
+                sys.exit(done.stderr)
+            values[name].append([float(word) for word in done.stdout.split()])
+            loss, ours = values[name][-1][0], values["ce_dice_loss"][-1][0]
+            if not abs(loss / ours - 1) <= TOLERANCES[name]:
+                sys.exit(f"{name}: loss {loss}, ce_dice_loss {ours}")
     print(f"allocator {allocator}")
-    for name, values in rounds.items():
-        loss, seconds, memory = (statistics.median(column) for column in zip(*values))
-        ratio = statistics.median(its[1] / ours[1] for its, ours in zip(values, rounds["ce_dice_loss"]))  # within a round
-        print(f"    {name:<13} loss {loss:.5f}   {seconds:6.3f} s   {ratio:5.2f} x ce_dice_loss   peak {memory:5.2f} x logits", flush=True)
+    for name in names:
+        loss, seconds, memory = (statistics.median(column) for column in zip(*values[name]))
+        ratio = statistics.median(its[1] / ours[1] for its, ours in  # within a round
+                                  zip(values[name], values["ce_dice_loss"]))
+        print(f"    {name:<13} loss {loss:.5f}   {seconds:6.3f} s   {ratio:5.2f} x ce_dice_loss   "
+              f"peak {memory:5.2f} x logits", flush=True)
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("shape", nargs="*", type=int, default=[8, 19, 512, 512],
+                        help="images, classes, rows, columns (default: 8 19 512 512)")
+    args = parse(parser)
+    names, shape, rounds = ("ce_dice_loss", "monai", "smp", "one-hot"), args.shape, 3
+    if args.quick:
+        names, shape, rounds = ("ce_dice_loss", "one-hot"), [2, 19, 64, 64], 1
+    elif len(shape) != 4:
+        parser.error(f"{len(shape)} numbers: give images, classes, rows and columns")
+    else:
+        require("pip install monai && pip install --no-deps segmentation-models-pytorch",
+                "monai", "segmentation_models_pytorch")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{' x '.join(map(str, shape))}, {threads} thread(s), median of {rounds}, "
+          f"load {os.getloadavg()[0]:.1f}")
+    for allocator in ("tuned",) if args.quick else ("returned", "default", "tuned"):
+        compare(allocator, names, shape, rounds)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(*sys.argv[2:4], [int(word) for word in sys.argv[4:]])
+    else:
+        main()

@@ -11,10 +11,12 @@ over the images. gap: F of training rows less that of validation rows, in the la
 """
 
 import json
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from _quick import new_parser, parse
 
 SIDED = ("l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear")
 MIDDLE = ("background", "skin", "nose", "mouth", "u_lip", "l_lip", "hair", "neck", "cloth")
@@ -29,13 +31,42 @@ def columns(folder):
             "gap": last["train_eval"]["f"] - last[last["weights"]]["f"]}
 
 
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
-for i, group in enumerate(sys.argv[1:]):
-    folders = [Path(name) for name in group.split(",")]
-    rows = [columns(folder) for folder in folders]
-    if i == 0:
-        print("| run | " + " | ".join(rows[0]) + " |\n|" + " --- |" * (len(rows[0]) + 1))
-    values = {name: [row[name] for row in rows] for name in rows[0]}
-    cells = [" / ".join(f"{value:.3f}" for value in each) + f", mean {np.mean(each):.3f}" * (len(each) > 1) for each in values.values()]
-    print(f"| {folders[0].name} | " + " | ".join(cells) + " |")
+def print_table(recipes):
+    """A row for each list of folders, which are seeds of one recipe."""
+    for i, folders in enumerate(recipes):
+        rows = [columns(folder) for folder in folders]
+        if i == 0:
+            print("| run | " + " | ".join(rows[0]) + " |\n|" + " --- |" * (len(rows[0]) + 1))
+        cells = []
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            mean = f", mean {np.mean(values):.3f}" if len(values) > 1 else ""
+            cells.append(" / ".join(f"{value:.3f}" for value in values) + mean)
+        print(f"| {folders[0].name} | " + " | ".join(cells) + " |")
+
+
+def tiny_recipes(folder):
+    """One recipe with two seeds, and the second of them alone, on drawn faces."""
+    from _drawn import tiny_run, write_faces
+
+    write_faces(folder / "faces.npz")
+    runs = [tiny_run("faceparse", folder / "faces.npz", folder / f"run-{seed}", "--seed", seed)
+            for seed in ("0", "1")]
+    return [runs, runs[1:]]
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
+    args = parse(parser)
+    if bool(args.runs) == args.quick:
+        parser.error("give either folders of finished runs, or --quick")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            print_table(tiny_recipes(Path(folder)))
+        else:
+            print_table([[Path(name) for name in group.split(",")] for group in args.runs])
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
     $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data                  # all, 25 minutes on one busy core
     $ OMP_NUM_THREADS=1 python benchmarks/faults.py --data ../shared/data ema overfit      # those whose name holds a word
+    $ python benchmarks/faults.py --quick    # five of them in seconds, on drawn data
 
 Each fault goes into a short run of train.py on real data, of the task where it belongs: as flags where flags can do it, else by replacing
 one function of the code with one that is wrong, as the original teams had it. The diagnosis is told nothing: it sees the counts taken
@@ -11,7 +12,6 @@ A finding beside the injected one is printed, and is no false alarm: a fault has
 --data is a folder with eyes_cew, celebamask_mini, bidmc_csv, motionsense and physionet2012 in it.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -27,6 +27,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from _drawn import write_eyes, write_faces, write_modalities, write_recordings, write_stays
+from _quick import new_parser, parse
+
 import data
 import ema
 import models
@@ -141,10 +144,22 @@ FAULTS = {  # name -> (flags, patches, how it came about)
 HEALTHY = {"ocec": EYES + " --epochs 8", "faceparse": FACES, "bidmc_rr": BREATHS + " --epochs 20", "quadmodal": MOTION, "seqsetvae": STAYS}
 
 
-def run(words, patches, root, out):
+QUICK = {  # one fault for each task that a tiny run on drawn data shows -> flags that make it tiny
+    "ema-not-moving": "--epochs 2",
+    "schedule-outlasts-run": "--size 32 --width 4",
+    "label-quantised": "--width 16 --depth 1 --epochs 1",
+    "single-class-batches": "--width 8 --heads 2 --tokens 2 --hidden 16 --embed 8 --epochs 1",
+    "no-gradient": "--width 16 --heads 2",
+}
+QUICK_HEALTHY = {"ocec": "--epochs 2"}  # too short for the rules that need luck
+
+
+def run(words, patches, path, out):
     """The names of a run's findings, its evidence, and the seconds it took."""
     words = words.replace("PRETRAINED", str(out.parent / "pretrained")).split()
-    words += ["--data", str(root / DATA[words[1]]), "--cache", str(out.parent / "cache"), "--out", str(out)]
+    words += ["--data", str(path), "--out", str(out)]
+    if words[1] != "quadmodal":  # it reads one .npz, and refuses a cache
+        words += ["--cache", str(out.parent / "cache")]
     log, start = io.StringIO(), time.perf_counter()
     with contextlib.ExitStack() as stack, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         for where, name, make in patches:
@@ -156,33 +171,82 @@ def run(words, patches, root, out):
     return {each["name"]: each["evidence"] for each in findings}, time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("words", nargs="*")
-    args = parser.parse_args()
-    chosen = lambda names: [name for name in names if not args.words or any(word in name for word in args.words)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores", flush=True)
+def search(faults, healthy, data_of, folder):
+    """Every fault in a run of its own, then the healthy runs; True if not all is as it should be."""
     found, alarms = 0, 0
+    if "backbone-in-train-mode" in faults:
+        run(PRETRAINED, [], data_of["bidmc_rr"], folder / "pretrained")
+    for name, (words, patches, cause) in faults.items():
+        task = words.split()[1]
+        findings, seconds = run(words, patches, data_of[task], folder / name)
+        found += name in findings
+        print(f"{'found ' if name in findings else 'MISSED'} {name} ({task}, {seconds:.0f} s): "
+              f"{cause}\n       {findings.get(name, 'no such finding')}", flush=True)
+        others = [other for other in findings if other != name]
+        if others:
+            print(f"       also {', '.join(others)}", flush=True)
+    for task, words in healthy.items():
+        findings, seconds = run(words, [], data_of[task], folder / f"healthy-{task}")
+        alarms += len(findings)
+        verdict = "FALSE ALARM" if findings else "no finding"
+        print(f"healthy {task} ({seconds:.0f} s): {verdict}", flush=True)
+        for name, evidence in findings.items():
+            print(f"       {name}: {evidence}", flush=True)
+    print(f"{found} of {len(faults)} faults found, "
+          f"{alarms} false alarms in {len(healthy)} healthy runs")
+    return found < len(faults) or alarms > 0
+
+
+def check_all():
+    """train.py takes the flags of every run, and has what every fault replaces."""
+    for words in HEALTHY.values():
+        train.parse_args(words.split())
+    for words, patches, _ in FAULTS.values():
+        train.parse_args(words.split())
+        for where, name, _ in patches:
+            getattr(where, name)
+
+
+def tiny(folder):
+    """What `search` needs for the runs of --quick."""
+    data_of = {"ocec": folder / "eyes.npz", "faceparse": folder / "faces.npz",
+               "bidmc_rr": folder / "bidmc", "quadmodal": folder / "modalities.npz",
+               "seqsetvae": folder / "stays"}
+    write_eyes(data_of["ocec"])
+    write_faces(data_of["faceparse"])
+    write_recordings(data_of["bidmc_rr"], 53, 30)  # the original split names all 53
+    write_modalities(data_of["quadmodal"])
+    write_stays(data_of["seqsetvae"])
+    faults = {}
+    for name, flags in QUICK.items():
+        words, patches, cause = FAULTS[name]
+        faults[name] = (f"{words} {flags}", patches, cause)
+    healthy = {task: f"{HEALTHY[task]} {flags}" for task, flags in QUICK_HEALTHY.items()}
+    return faults, healthy, data_of
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--data", type=Path, help="folder of the five sets; needed without --quick")
+    parser.add_argument("words", nargs="*", help="only faults and tasks whose name holds a word")
+    args = parse(parser)
+    if bool(args.data) == args.quick:
+        parser.error("give either --data, the folder of the five sets, or --quick")
+
+    def chosen(table):
+        return {name: table[name] for name in table
+                if not args.words or any(word in name for word in args.words)}
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if "backbone-in-train-mode" in chosen(FAULTS):
-            run(PRETRAINED, [], args.data, folder / "pretrained")
-        for name in chosen(FAULTS):
-            words, patches, cause = FAULTS[name]
-            findings, seconds = run(words, patches, args.data, folder / name)
-            found += name in findings
-            print(f"{'found ' if name in findings else 'MISSED'} {name} ({words.split()[1]}, {seconds:.0f} s): {cause}\n"
-                  f"       {findings.get(name, 'no such finding')}", flush=True)
-            others = [each for each in findings if each != name]
-            print(f"       also {', '.join(others)}\n" if others else "", end="", flush=True)
-        for task in chosen(HEALTHY):
-            findings, seconds = run(HEALTHY[task], [], args.data, folder / f"healthy-{task}")
-            alarms += len(findings)
-            print(f"healthy {task} ({seconds:.0f} s): " + ("no finding" if not findings else "FALSE ALARM " + "; ".join(
-                f"{name}: {evidence}" for name, evidence in findings.items())), flush=True)
-    print(f"{found} of {len(chosen(FAULTS))} faults found, {alarms} false alarms in {len(chosen(HEALTHY))} healthy runs")
-    return found < len(chosen(FAULTS)) or alarms > 0
+        if args.quick:
+            check_all()
+            faults, healthy, data_of = tiny(folder)
+        else:
+            faults, healthy = FAULTS, HEALTHY
+            data_of = {task: args.data / name for task, name in DATA.items()}
+        return search(chosen(faults), chosen(healthy), data_of, folder)
 
 
 if __name__ == "__main__":

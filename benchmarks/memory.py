@@ -1,6 +1,7 @@
 """Resident memory of a whole run (load, diagnosis, one epoch, scores, test) on a packed set that grows a hundredfold, and in memory.
 
     $ OMP_NUM_THREADS=1 python benchmarks/memory.py          # Linux; needs 5 GB of disk in the temporary folder and 5 minutes
+    $ python benchmarks/memory.py --quick                    # 300 eyes, and twice as many
 
 A set of --pack is repeated 1, 10 and 100 times, each time with new groups, and trained on for one epoch by a tiny network, each in a
 fresh process. Every 20 ms a thread reads /proc/self/status there. anon is the highest RssAnon: the memory of the process, which the
@@ -26,7 +27,6 @@ A hundred times the eyes took 1.9 times the memory on disk, 11 times in memory. 
 groups and order; the rest of the growth was not traced, freed memory that train.tune_allocator keeps is part of it.
 """
 
-import argparse
 import contextlib
 import io
 import subprocess
@@ -41,8 +41,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
+from _drawn import write_recordings
+from _quick import new_parser, parse
 
-TIMES = (1, 10, 100)
 EYES = "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0 --crop 0 --mixup 0".split()
 RUN = "--val-ratio 0.2 --train-ratio 0.6 --epochs 1 --device cpu".split()  # 512 validation rows and more: a full chunk
 HEART = "--task bidmc_hr --width 8 --depth 1 --heads 1 --bins 16 --batch-size 256".split()
@@ -71,21 +72,6 @@ def repeat(pack, kind, times, folder):
 def eyes_npz(pack, file):
     _, arrays = data.read_pack(pack, "eyes")
     np.savez(file, images=arrays["images"].transpose(0, 2, 3, 1), labels=arrays["labels"], groups=arrays["groups"])
-
-
-def write_recordings(folder, n, seconds):
-    """n synthetic recordings as PhysioNet writes them."""
-    folder.mkdir()
-    for each in data.synthetic_ppg(n, seconds=seconds):
-        name = f"{folder}/bidmc_{each['number']:02d}"
-        marks = np.full((2, max(len(each["breaths"]), len(each["breaths_2"]))), np.nan)
-        marks[0, : len(each["breaths"])], marks[1, : len(each["breaths_2"])] = each["breaths"], each["breaths_2"]
-        for table, columns, values in (
-                ("Signals", "PLETH", each["ppg"]),
-                ("Numerics", "Time [s],HR,PULSE", np.stack([each[k] for k in ("time", "hr", "pulse")], 1)),
-                ("Breaths", "breaths ann1 [signal sample no],breaths ann2 [signal sample no]", marks.T)):
-            np.savetxt(f"{name}_{table}.csv", values, delimiter=",", header=columns, comments="")
-        Path(f"{name}_Fix.txt").write_text(f"MIMIC II matched wdb ID: {each['patient']}\n")
 
 
 def child(words):
@@ -127,19 +113,21 @@ def measure(title, words, folder):
 
 
 def main():
+    quick = parse(new_parser(__doc__)).quick
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        images, labels, groups, _ = data.synthetic_eyes(3000)
+        images, labels, groups, _ = data.synthetic_eyes(300 if quick else 3000)
         np.savez(folder / "eyes.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels, groups=groups)
         data.pack_eyes(folder / "eyes.npz", folder / "eyes", size=(32, 64))
-        write_recordings(folder / "csv", 10, 480)
-        data.pack_bidmc(folder / "csv", folder / "recordings")
-        for kind, words in (("eyes", EYES), ("recordings", HEART)):
+        if not quick:
+            write_recordings(folder / "csv", 10, 480)
+            data.pack_bidmc(folder / "csv", folder / "recordings")
+        for kind, words in (("eyes", EYES),) if quick else (("eyes", EYES), ("recordings", HEART)):
             found = []
-            for times in TIMES:
+            for times in (1, 2) if quick else (1, 10, 100):
                 repeat(folder / kind, kind, times, folder / f"{kind}-{times}")
                 found.append(measure(f"{kind}, packed", [*words, "--data", str(folder / f"{kind}-{times}")], folder))
-                if kind == "eyes":
+                if kind == "eyes" and not quick:
                     eyes_npz(folder / f"eyes-{times}", folder / "big.npz")
                     measure("eyes, in memory", [*words, "--data", str(folder / "big.npz")], folder)
                     (folder / "big.npz").unlink()
@@ -151,5 +139,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2:])
     else:
-        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         main()

@@ -3,6 +3,7 @@ batch, as SeqSetVAE takes them, against a loop over stays and sets, which needs 
 
     $ OMP_NUM_THREADS=1 python benchmarks/sets.py                                          # synthetic stays
     $ OMP_NUM_THREADS=1 python benchmarks/sets.py --data ../shared/data/physionet2012      # stays of the challenge
+    $ python benchmarks/sets.py --quick     # one batch of two stays
 
 loop: every set alone through the set encoder, the decoder and the Chamfer distance, every stay alone through the sequence encoder; the
 losses are added up and go backward once. It leaves out the share of decoded variables, which the packed step counts: in its favour.
@@ -28,7 +29,6 @@ shifted; the time allowed for the last run ended before it.
      64 stays of 5,589 sets   loop  28.52 s   packed  1.72 s    16.5 x   peak MB: loop 2,331, by stay   49, packed   874
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -45,6 +45,7 @@ import torch
 import data
 import losses
 import train
+from _quick import new_parser, parse
 
 
 def loop_losses(model, inputs, args):
@@ -127,12 +128,28 @@ def memory(kind, file):
     print(resident("VmHWM") - before)
 
 
+def peak_of_step(kind, file):
+    """MB, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "memory", kind, str(file)],
+                          capture_output=True, text=True,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout)
+
+
 def main():
-    parser = argparse.ArgumentParser()
+    parser = new_parser(__doc__)
     parser.add_argument("--data", default="", help="the folder of PhysioNet 2012; without it synthetic stays")
     parser.add_argument("--stays", type=int, nargs="+", default=[8, 16, 32, 64])
-    path, counts = vars(parser.parse_args()).values()
-    stays = data.read_stays(path, need_outcomes=False) if path else data.synthetic_stays()
+    given = parse(parser)
+    path, counts, most_batches, kinds = given.data, given.stays, 3, ("loop", "by stay", "packed")
+    if given.quick:
+        path, counts, most_batches, kinds = "", [2], 1, ("packed",)
+    if path:
+        stays = data.read_stays(path, need_outcomes=False)
+    else:
+        stays = data.synthetic_stays(6 if given.quick else 1000)
     rows, largest_set = np.arange(len(stays["ids"])), int(np.diff(stays["first_event"]).max())
     split, name = data.StaySplit(stays, rows, scaler=data.event_scaler(stays, rows)), Path(path).name if path else "synthetic"
     model, optimizer, args = network(largest_set)
@@ -140,7 +157,8 @@ def main():
           f"{split.lengths.mean():.0f} sets each of {split.sizes.mean():.1f} events, the largest {largest_set}")
     errors = []
     for count in counts:
-        batches = [split.batch(each)["inputs"] for each in data.bucketed_batches(split.lengths, count, seed=0, epoch=0)[:3]]
+        plan = data.bucketed_batches(split.lengths, count, seed=0, epoch=0)[:most_batches]
+        batches = [split.batch(rows)["inputs"] for rows in plan]
         errors.append(check(model, batches[0], args))
         for kind in ("packed", "loop"):
             step(kind, model, optimizer, split.batch([0])["inputs"], args)
@@ -148,13 +166,11 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "batch.pt"
             torch.save((split.batch([0])["inputs"], batches[0], largest_set), file)
-            peaks = [float(subprocess.run([sys.executable, __file__, "memory", kind, str(file)], capture_output=True, text=True, check=True,
-                                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}).stdout)
-                     for kind in ("loop", "by stay", "packed")]
+            peaks = [f"{kind} {peak_of_step(kind, file):5,.0f}" for kind in kinds]
         ratio = statistics.median(slow / fast for slow, fast in zip(loop, packed))
         print(f"{count:3} stays of {statistics.median(len(each['sizes']) for each in batches):5,.0f} sets   "
               f"loop {statistics.median(loop):6.2f} s   packed {statistics.median(packed):5.2f} s   {ratio:5.1f} x   "
-              f"peak MB: loop {peaks[0]:5,.0f}, by stay {peaks[1]:4,.0f}, packed {peaks[2]:5,.0f}", flush=True)
+              f"peak MB: {', '.join(peaks)}", flush=True)
     print(f"all three differ by at most {max(loss for loss, _ in errors):.0e} (loss) and {max(each for _, each in errors):.0e} (gradients)")
 
 

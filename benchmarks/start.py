@@ -1,6 +1,7 @@
 """The wait before the first training step, and for --help, in times of `import torch`.
 
     $ python benchmarks/start.py
+    $ python benchmarks/start.py --quick     # one of each
 
 Whole processes, as a user starts them: from the start of Python to the end of the first optimizer step of `train.py --task ocec` on 100
 eyes of an .npz, with all that comes before it (reading and splitting the data, what learns nothing, the untrained network scored and
@@ -32,6 +33,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _quick import new_parser, parse
+
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR = """
 import os, torch
@@ -61,6 +64,7 @@ def seconds(*words):
 
 
 def main():
+    quick = parse(new_parser(__doc__)).quick
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
@@ -72,15 +76,16 @@ def main():
         images, labels, _, _ = data.synthetic_eyes(100)
         np.savez(f"{folder}/eyes.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels)
         rounds = []
-        for i in range(12):
+        for i in range(1 if quick else 12):
             rounds.append({
                 "import torch": seconds("-c", "import os, torch; os._exit(0)"),
                 "train.py --help": seconds(str(ROOT / "train.py"), "--task", "ocec", "--help"),
                 "train.py, first step": seconds("-c", FIRST_STEP, str(ROOT), f"{folder}/eyes.npz", f"{folder}/{i}"),
                 "linear layer and AdamW()": seconds("-c", LINEAR)})
+    rounds = rounds if quick else rounds[1:]  # the first round fills the caches
     for name in rounds[0]:
-        taken = [each[name] for each in rounds[1:]]  # the first round fills the caches
-        ratio = statistics.median(each[name] / each["import torch"] for each in rounds[1:])
+        taken = [each[name] for each in rounds]
+        ratio = statistics.median(each[name] / each["import torch"] for each in rounds)
         print(f"    {name:<26} {statistics.median(taken):6.2f} s   {ratio:5.2f} x", flush=True)
 
 

@@ -2,6 +2,7 @@
 stays, splits, batches, loss and schedule as `train.py --task seqsetvae` with its defaults.
 
     $ OMP_NUM_THREADS=1 python benchmarks/stays_events.py --data ../shared/data/physionet2012 --seed 0 1 2      # half a minute a seed
+    $ python benchmarks/stays_events.py --quick                     # 80 drawn stays, one epoch
 
 Raw weights, no EMA; the validation stays pick the epoch by AUROC; the test stays are scored once. The last rows are the means over the
 seeds, of (this - logistic regression) with the interval of benchmarks/stays_table.py.
@@ -15,10 +16,10 @@ Last result, torch 2.13.0+cpu, one of 2 busy cores, half a minute a seed:
     auprc: 0.438 +- 0.020, minus the regression -0.007 [-0.046, +0.032]
 """
 
-import argparse
 import copy
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +32,7 @@ import losses
 import models
 import schedulers
 import train
+from _quick import new_parser, parse
 
 
 class EventsAlone(torch.nn.Module):
@@ -82,22 +84,47 @@ def train_one(args):
     return logits, train.stay_regression(sets.test, args), sets.test.labels
 
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--data", required=True, help="the folder of PhysioNet 2012")
-parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-given = parser.parse_args()
-runs = []
-for seed in given.seed:
-    args = train.parse_args(["--task", "seqsetvae", "--data", given.data, "--seed", str(seed)])
-    args.device, args.split = "cpu", "test"
-    runs.append(train_one(args))
-    scores = [(losses.auroc(logits, runs[-1][2]), losses.average_precision(logits, runs[-1][2])) for logits in runs[-1][:2]]
-    print(f"seed {seed}: AUROC {scores[0][0]:.4f}, AUPRC {scores[0][1]:.4f}; logistic regression {scores[1][0]:.4f}, {scores[1][1]:.4f}",
-          flush=True)
-for name, score in (("auroc", losses.auroc), ("auprc", losses.average_precision)):
-    of = np.array([[score(run[i], run[2]) for run in runs] for i in (0, 1)])
-    drawn = [np.mean([losses.bootstrap_ranking(run[i], run[2], resamples=2000, seed=seed)[name] for seed, run in enumerate(runs)], axis=0)
-             for i in (0, 1)]
-    low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
-    print(f"{name}: {of[0].mean():.3f} +- {of[0].std(ddof=1):.3f}, "
-          f"minus the regression {(of[0] - of[1]).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+def compare(path, seeds, flags=()):
+    runs = []
+    for seed in seeds:
+        words = ["--task", "seqsetvae", "--data", str(path), "--seed", str(seed), *flags]
+        args = train.parse_args(words)
+        args.device, args.split = "cpu", "test"
+        logits, regression, labels = train_one(args)
+        assert len(logits) == len(regression) == len(labels) and np.isfinite(logits).all()
+        runs.append((logits, regression, labels))
+        scores = [f"{metric(outputs, labels):.4f}" for outputs in (logits, regression)
+                  for metric in (losses.auroc, losses.average_precision)]
+        print(f"seed {seed}: AUROC {scores[0]}, AUPRC {scores[1]}; "
+              f"logistic regression {scores[2]}, {scores[3]}", flush=True)
+    for name, score in (("auroc", losses.auroc), ("auprc", losses.average_precision)):
+        of = np.array([[score(run[i], run[2]) for run in runs] for i in (0, 1)])
+        drawn = []
+        for i in (0, 1):
+            of_seeds = [losses.bootstrap_ranking(run[i], run[2], resamples=2000, seed=seed)[name]
+                        for seed, run in enumerate(runs)]
+            drawn.append(np.mean(of_seeds, axis=0))
+        low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
+        print(f"{name}: {of[0].mean():.3f} +- {of[0].std(ddof=1):.3f}, "
+              f"minus the regression {(of[0] - of[1]).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--data", help="the folder of PhysioNet 2012; needed without --quick")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    args = parse(parser)
+    if bool(args.data) == args.quick:
+        parser.error("give either --data, the folder of PhysioNet 2012, or --quick")
+    if args.data:
+        compare(args.data, args.seed)
+        return
+    from _drawn import TINY, write_stays
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_stays(Path(folder) / "stays")
+        compare(Path(folder) / "stays", [0, 1], [*TINY["seqsetvae"].split(), "--epochs", "1"])
+
+
+if __name__ == "__main__":
+    main()

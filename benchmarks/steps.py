@@ -13,6 +13,7 @@ allocator as glibc has it or after train.tune_allocator; ours: a step of train.t
 NaN, the schedule and the EMA that plain has not, and AdamW(fused=True). The first loss must agree to 1e-3 of itself, that of bf16 to 1e-2.
 
     $ python benchmarks/steps.py step    # or ema; the rows of the step alone, on all cores
+    $ python benchmarks/steps.py --quick
 
 Last result, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, others on the machine beside it (load 2): EMA the third
 of three runs, the others had 3.06 and 3.16 x of timm.
@@ -67,11 +68,12 @@ import data
 import ema
 import models
 import train
+from _quick import new_parser, parse, require
 
 
-def network():
+def network(channels, blocks):
     torch.manual_seed(0)
-    return models.EyeNet((32, 64), block="baseline", channels=64, blocks=8)
+    return models.EyeNet((32, 64), block="baseline", channels=channels, blocks=blocks)
 
 
 def compare(title, rounds, unit):
@@ -83,58 +85,82 @@ def compare(title, rounds, unit):
         print(f"    {name:<26} {statistics.median(values) * 1000:9.3f} {unit}   {ratio:5.2f} x", flush=True)
 
 
-def compare_averages():
+def averages_of_torch(model):
+    """{name: (function(model) that updates the average, averaged module)}"""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    foreach = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    plain = AveragedModel(model, avg_fn=lambda a, p, n: 0.99 * a + 0.01 * p, use_buffers=True)
+    return {"torch AveragedModel, foreach": (foreach.update_parameters, foreach.module),
+            "torch AveragedModel": (plain.update_parameters, plain.module)}
+
+
+def averages_of_peers(model):
     for name in "timm", "timm.utils":  # their __init__ import torchvision, which must fit the build of torch; the average does not need it
         sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
     from ema_pytorch import EMA as EMAPytorch
     from timm.utils.model_ema import ModelEmaV3
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+    timm, slow_timm = ModelEmaV3(model, decay=0.99), ModelEmaV3(model, decay=0.99, foreach=False)
+    pytorch = EMAPytorch(model, beta=0.99, update_every=1, update_after_step=-1,
+                         inv_gamma=1e-9, power=100.0)
+    return {"timm ModelEmaV3": (timm.update, timm.module),
+            "timm, foreach=False": (slow_timm.update, slow_timm.module),
+            "ema-pytorch": (lambda model: pytorch.update(), pytorch.ema_model)}
+
+
+def parameters_of(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def compare_averages(quick):
     train.tune_allocator()
-    model = network()
-    averages = {"ours": ema.EMA(model, 0.99, warmup=False), "timm ModelEmaV3": ModelEmaV3(model, decay=0.99),
-                "timm, foreach=False": ModelEmaV3(model, decay=0.99, foreach=False),
-                "torch AveragedModel, foreach": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True),
-                "torch AveragedModel": AveragedModel(model, avg_fn=lambda a, p, n: 0.99 * a + 0.01 * p, use_buffers=True),
-                "ema-pytorch": EMAPytorch(model, beta=0.99, update_every=1, update_after_step=-1, inv_gamma=1e-9, power=100.0)}
-    updates = {name: (each.update_parameters if "Averaged" in name else each.update) if name != "ema-pytorch" else
-               lambda model, each=each: each.update() for name, each in averages.items()}
-    for update in updates.values():
+    model = network(8, 1) if quick else network(64, 8)
+    ours = ema.EMA(model, 0.99, warmup=False)
+    averages = {"ours": (ours.update, ours.module)}
+    averages |= averages_of_torch(model)
+    if not quick:
+        averages |= averages_of_peers(model)
+    for update, _ in averages.values():
         update(model)  # some take their first copy here
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
     rounds = {name: [] for name in averages}
-    for i in range(6):
-        for name, update in updates.items():
+    times = 5 if quick else 200
+    for i in range(2 if quick else 6):
+        for name, (update, _) in averages.items():
             start = time.perf_counter()
-            for _ in range(200):
+            for _ in range(times):
                 update(model)
-            rounds[name].append((time.perf_counter() - start) / 200)
+            rounds[name].append((time.perf_counter() - start) / times)
         if i == 0:
-            found = {name: torch.cat([p.detach().flatten() for p in (each.ema_model if name == "ema-pytorch" else
-                                                                     each.module).parameters()])
-                     for name, each in averages.items()}
-            if worst := [name for name, p in found.items() if (p - found["ours"]).abs().max() > 1e-4]:
-                sys.exit(f"not the average of ours: {worst}")
+            for name, (_, module) in averages.items():
+                off = float((parameters_of(module) - parameters_of(ours.module)).abs().max())
+                if not off <= 1e-4:
+                    sys.exit(f"{name}: not the average of ours, off by {off}")
     compare(f"EMA of {models.count_parameters(model):,} parameters", rounds, "ms")
 
 
-WIDE = ["--task", "ocec", "--channels", "64", "--blocks", "8", "--batch-size", "256", "--dropout", "0"]
 CONTESTANTS = {"plain, glibc's allocator": ["plain"], "plain, tuned": ["plain", "tuned"],
                "ours, --no-channels-last": ["--no-channels-last"], "ours": [], "ours, --amp bf16": ["--amp", "bf16"],
                "ours, --compile": ["--compile"]}
+FULL = types.SimpleNamespace(channels=64, blocks=8, batch=256, steps=10, warm_up=4, rounds=2,
+                             contestants=CONTESTANTS)
+QUICK = types.SimpleNamespace(channels=8, blocks=1, batch=16, steps=2, warm_up=0, rounds=1,
+                              contestants={"plain, glibc's allocator": ["plain"], "ours": []})
 
 
-def plain_steps(inputs, targets, count, tuned):
+def plain_steps(inputs, targets, size, tuned):
     """The loop of a tutorial; returns the seconds of each step and the first loss."""
     if tuned:
         train.tune_allocator()
     torch.manual_seed(train.seed_of(0))
-    model = models.EyeNet((32, 64), block="baseline", channels=64, blocks=8, dropout=0.0).train()
+    model = models.EyeNet((32, 64), block="baseline", channels=size.channels, blocks=size.blocks,
+                          dropout=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters())
     seconds, losses = [], []
-    for _ in range(count):
+    for _ in range(size.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(inputs), targets)
@@ -159,31 +185,39 @@ class SameBatch:
         return {"inputs": self.inputs, "targets": self.targets}
 
 
-def our_steps(inputs, targets, count, flags):
+def our_steps(inputs, targets, size, flags):
     """train.py's own loop; returns the seconds of each step and the first loss."""
     train.tune_allocator()
-    args, losses = train.parse_args([*WIDE, *flags]), []
+    words = f"--channels {size.channels} --blocks {size.blocks} --batch-size {size.batch}"
+    args = train.parse_args(["--task", "ocec", "--dropout", "0", *words.split(), *flags])
+    losses = []
     args.device, args.facts = "cpu", {"pos_weight": 1.0}
-    run, split = train.build(args, count), SameBatch(inputs, targets, count + 1)
+    run, split = train.build(args, size.steps), SameBatch(inputs, targets, size.steps + 1)
     run.loss.register_forward_hook(lambda module, batch, output: losses.append(float(output[0].detach())))
     train.train_epoch(run, split, 1, args, types.SimpleNamespace(check=lambda: None))
     return [after - before for before, after in zip(split.times, split.times[1:])], losses[0]
 
 
-def child(words):
-    """In a process of its own: prints the median seconds of 6 steps after 4, those of the first, and the first loss."""
-    images, labels, _, _ = data.synthetic_eyes(256, size=(32, 64))
+def child(size, words):
+    """In a process of its own: prints the median seconds of the steps after the warm-up, those of
+    the first, and the first loss."""
+    images, labels, _, _ = data.synthetic_eyes(size.batch, size=(32, 64))
     inputs, targets = (images.float() - 127.5) / 127.5, torch.from_numpy(labels).float()
-    seconds, loss = plain_steps(inputs, targets, 10, "tuned" in words) if "plain" in words else our_steps(inputs, targets, 10, words)
-    print(statistics.median(seconds[4:]), seconds[0], loss)
+    if "plain" in words:
+        seconds, loss = plain_steps(inputs, targets, size, "tuned" in words)
+    else:
+        seconds, loss = our_steps(inputs, targets, size, words)
+    print(statistics.median(seconds[size.warm_up :]), seconds[0], loss)
 
 
-def compare_steps():
-    rounds = {name: [] for name in CONTESTANTS}
+def compare_steps(size):
+    rounds = {name: [] for name in size.contestants}
+    mode = "child-quick" if size is QUICK else "child"
     with tempfile.TemporaryDirectory() as folder:  # the compiler's cache: the first round is that of a first run
-        for _ in range(2):
-            for name, words in CONTESTANTS.items():
-                done = subprocess.run([sys.executable, "-W", "ignore", __file__, "child", *words], capture_output=True, text=True,
+        for _ in range(size.rounds):
+            for name, words in size.contestants.items():
+                done = subprocess.run([sys.executable, "-W", "ignore", __file__, mode, *words],
+                                      capture_output=True, text=True,
                                       env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder})
                 if done.returncode:
                     sys.exit(done.stderr)
@@ -192,19 +226,34 @@ def compare_steps():
                 loss, plain = rounds[name][-1][2], rounds["plain, glibc's allocator"][0][2]
                 if abs(loss / plain - 1) > (1e-2 if "bf16" in words else 1e-3):
                     sys.exit(f"{name}: loss {loss}, plain {plain}")
-    print("step of ocec, 64 x 8, batch 256: how many times longer the plain loop takes, with glibc's allocator and tuned")
-    for name, found in rounds.items():
-        plain, tuned = (statistics.median(its[0] / our[0] for its, our in zip(rounds[each], found)) for each in list(rounds)[:2])
-        print(f"    {name:<26} {statistics.median(each[0] for each in found) * 1000:9.1f} ms   {plain:5.2f} x   {tuned:5.2f} x",
-              flush=True)
+    plain = [name for name in rounds if name.startswith("plain")]
+    print(f"step of ocec, {size.channels} x {size.blocks}, batch {size.batch}: "
+          f"how many times longer these take: {'; '.join(plain)}")
+    for name, values in rounds.items():
+        ratios = ""
+        for slower in plain:
+            ratio = statistics.median(its[0] / our[0] for its, our in zip(rounds[slower], values))
+            ratios += f"   {ratio:5.2f} x"
+        seconds = statistics.median(value[0] for value in values)
+        print(f"    {name:<26} {seconds * 1000:9.1f} ms{ratios}", flush=True)
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("part", nargs="?", choices=["ema", "step"], help="(default: both)")
+    args = parse(parser)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+          f"load {os.getloadavg()[0]:.1f}")
+    if args.part != "step":
+        if not args.quick:
+            require("pip install timm ema-pytorch", "timm", "ema_pytorch")
+        compare_averages(args.quick)
+    if args.part != "ema":
+        compare_steps(QUICK if args.quick else FULL)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        child(sys.argv[2:])
+    if sys.argv[1:2] in (["child"], ["child-quick"]):
+        child(FULL if sys.argv[1] == "child" else QUICK, sys.argv[2:])
     else:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}")
-        if sys.argv[1:] in ([], ["ema"]):
-            compare_averages()
-        if sys.argv[1:] in ([], ["step"]):
-            compare_steps()
+        main()

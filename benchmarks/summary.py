@@ -5,27 +5,60 @@
 """
 
 import json
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-folders = [Path(name) for name in sys.argv[1:]]
-if not folders:
-    sys.exit(__doc__)
-runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-part = "test" if "test" in runs[0] else "validation"  # a run without a test split has picked its epoch on what it reports
-number = lambda value: np.nan if value is None else value  # an undefined score is null
-for folder, run in zip(folders, runs):
-    rows = run[part].pop("rows")
-    run[part] = {row: {name: number(value) for name, value in scores.items() if not isinstance(value, dict)}  # without tables by class
-                 for row, scores in run[part].items()}
-    if "last" in run:
-        run[part][f"last {run['last']['epochs']} epochs"] = {"validation": run["last"]["mean"], "their sd": run["last"]["sd"]}
-    which = f"{run['folds']} folds" if "folds" in run else f"epoch {run['epoch']} ({run['weights']})"
-    print(f"{folder}: {which}, {rows} {part} rows  " + "  ".join(f"{name} {value:.4f}" for name, value in run[part]["model"].items()))
-for row in runs[0][part]:
-    for name in runs[0][part][row]:
-        values = np.array([run[part][row][name] for run in runs])
-        spread = f" sd {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-        print(f"{row:<20} {name:<12} mean {values.mean():.4f}{spread}  ({len(values)} runs)")
+from _quick import new_parser, parse
+
+
+def number(value):
+    """An undefined score is null."""
+    return np.nan if value is None else value
+
+
+def summarise(folders):
+    runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+    # a run without a test split has picked its epoch on what it reports
+    part = "test" if "test" in runs[0] else "validation"
+    for folder, run in zip(folders, runs):
+        rows = run[part].pop("rows")
+        for row, scores in run[part].items():
+            run[part][row] = {name: number(value) for name, value in scores.items()
+                              if not isinstance(value, dict)}  # without tables by class
+        if "last" in run:
+            last = {"validation": run["last"]["mean"], "their sd": run["last"]["sd"]}
+            run[part][f"last {run['last']['epochs']} epochs"] = last
+        which = f"{run['folds']} folds" if "folds" in run else (
+            f"epoch {run['epoch']} ({run['weights']})")
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in run[part]["model"].items())
+        print(f"{folder}: {which}, {rows} {part} rows  {scores}")
+    for row in runs[0][part]:
+        for name in runs[0][part][row]:
+            values = np.array([run[part][row][name] for run in runs])
+            spread = f" sd {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+            print(f"{row:<20} {name:<12} mean {values.mean():.4f}{spread}  ({len(values)} runs)")
+
+
+def tiny_runs(folder):
+    """Two runs of ocec on drawn eyes."""
+    from _drawn import tiny_run, write_eyes
+
+    write_eyes(folder / "eyes.npz", 200)
+    return [tiny_run("ocec", folder / "eyes.npz", folder / f"eyes-{seed}", "--seed", f"{seed}")
+            for seed in (0, 1)]
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
+    args = parse(parser)
+    if bool(args.runs) == args.quick:
+        parser.error("give either folders of finished runs, or --quick")
+    with tempfile.TemporaryDirectory() as folder:
+        summarise(tiny_runs(Path(folder)) if args.quick else args.runs)
+
+
+if __name__ == "__main__":
+    main()
