@@ -28,5 +28,5 @@ def require(command, *modules):
     """End with the command that installs what is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"{', '.join(missing)}: not installed. Try: {command}, or --quick", file=sys.stderr)
+        print(f"{', '.join(missing)}: not installed; try: {command}", file=sys.stderr)
         sys.exit(2)
