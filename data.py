@@ -1,29 +1,34 @@
 """Data: from files to augmented batches, without worker processes.
 
 What is here
-    splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers around them, bucketed_batches,
-                         sampler_report
+    splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers
+                         around them, bucketed_batches, sampler_report
     files and cache      atomic_write, write_npy, decode_once, unpack_once: sets larger than memory
     eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
-    faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES, FACE_PAIRS, FACE_COLOURS,
-                         sides_reversed, swap_labels, FaceSplit
-    augmentation         horizontal_flip, color_jitter, photometric_distort, clahe, random_affine, random_crop, mixup, cutmix
-    breathing and heart  read_bidmc, synthetic_ppg, Windows, bidmc_windows, bidmc_original, spectral_rate, quantisation_cost,
-                         respiratory_signals, band_spectrum, time_stretch, ppg_inputs, PPGSplit
+    faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES,
+                         FACE_PAIRS, FACE_COLOURS, sides_reversed, swap_labels, FaceSplit
+    augmentation         horizontal_flip, color_jitter, photometric_distort, clahe, random_affine,
+                         random_crop, mixup, cutmix
+    breathing and heart  read_bidmc, synthetic_ppg, Windows, bidmc_windows, bidmc_original,
+                         spectral_rate, quantisation_cost, respiratory_signals, band_spectrum,
+                         time_stretch, ppg_inputs, PPGSplit
     labels               LabelScaler
-    modalities           read_modalities (.npz), synthetic_modalities, channel_statistics, ModalSplit
-    stays                read_stays (PhysioNet/CinC 2012), synthetic_stays, STAY_VARIABLES, pack_stays, gather_ranges, event_scaler,
-                         scale_events, stay_statistics, StaySplit
+    modalities           read_modalities (.npz), synthetic_modalities, channel_statistics,
+                         ModalSplit
+    stays                read_stays (PhysioNet/CinC 2012), synthetic_stays, STAY_VARIABLES,
+                         pack_stays, gather_ranges, event_scaler, scale_events, stay_statistics,
+                         StaySplit
     pictures             encode_png
 
-A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from it by an index array
-and augmented as a batch on the device. The order is a pure function of (seed, epoch), so it needs no checkpoint.
+A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from
+it by an index array and augmented as a batch on the device. The order is a pure function of (seed,
+epoch), so it needs no checkpoint.
 
 Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a signal.
 
     >>> labels = [0] * 90 + [1] * 10
-    >>> [np.bincount(np.array(labels)[rows]).tolist() for rows in stratified_batches(labels, 25, seed=0, epoch=0)]
-    [[13, 12], [12, 13], [13, 12], [12, 13]]
+    >>> [np.bincount(np.array(labels)[rows]).tolist() for rows in stratified_batches(labels, 25,
+    seed=0, epoch=0)] [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
 import contextlib
@@ -46,18 +51,21 @@ import torch
 import torch.nn.functional as F
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}  # Hz: 6 to 36 breaths, 45 to 150 beats per minute
+# Hz: 6 to 36 breaths, 45 to 150 beats per minute
+RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Splits and order
 
 
 def split_by_group(groups, shares, *, seed):
-    """Split rows so that no group is on two sides: shuffle the groups, then cut their row counts at the shares.
+    """Split rows so that no group is on two sides: shuffle the groups, then cut their row counts at
+    the shares.
 
-    A group goes to the split in which the middle of its rows falls, so a share is met to within half a group.
-    Rows without a group: pass `np.arange(n)`, every row is its own group (and leakage cannot be excluded).
+    A group goes to the split in which the middle of its rows falls, so a share is met to within
+    half a group. Rows without a group: pass `np.arange(n)`, every row is its own group (and leakage
+    cannot be excluded).
 
     groups  (n,) any sortable values: one person, patient or face each
     shares  one number per split, each >= 0, sum 1; a share of 0 gives an empty split
@@ -72,73 +80,89 @@ def split_by_group(groups, shares, *, seed):
     order = np.random.default_rng(seed).permutation(len(counts))
     middle = np.empty(len(counts))
     middle[order] = np.cumsum(counts[order]) - counts[order] / 2
-    split_of_group = np.searchsorted(np.cumsum(shares)[:-1] * len(group_of_row), middle, side="right")
+    split_of_group = np.searchsorted(np.cumsum(shares)[:-1] * len(group_of_row), middle,
+                                     side="right")
     splits = [np.flatnonzero(split_of_group[group_of_row] == k) for k in range(len(shares))]
     for k, rows in enumerate(splits):
         if shares[k] > 0 and len(rows) == 0:
-            raise ValueError(f"split {k} with a share of {shares[k]:g} got none of the {len(counts)} groups: "
-                             "raise its share, change the seed, or give groups that are smaller")
+            raise ValueError(f"split {k} with a share of {shares[k]:g} got none of the "
+                             f"{len(counts)} groups: raise its share, change the seed, or give "
+                             "groups that are smaller")
     return splits
 
 
 def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Every row once per epoch in an order fixed by (seed, epoch): a list of ceil(n // world_size / batch_size) index arrays.
+    """Every row once per epoch in an order fixed by (seed, epoch): a list of ceil(n // world_size /
+    batch_size) index arrays.
 
-    The last batch may be smaller. Each global batch is dealt to the ranks in turn, so ranks are disjoint and equal in
-    length; of n rows, n % world_size are left out (others in the next epoch). With world_size 1 nothing is.
+    The last batch may be smaller. Each global batch is dealt to the ranks in turn, so ranks are
+    disjoint and equal in length; of n rows, n % world_size are left out (others in the next epoch).
+    With world_size 1 nothing is.
 
-    Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch (one partial batch).
+    Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch
+            (one partial batch).
     Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
     """
     if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one per rank ({world_size})")
+        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
+                         f"per rank ({world_size})")
     if n < batch_size * world_size:
-        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial batch an epoch")
+        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
+                      "batch an epoch")
     order = np.random.default_rng([seed, epoch]).permutation(n)
     mine = order[: n - n % world_size][rank::world_size]
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Class-balanced batches: each class is a queue, reshuffled when it runs out; batches take from the queues in turn.
+    """Class-balanced batches: each class is a queue, reshuffled when it runs out; batches take from
+    the queues in turn.
 
         slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
 
-    so every batch holds batch_size // k rows of each of the k classes, and the remainder is handed round in turn. An epoch
-    is ceil(n / batch_size / world_size) full batches: rare classes repeat, frequent ones are not used up (all of them
-    are, over the epochs). Every row of a class is used before one repeats, and a row repeats within a batch only if its
-    class is smaller than its quota there. The batches of `world_size` ranks are the slices of one global draw.
-    Balanced batches and class weights both correct the imbalance: use one of them.
+    so every batch holds batch_size // k rows of each of the k classes, and the remainder is handed
+    round in turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat,
+    frequent ones are not used up (all of them are, over the epochs). Every row of a class is used
+    before one repeats, and a row repeats within a batch only if its class is smaller than its quota
+    there. The batches of `world_size` ranks are the slices of one global draw. Balanced batches and
+    class weights both correct the imbalance: use one of them.
 
     labels  (n,) integers, any values
-    returns a list of int64 index arrays of batch_size rows (of n // world_size, with a warning, if that is less)
+    returns a list of int64 index arrays of batch_size rows (of n // world_size, with a warning, if
+    that is less)
     Errors: ValueError for n < world_size or batch_size < 1.
     Check:  90 and 10 rows in batches of 25 hold 12 or 13 of each class, see the top of this file
     """
     labels = np.asarray(labels)
     n = len(labels)
     if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one per rank ({world_size})")
+        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
+                         f"per rank ({world_size})")
     if n < batch_size * world_size:
-        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial batch an epoch")
+        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
+                      "batch an epoch")
         batch_size = n // world_size
     global_batch = batch_size * world_size
     num_batches = -(-n // global_batch)
     rng = np.random.default_rng([seed, epoch])
     if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
-        labels = labels.astype(np.uint16)  # of 16 bits, numpy's stable sort is a radix sort: five times faster
+        # of 16 bits, numpy's stable sort is a radix sort: five times faster
+        labels = labels.astype(np.uint16)
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
     plan, k = np.empty(num_batches * global_batch, dtype=np.int64), len(rows_by_class)
     for c, rows in enumerate(rows_by_class):
-        queue, filled = plan[c::k], 0  # a view: slot s of the plan is place s // k of its class's queue
+        # a view: slot s of the plan is place s // k of its class's queue
+        queue, filled = plan[c::k], 0
         while filled < len(queue):
             again = rng.permutation(rows)
-            # The batch that straddles the seam must not see a row twice: what it already holds goes to the end.
+            # The batch that straddles the seam must not see a row twice: what it already holds goes
+            # to the end.
             first = max(-(-((c + filled * k) // global_batch * global_batch - c) // k), 0)
             if first < filled:
-                again = again[: len(queue) - first]  # enough, even if all that the batch holds is among them
+                # enough, even if all that the batch holds is among them
+                again = again[: len(queue) - first]
                 seen = np.isin(again, queue[first:filled])
                 again = np.concatenate([again[~seen], again[seen]])
             again = again[: len(queue) - filled]
@@ -148,27 +172,34 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
 
 
 def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, pool=16):
-    """Every row once per epoch as shuffled_batches does, in batches of similar length, for less padding.
+    """Every row once per epoch as shuffled_batches does, in batches of similar length, for less
+    padding.
 
-    Rows are shuffled and cut into pools of `pool` batches; each pool is sorted by length (ties stay shuffled) and cut into batches,
-    and the order of the full batches is shuffled. Rows still meet others in every epoch: the pool is small against the set.
-    A last smaller batch is cut off before the sorting, so that it holds rows of any length, and comes last.
+    Rows are shuffled and cut into pools of `pool` batches; each pool is sorted by length (ties stay
+    shuffled) and cut into batches, and the order of the full batches is shuffled. Rows still meet
+    others in every epoch: the pool is small against the set. A last smaller batch is cut off before
+    the sorting, so that it holds rows of any length, and comes last.
 
     lengths  (n,) numbers, such as sets of a stay
-    pool     batches that are sorted together: 1 is shuffled_batches in another order, n and more sorts the whole epoch
-    returns  a list of int64 index arrays, as many as shuffled_batches; a global batch is dealt to the ranks in turn
-    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1. Warns when n is smaller than a batch (one partial batch).
-    Check:  on the stays of set a (see read_stays), batches of 32 are padded to 1.08 times their sets, those of shuffled_batches
-            to 1.76 times
+    pool     batches that are sorted together: 1 is shuffled_batches in another order, n and more
+             sorts the whole epoch
+    returns  a list of int64 index arrays, as many as shuffled_batches; a global batch is dealt to
+             the ranks in turn
+    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1. Warns when n is smaller than
+            a batch (one partial batch).
+    Check:  on the stays of set a (see read_stays), batches of 32 are padded to 1.08 times their
+            sets, those of shuffled_batches to 1.76 times
     """
     lengths = np.asarray(lengths)
     n, global_batch = len(lengths), batch_size * world_size
     if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one per rank ({world_size})")
+        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
+                         f"per rank ({world_size})")
     if pool < 1:
         raise ValueError(f"pool {pool} must be at least 1 batch (1: no sorting, 16 is common)")
     if n < global_batch:
-        warnings.warn(f"{n} rows are fewer than a batch of {global_batch}: one partial batch an epoch")
+        warnings.warn(f"{n} rows are fewer than a batch of {global_batch}: one partial batch an "
+                      "epoch")
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(n)[: n - n % world_size]
     full = len(order) // global_batch
@@ -176,12 +207,14 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
     width = pool * global_batch
     pools = [body[start : start + width] for start in range(0, len(body), width)]
     ordered = [rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]
-    batches = np.concatenate([body[:0], *ordered]).reshape(full, global_batch)[rng.permutation(full)]
+    batches = np.concatenate([body[:0], *ordered]).reshape(full, global_batch)
+    batches = batches[rng.permutation(full)]
     return [rows[rank::world_size] for rows in (*batches, rest) if len(rows)]
 
 
 class ShuffledBatchSampler(torch.utils.data.Sampler):
-    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch. Needs: shuffled_batches."""
+    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch.
+    Needs: shuffled_batches."""
 
     def __init__(self, n, batch_size, *, seed=0, rank=0, world_size=1):
         self.n, self.batch_size, self.epoch = n, batch_size, 0
@@ -202,7 +235,8 @@ class ShuffledBatchSampler(torch.utils.data.Sampler):
 
 
 class StratifiedBatchSampler(torch.utils.data.Sampler):
-    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch. Needs: stratified_batches."""
+    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each
+    epoch. Needs: stratified_batches."""
 
     def __init__(self, labels, batch_size, *, seed=0, rank=0, world_size=1):
         self.labels, self.batch_size, self.epoch = labels, batch_size, 0
@@ -223,36 +257,42 @@ class StratifiedBatchSampler(torch.utils.data.Sampler):
 
 
 def sampler_report(batches, labels):
-    """What the planned batches of an epoch are made of, counted over all of them: the first few cannot show the tail.
+    """What the planned batches of an epoch are made of, counted over all of them: the first few
+    cannot show the tail.
 
     batches  a list of index arrays, as the functions above return it; labels (n,) of any values
     returns  a dict
         batches, rows             planned batches, and rows in them
         class_counts              {class: its rows in the epoch}, 0 for a class that is never drawn
-        largest_share             of the commonest class in the epoch; largest_batch_share the same in the worst batch
+        largest_share             of the commonest class in the epoch; largest_batch_share the same
+                                  in the worst batch
         classes_min, classes_mean distinct classes per batch
         single_class              batches of one class: nothing to contrast
         repeats                   rows that stand in their batch a second time, summed over batches
         never_drawn               rows of the set that are in no batch
     Errors: ValueError for no batches, or an empty one
-    Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1, repeats 1, never_drawn 0
+    Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1,
+            repeats 1, never_drawn 0
     """
     batches = [np.asarray(rows) for rows in batches]
     sizes = np.array([len(rows) for rows in batches])
     if not sizes.all() or not len(sizes):
-        raise ValueError(f"{len(sizes)} batches, {(sizes == 0).sum()} of them empty: there is nothing to report on")
+        raise ValueError(f"{len(sizes)} batches, {(sizes == 0).sum()} of them empty: there is "
+                         "nothing to report on")
     values, inverse = np.unique(np.asarray(labels), return_inverse=True)
     counts = np.stack([np.bincount(inverse[rows], minlength=len(values)) for rows in batches])
     classes, total = (counts > 0).sum(1), counts.sum(0)
-    return {
-        "batches": len(batches), "rows": int(sizes.sum()), "class_counts": dict(zip(values.tolist(), total.tolist())),
-        "largest_share": float(total.max() / total.sum()), "largest_batch_share": float((counts.max(1) / sizes).max()),
-        "classes_min": int(classes.min()), "classes_mean": float(classes.mean()), "single_class": int((classes == 1).sum()),
-        "repeats": int(sum(len(rows) - len(np.unique(rows)) for rows in batches)),
-        "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
+    return {"batches": len(batches), "rows": int(sizes.sum()),
+            "class_counts": dict(zip(values.tolist(), total.tolist())),
+            "largest_share": float(total.max() / total.sum()),
+            "largest_batch_share": float((counts.max(1) / sizes).max()),
+            "classes_min": int(classes.min()), "classes_mean": float(classes.mean()),
+            "single_class": int((classes == 1).sum()),
+            "repeats": int(sum(len(rows) - len(np.unique(rows)) for rows in batches)),
+            "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and cache: what was decoded once lies in .npy files, which are memory-mapped
 
 
@@ -365,40 +405,47 @@ def unpack_once(path, name, cache):
                          f"holds objects ({error}): save it again with numpy.savez") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eyes: one contiguous uint8 array, labels, groups, names
 
 
 def read_image(path):
-    """One image file as a uint8 array (h, w, 3). Needs Pillow; ValueError names a file that cannot be read."""
+    """One image file as a uint8 array (h, w, 3). Needs Pillow; ValueError names a file that cannot
+    be read."""
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
+        raise ImportError(
+            "reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")  # converted to RGB it would be clipped to white
+                # converted to RGB it would be clipped to white
+                raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): repair or remove it") from error
+        raise ValueError(
+            f"{path} is not a readable image ({error}): repair or remove it") from error
 
 
 def resize_uint8(images, size):
-    """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size), bilinear with antialiasing, rounded."""
+    """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size), bilinear with
+    antialiasing, rounded."""
     images = torch.from_numpy(np.ascontiguousarray(images))
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     if images.shape[2:] != tuple(size):
-        images = F.interpolate(images.float(), size=tuple(size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        images = F.interpolate(images.float(), size=tuple(size), mode="bilinear",
+                               antialias=True).round().clamp(0, 255).byte()
     return images.expand(-1, 3, -1, -1).contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Faces: one uint8 array of images, one of masks that hold a class id per pixel
 
 
 def swap_labels(masks, pairs):
-    """Masks with the two labels of every pair in each other's place; a label in no pair, such as 255, is kept.
+    """Masks with the two labels of every pair in each other's place; a label in no pair, such as
+    255, is kept.
 
     masks   any shape, integers in [0, 255]
     Errors: ValueError for a paired label outside [0, 255] or in two pairs
@@ -414,27 +461,33 @@ def swap_labels(masks, pairs):
 
 
 def soft_targets(masks, classes, *, ignore=255):
-    """Class ids (b, h, w) as probabilities (b, classes, h, w): 1 at the id, and 0 for every class in an ignored pixel."""
+    """Class ids (b, h, w) as probabilities (b, classes, h, w): 1 at the id, and 0 for every class
+    in an ignored pixel."""
     kept = (masks != ignore).unsqueeze(1)
     soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
     return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~kept, 0), kept.float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in place but turn_hue_
+# --------------------------------------------------------------------------------------------------
+# Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in
+# place but turn_hue_
 
 
 def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
-    """Mirror each image left to right with probability p; its mask is mirrored too and left/right labels change places.
+    """Mirror each image left to right with probability p; its mask is mirrored too and left/right
+    labels change places.
 
-    A mirrored left eye is a right eye: without the swap, every paired class of a flipped image is labelled wrong.
+    A mirrored left eye is a right eye: without the swap, every paired class of a flipped image is
+    labelled wrong.
 
     images  (B, ..., W) any dtype
-    masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as the ignore value 255, is kept
+    masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as the ignore value
+            255, is kept
     pairs   ((left, right), ...) labels that change places in a flipped mask
     returns images, or (images, masks) if masks were given
     Needs:  swap_labels
-    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or in two pairs
+    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or
+            in two pairs
     Check:  p=1 twice is the identity, for images and masks
     """
     if not 0 <= p <= 1:
@@ -445,33 +498,42 @@ def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
     flipped = torch.cat([images, images.flip(-1)]).index_select(0, pick)
     if masks is None:
         return flipped
-    return flipped, torch.cat([masks, swap_labels(masks.flip(-1), pairs) if pairs else masks.flip(-1)]).index_select(0, pick)
+    return flipped, torch.cat([masks, swap_labels(masks.flip(-1), pairs) if pairs
+                               else masks.flip(-1)]).index_select(0, pick)
 
 
 def photometric_distort(images, *, p=0.5, generator):
-    """Change brightness, contrast, saturation, hue and channel order of each image, each of the five by its own draw.
+    """Change brightness, contrast, saturation, hue and channel order of each image, each of the
+    five by its own draw.
 
-    One draw for all five would leave a share 1 - p of the images untouched; five leave (1 - p)^5, which is 3 % at 0.5.
+    One draw for all five would leave a share 1 - p of the images untouched; five leave (1 - p)^5,
+    which is 3 % at 0.5.
 
     images  (B, 3, H, W) uint8 RGB
     returns the same shape, uint8
     Needs:  photometric_draw, photometric_apply, turn_hue_
-    Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first, normalise afterwards.
-    Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's v2.RandomPhotometricDistort
+    Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first,
+            normalise afterwards.
+    Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's
+            v2.RandomPhotometricDistort
     Check:  p=0 returns equal values
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"photometric_distort needs uint8 RGB (B, 3, H, W), got {images.dtype} "
-                         f"{tuple(images.shape)}: distort before you normalise, the limits are 0 and 255")
+                         f"{tuple(images.shape)}: distort before you normalise, the limits are 0 "
+                         "and 255")
     settings = photometric_draw(len(images), p=p, generator=generator)
-    step = 256 if images.device.type == "cpu" else max(len(images), 1)  # a CPU's cache holds some hundred small images
+    # a CPU's cache holds some hundred small images
+    step = 256 if images.device.type == "cpu" else max(len(images), 1)
     chunks = [slice(i, i + step) for i in range(0, max(len(images), 1), step)]
-    return torch.cat([photometric_apply(images[chunk], **{name: value[chunk] for name, value in settings.items()})
+    return torch.cat([photometric_apply(images[chunk],
+                                        **{name: value[chunk] for name, value in settings.items()})
                       for chunk in chunks])
 
 
 def color_jitter(images, *, strength, generator):
-    """Multiply brightness, contrast and saturation of each image by its own U(1 - strength, 1 + strength), in this order.
+    """Multiply brightness, contrast and saturation of each image by its own U(1 - strength, 1 +
+    strength), in this order.
 
     images  (B, 3, H, W) uint8 RGB  ->  the same
     Needs:  photometric_apply, turn_hue_
@@ -482,22 +544,26 @@ def color_jitter(images, *, strength, generator):
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength} must be in [0, 1]: a factor is at least 0")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"color_jitter needs uint8 RGB (B, 3, H, W), got {images.dtype} {tuple(images.shape)}: jitter before you "
-                         "normalise")
+        raise ValueError(f"color_jitter needs uint8 RGB (B, 3, H, W), got {images.dtype} "
+                         f"{tuple(images.shape)}: jitter before you normalise")
     n = len(images)
-    brightness, contrast, saturation = torch.empty(3, n).uniform_(1 - strength, 1 + strength, generator=generator)
-    return photometric_apply(images, brightness=brightness, contrast_before=contrast, saturation=saturation, hue=torch.zeros(n),
+    brightness, contrast, saturation = torch.empty(3, n).uniform_(1 - strength, 1 + strength,
+                                                                  generator=generator)
+    return photometric_apply(images, brightness=brightness, contrast_before=contrast,
+                             saturation=saturation, hue=torch.zeros(n),
                              contrast_after=torch.ones(n), order=torch.arange(3).expand(n, 3))
 
 
 def photometric_draw(n, *, p, generator):
-    """Settings of n images, CPU tensors under the names photometric_apply gives them; what is not drawn is neutral.
+    """Settings of n images, CPU tensors under the names photometric_apply gives them; what is not
+    drawn is neutral.
 
-    Each with probability p: brightness U(0.875, 1.125), contrast, saturation U(0.5, 1.5), hue U(-0.05, 0.05) of a full
-    turn, a random order of the channels. A fair coin per image puts contrast before saturation or after hue.
-    """
+    Each with probability p: brightness U(0.875, 1.125), contrast, saturation U(0.5, 1.5), hue
+    U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per image puts
+    contrast before saturation or after hue. """
     if not 0 <= p <= 1:
-        raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five changes")
+        raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five "
+                         "changes")
 
     def draw(low, high, neutral):
         value = torch.empty(n).uniform_(low, high, generator=generator)
@@ -508,12 +574,15 @@ def photometric_draw(n, *, p, generator):
     before = torch.rand(n, generator=generator) < 0.5
     order = torch.rand(n, 3, generator=generator).argsort(1)
     order = torch.where(torch.rand(n, 1, generator=generator) < p, order, torch.arange(3))
-    return {"brightness": brightness, "contrast_before": torch.where(before, contrast, 1.0), "saturation": saturation,
-            "hue": hue, "contrast_after": torch.where(before, 1.0, contrast), "order": order}
+    return {"brightness": brightness, "contrast_before": torch.where(before, contrast, 1.0),
+            "saturation": saturation, "hue": hue,
+            "contrast_after": torch.where(before, 1.0, contrast), "order": order}
 
 
-def photometric_apply(images, *, brightness, contrast_before, saturation, hue, contrast_after, order):
-    """Distort uint8 RGB images by given settings: float32, every step clamped to [0, 255], rounded once at the end.
+def photometric_apply(images, *, brightness, contrast_before, saturation, hue, contrast_after,
+                      order):
+    """Distort uint8 RGB images by given settings: float32, every step clamped to [0, 255], rounded
+    once at the end.
 
         brightness  f x                                 grey = 0.2989 R + 0.587 G + 0.114 B
         contrast    f x + (1 - f) mean(grey)            before saturation, or after hue
@@ -521,46 +590,63 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
         hue         turned by this part of a full turn
         order       channel c becomes what was channel order[c]
 
-    (torchvision truncates to uint8 after brightness, contrast and saturation, each time half a grey level darker.)
-    The dear steps are done where they were drawn: the images are sorted so that saturation is one slice, and hue another.
+    (torchvision truncates to uint8 after brightness, contrast and saturation, each time half a grey
+    level darker.) The dear steps are done where they were drawn: the images are sorted so that
+    saturation is one slice, and hue another.
 
-    images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, all of them on one device, any
+    images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, all of them on one
+            device, any
     Needs:  turn_hue_
     """
     n, device = len(images), images.device
-    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))  # 0 neither, 1 saturation, 2 both, 3 hue: each change is one slice
+    # 0 neither, 1 saturation, 2 both, 3 hue: each change is one slice
+    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))
     rows = kind.argsort()
-    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()  # where saturation begins, both begin, hue alone begins
+    # where saturation begins, both begin, hue alone begins
+    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()
     saturated, turned = slice(first, last), slice(both, n)
     brightness, contrast_before, saturation, hue, contrast_after = (
-        setting[rows].to(device)[:, None, None] for setting in (brightness, contrast_before, saturation, hue, contrast_after))
+        setting[rows].to(device)[:, None, None]
+        for setting in (brightness,
+                        contrast_before,
+                        saturation, hue,
+                        contrast_after))
 
-    def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number per image
+    # changes x; torch.lerp is slower where `other` is one number per image
+    def blend(x, factor, other):
         grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
         x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
 
     channels = torch.arange(3, device=rows.device)[:, None]
-    source = (3 * rows + channels).to(device)  # (3, B): all the reds in their new order, then the greens, then the blues
+    # (3, B): all the reds in their new order, then the greens, then the blues
+    source = (3 * rows + channels).to(device)
     x = images.flatten(0, 1).index_select(0, source.flatten()).view(3, *images[:, 0].shape).float()
     x.mul_(brightness).clamp_(max=255)
-    blend(x, contrast_before, x.mean((2, 3), keepdim=True))  # the grey of the means is the mean of the grey
+    # the grey of the means is the mean of the grey
+    blend(x, contrast_before, x.mean((2, 3), keepdim=True))
     blend(x[:, saturated], saturation[saturated], x[:, saturated])
     turn_hue_(x[:, turned], hue[turned])
     blend(x, contrast_after, x.mean((2, 3), keepdim=True))
-    x = x.round_().to(torch.int16).to(torch.uint8)  # float to uint8 in one go is several times slower on CPU
-    planes = (order * n + rows.argsort()[:, None]).to(device)  # (B, 3): where the channels of each image are now
+    # float to uint8 in one go is several times slower on CPU
+    x = x.round_().to(torch.int16).to(torch.uint8)
+    # (B, 3): where the channels of each image are now
+    planes = (order * n + rows.argsort()[:, None]).to(device)
     return x.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
 
 
 def turn_hue_(planes, turn):
-    """Turn the hue in place by a part of the full circle and keep value (max) and chroma (max - min): RGB to HSV and back.
+    """Turn the hue in place by a part of the full circle and keep value (max) and chroma (max -
+    min): RGB to HSV and back.
 
-    In sixths of the circle times the chroma, with red at 0, green at 2, blue at -2; without a branch and without a division:
+    In sixths of the circle times the chroma, with red at 0, green at 2, blue at -2; without a
+    branch and without a division:
 
         hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
-        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)    centre 0, 2, -2 for R, G, B
+        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)
+        centre 0, 2, -2 for R, G, B
 
-    The last line is the trapezoid that a channel follows: chroma up to one sixth from its centre, 0 from two sixths on.
+    The last line is the trapezoid that a channel follows: chroma up to one sixth from its centre, 0
+    from two sixths on.
 
     planes  (3, ...) float RGB of any scale
     turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
@@ -570,7 +656,8 @@ def turn_hue_(planes, turn):
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    hue = torch.copysign((green + blue).sub_(red).sub_(low).add_(chroma), green - blue).add_(6 * turn * chroma)
+    hue = torch.copysign((green + blue).sub_(red).sub_(low).add_(chroma), green
+                         - blue).add_(6 * turn * chroma)
     three, base = 3 * chroma, low - chroma
     for channel, centre in zip(planes, (0, 2, -2)):
         torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
@@ -581,25 +668,29 @@ def turn_hue_(planes, turn):
 def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     """Contrast-limited adaptive histogram equalisation: each tile by itself, bilinear between.
 
-    A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in contrast; the rest is
-    spread over all bins. Grey images are bit-equal to OpenCV's createCLAHE(clip_limit, (columns, rows)).apply(image).
-    Colour images are equalised in the L of 8-bit Lab: bit-equal up to there, and after the way back to RGB at most one
-    grey level off OpenCV but for 1 value in 100,000 (see lab_to_rgb).
+    A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in
+    contrast; the rest is spread over all bins. Grey images are bit-equal to OpenCV's
+    createCLAHE(clip_limit, (columns, rows)).apply(image). Colour images are equalised in the L of
+    8-bit Lab: bit-equal up to there, and after the way back to RGB at most one grey level off
+    OpenCV but for 1 value in 100,000 (see lab_to_rgb).
 
     images      uint8, grey (H, W) or (B, H, W), or RGB (B, 3, H, W)
     clip_limit  0 = no limit
     grid        tiles as (rows, columns), where OpenCV's tileGridSize is (columns, rows)
     returns the same shape, uint8
     Needs:  clahe_axis, clahe_tables, rgb_to_lab, lab_to_rgb, lab_tables
-    Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite, an empty grid.
+    Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite,
+            an empty grid.
     Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
     """
-    wrong = images.ndim not in (2, 3, 4) or images.ndim == 4 and images.shape[1] != 3 or 0 in images.shape[-2:]
+    wrong = images.ndim not in (2, 3, 4) or 0 in images.shape[-2:]
+    wrong = wrong or images.ndim == 4 and images.shape[1] != 3
     if images.dtype != torch.uint8 or wrong:
         raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} "
                          f"{tuple(images.shape)}: equalise before you normalise")
     if not 0 <= clip_limit < float("inf") or min(grid) < 1:
-        raise ValueError(f"clip_limit {clip_limit} must be at least 0 (none) and finite, grid {grid} at least (1, 1)")
+        raise ValueError(f"clip_limit {clip_limit} must be at least 0 (none) and finite, grid "
+                         f"{grid} at least (1, 1)")
     if images.ndim == 4:
         lab = rgb_to_lab(images)
         lab[:, 0] = clahe(lab[:, 0], clip_limit=clip_limit, grid=grid)
@@ -609,12 +700,15 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     uneven = height % rows > 0 or width % columns > 0
     y, row, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
     x, column, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
-    tiles = (levels[:, y[:, None], x] if uneven else levels).unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
+    tiles = (levels[:, y[:, None], x] if uneven
+             else levels).unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
     tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
     image = torch.arange(len(levels), device=device)[:, None, None]
-    # (2, 2, B, H, W): each pixel's new level in the tables of the four tiles about it, upper and lower, left and right
+    # (2, 2, B, H, W): each pixel's new level in the tables of the four tiles about it, upper and
+    # lower, left and right
     tile = (image * rows + row[:, None, None, :, None]) * columns + column[:, None, None]
-    upper_left, upper_right, lower_left, lower_right = tables.index_select(0, (256 * tile + levels).flatten()).view(4, *levels.shape)
+    found = tables.index_select(0, (256 * tile + levels).flatten()).view(4, *levels.shape)
+    upper_left, upper_right, lower_left, lower_right = found
     upper = upper_left * (1 - across) + upper_right * across
     lower = lower_left * (1 - across) + lower_right * across
     down = down[:, None]
@@ -623,12 +717,16 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
 
 @functools.cache
 def clahe_axis(size, tiles, uneven):
-    """One side of an image for clahe: where its padded pixels come from, and between which two tiles each pixel lies.
+    """One side of an image for clahe: where its padded pixels come from, and between which two
+    tiles each pixel lies.
 
-    If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one pixel per tile.
+    If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one
+    pixel per tile.
 
-    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; kept, so not to be changed
-    Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge (reflect-101)
+    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; kept,
+    so not to be changed
+    Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge
+            (reflect-101)
     """
     padded = size + (tiles - size % tiles if uneven else 0)
     period = 2 * (size - 1)
@@ -636,11 +734,13 @@ def clahe_axis(size, tiles, uneven):
     position = torch.arange(size, dtype=torch.float32) * (1 / (padded // tiles)) - 0.5
     first = position.floor()
     weight, first = position - first, first.long()
-    return torch.minimum(source, period - source), torch.stack([first, first + 1]).clamp_(0, tiles - 1), weight
+    neighbours = torch.stack([first, first + 1]).clamp_(0, tiles - 1)
+    return torch.minimum(source, period - source), neighbours, weight
 
 
 def clahe_tables(tiles, clip_limit):
-    """The new level (n, 256) float32 of each old one: clipped cumulative histograms of n tiles (n, pixels) int64."""
+    """The new level (n, 256) float32 of each old one: clipped cumulative histograms of n tiles (n,
+    pixels) int64."""
     n, area = tiles.shape
     bins = torch.arange(256, device=tiles.device)
     tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
@@ -650,48 +750,59 @@ def clahe_tables(tiles, clip_limit):
         excess = (histogram - limit).clamp(min=0).sum(1, keepdim=True)
         rest = excess % 256  # what an even share leaves over: one each to every step-th bin
         step = (256 // rest.clamp(min=1)).clamp(min=1)
-        histogram = histogram.clamp(max=limit) + excess // 256 + ((bins % step == 0) & (bins < step * rest))
+        histogram = histogram.clamp(max=limit) + excess // 256 + (
+            (bins % step == 0) & (bins < step * rest))
     return (histogram.cumsum(1).float() * (255 / area)).round()
 
 
 def rgb_to_lab(images):
-    """sRGB to 8-bit CIE Lab (D65), both uint8 (B, 3, H, W), in the fixed-point arithmetic of OpenCV's COLOR_RGB2LAB.
+    """sRGB to 8-bit CIE Lab (D65), both uint8 (B, 3, H, W), in the fixed-point arithmetic of
+    OpenCV's COLOR_RGB2LAB.
 
-        L = 2.55 (116 f(Y) - 16)    a = 500 (f(X) - f(Y)) + 128    b = 200 (f(Y) - f(Z)) + 128    f: cube root
+        L = 2.55 (116 f(Y) - 16)    a = 500 (f(X) - f(Y)) + 128    b = 200 (f(Y) - f(Z)) + 128    f:
+                                    cube root
 
-    Linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24 colours come out as OpenCV's. The
-    formulas in float miss L by 1 here and there, of which an equalised histogram makes tens of grey levels.
+    Linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24 colours come out
+    as OpenCV's. The formulas in float miss L by 1 here and there, of which an equalised histogram
+    makes tens of grey levels.
 
     Needs:  lab_tables
     Check:  (255, 0, 0) becomes (136, 208, 195)
     """
     light, root, _ = (table.to(images.device) for table in lab_tables())
-    look_up = lambda table, index: table.index_select(0, index.flatten()).view_as(index)  # faster than table[index] on CPU
+    # faster than table[index] on CPU
+    look_up = lambda table, index: table.index_select(0, index.flatten()).view_as(index)
     red, green, blue = look_up(light, images.int()).unbind(1)
-    x = look_up(root, (1777 * red + 1541 * green + 778 * blue + 2**11) >> 12)  # sRGB to XYZ, white at 2^12
+    # sRGB to XYZ, white at 2^12
+    x = look_up(root, (1777 * red + 1541 * green + 778 * blue + 2**11) >> 12)
     y = look_up(root, (871 * red + 2929 * green + 296 * blue + 2**11) >> 12)
     z = look_up(root, (73 * red + 448 * green + 3575 * blue + 2**11) >> 12)
     lab = torch.stack([296 * y - 1336934, 500 * (x - y) + 2**22, 200 * (y - z) + 2**22], dim=1)
-    return ((lab + 2**14) >> 15).to(torch.uint8)  # 296 = 1.16 * 255, 1336934 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
+    # 296 = 1.16 * 255, 1336934 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
+    return ((lab + 2**14) >> 15).to(torch.uint8)
 
 
 @functools.cache
 def lab_tables():
-    """What rgb_to_lab and lab_to_rgb look up, on the CPU, kept: linear light (256,) in 1/2040 of the sRGB levels, f (3072,) in
-    1/2^15 of the light; and the matrix float (3, 3) from XYZ over the white point to linear RGB."""
+    """What rgb_to_lab and lab_to_rgb look up, on the CPU, kept: linear light (256,) in 1/2040 of
+    the sRGB levels, f (3072,) in 1/2^15 of the light; and the matrix float (3, 3) from XYZ over the
+    white point to linear RGB."""
     level = torch.arange(256, dtype=torch.float64) / 255
     light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
     share = torch.arange(3072, dtype=torch.float64) / 2040
     root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
-    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169], [0.019334, 0.119193, 0.950227]])
+    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169],
+                           [0.019334, 0.119193, 0.950227]])
     to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True))
     return (light * 2040).round().int(), (root.float() * 2**15).round().int(), to_rgb
 
 
 def lab_to_rgb(lab):
-    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): formulas in float32, clipped to the sRGB gamut, rounded.
+    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): formulas in float32, clipped to the
+    sRGB gamut, rounded.
 
-    Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1, 0.001 % by 2 or 3.
+    Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1,
+    0.001 % by 2 or 3.
 
     Needs:  lab_tables
     Check:  (136, 208, 195) becomes (255, 2, 1)
@@ -701,14 +812,17 @@ def lab_to_rgb(lab):
     f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200])
     xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
     to_rgb = lab_tables()[2].to(lab.device)
-    with torch.autocast(lab.device.type, enabled=False):  # in half precision a third of the values would be off
+    # in half precision a third of the values would be off
+    with torch.autocast(lab.device.type, enabled=False):
         light = (to_rgb @ xyz).clamp_(0, 1)
     rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return (255 * rgb).round().to(torch.uint8).unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()
+    pixels = (255 * rgb).round().to(torch.uint8)
+    return pixels.unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()
 
 
 def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fill_mask=255):
-    """Turn each image about its centre by U(-degrees, degrees) and enlarge it by exp(U(-ln zoom, ln zoom)); its mask likewise.
+    """Turn each image about its centre by U(-degrees, degrees) and enlarge it by exp(U(-ln zoom, ln
+    zoom)); its mask likewise.
 
     images  (B, C, H, W) uint8 or float
     masks   (B, h, w) integers, of any size: they come out in the size of the images
@@ -718,17 +832,22 @@ def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fil
     Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
     """
     if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
-        raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at least 1 (1 = off)")
+        raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at "
+                         "least 1 (1 = off)")
     angle, size = torch.empty(2, len(images)).uniform_(-1, 1, generator=generator)
-    return affine(images, angle * math.radians(degrees), (size * math.log(zoom)).exp(), masks=masks, fill_mask=fill_mask)
+    return affine(images, angle * math.radians(degrees), (size * math.log(zoom)).exp(), masks=masks,
+                  fill_mask=fill_mask)
 
 
 def affine(images, angle, scale, *, masks=None, fill_mask=255):
-    """Turn and enlarge images about their centre; masks go through the same geometry with nearest sampling.
+    """Turn and enlarge images about their centre; masks go through the same geometry with nearest
+    sampling.
 
-        source pixel of output pixel x = R(angle) x / scale, from the centre; a positive angle turns counter-clockwise
+        source pixel of output pixel x = R(angle) x / scale, from the centre; a positive angle turns
+        counter-clockwise
 
-    What lies outside is the image mirrored at its edge, and fill_mask in a mask: mirrored pixels are not graded.
+    What lies outside is the image mirrored at its edge, and fill_mask in a mask: mirrored pixels
+    are not graded.
 
     images  (B, C, H, W) uint8 (rounded at the end) or float; bilinear
     angle, scale (B,) in radians, and as a factor
@@ -739,12 +858,17 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
     height, width = images.shape[2:]
     if not len(images):
         return images if masks is None else (images, masks.new_empty((0, height, width)))
-    c, s = ((each / scale).float().to(images.device)[:, None, None] for each in (angle.cos(), angle.sin()))
+    c, s = ((each / scale).float().to(images.device)[:, None, None]
+            for each in (angle.cos(), angle.sin()))
     y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
-    source_x, source_y = c * x - s * y[:, None], s * x + c * y[:, None]  # (B, H, W), pixels from the centre
+    # (B, H, W), pixels from the centre
+    source_x, source_y = c * x - s * y[:, None], s * x + c * y[:, None]
     grid = torch.stack([source_x * (2 / width), source_y * (2 / height)], -1)
-    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    turned = turned.to(images.dtype) if images.is_floating_point() else turned.round_().to(torch.int32).to(images.dtype)
+    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection",
+                           align_corners=False)
+    if not images.is_floating_point():
+        turned = turned.round_().to(torch.int32)
+    turned = turned.to(images.dtype)
     if masks is None:
         return turned
     rows, columns = masks.shape[1:]
@@ -752,25 +876,31 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
     row = ((source_y + height / 2) * (rows / height)).floor().long()
     outside = (column < 0) | (column >= columns) | (row < 0) | (row >= rows)
     source = (row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)).flatten(1)
-    return turned, masks.flatten(1).gather(1, source).view_as(outside).masked_fill(outside, fill_mask)
+    masks = masks.flatten(1).gather(1, source).view_as(outside)
+    return turned, masks.masked_fill(outside, fill_mask)
 
 
 def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
-    """Move each image by up to `padding` pixels down or up and right or left: pad, then crop to the old size.
+    """Move each image by up to `padding` pixels down or up and right or left: pad, then crop to the
+    old size.
 
-    What comes in at the edge is the image mirrored (reflect-101), not the zeros of the CIFAR recipe: a black bar is an
-    edge that no photograph has. A mask gets `fill_mask` there: mirrored pixels are not graded.
+    What comes in at the edge is the image mirrored (reflect-101), not the zeros of the CIFAR
+    recipe: a black bar is an edge that no photograph has. A mask gets `fill_mask` there: mirrored
+    pixels are not graded.
 
     images  (B, C, H, W) any dtype
     masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
     returns images, or (images, masks) if masks were given
-    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to mirror.
+    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to
+            mirror.
     Check:  padding=0 is the identity
     """
     n, channels, height, width = images.shape
     if not 0 <= padding < min(height, width):
-        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side, {min(height, width)}")
-    down, right = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator).to(images.device)
+        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side, "
+                         f"{min(height, width)}")
+    down, right = torch.randint(-padding, padding + 1, (2, n, 1),
+                                generator=generator).to(images.device)
     y = torch.arange(height, device=images.device) - down
     x = torch.arange(width, device=images.device) - right
     mirror = lambda index, size: size - 1 - (size - 1 - index.abs()).abs()
@@ -779,15 +909,19 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
     if masks is None:
         return cropped
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    return cropped, masks.flatten(1).gather(1, source).view_as(masks).masked_fill(~inside, fill_mask)
+    masks = masks.flatten(1).gather(1, source).view_as(masks)
+    return cropped, masks.masked_fill(~inside, fill_mask)
 
 
 def mixup(inputs, targets, *, alpha, generator):
-    """Blend each sample with another one and its target with the same weight; one weight per batch, Beta(alpha, alpha).
+    """Blend each sample with another one and its target with the same weight; one weight per batch,
+    Beta(alpha, alpha).
 
-        x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j        j: a permutation of the batch
+        x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j        j: a permutation
+        of the batch
 
-    The target is mixed for every lam: to keep the first label would call an i what is nine tenths j.
+    The target is mixed for every lam: to keep the first label would call an i what is nine tenths
+    j.
 
     inputs  (B, ...) float
     targets (B,), (B, C) or (B, C, H, W) float: probabilities or values, no class indices
@@ -798,8 +932,9 @@ def mixup(inputs, targets, *, alpha, generator):
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
     if not (inputs.is_floating_point() and targets.is_floating_point()):
-        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and {targets.dtype}: pass "
-                         "inputs.float(), and for class indices F.one_hot(targets).float()")
+        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and "
+                         f"{targets.dtype}: pass inputs.float(), and for class indices "
+                         "F.one_hot(targets).float()")
     if alpha == 0:
         return inputs, targets
     seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
@@ -809,16 +944,18 @@ def mixup(inputs, targets, *, alpha, generator):
 
 
 def cutmix(inputs, targets, *, alpha, generator):
-    """Paste a box of another sample into each one and mix the targets by the share of pixels that each really has.
+    """Paste a box of another sample into each one and mix the targets by the share of pixels that
+    each really has.
 
-    One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, its centre anywhere, cut off where it
-    hangs over the edge. lam is counted after that, in whole pixels:
+    One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, its centre
+    anywhere, cut off where it hangs over the edge. lam is counted after that, in whole pixels:
 
-        lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j        j: a permutation of the batch
+        lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j        j: a
+        permutation of the batch
 
     inputs  (B, C, H, W) any dtype
-    targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the box is pasted as well
-    returns inputs, targets; the arguments themselves for alpha = 0 (off)
+    targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the
+    box is pasted as well returns inputs, targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
     Source: Yun et al. 2019, arXiv:1905.04899
     """
@@ -828,8 +965,9 @@ def cutmix(inputs, targets, *, alpha, generator):
     is_mask = targets.ndim > 2
     fits = targets.shape[-2:] == (height, width) if is_mask else targets.is_floating_point()
     if not fits:
-        raise ValueError(f"cutmix needs float targets (B,) or (B, C), or masks of {height}x{width}, got "
-                         f"{targets.dtype} {tuple(targets.shape)}: for class indices pass F.one_hot(targets).float()")
+        raise ValueError("cutmix needs float targets (B,) or (B, C), or masks of "
+                         f"{height}x{width}, got {targets.dtype} {tuple(targets.shape)}: for "
+                         "class indices pass F.one_hot(targets).float()")
     if alpha == 0:
         return inputs, targets
     seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
@@ -837,7 +975,8 @@ def cutmix(inputs, targets, *, alpha, generator):
     side = (1 - rng.beta(alpha, alpha)) ** 0.5
     box_height, box_width = round(side * height), round(side * width)
     y, x = int(rng.integers(height)) - box_height // 2, int(rng.integers(width)) - box_width // 2
-    top, bottom, left, right = max(y, 0), min(y + box_height, height), max(x, 0), min(x + box_width, width)
+    top, bottom = max(y, 0), min(y + box_height, height)
+    left, right = max(x, 0), min(x + box_width, width)
     box = (..., slice(top, bottom), slice(left, right))
     other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     mixed = inputs.clone()
@@ -850,12 +989,13 @@ def cutmix(inputs, targets, *, alpha, generator):
     return mixed, lam * targets + (1 - lam) * targets[other]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Breathing and heart rate: recordings, windows, labels
 
 
 def standardise(windows):
-    """Each window by itself to mean 0 and sd 1; a flat one becomes 0. The scale of a PPG says nothing: it is set per recording.
+    """Each window by itself to mean 0 and sd 1; a flat one becomes 0. The scale of a PPG says
+    nothing: it is set per recording.
 
     windows (..., t) float tensor
     Check:  standardise(4 * x + 1) equals standardise(x)
@@ -867,16 +1007,18 @@ def standardise(windows):
 
 
 def reduce_rate(windows, factor):
-    """Windows (..., t) at a `factor`-th of their rate: the mean of each `factor` samples, a rest at the end is dropped.
+    """Windows (..., t) at a `factor`-th of their rate: the mean of each `factor` samples, a rest at
+    the end is dropped.
 
-    The mean is the low-pass. By 4, from 125 to 31.25 Hz, it keeps 99 % of an amplitude at 2 Hz and 95 % at 5.5 Hz, and what
-    would come back as 2 Hz (29.25 Hz, where a PPG holds nothing) is left with 7 %.
-    """
+    The mean is the low-pass. By 4, from 125 to 31.25 Hz, it keeps 99 % of an amplitude at 2 Hz and
+    95 % at 5.5 Hz, and what would come back as 2 Hz (29.25 Hz, where a PPG holds nothing) is left
+    with 7 %. """
     return windows[..., : windows.shape[-1] // factor * factor].unflatten(-1, (-1, factor)).mean(-1)
 
 
 def hann_power(x, rate_hz, frequencies):
-    """Power of signals at any frequencies, under a Hann window: |sum_t hann(t) x(t) exp(-2 pi i f t)|^2.
+    """Power of signals at any frequencies, under a Hann window: |sum_t hann(t) x(t) exp(-2 pi i f
+    t)|^2.
 
     x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
     """
@@ -889,19 +1031,21 @@ def hann_power(x, rate_hz, frequencies):
 def spectral_rate(windows, rate_hz, band):
     """The classical estimate: where in the band the spectrum of a window is highest, per minute.
 
-        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2    on a grid of 1 / (4 T), between its points a parabola in log power
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2    on a grid of 1 / (4 T), between its
+        points a parabola in log power
 
     For hr the pulse itself; for rr the wander of the baseline with breathing.
 
-    windows (n, t) float tensor of any scale; rate_hz samples per second; band (low, high) in Hz, as in RATE_BANDS
-    returns (n,) inside the band; NaN for a flat window
+    windows (n, t) float tensor of any scale; rate_hz samples per second; band (low, high) in Hz, as
+    in RATE_BANDS returns (n,) inside the band; NaN for a flat window
     Errors: ValueError for a band that is empty, or not between 0 and half the rate.
     Check:  a sine of 0.3 Hz gives 18.0
     Needs:  standardise, hann_power
     """
     low, high = band
     if not 0 < low < high <= rate_hz / 2:
-        raise ValueError(f"band {low:g} to {high:g} Hz must lie in order between 0 and half the rate, {rate_hz / 2:g} Hz")
+        raise ValueError(f"band {low:g} to {high:g} Hz must lie in order between 0 and half the "
+                         f"rate, {rate_hz / 2:g} Hz")
     t = windows.shape[-1]
     step = rate_hz / t / 4
     grid = low + step * torch.arange(-1, round((high - low) / step) + 2, dtype=torch.float64)
@@ -918,15 +1062,18 @@ def respiratory_signals(windows, rate_hz):
 
         baseline   x, the window itself: breathing moves its level
         amplitude  |z|, the height of the pulse: breathing changes the stroke volume
-        frequency  the turn of arg z from sample to sample, over 1 s: the pulse quickens as one breathes in
+        frequency  the turn of arg z from sample to sample, over 1 s: the pulse quickens as one
+                   breathes in
 
-    with z the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest frequency f0 of the hr band.
-    The turn is the angle of the mean of z(t + 1) conj z(t): weighted by the height of the pulse, so that the phase, which means
-    nothing where the pulse fades, does not spike there.
+    with z the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest
+    frequency f0 of the hr band. The turn is the angle of the mean of z(t + 1) conj z(t): weighted
+    by the height of the pulse, so that the phase, which means nothing where the pulse fades, does
+    not spike there.
 
-    windows (n, t) float tensor of any scale, rate_hz samples per second -> (n, 3, t), each signal of mean 0 and sd 1
-    A flat window gives zeros.
-    Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander, amplitude and frequency modulation)
+    windows (n, t) float tensor of any scale, rate_hz samples per second -> (n, 3, t), each signal
+    of mean 0 and sd 1 A flat window gives zeros.
+    Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
+            amplitude and frequency modulation)
     Needs:  RATE_BANDS, standardise, spectral_rate
     """
     x = standardise(windows)
@@ -936,7 +1083,8 @@ def respiratory_signals(windows, rate_hz):
     z = torch.fft.ifft(2 * torch.fft.fft(x) * in_band)
     turn = torch.view_as_real(z[:, 1:] * z[:, :-1].conj()).transpose(1, 2)
     second = 2 * round(rate_hz / 2) + 1  # odd, so that the mean is centred
-    turn = F.avg_pool1d(F.pad(turn, (0, 1), mode="replicate"), second, stride=1, padding=second // 2, count_include_pad=False)
+    turn = F.avg_pool1d(F.pad(turn, (0, 1), mode="replicate"), second, stride=1,
+                        padding=second // 2, count_include_pad=False)
     turn = torch.atan2(turn[:, 1], turn[:, 0])
     return standardise(torch.stack([x, z.abs(), turn], 1))
 
@@ -944,20 +1092,22 @@ def respiratory_signals(windows, rate_hz):
 def band_spectrum(signals, rate_hz, band, bins):
     """Where in a band the power of a signal lies: its log spectrum, free of phase and scale.
 
-        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2        result: log(power / mean power of the band + 0.001)
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2        result: log(power / mean power of
+        the band + 0.001)
 
-    x is the signal without its mean and its straight-line trend, whose leakage would fill the low end of the band.
+    x is the signal without its mean and its straight-line trend, whose leakage would fill the low
+    end of the band.
 
-    signals (..., t) float tensor; rate_hz samples per second; band (low, high) in Hz; bins: frequencies, both ends among them
-    returns (..., bins); log 0.001 everywhere for a flat signal
+    signals (..., t) float tensor; rate_hz samples per second; band (low, high) in Hz; bins:
+    frequencies, both ends among them returns (..., bins); log 0.001 everywhere for a flat signal
     Errors: ValueError for a band that is not between 0 and half the rate, or for fewer than 2 bins.
     Check:  a sine is largest at its own frequency
     Needs:  standardise, hann_power
     """
     low, high = band
     if not 0 <= low < high <= rate_hz / 2 or bins < 2:
-        raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 and half the rate, "
-                         f"{rate_hz / 2:g} Hz, with at least 2 bins")
+        raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 "
+                         f"and half the rate, {rate_hz / 2:g} Hz, with at least 2 bins")
     t = signals.shape[-1]
     x, line = standardise(signals), torch.linspace(-1, 1, t).to(signals)
     x = x - (x @ line)[..., None] / line.square().sum() * line
@@ -967,17 +1117,21 @@ def band_spectrum(signals, rate_hz, band, bins):
 
 
 def time_stretch(windows, labels, *, limit, generator):
-    """Play each window faster or slower, and scale its rate with it: the augmentation that makes an estimator of a rate.
+    """Play each window faster or slower, and scale its rate with it: the augmentation that makes an
+    estimator of a rate.
 
-        x'(t) = x(centre + s (t - centre)),  label' = s * label        log s uniform in [-log limit, log limit]
+        x'(t) = x(centre + s (t - centre)),  label' = s * label        log s uniform in [-log limit,
+        log limit]
 
-    Linear between samples; what a faster window lacks at its ends is mirrored. The label of a slowed window is still the mean
-    of the whole of it, though only its middle is left.
+    Linear between samples; what a faster window lacks at its ends is mirrored. The label of a
+    slowed window is still the mean of the whole of it, though only its middle is left.
 
-    windows   (b, t) float tensor; labels (b,) rates, in any unit that is proportional to frequency (not yet z-scored)
+    windows   (b, t) float tensor; labels (b,) rates, in any unit that is proportional to frequency
+              (not yet z-scored)
     limit     >= 1; 1 is off
     generator a CPU torch.Generator; nothing is changed in place
-    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror image).
+    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror
+            image).
     Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
     Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
     """
@@ -995,14 +1149,18 @@ def time_stretch(windows, labels, *, limit, generator):
 
 
 class LabelScaler:
-    """Labels to mean 0 and sd 1 and back, with the mean and the sd of the training labels, in float64.
+    """Labels to mean 0 and sd 1 and back, with the mean and the sd of the training labels, in
+    float64.
 
-        transform(labels) = (labels - mean) / scale        inverse(predictions) = predictions * scale + mean
+        transform(labels) = (labels - mean) / scale        inverse(predictions) = predictions *
+        scale + mean
 
-    Fit it on training rows only, save it with the weights, and score in the unit of the labels, after inverse: an error in
-    that unit cannot be had from the loss. Constant labels have scale 1. Arrays and tensors keep their kind, device and type.
+    Fit it on training rows only, save it with the weights, and score in the unit of the labels,
+    after inverse: an error in that unit cannot be had from the loss. Constant labels have scale 1.
+    Arrays and tensors keep their kind, device and type.
 
-    Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was neither fitted nor loaded.
+    Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was
+            neither fitted nor loaded.
     Check:  fit([10, 20]) has mean 15 and scale 5
     """
 
@@ -1012,8 +1170,8 @@ class LabelScaler:
     def fit(self, labels):
         labels = np.asarray(labels, dtype=np.float64)
         if labels.size == 0 or not np.isfinite(labels).all():
-            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or infinite: leave out rows "
-                             "without a label before fitting")
+            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or "
+                             "infinite: leave out rows without a label before fitting")
         self.mean = float(labels.mean())
         self.scale = float(labels.std()) if labels.min() < labels.max() else 1.0
         return self
@@ -1028,7 +1186,8 @@ class LabelScaler:
 
     def check(self):
         if self.mean is None:
-            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or load its state")
+            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or "
+                               "load its state")
 
     def state_dict(self):
         return {"mean": self.mean, "scale": self.scale}
@@ -1037,19 +1196,22 @@ class LabelScaler:
         self.mean, self.scale = state["mean"], state["scale"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Modalities: several arrays, one row of each per sample, and labels
 
 
 def channel_statistics(array, rows, present=None, *, chunk=2**21):
     """Mean and standard deviation of each channel over some rows, to scale by: (x - mean) / sd.
 
-    Give it the TRAINING rows only. In float64, `chunk` values at a time, so that a set of any size fits; two passes, since
-    the mean of squares minus the square of the mean loses all digits where a mean is large.
+    Give it the TRAINING rows only. In float64, `chunk` values at a time, so that a set of any size
+    fits; two passes, since the mean of squares minus the square of the mean loses all digits where
+    a mean is large.
 
-    array   (n, F) or (n, T, C): the last axis holds the channels; (n, C, H, W) or (n, T, C, H, W): the third from the end
+    array   (n, F) or (n, T, C): the last axis holds the channels; (n, C, H, W) or (n, T, C, H, W):
+            the third from the end
     rows    (m,) indices; present (n,) bool or None: of them, only the present rows count
-    returns mean, sd: float64 tensors (channels,); sd 1 for a constant channel; mean 0 and sd 1 where no row is present
+    returns mean, sd: float64 tensors (channels,); sd 1 for a constant channel; mean 0 and sd 1
+    where no row is present
     Check:  channel_statistics(np.array([[1.0], [5.0]]), [0, 1]) is ([3], [2])
     """
     rows = np.asarray(rows, dtype=np.int64)
@@ -1070,37 +1232,46 @@ def channel_statistics(array, rows, present=None, *, chunk=2**21):
         low, high = np.minimum(low, part.min(0)), np.maximum(high, part.max(0))
     mean = total / count
     sd = np.sqrt(sum(np.square(part - mean).sum(0) for part in parts()) / count)
-    return torch.from_numpy(mean), torch.from_numpy(np.where(high > low, sd, 1.0))  # of 0.1, rounding alone makes an sd of 1e-17
+    # of 0.1, rounding alone makes an sd of 1e-17
+    return torch.from_numpy(mean), torch.from_numpy(np.where(high > low, sd, 1.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stays: irregular clinical events
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # PNG files
 
 
 def encode_png(pixels, palette=None):
-    """The bytes of an 8-bit PNG: grey or RGB, or class ids with a palette of colours, which every viewer shows in colour.
+    """The bytes of an 8-bit PNG: grey or RGB, or class ids with a palette of colours, which every
+    viewer shows in colour.
 
     pixels  uint8 array (h, w), or (h, w, 3) for RGB
-    palette uint8 (k, 3) with (h, w) ids below k: the file then holds the ids themselves, as the masks of read_faces do
+    palette uint8 (k, 3) with (h, w) ids below k: the file then holds the ids themselves, as the
+    masks of read_faces do
     Errors: ValueError for other shapes, types or ids
-    Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT, IEND; filter 0 on every row
+    Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT,
+            IEND; filter 0 on every row
     """
     pixels = np.ascontiguousarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.ndim == 3 and (pixels.shape[2] != 3 or palette is not None):
-        raise ValueError(f"a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from (h, w); got {pixels.dtype} {pixels.shape}")
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.ndim == 3 and (
+        pixels.shape[2] != 3
+        or palette is not None):
+        raise ValueError("a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from "
+                         f"(h, w); got {pixels.dtype} {pixels.shape}")
     if palette is not None and pixels.max() >= len(palette):
         raise ValueError(f"id {pixels.max()} has no colour: the palette has {len(palette)}")
     height, width = pixels.shape[:2]
     colour_type = 2 if pixels.ndim == 3 else 0 if palette is None else 3
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)  # filter type 0 before each row
+    # filter type 0 before each row
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
     chunks += [] if palette is None else [(b"PLTE", np.asarray(palette, dtype=np.uint8).tobytes())]
     chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
-    content = b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    content = b"".join(struct.pack(">I", len(body)) + name + body
+                       + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     return b"\x89PNG\r\n\x1a\n" + content
 
 

@@ -94,8 +94,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         if not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError(f"binary labels must be in [0, 1], got {labels.min():g} to "
                              f"{labels.max():g}")
-        # softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)]
-        logits = F.pad(logits.reshape(-1, 1), (1, 0))
+        logits = F.pad(logits.reshape(-1, 1), (1, 0))  # softmax([0, z])[1] is sigmoid(z)
         targets = torch.stack([1 - labels, labels], 1)
     elif logits.ndim < 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be (B, C, ...) with C > 1, or binary (B,) or (B, 1); {got}")
@@ -111,11 +110,11 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
                          f"C, ...); {got}")
 
     classes = logits.shape[1]
-    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
+    weights = torch.as_tensor([1.0] * classes if class_weights is None
+                              else class_weights).to(logits)
     if weights.shape != (classes,):
         raise ValueError(f"class_weights must be ({classes},), one for each class, got "
                          f"{tuple(weights.shape)}")
-    weights = weights.to(logits)
     weights_c = weights.view(-1, *[1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
@@ -134,10 +133,8 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
             loss = loss + smoothing * (weights_c * focal(log_p)).mean(1)
 
     loss = loss.masked_fill(~kept, 0)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
+    if reduction != "mean":
+        return loss.sum() if reduction == "sum" else loss
     share = share.masked_fill(~kept, 0).sum()
     return loss.sum() / torch.where(kept.any(), share, 1)
 

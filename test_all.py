@@ -1,7 +1,7 @@
 """Run the tests: `python test_all.py` (no test library needed), or `pytest tests`.
 
     $ python test_all.py                     # all of them, in as many processes as there are cores
-    $ python test_all.py plateau resume      # only tests whose file or name holds one of these words
+    $ python test_all.py plateau resume      # only tests whose file or name holds one of the words
     $ python test_all.py -v ema              # and a line per test
 """
 
@@ -31,7 +31,7 @@ def test_names(words):
 
 
 def outcome_of(file, name):
-    """Run one test in this process: "passed", "failed" or "skipped", and the traceback or the reason."""
+    """Run one test: "passed", "failed" or "skipped", and the traceback or the reason."""
     try:
         getattr(importlib.import_module(f"tests.{file}"), name)()
     except unittest.SkipTest as reason:

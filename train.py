@@ -1,4 +1,5 @@
-"""Train, score and apply deep-learning recipes; no score is printed without its floor and its ceiling.
+"""Train, score and apply deep-learning recipes; no score is printed without its floor and its
+ceiling.
 
     $ python train.py --task ocec --lr 2e-4                          # drawn eyes: no data needed
     $ python train.py --task ocec --lr 2e-4 --data eyes/ --out runs/eyes
@@ -12,8 +13,8 @@
     $ python train.py --task ocec --predict runs/eyes/best.pt --data new/ --out preds.csv
     $ python train.py --task ocec --export runs/eyes/best.pt --out eyes.pt2
 
-The order: the step, the epoch, evaluation, fit; what a run is built from; the command line; the kinds
-of call. A recipe is one file in tasks/. The loop knows no task.
+The order: the step, the epoch, evaluation, fit; what a run is built from; the command line; the
+kinds of call. A recipe is one file in tasks/. The loop knows no task.
 """
 
 import argparse
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import data
 import ema
 import models
 import schedulers
@@ -40,8 +40,8 @@ from runtime import (
 from runtime.checkpoint import RUN_FILES
 from runtime.processes import Interrupted, ProcessLost, rank, world_size
 from runtime.settings import (
-    CHECKS, SCORING_FLAGS, USES, Refused, Settings, autocast, check_call, check_flags, chosen_of, command_line,
-    refusals, resolve_device, resume_command)
+    CHECKS, NOT_OF_THE_TASK, RUN_FLAGS, SCORING_FLAGS, USES, Refused, Settings, add_flag, autocast,
+    check_call, check_flags, chosen_of, command_line, refusals, resolve_device, resume_command)
 from tasks import bidmc, bidmc_pretrain, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
 from tasks.common import NonFinite, finite, plan_batches, seed_of, show, spelled
 
@@ -64,9 +64,9 @@ def task_of(args):
 def train_step(run, split, window, generator, look=None):
     """One optimizer step on a window of batches, whose gradients are added up.
 
-    Of each batch: forward, loss, backward. Then unscale, clip, finite check, optimizer, schedule, EMA,
-    update of the loss scale. Returns the totals of loss and parts over the rows, and the gradient norm:
-    NaN where fp16 skipped the step.
+    Of each batch: forward, loss, backward. Then unscale, clip, finite check, optimizer, schedule,
+    EMA, update of the loss scale. Returns the totals of loss and parts over the rows, and the
+    gradient norm: NaN where fp16 skipped the step.
     """
     args, lr = run.args, run.schedule.get_last_lr()[0]
     rows_in_window = sum(len(rows) for rows in window)
@@ -105,7 +105,8 @@ def train_step(run, split, window, generator, look=None):
 
 
 def numbers_of(values, window, norm):
-    """Values of the batches times their rows, summed over the processes, with one wait for the device.
+    """Values of the batches times their rows, summed over the processes, with one wait for the
+    device.
 
     values: [{name: scalar}] of each batch. Returns [{name: total, "rows": count}], and the norm.
     """
@@ -127,8 +128,8 @@ def numbers_of(values, window, norm):
 def train_epoch(run, split, epoch, stop):
     """One pass over the training split; returns the epoch's row of the log.
 
-    Order, dropout and augmentation are functions of (seed, epoch, process), so an interrupted epoch is
-    simply run again, bit for bit.
+    Order, dropout and augmentation are functions of (seed, epoch, process), so an interrupted epoch
+    is simply run again, bit for bit.
     """
     args = run.args
     torch.manual_seed(seed_of(args.seed, epoch, 0, rank()))  # dropout
@@ -143,12 +144,12 @@ def train_epoch(run, split, epoch, stop):
         row["lr_end"] = run.schedule.get_last_lr()[0]
         look = debug.looker(run, epoch, first // args.accumulate)
         try:
-            totals, norm = train_step(run, split, batches[first : first + args.accumulate], generator,
-                                      look)
+            totals, norm = train_step(run, split, batches[first : first + args.accumulate],
+                                      generator, look)
         except NonFinite as error:
             raise NonFinite(f"{error} in epoch {epoch}, step {run.step}, at lr {row['lr_end']:.3g} "
-                            f"(gradient norm of the step before: {norms[-1] if norms else math.nan:.3g})"
-                            ) from error
+                            "(gradient norm of the step before: "
+                            f"{norms[-1] if norms else math.nan:.3g})") from error
         for total in totals:
             for name, value in total.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -184,8 +185,8 @@ def evaluate(model, split, run):
 def outputs_of(model, split, run):
     """{name: tensor}, one row per row of the split, on the CPU, in all processes.
 
-    Each process computes its share of the batches, so that a score depends neither on the batch size
-    nor on the number of processes. No autocast, whatever --amp says.
+    Each process computes its share of the batches, so that a score depends neither on the batch
+    size nor on the number of processes. No autocast, whatever --amp says.
     """
     outputs = joined_outputs(model, split, run)
     if run.task.reference:
@@ -194,9 +195,9 @@ def outputs_of(model, split, run):
 
 
 def joined_outputs(model, split, run):
-    """Without the reference. One tensor is allocated for all rows: many small ones, allocated between
-    the activations of a network, would cut the free memory into pieces and memory would grow.
-    """
+    """Without the reference. One tensor is allocated for all rows: many small ones, allocated
+    between the activations of a network, would cut the free memory into pieces and memory would
+    grow. """
     model.eval()
     joined, rows = {}, 0
     for start in range(rank() * split.chunk, len(split), world_size() * split.chunk):
@@ -258,10 +259,13 @@ def fit(run, splits, folder, stop):
             row = processes.gather_objects(score_epoch(run, row, splits))[0]
         except NonFinite as error:
             raise NonFinite(f"{error}, after epoch {row['epoch']}, step {run.step}, at lr "
-                            f"{row['lr_end']:.3g}, mean gradient norm {row['grad_norm']:.3g}") from error
+                            f"{row['lr_end']:.3g}, mean gradient norm {row['grad_norm']:.3g}"
+                            ) from error
         if args.schedule == "plateau":
             before = run.schedule.get_last_lr()[0]
-            watched = row["raw"][watched_by_plateau(args)] if splits.validation else row["train_loss"]
+            watched = row["train_loss"]
+            if splits.validation is not None:
+                watched = row["raw"][watched_by_plateau(args)]
             run.schedule.step(watched)
             row["plateau_lr"] = [before, run.schedule.get_last_lr()[0]]
         run.history.append(row)
@@ -273,7 +277,8 @@ def fit(run, splits, folder, stop):
 
 
 def write_history(run, folder):
-    """The log, its curves and the findings, from what last.pt holds as well; returns the findings."""
+    """The log, its curves and the findings, from what last.pt holds as well; returns the
+    findings."""
     findings = diagnosis.diagnose(run.counts, run.history)
     report.write_log(folder / "log.jsonl", run.history)
     with checkpoint.atomic_write(folder / "curves.svg") as file:
@@ -354,14 +359,15 @@ def make_schedule(optimizer, args, flags, steps_per_epoch):
     if args.schedule == "cosine" and 0 < args.cosine_epochs < args.epochs:
         limit = "cosine_epochs"
     if args.schedule != "cyclic" and args.warmup_epochs >= getattr(args, limit):
-        raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below {spelled(limit)} "
-                         f"{show(getattr(args, limit))}: train longer or warm up less")
+        raise ValueError(f"--warmup-epochs {show(args.warmup_epochs)} must be below "
+                         f"{spelled(limit)} {show(getattr(args, limit))}: train longer or warm up "
+                         "less")
     peak = peak_of(optimizer)
     for name in ("warmup_start_lr", "min_lr"):
         read = not flags[name].unmet(args) and (name == "min_lr" or args.warmup_epochs > 0)
         if read and getattr(args, name) > peak:
-            raise ValueError(f"{spelled(name)} {show(getattr(args, name))} must not be above the peak "
-                             f"rate, {show(peak)}: lower it")
+            raise ValueError(f"{spelled(name)} {show(getattr(args, name))} must not be above the "
+                             f"peak rate, {show(peak)}: lower it")
     return SCHEDULES[args.schedule](optimizer, args, lambda epochs: round(epochs * steps_per_epoch))
 
 
@@ -393,64 +399,6 @@ def build(args, facts, steps_per_epoch, encoder=None):
 # --------------------------------------------------------------------------------------------------
 # Command line: two passes, so that --task and --variant pick the defaults that --help shows
 
-RUN_FLAGS = {
-    "data": ("", "folder or file to read; synthetic data without it"),
-    "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with --predict "
-            "the file to write (faceparse: the folder), with --export the .pt2"),
-    "cache": ("", "folder that keeps the decoded data: images, recordings and the arrays of an .npz are "
-              "then memory-mapped; recordings are otherwise kept beside --out"),
-    "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
-    "eval": ("", "score a checkpoint on --split instead of training"),
-    "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with --data, "
-              "else test or what there is)"),
-    "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
-    "export": ("", "write a checkpoint's network to --out, with all that stands before and behind it, "
-               "for torch.export.load"),
-    "resume": (False, "go on from the last finished epoch in --out"),
-    "overwrite": (False, "replace the run in --out"),
-    "debug": (False, "print labels of the first batches, output, gradients and rate of every epoch, and "
-              "a checklist at the end"),
-    "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and --compile "
-                "do not apply"),
-    "show_schedule": (False, "print the learning rate of every epoch instead of training"),
-    "look": (False, "draw the first images of epoch 1, augmented as the network will see them, into "
-             "look.png in --out instead of training"),
-    "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats instead "
-                      "of training"),
-}
-# what the loop takes where a task has no such flag
-NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
-ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",),
-           "pretrained": ("--pretrained-ckpt",)}
-
-
-def parse_pair(text):
-    """'32x64' -> (32, 64), '128' -> (128, 128)."""
-    try:
-        sides = tuple(int(part) for part in text.lower().split("x"))
-        if len(sides) > 2:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ROWSxCOLUMNS, such as 32x64, or "
-                                         "one number for both") from None
-    return sides[0], sides[-1]
-
-
-def add_flag(parser, name, default, text, choices=(), shown=None):
-    """One flag, typed with - or _; it appears in the result only if it was typed."""
-    if shown not in (None, ""):
-        text += f" (default: {show(shown)})"
-    if isinstance(default, bool):
-        kind = {"action": "store_true" if name in RUN_FLAGS else argparse.BooleanOptionalAction}
-    elif isinstance(default, tuple):
-        kind = {"type": parse_pair, "metavar": "HxW"}
-    else:
-        kind = {"type": type(default), "choices": choices or None,
-                "metavar": None if choices else name.upper()}
-    parser.add_argument(spelled(name), *ALIASES.get(name, ()), dest=name, default=argparse.SUPPRESS,
-                        help=text.replace("%", "%%"), **kind)
-
-
 def parse_args(argv):
     """Command line -> settings: the task's defaults, then the variant's, then what was typed."""
     words = []
@@ -462,9 +410,10 @@ def parse_args(argv):
     first.add_argument("--variant", default="default")
     chosen = first.parse_known_args(words)[0]
 
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py --task TASK [--variant VARIANT] [flags]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --task TASK [--variant "
+                                     "VARIANT] [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--task", choices=sorted(TASKS), required=True, help="which recipe")
     flags, recipe = {}, {}
     if chosen.task in TASKS:
@@ -512,11 +461,13 @@ def prepare(args):
     splits = load_splits(args)
     if content and content["facts"] != splits.facts:
         differ = [key for key, value in splits.facts.items() if content["facts"].get(key) != value]
-        raise ValueError(f"the data or their split are not those of the run in {folder}: they differ in "
-                         f"{', '.join(differ)}; restore them, or start a new run in another --out")
+        raise ValueError(f"the data or their split are not those of the run in {folder}: they "
+                         f"differ in {', '.join(differ)}; restore them, or start a new run in "
+                         "another --out")
     if splits.validation is None:
         args = args.replace(monitor="loss")
-        print("no validation split: the training loss picks the epoch, and the raw weights are kept")
+        print("no validation split: the training loss picks the epoch, and the raw weights are "
+              "kept")
     run = prepare_run(args, splits, content)
     if content:
         restore(run, content, folder)
@@ -524,7 +475,7 @@ def prepare(args):
         run.counts = diagnosis.count_before(run, splits)  # of inputs, not of cached features
     if args.mode == "probe" or args.freeze:
         pretrained.cache_features(run.raw_model, splits.named().values())
-    print_summary(run, splits)
+    report.print_summary(run, splits)
     return run, splits, folder
 
 
@@ -543,7 +494,8 @@ def settled_args(args):
 
 
 def load_splits(args):
-    """The task's splits, with their notes printed; what rank 0 writes to a cache the others read."""
+    """The task's splits, with their notes printed; what rank 0 writes to a cache the others
+    read."""
     for turn in (0, 1):
         with processes.raised_everywhere():
             if turn == min(rank(), 1):
@@ -560,8 +512,8 @@ def prepare_run(args, splits, content):
         floors = task.floors(splits.validation, args, splits.facts)
     if math.isnan(report.best_constant(floors).get(args.monitor, 0.0)):
         raise ValueError(f"--monitor {args.monitor} is not defined on the {len(splits.validation)} "
-                         "validation rows (labels of one value or one class): choose another, or other "
-                         "rows with --seed or the ratios")
+                         "validation rows (labels of one value or one class): choose another, or "
+                         "other rows with --seed or the ratios")
     batches = plan_batches(splits.train, 1, args, rank(), world_size())
     encoder = None  # a resumed run has its own weights
     if not content:
@@ -578,28 +530,14 @@ def restore(run, content, folder):
     """Go on where last.pt ended."""
     checkpoint.load_run(run, content, folder / "last.pt")
     if content["processes"] != world_size():
-        print(f"number of processes: {content['processes']} so far, {world_size()} from here on; the run "
-              f"goes on, but not bit for bit as it would have over {content['processes']}")
+        print(f"number of processes: {content['processes']} so far, {world_size()} from here on; "
+              f"the run goes on, but not bit for bit as it would have over {content['processes']}")
     best = folder / "best.pt"
     if report.best_row(run.history, run.args.monitor) and not best.is_file():
         raise ValueError(f"{best} is missing, the best epoch is lost: start again with --overwrite")
     if best.is_file():  # it is read in the end
         checkpoint.load(best, run.args.task, run.task.flags,
                         needs=("model", "epoch", "weights", "score"))
-
-
-def print_summary(run, splits):
-    args = run.args
-    sizes = [f"{len(split):,} {name}" for name, split in splits.named().items()]
-    weights = models.count_parameters(run.raw_model)
-    trained = models.count_parameters(run.raw_model, trainable_only=True)
-    parts = [args.task, ", ".join(sizes), f"{weights:,} parameters",
-             f"{run.steps_per_epoch} steps/epoch", f"{args.device}, amp {args.amp}"]
-    if trained < weights:
-        parts[2] += f", {trained:,} trained"
-    if world_size() > 1:
-        parts.append(f"{world_size()} processes")
-    print(" | ".join(parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,7 +562,8 @@ def train(run, splits, folder):
             if run.args.fold:
                 stop.check()  # asked to end while this fold was scored: the next must not begin
     except ProcessLost as error:
-        raise ProcessLost(f"{error}; {report.saved(run, folder)}; go on with\n    {again}") from error
+        raise ProcessLost(
+            f"{error}; {report.saved(run, folder)}; go on with\n    {again}") from error
     except Interrupted as error:
         print(f"\n{error}: epoch {run.history[-1]['epoch']} of {run.args.epochs} is saved in "
               f"{folder / 'last.pt'}; go on with\n    {again}")
@@ -634,14 +573,15 @@ def train(run, splits, folder):
         if run.history:
             report.print_findings(write_history(run, folder))
         if not rank():
-            print(f"train.py: stopped: {error}; {report.saved(run, folder)}: start again with a lower "
-                  "--lr, a longer --warmup-epochs or --clip 1", file=sys.stderr)
+            print(f"train.py: stopped: {error}; {report.saved(run, folder)}: start again with a "
+                  "lower --lr, a longer --warmup-epochs or --clip 1", file=sys.stderr)
         return 1
     return 0
 
 
 def report_best(run, splits, folder, seconds):
-    """Score the best epoch's weights: on validation, which picked them, and once on the test split."""
+    """Score the best epoch's weights: on validation, which picked them, and once on the test
+    split."""
     processes.gather_objects(None)  # rank 0 has written them
     args, monitor = run.args, run.args.monitor
     best = checkpoint.load(folder / "best.pt", args.task, run.task.flags)
@@ -655,8 +595,8 @@ def report_best(run, splits, folder, seconds):
     if len(last) > 1:  # of the same kind of weights; a best far above them is luck
         mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
         scores["last"] = {"epochs": len(last), "mean": mean, "sd": sd}
-        print(f"validation {monitor}: best {best['score']:.4f}, last {len(last)} epochs {mean:.4f} +- "
-              f"{sd:.4f}")
+        print(f"validation {monitor}: best {best['score']:.4f}, last {len(last)} epochs {mean:.4f} "
+              f"+- {sd:.4f}")
     report.print_phases(run.history, monitor)
     titles = {"validation": "validation, which picked the epoch",
               "test": "test, used for nothing but this"}
@@ -690,7 +630,8 @@ def write_examples(folder, model, split, run):
 
 
 def apply_checkpoint(args):
-    """--eval, --predict, --export: rebuild the network from the recipe in the checkpoint, and use it."""
+    """--eval, --predict, --export: rebuild the network from the recipe in the checkpoint, and use
+    it."""
     path, flags = args.eval or args.predict or args.export, TASKS[args.task].flags
     content = checkpoint.load(path, args.task, flags)
     late = args.typed & SCORING_FLAGS
@@ -749,10 +690,11 @@ def score_checkpoint(model, run):
     splits = loaded.named()
     name = args.split or list(splits)[-1]  # test, or validation, or training rows
     if any(run.facts[key] != value for key, value in loaded.facts.items()):
-        raise ValueError(f"--split {name}: these are not the data that the run split; --split all scores "
-                         "every row")
+        raise ValueError(f"--split {name}: these are not the data that the run split; --split all "
+                         "scores every row")
     if name not in splits:
-        raise ValueError(f"--split {name}: the run has {', '.join(splits)}; --split all scores every row")
+        raise ValueError(f"--split {name}: the run has {', '.join(splits)}; --split all scores "
+                         "every row")
     print_scores(name, model, splits[name], run)
 
 
@@ -837,8 +779,8 @@ def run_command(argv):
         begun = (folder / "fold-1" / "last.pt").is_file() and not (folder / "last.pt").is_file()
     several = begun if args.resume and not args.folds else args.folds and not args.fold
     if several and world_size() > 1:
-        raise Refused(f"--folds runs in one process, not in {world_size()}: train one fold at a time with "
-                      "--fold, or start it with python in place of torchrun")
+        raise Refused(f"--folds runs in one process, not in {world_size()}: train one fold at a "
+                      "time with --fold, or start it with python in place of torchrun")
     return cross_validate(args) if several else train_once(args)
 
 
@@ -848,7 +790,8 @@ def show_warning(message, *_):
 
 
 def main(argv=None):
-    """Exit code 0: done; 1: training broke off; 2: refused before any training; 128 + n: signal n."""
+    """Exit code 0: done; 1: training broke off; 2: refused before any training; 128 + n: signal
+    n."""
     processes.tune_allocator()
     with processes.process_group():
         warnings.showwarning = show_warning

@@ -31,7 +31,8 @@ def atomic_write(path, mode="w"):
 
 
 def save(path, content, args, facts, flags):
-    """The content, and what is needed to use it without the command line: task, recipe, facts, data."""
+    """The content, and what is needed to use it without the command line: task, recipe, facts,
+    data."""
     header = {"format": FORMAT, "task": args.task, "variant": args.variant,
               "recipe": {name: getattr(args, name) for name in flags}, "facts": facts,
               "data": args.data}
@@ -54,13 +55,14 @@ def load(path, task, flags, needs=("model",)):
                          f"({reason})") from error
     for key in ("format", "task", "recipe", "facts", *needs):
         if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path} is not a checkpoint of train.py for this use: it holds no {key!r}")
+            raise ValueError(f"{path} is not a checkpoint of train.py for this use: it holds no "
+                             f"{key!r}")
     if content["format"] != FORMAT:
-        raise ValueError(f"{path} is a checkpoint of format {content['format']}, this version reads "
-                         f"format {FORMAT}: train again, or use the version that wrote it")
+        raise ValueError(f"{path} is a checkpoint of format {content['format']}, this version "
+                         f"reads format {FORMAT}: train again, or use the version that wrote it")
     if content["task"] != task:
-        raise ValueError(f"{path} is a checkpoint of task {content['task']}, not of {task}: give --task "
-                         f"{content['task']}")
+        raise ValueError(f"{path} is a checkpoint of task {content['task']}, not of {task}: give "
+                         f"--task {content['task']}")
     strange = set(content["recipe"]) ^ set(flags)
     if strange:
         raise ValueError(f"{path} was written by another version of this script: it differs in the "
@@ -130,7 +132,8 @@ def writable_folder(out):
     if not present.is_dir():
         raise ValueError(f"--out {folder}: {present} is a file, not a folder; choose another --out")
     if not os.access(present, os.W_OK):
-        raise ValueError(f"--out {folder}: no permission to write in {present}; choose another --out")
+        raise ValueError(f"--out {folder}: no permission to write in {present}; choose another "
+                         "--out")
     return folder
 
 
@@ -139,8 +142,8 @@ def open_run_folder(args):
     folder = writable_folder(args.out)
     if args.resume:
         if not (folder / "last.pt").is_file():
-            raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume out, "
-                             "or give its --out")
+            raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume "
+                             "out, or give its --out")
         return folder
     if (folder / "fold-1").is_dir():  # its files would be taken for those of a single run
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
@@ -148,8 +151,8 @@ def open_run_folder(args):
     if args.fold and folder.name == f"fold-{args.fold}" and parent_holds_run:
         raise ValueError(f"{folder.parent} holds a run without --folds: choose another --out")
     if any((folder / name).exists() for name in RUN_FILES) and not args.overwrite:
-        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, --overwrite to "
-                         "replace it, or choose another --out")
+        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, "
+                         "--overwrite to replace it, or choose another --out")
     return folder
 
 
@@ -169,8 +172,8 @@ def lock_folder(folder):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ValueError(f"--out {folder}: another process is training in this folder: wait for it, end "
-                         "it, or choose another --out") from error
+        raise ValueError(f"--out {folder}: another process is training in this folder: wait for "
+                         "it, end it, or choose another --out") from error
     except OSError:  # a file system without locks
         pass
     try:

@@ -1,4 +1,5 @@
-"""What is checked before training: that --amp, --compile and the batches fit machine and network."""
+"""What is checked before training: that --amp, --compile and the batches fit machine and
+network."""
 
 import copy
 import time
@@ -11,11 +12,13 @@ from runtime.settings import autocast_dtype
 
 
 def slowdown(dtype, device):
-    """Seconds of one small matrix product in `dtype`, divided by those in float32; the best of three.
+    """Seconds of one small matrix product in `dtype`, divided by those in float32; the best of
+    three.
 
-    A processor without bf16 or fp16 instructions converts every value: it takes 10 to 500 times as long.
-    """
-    side = 128 if torch.device(device).type == "cpu" else 4096  # large enough to be more than a launch
+    A processor without bf16 or fp16 instructions converts every value: it takes 10 to 500 times as
+    long. """
+    # large enough to be more than a launch
+    side = 128 if torch.device(device).type == "cpu" else 4096
     seconds = {}
     for kind in (torch.float32, dtype):
         matrix = torch.ones(side, side, dtype=kind, device=device)
@@ -29,23 +32,25 @@ def slowdown(dtype, device):
 
 
 def warn_slow_amp(args):
-    """Say so where --amp is slower than float32: on most processors, and on GPUs older than Ampere."""
+    """Say so where --amp is slower than float32: on most processors, and on GPUs older than
+    Ampere."""
     if args.amp == "off":
         return
     ratio = slowdown(autocast_dtype(args), args.device)
     if ratio > 2:
-        print(f"warning: --amp {args.amp} is slow on this {args.device}: one small matrix product takes "
-              f"{ratio:.0f} times as long as in float32; leave --amp out", flush=True)
+        print(f"warning: --amp {args.amp} is slow on this {args.device}: one small matrix product "
+              f"takes {ratio:.0f} times as long as in float32; leave --amp out", flush=True)
 
 
 def check_compile(device):
-    """Refuse --compile where torch.compile finds no compiler: it looks for one at the first batch only."""
+    """Refuse --compile where torch.compile finds no compiler: it looks for one at the first batch
+    only."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # torch has no public class for it
-        raise ValueError(f"--compile: torch.compile does not work here "
-                         f"({' '.join(str(error).split())[:200]}): install a C++ compiler such as g++ (on "
-                         "a GPU Triton too), or leave --compile out") from error
+        raise ValueError("--compile: torch.compile does not work here "
+                         f"({' '.join(str(error).split())[:200]}): install a C++ compiler such as "
+                         "g++ (on a GPU Triton too), or leave --compile out") from error
 
 
 def check_one_row_batch(run, train, batches):
@@ -63,5 +68,6 @@ def check_one_row_batch(run, train, batches):
         fitting = [other for other in sizes if n // world % (other // world) != 1]
         remedy = f"try --batch-size {fitting[0]}" if fitting else "add rows"
         share = " to each process" if world > 1 else ""
-        raise ValueError(f"--batch-size {size} leaves a batch of 1 of the {n} training rows{share}, which "
-                         f"this network cannot train on ({error}): {remedy}") from error
+        raise ValueError(f"--batch-size {size} leaves a batch of 1 of the {n} training "
+                         f"rows{share}, which this network cannot train on ({error}): "
+                         f"{remedy}") from error

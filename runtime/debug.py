@@ -21,7 +21,8 @@ def keep_output(run, split):
 
 
 def looker(run, epoch, step):
-    """What train_step calls after the backward passes of the first three steps; None without --debug."""
+    """What train_step calls after the backward passes of the first three steps; None without
+    --debug."""
     if not run.args.debug or step > 2:
         return None
 

@@ -19,8 +19,8 @@ from tasks.common import count_or_names, plan_batches
 
 
 def weight_facts(run, before):
-    """After an epoch: how far the trained weights moved, of their length; which never had a gradient;
-    which frozen modules are in training mode. before: copies of the trained weights"""
+    """After an epoch: how far the trained weights moved, of their length; which never had a
+    gradient; which frozen modules are in training mode. before: copies of the trained weights"""
     names, parameters = [], []
     for name, parameter in run.raw_model.named_parameters():
         if parameter.requires_grad:
@@ -50,8 +50,8 @@ def frozen_in_training(model):
 class SpreadOfOutputs:
     """How much the outputs of a model differ between the rows that pass it.
 
-    Standard deviation over the rows, mean over the outputs, relative to the root mean square of outputs
-    larger than 1. None for outputs that are no tensor, and where nothing passed.
+    Standard deviation over the rows, mean over the outputs, relative to the root mean square of
+    outputs larger than 1. None for outputs that are no tensor, and where nothing passed.
     """
 
     def __init__(self, model):
@@ -116,7 +116,8 @@ def shared_between(train, others):
 
 
 def label_steps(labels):
-    """Step between label values (0 if they are on no grid), and their mean distance to the median."""
+    """Step between label values (0 if they are on no grid), and their mean distance to the
+    median."""
     values = np.unique(np.round(labels, 6))
     step = float(np.diff(values).min()) if len(values) > 1 else 0.0
     places = (values - values[0]) / step if step else values * 0
@@ -131,12 +132,12 @@ def count_before(run, splits):
     labels = getattr(splits.train, "labels", None)
     others = [split for name, split in splits.named().items() if name != "train"]
     headline = run.task.flags["monitor"].choices[0]
-    counts = {
-        "epochs": args.epochs, "monitor": args.monitor,
-        "headline": headline if headline in floor else args.monitor, "schedule": args.schedule,
-        "planned_epochs": args.cosine_epochs or args.epochs, "warmup_epochs": args.warmup_epochs,
-        "ema_decay": args.ema_decay, "floor": floor, "ceiling": plain(run.floors.get("ceiling", {})),
-        "shared": shared_between(splits.train, others)}
+    counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline
+              if headline in floor else args.monitor, "schedule": args.schedule,
+              "planned_epochs": args.cosine_epochs or args.epochs,
+              "warmup_epochs": args.warmup_epochs, "ema_decay": args.ema_decay, "floor": floor,
+              "ceiling": plain(run.floors.get("ceiling", {})),
+              "shared": shared_between(splits.train, others)}
     if labels is None or args.mode == "pretrain":  # which reads no labels
         return counts
     if labels.dtype.kind not in "iu":
@@ -184,8 +185,8 @@ def best_score(history):
 def frozen_model(counts, history):
     rows = [row for row in history[1:] if row["lr_end"] > 0 and math.isfinite(row["grad_norm"])]
     if rows and all(row["weight_change"] == 0 for row in history[1:]):
-        return (f"after {rows[-1]['step']:,} steps every weight is what it was, with a gradient of norm "
-                f"{rows[-1]['grad_norm']:.3g}")
+        return (f"after {rows[-1]['step']:,} steps every weight is what it was, with a gradient of "
+                f"norm {rows[-1]['grad_norm']:.3g}")
 
 
 def no_gradient(counts, history):
@@ -214,8 +215,9 @@ def single_class_batches(counts, history):
 def leak_across_split(counts, history):
     shared = counts["shared"]
     if shared["groups"] or shared["rows"]:
-        return (f"{shared['groups']:,} groups are on both sides of the split, and {shared['rows']:,} of "
-                f"the {shared['looked_at']:,} held-out rows looked at have the inputs of a training row")
+        return (f"{shared['groups']:,} groups are on both sides of the split, and "
+                f"{shared['rows']:,} of the {shared['looked_at']:,} held-out rows looked at have "
+                "the inputs of a training row")
 
 
 def ema_not_moving(counts, history):
@@ -235,12 +237,13 @@ def same_loss(scores, others):
 def constant_prediction(counts, history):
     spread = history[-1].get("spread")
     if settled(counts, history) and spread is not None and spread < 0.01:
-        return (f"outputs differ between the validation rows by {spread:.2g} (standard deviation, mean "
-                "over the outputs)")
+        return (f"outputs differ between the validation rows by {spread:.2g} (standard deviation, "
+                "mean over the outputs)")
 
 
 def loss_at_bound(counts, history):
-    """The loss is a constant's (of SupCon: of equal features) for three epochs, and was never better."""
+    """The loss is a constant's (of SupCon: of equal features) for three epochs, and was never
+    better."""
     rows, bound = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", 0.0)
     if not settled(counts, history) or len(rows) < 3 or bound <= 0:
         return None
@@ -249,8 +252,8 @@ def loss_at_bound(counts, history):
     for name, values in losses.items():
         near = all(abs(value - bound) <= 0.01 * bound for value in values[-3:])
         if near and min(values) > 0.97 * bound:
-            return (f"the {name} loss was {values[-3]:.4f} to {values[-1]:.4f} in the last 3 epochs, that "
-                    f"of a constant is {bound:.4f}")
+            return (f"the {name} loss was {values[-3]:.4f} to {values[-1]:.4f} in the last 3 "
+                    f"epochs, that of a constant is {bound:.4f}")
 
 
 def score_at_floor(counts, history):
@@ -281,8 +284,8 @@ def lr_too_small(counts, history):
     moved, train = sum(row["weight_change"] for row in rows), [row["train_loss"] for row in rows]
     if settled(counts, history) and 0 < moved < 0.005 and train[-1] > 0.9 * train[0]:
         return (f"in {len(rows)} epochs the weights moved by {moved:.2g} of their length, at lr "
-                f"{highest_rate(history):.2g}; training loss {train[0]:.4f} in epoch 1, {train[-1]:.4f} "
-                "in the last")
+                f"{highest_rate(history):.2g}; training loss {train[0]:.4f} in epoch 1, "
+                f"{train[-1]:.4f} in the last")
 
 
 def schedule_outlasts_run(counts, history):
@@ -290,8 +293,8 @@ def schedule_outlasts_run(counts, history):
     share = history[-1].get("lr_end", 0.0) / max(highest_rate(history), 1e-12)
     ended_early = counts.get("done") and epochs < counts["planned_epochs"]
     if ended_early and counts["schedule"] == "cosine" and share > 0.5:
-        return (f"the cosine is planned for {counts['planned_epochs']:g} epochs, the run ended after "
-                f"{epochs}: the rate was still {share:.0%} of its peak")
+        return (f"the cosine is planned for {counts['planned_epochs']:g} epochs, the run ended "
+                f"after {epochs}: the rate was still {share:.0%} of its peak")
 
 
 def plateau_too_eager(counts, history):
@@ -317,16 +320,17 @@ def ema_horizon_too_long(counts, history):
     if raw > 0.1 * abs(untrained) and averaged < 0.5 * raw:
         return (f"validation loss {untrained:.4f} untrained, {row['raw']['loss']:.4f} raw, "
                 f"{row['ema']['loss']:.4f} averaged over 1 / (1 - decay) = "
-                f"{1 / (1 - counts['ema_decay']):,.0f} steps, of which the run made {row['step']:,}")
+                f"{1 / (1 - counts['ema_decay']):,.0f} steps, of which the run made "
+                f"{row['step']:,}")
 
 
 def label_quantised(counts, history):
     """Rounding to steps of s costs a perfect predictor a mean absolute error of s / 4."""
     labels = counts.get("labels")
     if labels and labels["step"] / 4 > 0.2 * labels["spread"]:
-        return (f"the labels take {labels['values']} values, {labels['step']:.3g} apart: rounding alone "
-                f"costs a mean absolute error of {labels['step'] / 4:.3g}, and a constant's is "
-                f"{labels['spread']:.3g}")
+        return (f"the labels take {labels['values']} values, {labels['step']:.3g} apart: rounding "
+                f"alone costs a mean absolute error of {labels['step'] / 4:.3g}, and a constant's "
+                f"is {labels['spread']:.3g}")
 
 
 def imbalance(counts, history):
@@ -336,8 +340,8 @@ def imbalance(counts, history):
 
 
 def monitor_mismatch(counts, history):
-    """The epoch that --monitor picks loses, in the task's headline score, a fifth of what the best epoch
-    gained over a constant."""
+    """The epoch that --monitor picks loses, in the task's headline score, a fifth of what the best
+    epoch gained over a constant."""
     monitor, key = counts["monitor"], counts["headline"]
     rows = scored_rows(history)
     if monitor == key or len(rows) < 3:
@@ -354,7 +358,8 @@ def monitor_mismatch(counts, history):
 def overfit(counts, history):
     """The validation loss rose by a quarter and by a tenth of a constant's loss, or it is above the
     training loss by a constant's loss."""
-    rows, constant = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", math.nan)
+    rows, constant = [row for row in history[1:]
+                      if "raw" in row], counts["floor"].get("loss", math.nan)
     constant = abs(constant)
     if len(rows) < 5:
         return None
@@ -366,13 +371,14 @@ def overfit(counts, history):
     risen = large and low < len(rows) - 3
     apart = settled(counts, history) and now - float(np.mean(train[-3:])) > constant
     if (risen or apart) and train[-1] < train[low]:
-        return (f"since epoch {rows[low]['epoch']} the validation loss went from {validation[low]:.4f} to "
-                f"{now:.4f} (last 3 epochs), the training loss from {train[low]:.4f} to {train[-1]:.4f}")
+        return (f"since epoch {rows[low]['epoch']} the validation loss went from "
+                f"{validation[low]:.4f} to {now:.4f} (last 3 epochs), the training loss from "
+                f"{train[low]:.4f} to {train[-1]:.4f}")
 
 
 def lucky_best(counts, history):
-    """The last epochs, at most ten and all after the best one, are below it by 2 of their sd and by a
-    fifth of its way from the floor."""
+    """The last epochs, at most ten and all after the best one, are below it by 2 of their sd and by
+    a fifth of its way from the floor."""
     key, rows = counts["monitor"], scored_rows(history)
     if not counts.get("done") or len(rows) < 6:
         return None
@@ -390,30 +396,40 @@ def lucky_best(counts, history):
 
 
 RULES = {  # worst first: name of the finding -> (rule, what to do)
-    "frozen-model": (frozen_model, "the optimizer does not hold the parameters of the network: build it "
+    "frozen-model": (frozen_model, "the optimizer does not hold the parameters of the network: "
+                     "build it "
                      "from model.parameters()"),
-    "leak-across-split": (leak_across_split, "split by group, and drop duplicates: the scores are of rows "
+    "leak-across-split": (leak_across_split, "split by group, and drop duplicates: the scores are "
+                          "of rows "
                           "that were learnt"),
-    "single-class-batches": (single_class_batches, "stratify the batches: one class offers no contrast"),
-    "lr-too-large": (lr_too_large, "lower --lr by 10, warm up longer, or clip the gradient; --find-lr "
+    "single-class-batches": (single_class_batches, "stratify the batches: one class offers no "
+                             "contrast"),
+    "lr-too-large": (lr_too_large, "lower --lr by 10, warm up longer, or clip the gradient; "
+                     "--find-lr "
                      "suggests a rate"),
     "lr-too-small": (lr_too_small, "raise --lr; --find-lr suggests a rate"),
-    "no-gradient": (no_gradient, "look for a detach, a clamp, a sign, or a branch that forward never "
+    "no-gradient": (no_gradient, "look for a detach, a clamp, a sign, or a branch that forward "
+                    "never "
                     "takes"),
     "backbone-in-train-mode": (backbone_in_train_mode, "put frozen modules into eval mode after "
                                "model.train(), as models.train_mode does"),
-    "constant-prediction": (constant_prediction, "look at the inputs' scale, dead activations, and the "
+    "constant-prediction": (constant_prediction, "look at the inputs' scale, dead activations, and "
+                            "the "
                             "balance of the classes"),
-    "loss-at-bound": (loss_at_bound, "what is learnt is a constant: look at the batches, the labels and "
+    "loss-at-bound": (loss_at_bound, "what is learnt is a constant: look at the batches, the "
+                      "labels and "
                       "the rate"),
-    "score-at-floor": (score_at_floor, "the network knows no more than a constant does: look at labels, "
+    "score-at-floor": (score_at_floor, "the network knows no more than a constant does: look at "
+                       "labels, "
                        "inputs and rate before tuning"),
     "ema-not-moving": (ema_not_moving, "update the average after every optimizer step"),
-    "ema-horizon-too-long": (ema_horizon_too_long, "lower --ema-decay to 1 - 10 / steps, or let it warm "
+    "ema-horizon-too-long": (ema_horizon_too_long, "lower --ema-decay to 1 - 10 / steps, or let it "
+                             "warm "
                              "up"),
     "label-quantised": (label_quantised, "take labels at a finer resolution, or longer windows"),
     "imbalance": (imbalance, "stratify the batches, or weigh the classes"),
-    "schedule-outlasts-run": (schedule_outlasts_run, "plan the schedule for the epochs that are run "
+    "schedule-outlasts-run": (schedule_outlasts_run, "plan the schedule for the epochs that are "
+                              "run "
                               "(--cosine-epochs, --patience)"),
     "plateau-too-eager": (plateau_too_eager, "raise --plateau-patience or --plateau-factor"),
     "monitor-mismatch": (monitor_mismatch, "monitor the score that is reported"),

@@ -9,7 +9,8 @@ from runtime import checkpoint
 
 
 class ExportedNetwork(nn.Module):
-    """An Exported as a module, whose weights are those of the network: {input: tensor} -> float32."""
+    """An Exported as a module, whose weights are those of the network: {input: tensor} ->
+    float32."""
 
     def __init__(self, network, forward):
         super().__init__()
@@ -22,8 +23,8 @@ class ExportedNetwork(nn.Module):
 def trace(module, tensors):
     """torch.export of a module that takes one dictionary of tensors; a side that is a word is free.
 
-    Errors: ValueError for an operation that this torch cannot trace with free sides, such as the FFT of
-            bidmc_rr in torch 2.4 and 2.5
+    Errors: ValueError for an operation that this torch cannot trace with free sides, such as the
+            FFT of bidmc_rr in torch 2.4 and 2.5
     """
     sides = [side for tensor in tensors.values() for side in tensor["shape"]]
     words = list(dict.fromkeys(side for side in sides if isinstance(side, str)))
@@ -37,8 +38,8 @@ def trace(module, tensors):
     try:
         return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
     except torch._subclasses.fake_tensor.UnsupportedOperatorException as error:
-        raise ValueError(f"torch {torch.__version__} cannot export {error}, which this network uses: "
-                         "take a later torch") from error
+        raise ValueError(f"torch {torch.__version__} cannot export {error}, which this network "
+                         "uses: take a later torch") from error
 
 
 def write_export(model, task, args, facts):
@@ -58,5 +59,5 @@ def write_export(model, task, args, facts):
     for name, tensor in (tensors | about["output"]).items():
         print(f"{name}: {tensor['type']} ({', '.join(map(str, tensor['shape']))}), {tensor['is']}")
     arguments = ", ".join(f"{name!r}: {name}" for name in tensors)
-    print(f"saved in {args.out}; to use it, without this script:\n    import torch\n"
-          f"    model = torch.export.load({args.out!r}).module()\n    {output} = model({{{arguments}}})")
+    print(f"saved in {args.out}; to use it, without this script:\n    import torch\n    model = "
+          f"torch.export.load({args.out!r}).module()\n    {output} = model({{{arguments}}})")

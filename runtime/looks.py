@@ -46,7 +46,8 @@ def show_schedule(run, splits, width=50):
         rates.append((run.schedule.lr_at(first, base), run.schedule.lr_at(last, base)))
     top = max(1e-12, *(max(pair) for pair in rates))
     for epoch, (first, last) in enumerate(rates, 1):
-        print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | {'#' * round(width * last / top)}")
+        print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | "
+              f"{'#' * round(width * last / top)}")
 
 
 def look(run, splits):
@@ -55,7 +56,8 @@ def look(run, splits):
     generator = torch.Generator().manual_seed(seed_of(args.seed, 1, 1, 0))
     inputs = splits.train.batch(plan_batches(splits.train, 1, args)[0], generator).get("inputs")
     if not page.is_image(inputs):
-        raise ValueError(f"--look shows images, and the rows of task {args.task} are none: leave it out")
+        raise ValueError(f"--look shows images, and the rows of task {args.task} are none: leave "
+                         "it out")
     path = Path(args.out) / "look.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     page.write_images(path, inputs[:24])

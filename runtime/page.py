@@ -63,7 +63,8 @@ def svg_panel(score, curves, top, last):
     low, high = min(values, default=0.0), max(values, default=1.0)
     lines = [svg_text(70, top - 8, "black", score), svg_text(10, top + 10, "black", f"{high:.4g}"),
              svg_text(10, top + 150, "black", f"{low:.4g}"),
-             svg_text(70, top + 166, "black", "epoch 0"), svg_text(556, top + 166, "black", str(last))]
+             svg_text(70, top + 166, "black", "epoch 0"),
+             svg_text(556, top + 166, "black", str(last))]
     label_y = top + 10
     for label, colour, dashes, points in curves:
         places = []
@@ -103,7 +104,8 @@ def write_images(path, inputs, columns=6):
 
 
 def write_examples(folder, split, badness, columns):
-    """All rows of a split into examples.csv, the worst first; the first 24 images into examples.png."""
+    """All rows of a split into examples.csv, the worst first; the first 24 images into
+    examples.png."""
     order = np.argsort(-badness, kind="stable")  # NaN comes last
     names = getattr(split, "names", None)
     first = {"row": split.rows}

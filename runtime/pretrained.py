@@ -11,35 +11,37 @@ from tasks.common import show, spelled
 
 
 def read_encoder(args, facts, flags):
-    """The checkpoint that --pretrained names, checked against this run; None for a mode without one."""
+    """The checkpoint that --pretrained names, checked against this run; None for a mode without
+    one."""
     if args.mode in ("scratch", "pretrain"):
         return None
     if not args.pretrained:
-        raise ValueError(f"--mode {args.mode} starts from an encoder: give --pretrained, the best.pt of a "
-                         "run with --mode pretrain")
+        raise ValueError(f"--mode {args.mode} starts from an encoder: give --pretrained, the "
+                         "best.pt of a run with --mode pretrain")
     path = Path(args.pretrained)
     if path.is_dir():
         path = path / (f"fold-{args.fold}" if args.fold else "") / "best.pt"
     content = checkpoint.load(path, args.task, flags, needs=("model", "epoch"))
     recipe = content["recipe"]
     if recipe["mode"] != "pretrain":
-        raise ValueError(f"{path} is a run with --mode {recipe['mode']}, whose encoder has seen labels: "
-                         "give one of --mode pretrain")
+        raise ValueError(f"{path} is a run with --mode {recipe['mode']}, whose encoder has seen "
+                         "labels: give one of --mode pretrain")
     if args.overwrite and path.resolve().parent == Path(args.out).resolve():
-        raise ValueError(f"--overwrite would delete the encoder that --pretrained names, {path}: choose "
-                         "another --out")
+        raise ValueError(f"--overwrite would delete the encoder that --pretrained names, {path}: "
+                         "choose another --out")
     for name, flag in flags.items():
         value = getattr(args, name)
         if flag.backbone and not flag.unmet(args) and recipe[name] != value:
-            raise ValueError(f"{spelled(name)} {show(value)}: the encoder in {path} was pretrained with "
-                             f"{show(recipe[name])}; give that, or pretrain another one")
+            raise ValueError(f"{spelled(name)} {show(value)}: the encoder in {path} was pretrained "
+                             f"with {show(recipe[name])}; give that, or pretrain another one")
     leaked = set(content["facts"]["seen"]) & set(facts["held_out"])
     if leaked:
-        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the cases that this "
-                         "run holds out: pretrain with the same --seed, ratios, --folds and --fold")
+        raise ValueError(f"the encoder in {path} was pretrained on {len(leaked)} of the cases that "
+                         "this run holds out: pretrain with the same --seed, ratios, --folds and "
+                         "--fold")
     if content["facts"].get("scale") != facts.get("scale"):
-        raise ValueError(f"the encoder in {path} was pretrained on inputs scaled by other training rows: "
-                         "pretrain on the same data")
+        raise ValueError(f"the encoder in {path} was pretrained on inputs scaled by other training "
+                         "rows: pretrain on the same data")
     return content | {"path": path}
 
 
@@ -72,12 +74,14 @@ def load_encoder(model, content):
         raise ValueError(f"{content['path']}: {error}") from error
     print(f"encoder: {report['tensors']} tensors, {report['scalars']:,} scalars loaded from "
           f"{content['path']} (epoch {content['epoch']}), {report['missing']} missing, "
-          f"{report['unexpected']} unexpected; left there: {', '.join(report['left_out']) or 'nothing'}")
+          f"{report['unexpected']} unexpected; left there: "
+          f"{', '.join(report['left_out']) or 'nothing'}")
 
 
 @torch.no_grad()
 def cache_features(model, splits):
-    """Compute the features of a frozen encoder once, in eval mode, from rows that are not augmented.
+    """Compute the features of a frozen encoder once, in eval mode, from rows that are not
+    augmented.
 
     They become split.features, which batches hold instead of inputs: one tensor, or with some of
     several encoders frozen {name: tensor}.

@@ -19,7 +19,8 @@ from tasks.common import NonFinite
 # A process that dies closes its connections, which the others see at once. One that lives gets this
 # long: rank 0 may decode a data set.
 TIMEOUT = datetime.timedelta(hours=1)
-# torchrun, if that started this process: a process whose torchrun has died would train on without it
+# torchrun, if that started this process: a process whose torchrun has died would train on without
+# it
 PARENT = os.getppid()
 
 
@@ -38,24 +39,25 @@ def local_rank():
 
 @contextlib.contextmanager
 def process_group():
-    """Meet the processes that torchrun started, and leave together with them; nothing without it."""
+    """Meet the processes that torchrun started, and leave together with them; nothing without
+    it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
-        print(f"train.py: error: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are "
-              "not set: start with torchrun, which sets them all, or unset WORLD_SIZE",
-              file=sys.stderr)
+        print(f"train.py: error: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but "
+              f"{', '.join(missing)} are not set: start with torchrun, which sets them all, or "
+              "unset WORLD_SIZE", file=sys.stderr)
         sys.exit(2)
     # numbers are compared on the CPU, by gloo, which sees a dead process; nccl is for the gradients
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
     except RuntimeError as error:
-        print(f"train.py: stopped: process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not "
-              f"meet the others: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: stopped: process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did "
+              f"not meet the others: {error}", file=sys.stderr, flush=True)
         leave(1)
     with open(os.devnull, "w") as nothing:
         with contextlib.redirect_stdout(nothing if rank() else sys.stdout):
@@ -75,7 +77,8 @@ def leave(code):
 
 
 def gather_objects(value):
-    """[value of rank 0, of rank 1, ...] in every process; an exception among them is raised in all."""
+    """[value of rank 0, of rank 1, ...] in every process; an exception among them is raised in
+    all."""
     values = [value] * world_size()
     if world_size() > 1:
         # evaluation runs in inference mode, and torch 2.4 cannot gather into tensors made there
@@ -143,8 +146,8 @@ def loss_of_a_process():
         if world_size() == 1 or not of_gloo:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise ProcessLost(f"process {rank()} of {world_size()} lost another one, which died or hangs; "
-                          f"if it could say why, that stands above ({reason})") from error
+        raise ProcessLost(f"process {rank()} of {world_size()} lost another one, which died or "
+                          f"hangs; if it could say why, that stands above ({reason})") from error
 
 
 def launcher():
@@ -154,8 +157,8 @@ def launcher():
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     if local == world_size():
         return f"torchrun --nproc-per-node {local}"
-    return (f"torchrun --nnodes {world_size() // local} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
-            f"--nproc-per-node {local}")
+    return (f"torchrun --nnodes {world_size() // local} --rdzv-backend c10d --rdzv-endpoint "
+            f"HOST:PORT --nproc-per-node {local}")
 
 
 class Interrupted(Exception):
@@ -186,7 +189,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self):
-        """Interrupted in all processes if one was asked to end, ProcessLost if a torchrun has died."""
+        """Interrupted in all processes if one was asked to end, ProcessLost if a torchrun has
+        died."""
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         flags = [self.number == number for number in self.before]
         *asked, orphans = sum_over_processes(flags + [orphan])
@@ -201,8 +205,8 @@ class StopSignal:
 def tune_allocator():
     """Keep freed activations in the process instead of returning them to the kernel at every step.
 
-    With glibc a CPU step of the default network becomes about twice as fast, with identical weights;
-    without glibc this does nothing.
+    With glibc a CPU step of the default network becomes about twice as fast, with identical
+    weights; without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -227,8 +231,8 @@ class LossOfBatch(nn.Module):
 def share_gradients(loss):
     """The loss whose backward leaves the mean of the processes' gradients in each of them.
 
-    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no row
-    has.
+    Every trained parameter must have a gradient in every batch, be it 0 as for a modality that no
+    row has.
     """
     return nn.parallel.DistributedDataParallel(loss) if world_size() > 1 else loss
 
@@ -241,7 +245,8 @@ def no_sync(loss, unless):
 
 
 def share_buffers(*models):
-    """The buffers of rank 0, such as batch statistics, in all processes: they are scored and saved."""
+    """The buffers of rank 0, such as batch statistics, in all processes: they are scored and
+    saved."""
     if world_size() > 1:
         for model in models:
             for buffer in model.buffers():

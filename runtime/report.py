@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 
+import models
 from runtime import checkpoint
+from runtime.processes import world_size
 
 LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd", "recon", "kl")
 
@@ -39,7 +41,8 @@ def best_constant(rows):
 
 
 def plain(scores):
-    """The scores that are numbers; what else there is is a table, such as a score of every class."""
+    """The scores that are numbers; what else there is is a table, such as a score of every
+    class."""
     return {key: value for key, value in scores.items() if not isinstance(value, dict)}
 
 
@@ -63,6 +66,20 @@ def write_log(path, history):
 
 # --------------------------------------------------------------------------------------------------
 # Lines and tables
+
+
+def print_summary(run, splits):
+    args = run.args
+    sizes = [f"{len(split):,} {name}" for name, split in splits.named().items()]
+    weights = models.count_parameters(run.raw_model)
+    trained = models.count_parameters(run.raw_model, trainable_only=True)
+    parts = [args.task, ", ".join(sizes), f"{weights:,} parameters",
+             f"{run.steps_per_epoch} steps/epoch", f"{args.device}, amp {args.amp}"]
+    if trained < weights:
+        parts[2] += f", {trained:,} trained"
+    if world_size() > 1:
+        parts.append(f"{world_size()} processes")
+    print(" | ".join(parts))
 
 
 def watched_scores(row, task, monitor):
@@ -120,14 +137,16 @@ def print_scores(title, count, scores, floors):
     print(score_table({"model": scores} | floors))
     for key, table in scores.items():
         if isinstance(table, dict):
-            print(score_table(with_floors(table, {name: rows[key] for name, rows in floors.items()})))
+            print(score_table(with_floors(table, {name: rows[key]
+                                                  for name, rows in floors.items()})))
 
 
 def with_floors(table, floors):
     """A table by class of the model, and beside it the last column of every row of the floors."""
     joined = {}
     for name, row in table.items():
-        joined[name] = row | {floor: list(rows[name].values())[-1] for floor, rows in floors.items()}
+        joined[name] = row | {floor: list(rows[name].values())[-1]
+                              for floor, rows in floors.items()}
     return joined
 
 
@@ -146,10 +165,10 @@ def phases(history, monitor):
         if part:
             scores = [row["score"] for row in part]
             gaps = [row["raw"]["loss"] - row["train_loss"] for row in part if "raw" in row]
-            table[name] = {
-                "first": part[0]["epoch"], "last": part[-1]["epoch"], "mean": float(np.mean(scores)),
-                "sd": float(np.std(scores, ddof=1)) if len(part) > 1 else math.nan,
-                "gap": float(np.mean(gaps)) if gaps else math.nan}
+            table[name] = {"first": part[0]["epoch"], "last": part[-1]["epoch"],
+                           "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))
+                           if len(part) > 1 else math.nan, "gap": float(np.mean(gaps)) if gaps
+                           else math.nan}
     return table
 
 
@@ -192,8 +211,8 @@ def saved(run, folder):
 def print_lr_curve(rates, smoothed, suggestion, width=50):
     """The range test as text: one line per rate, the bar is the smoothed loss."""
     if math.isnan(suggestion):
-        print(f"no suggestion: over {len(rates)} rates from {rates[0]:.0e} the loss never falls; look at "
-              "the data and the loss first")
+        print(f"no suggestion: over {len(rates)} rates from {rates[0]:.0e} the loss never falls; "
+              "look at the data and the loss first")
         return
     low, high = min(smoothed), max(smoothed)
     distances = [abs(math.log(rate / suggestion)) for rate in rates]
@@ -210,16 +229,16 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 def print_sampler(report):
     """What data.sampler_report found, and what is wrong with it."""
     counts = [f"{name}: {count:,}" for name, count in report["class_counts"].items()]
-    print(f"{report['batches']:,} batches, {report['rows']:,} rows | {', '.join(counts)}\n"
-          f"classes per batch: at least {report['classes_min']}, {report['classes_mean']:.2f} on average "
+    print(f"{report['batches']:,} batches, {report['rows']:,} rows | {', '.join(counts)}\nclasses "
+          f"per batch: at least {report['classes_min']}, {report['classes_mean']:.2f} on average "
           f"| batches of one class: {report['single_class']} | repeats within a batch: "
           f"{report['repeats']} | rows never drawn: {report['never_drawn']}")
     largest = {"of the rows drawn": report["largest_share"],
                "of a batch": report["largest_batch_share"]}
     for place, share in largest.items():
         if share > 0.9:
-            print(f"WARNING: one class is {share:.1%} {place}: use --sampler stratified, or add rows of "
-                  "the others")
+            print(f"WARNING: one class is {share:.1%} {place}: use --sampler stratified, or add "
+                  "rows of the others")
 
 
 def print_epoch(run):
@@ -236,7 +255,8 @@ def print_progress(epoch, share, loss):
 
 
 def write_fold_scores(folder, folds):
-    """Mean and standard deviation over the folds of their test scores, printed and in scores.json."""
+    """Mean and standard deviation over the folds of their test scores, printed and in
+    scores.json."""
     tests = [json.loads((fold / "scores.json").read_text())["test"] for fold in folds]
     mean, sd = {}, {}
     for name in tests[0]:
@@ -250,8 +270,9 @@ def write_fold_scores(folder, folds):
                 mean[name][key] = float(values.mean())
                 sd[name][key] = float(values.std(ddof=1))
     count = sum(test["rows"] for test in tests)
-    print(f"\n{len(folds)} folds, {count:,} test rows in all, mean over the folds\n{score_table(mean)}\n"
-          f"standard deviation over the folds\n{score_table(sd)}")
+    print(f"\n{len(folds)} folds, {count:,} test rows in all, mean over the "
+          f"folds\n{score_table(mean)}\nstandard deviation over the folds\n{score_table(sd)}")
     write_json(folder / "scores.json",
                {"folds": len(folds), "test": {"rows": count} | mean, "test_sd": sd})
-    print(f"\nsaved in {folder}: scores.json, and the folds' own files in fold-1 to fold-{len(folds)}")
+    print(f"\nsaved in {folder}: scores.json, and the folds' own files in fold-1 to "
+          f"fold-{len(folds)}")

@@ -1,5 +1,6 @@
 """The settings of a run, and the refusal of a call: its message is for the user."""
 
+import argparse
 import contextlib
 import shlex
 import types
@@ -46,8 +47,8 @@ def resolve_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world > 1 and ":" in name:
-        raise ValueError(f"--device {name} is one for {world} processes: give --device cuda, then each "
-                         "takes its own")
+        raise ValueError(f"--device {name} is one for {world} processes: give --device cuda, then "
+                         "each takes its own")
     try:
         if world > 1 and name == "cuda":
             torch.cuda.set_device(processes.local_rank())
@@ -55,13 +56,80 @@ def resolve_device(name):
             raise RuntimeError("this script knows cpu and cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device "
-                         "cpu") from error
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try "
+                         "--device cpu") from error
     return name
 
 
+RUN_FLAGS = {
+    "data": ("", "folder or file to read; synthetic data without it"),
+    "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with "
+            "--predict "
+            "the file to write (faceparse: the folder), with --export the .pt2"),
+    "cache": ("", "folder that keeps the decoded data: images, recordings and the arrays of an "
+              ".npz are "
+              "then memory-mapped; recordings are otherwise kept beside --out"),
+    "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
+    "eval": ("", "score a checkpoint on --split instead of training"),
+    "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with "
+              "--data, "
+              "else test or what there is)"),
+    "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
+    "export": ("", "write a checkpoint's network to --out, with all that stands before and behind "
+               "it, "
+               "for torch.export.load"),
+    "resume": (False, "go on from the last finished epoch in --out"),
+    "overwrite": (False, "replace the run in --out"),
+    "debug": (False, "print labels of the first batches, output, gradients and rate of every "
+              "epoch, and "
+              "a checklist at the end"),
+    "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and "
+                "--compile "
+                "do not apply"),
+    "show_schedule": (False, "print the learning rate of every epoch instead of training"),
+    "look": (False, "draw the first images of epoch 1, augmented as the network will see them, "
+             "into "
+             "look.png in --out instead of training"),
+    "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats "
+                      "instead "
+                      "of training"),
+}
+# what the loop takes where a task has no such flag
+NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
+ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",),
+           "pretrained": ("--pretrained-ckpt",)}
+
+
+def parse_pair(text):
+    """'32x64' -> (32, 64), '128' -> (128, 128)."""
+    try:
+        sides = tuple(int(part) for part in text.lower().split("x"))
+        if len(sides) > 2:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ROWSxCOLUMNS, such as "
+                                         "32x64, or one number for both") from None
+    return sides[0], sides[-1]
+
+
+def add_flag(parser, name, default, text, choices=(), shown=None):
+    """One flag, typed with - or _; it appears in the result only if it was typed."""
+    if shown not in (None, ""):
+        text += f" (default: {show(shown)})"
+    if isinstance(default, bool):
+        kind = {"action": "store_true" if name in RUN_FLAGS else argparse.BooleanOptionalAction}
+    elif isinstance(default, tuple):
+        kind = {"type": parse_pair, "metavar": "HxW"}
+    else:
+        kind = {"type": type(default), "choices": choices or None,
+                "metavar": None if choices else name.upper()}
+    parser.add_argument(spelled(name), *ALIASES.get(name, ()), dest=name, default=argparse.SUPPRESS,
+                        help=text.replace("%", "%%"), **kind)
+
+
 def command_line(args, flags, names):
-    """The command that this run resolves to, as it can be typed again, without flags it does not read."""
+    """The command that this run resolves to, as it can be typed again, without flags it does not
+    read."""
     words = ["train.py", "--task", args.task]
     for name in names:
         if name in flags and flags[name].unmet(args):
@@ -84,7 +152,8 @@ def resume_command(args):
 
 
 def check_paths(args, run_files):
-    """Refuse to write predictions or a network over what they are made from, or over files of a run."""
+    """Refuse to write predictions or a network over what they are made from, or over files of a
+    run."""
     out = Path(args.out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {out.parent} does not exist; create it, or "
@@ -96,8 +165,8 @@ def check_paths(args, run_files):
     sources = [Path(path).resolve() for path in (args.predict, args.export, args.data) if path]
     inside = (out.resolve(), *out.resolve().parents)
     if out.name in run_files or any(path in inside for path in sources):
-        raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: choose "
-                         "another --out")
+        raise ValueError(f"--out {out} would replace the checkpoint, the data or a file of a run: "
+                         "choose another --out")
 
 
 def check_flags(args, flags):
@@ -112,8 +181,9 @@ def check_flags(args, flags):
         if unmet and name in args.typed and not args.resume:
             other, values = unmet
             raise ValueError(f"{spelled(name)} is read only with {spelled(other)} "
-                             f"{' or '.join(map(show, values))}, not with {show(getattr(args, other))}: "
-                             f"leave it out, or change {spelled(other)}")
+                             f"{' or '.join(map(show, values))}, not with "
+                             f"{show(getattr(args, other))}: leave it out, or change "
+                             f"{spelled(other)}")
         if unmet and flag.otherwise is not None:  # pretraining has no labels for AUROC to monitor
             unread[name] = flag.otherwise
     return args.replace(**unread)
@@ -139,9 +209,9 @@ def check_call(args, task, run_files):
         unread = {"out", "resume", "overwrite", "split", "debug", *CHECKS} - {check}
         reads = args.typed - (unread - {"out"} if check == "look" else unread)
     for name in sorted(args.typed - reads):
-        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, --predict and "
-                         "--export take the recipe from the checkpoint, --split goes with --eval, "
-                         "--find-lr and its like write nothing)")
+        raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, "
+                         "--predict and --export take the recipe from the checkpoint, --split "
+                         "goes with --eval, --find-lr and its like write nothing)")
     if args.cache and not (args.data or args.eval or args.resume):
         raise ValueError("--cache is not read without --data: leave it out")
     if args.predict and not (args.data and args.out):
@@ -150,8 +220,8 @@ def check_call(args, task, run_files):
         raise ValueError(f"--export: a network of task {args.task} cannot be exported: apply its "
                          "checkpoint with --predict")
     if args.export and Path(args.out).suffix != ".pt2":
-        raise ValueError("--export needs --out, a file whose name ends in .pt2 as torch.export.load "
-                         f"expects it, not {args.out!r}")
+        raise ValueError("--export needs --out, a file whose name ends in .pt2 as "
+                         f"torch.export.load expects it, not {args.out!r}")
     if args.predict or args.export:
         check_paths(args, run_files)
     if args.split not in ("", "train", "validation", "test", "all"):
@@ -161,11 +231,11 @@ def check_call(args, task, run_files):
     several_folds = args.folds != 1 and (args.fold <= args.folds
                                          or args.resume and "folds" not in args.typed)
     if not several_folds:
-        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 folds, "
-                         "numbered from 1 to --folds")
+        raise ValueError(f"--folds {args.folds} --fold {args.fold}: there must be at least 2 "
+                         "folds, numbered from 1 to --folds")
     if processes.world_size() > 1 and (use or check):
-        raise ValueError(f"{spelled(use or check)} runs in one process, not in {processes.world_size()}: start it "
-                         "with python in place of torchrun")
+        raise ValueError(f"{spelled(use or check)} runs in one process, not in "
+                         f"{processes.world_size()}: start it with python in place of torchrun")
 
 
 def autocast_dtype(args):

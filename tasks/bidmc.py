@@ -78,8 +78,8 @@ def cut(recordings, args, rate):
         rows = None
     length = network_inputs(windows["inputs"][:1], args).shape[-1]
     if length < 2 * args.patch:
-        raise ValueError(f"--patch {args.patch} must be at most {length // 2}: a window has {length} "
-                         "samples or bins, and two patches are the least")
+        raise ValueError(f"--patch {args.patch} must be at most {length // 2}: a window has "
+                         f"{length} samples or bins, and two patches are the least")
     return windows, rows
 
 
@@ -96,7 +96,8 @@ def split_windows(windows, rows, recordings, args):
             for name, part in parts.items()}
     for name, part in rows.items():
         if len(part) == 0:
-            raise ValueError(f"no window of the {name} split has a label: change --seed or the ratios")
+            raise ValueError(f"no window of the {name} split has a label: change --seed or the "
+                             "ratios")
     counts = [f"{len(np.unique(patients[part]))} {name}" for name, part in parts.items()]
     return rows, f"split: by patient, {', '.join(counts)}, none on two sides"
 
@@ -106,8 +107,8 @@ def check_original(recordings):
     needed = [number for part in bidmc_data.ORIGINAL_SPLIT.values() for number in part]
     missing = [str(number) for number in needed if number not in present]
     if missing:
-        raise ValueError(f"--protocol original needs BIDMC's own recordings, {', '.join(missing)} of "
-                         "its validation and test splits are not there: give the whole folder "
+        raise ValueError(f"--protocol original needs BIDMC's own recordings, {', '.join(missing)} "
+                         "of its validation and test splits are not there: give the whole folder "
                          "bidmc_csv, or leave the variant out")
 
 
@@ -154,8 +155,8 @@ def load(path, args):
         facts["scaler"] = scaler.state_dict()
         facts["median"] = float(np.median(labels[rows["train"]]))
         for name, part in rows.items():
-            notes.append(f"{name}: {len(part):,} windows, {UNITS[rate]} mean {labels[part].mean():.3f}, "
-                         f"sd {labels[part].std(ddof=1):.3f}, "
+            notes.append(f"{name}: {len(part):,} windows, {UNITS[rate]} mean "
+                         f"{labels[part].mean():.3f}, sd {labels[part].std(ddof=1):.3f}, "
                          f"{labels[part].min():.1f} to {labels[part].max():.1f}")
 
     names = window_names(recordings, windows)
@@ -171,15 +172,16 @@ def load(path, args):
 
 
 def run_folder(args):
-    """Where the parsed recordings are kept without --cache: beside the run, if this call has one."""
+    """Where the parsed recordings are kept without --cache: beside the run, if this call has
+    one."""
     return str(Path(args.home).parent) if args.home else ""
 
 
 def fit_scaler(labels):
     if labels.min() == labels.max():
-        raise ValueError(f"all {len(labels):,} training labels are {labels[0]:g}: there is nothing to "
-                         "learn; check the labels, or take other training rows with --seed or the "
-                         "ratios")
+        raise ValueError(f"all {len(labels):,} training labels are {labels[0]:g}: there is nothing "
+                         "to learn; check the labels, or take other training rows with --seed or "
+                         "the ratios")
     return data.LabelScaler().fit(labels)
 
 
@@ -221,8 +223,8 @@ def rows(path, args, facts, need_labels):
 
 def encoder(args):
     channels = 3 if args.inputs == "spectrum" and rate_of(args) == "rr" else 1
-    return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width, depth=args.depth,
-                             heads=args.heads, dropout=args.dropout)
+    return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width,
+                             depth=args.depth, heads=args.heads, dropout=args.dropout)
 
 
 def network(args, facts):
@@ -253,12 +255,14 @@ def scores(outputs, split, args, facts):
 
 
 def rate_scores(prediction, split, args, facts, rows=slice(None)):
-    """Scores of predictions per minute, of the network or of a baseline; the loss is on z-scores."""
+    """Scores of predictions per minute, of the network or of a baseline; the loss is on
+    z-scores."""
     labels, scale = split.labels[rows], scaler_of(facts).transform
     report = losses.regression_report(prediction[rows], labels, split.groups[rows])
     z, targets = torch.as_tensor(scale(prediction[rows])), torch.as_tensor(scale(labels))
-    return {"loss": float(criterion(z, targets, args)), "mae": report["mae"], "rmse": report["rmse"],
-            "r2": report["r2"], "patient_mae": report["group_mae"], "patient_sd": report["group_sd"]}
+    return {"loss": float(criterion(z, targets, args)), "mae": report["mae"],
+            "rmse": report["rmse"], "r2": report["r2"], "patient_mae": report["group_mae"],
+            "patient_sd": report["group_sd"]}
 
 
 def spectral_peak(split, args, facts):
@@ -270,7 +274,8 @@ def spectral_peak(split, args, facts):
 
 
 def floors(split, args, facts):
-    """Constants fitted on training labels, the spectral peak, and another reading as the ceiling."""
+    """Constants fitted on training labels, the spectral peak, and another reading as the
+    ceiling."""
     mean = np.full(len(split), scaler_of(facts).mean)
     median = np.full(len(split), facts["median"])
     rows = {"constant mean": rate_scores(mean, split, args, facts),
@@ -325,9 +330,9 @@ def export(model, args, facts):
                "label_sd": facts["scaler"]["scale"]})
 
 
-# The original run: counts in windows of 10 s, its own split by recording, patches of 1 s at 125 Hz, a
-# rate that never moved. A, B and C are its three runs, with the small encoder of `--variant original
-# --mode pretrain` in place of theirs and a linear head.
+# The original run: counts in windows of 10 s, its own split by recording, patches of 1 s at 125 Hz,
+# a rate that never moved. A, B and C are its three runs, with the small encoder of `--variant
+# original --mode pretrain` in place of theirs and a linear head.
 ORIGINAL = dict(
     protocol="original", inputs="waveform", reduce=1, patch=125, stretch=1.0, dropout=0.3,
     loss="mse", monitor="mae",
@@ -353,7 +358,8 @@ def flags(bins):
     return flags | mode_flags() | dict(
         monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights",
                      choices=("mae", "rmse", "r2", "loss")),
-        protocol=Flag("patients", "patients: labels and split as they should be; original: windows of "
+        protocol=Flag("patients", "patients: labels and split as they should be; original: windows "
+                      "of "
                       "10 s every 2 s, breaths counted, the original list of recordings",
                       choices=("patients", "original")),
         seconds=Flag(32.0, "length of a window", low=5, high=480, when=BY_PATIENT),
@@ -370,7 +376,8 @@ def flags(bins):
         heads=Flag(4, "attention heads, must divide --width", low=1, backbone=True),
         dropout=Flag(0.1, "in the encoder, while it is trained", low=0, high=0.95,
                      when={"mode": TRAINED}),
-        stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label (1 "
+        stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label "
+                     "(1 "
                      "= off)", low=1, high=1.99, when={"mode": TRAINED}),
         loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
                   when={"mode": LABELLED}),

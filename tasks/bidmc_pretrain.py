@@ -33,7 +33,8 @@ def outputs(model, batch, args, facts):
     inputs, mask = batch["inputs"], batch["mask"]
     guesses = model(inputs, mask)[mask].float()
     targets = model.encoder.patches(inputs)[mask].float()
-    return {"guesses": guesses.reshape(len(inputs), -1), "targets": targets.reshape(len(inputs), -1)}
+    return {"guesses": guesses.reshape(len(inputs), -1),
+            "targets": targets.reshape(len(inputs), -1)}
 
 
 def scores(outputs, split, args, facts):

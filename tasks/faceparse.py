@@ -26,32 +26,42 @@ from tasks.common import (
     split_checksum, split_rows, unit_images)
 
 
-FACE_CLASSES = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
-                "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")  # eye_g glasses, ear_r earring, neck_l necklace
-FACE_PAIRS = ((4, 5), (6, 7), (8, 9))  # eyes, brows, ears: l_ is the person's left, on the RIGHT side of the image
-FACE_COLOURS = ((0, 0, 0), (204, 0, 0), (76, 153, 0), (204, 204, 0), (51, 51, 255), (204, 0, 204), (0, 255, 255), (255, 204, 204),
-                (102, 51, 0), (255, 0, 0), (102, 204, 0), (255, 255, 0), (0, 0, 153), (0, 0, 204), (255, 51, 153), (0, 204, 204),
-                (0, 51, 0), (255, 153, 51), (0, 204, 0))  # RGB by class id, as CelebAMask-HQ is usually shown
+# eye_g glasses, ear_r earring, neck_l necklace
+FACE_CLASSES = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow",
+                "l_ear", "r_ear", "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l",
+                "neck", "cloth")
+# eyes, brows, ears: l_ is the person's left, on the RIGHT side of the image
+FACE_PAIRS = ((4, 5), (6, 7), (8, 9))
+# RGB by class id, as CelebAMask-HQ is usually shown
+FACE_COLOURS = ((0, 0, 0), (204, 0, 0), (76, 153, 0), (204, 204, 0), (51, 51, 255), (204, 0, 204),
+                (0, 255, 255), (255, 204, 204), (102, 51, 0), (255, 0, 0), (102, 204, 0),
+                (255, 255, 0), (0, 0, 153), (0, 0, 204), (255, 51, 153), (0, 204, 204), (0, 51, 0),
+                (255, 153, 51), (0, 204, 0))
 
 
 def read_faces(path, *, size, cache=""):
-    """Read a face-parsing set: a folder with images/ and masks/ of the same stems, or an .npz with `images` and `masks`.
+    """Read a face-parsing set: a folder with images/ and masks/ of the same stems, or an .npz with
+    `images` and `masks`.
 
-        folder/images/*.jpg|png|...  RGB or grey            folder/masks/*.png  palette or grey, holding class ids
+        folder/images/*.jpg|png|...  RGB or grey            folder/masks/*.png  palette or grey,
+                                     holding class ids
         file.npz                     images uint8 (n, h, w, 3) or (n, h, w), masks uint8 (n, h, w)
 
-    An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with antialiasing); masks are
-    kept as they are, so that a prediction can be scored at their own resolution.
+    An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with
+    antialiasing); masks are kept as they are, so that a prediction can be scored at their own
+    resolution.
 
     cache   a folder: images and masks are kept there in .npy files and memory-mapped, decoded once
     returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
-    Errors: ValueError naming the file for an image without a mask or the reverse, another size than that of its image or of
-            the other masks, an RGB mask, an id of 19 or more other than 255, a file that cannot be read; ImportError with the
-            install command when image files need Pillow and it is missing.
+    Errors: ValueError naming the file for an image without a mask or the reverse, another size than
+            that of its image or of the other masks, an RGB mask, an id of 19 or more other than
+            255, a file that cannot be read; ImportError with the install command when image files
+            need Pillow and it is missing.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an .npz file")
+        raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an "
+                         ".npz file")
     if path.is_file():
         arrays, masks = read_faces_npz(path, cache=cache)
         names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
@@ -65,19 +75,24 @@ def read_faces(path, *, size, cache=""):
         return images, masks, names
 
     files, mask_files = list_face_files(path)
-    load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(file)[None], size) for file in files[start:stop]])
+    load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(file)[None], size)
+                                          for file in files[start:stop]])
     key = data.file_stamps(files, path)
-    images = data.decode_once(load, (len(files), 3, *size), key=key, cache=cache, kind="faces", chunk=16)
+    images = data.decode_once(load, (len(files), 3, *size), key=key, cache=cache, kind="faces",
+                              chunk=16)
     shape = read_mask(mask_files[0], files[0]).shape
-    load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape)) for pair in zip(
-        mask_files[start:stop], files[start:stop])])
+    load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape))
+                                            for pair in zip(mask_files[start:stop],
+                                                            files[start:stop])])
     key = data.file_stamps(mask_files + files, path)
-    masks = data.decode_once(load, (len(files), *shape), key=key, cache=cache, kind="masks", chunk=16)
+    masks = data.decode_once(load, (len(files), *shape), key=key, cache=cache, kind="masks",
+                             chunk=16)
     return images, masks, [file.stem for file in files]
 
 
 def list_face_files(folder, *, need_masks=True):
-    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for a stem that occurs once, or twice.
+    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for
+    a stem that occurs once, or twice.
 
     """
 
@@ -85,13 +100,15 @@ def list_face_files(folder, *, need_masks=True):
         files = {}
         for file in sorted(place.iterdir()):
             if file.suffix.lower() in suffixes and files.setdefault(file.stem, file) != file:
-                raise ValueError(f"{file} and {files[file.stem].name} have the same stem: remove or rename one of them")
+                raise ValueError(f"{file} and {files[file.stem].name} have the same stem: remove "
+                                 "or rename one of them")
         return files
 
     place = folder / "images" if need_masks or (folder / "images").is_dir() else folder
     for each in [place] + [folder / "masks"] * need_masks:
         if not each.is_dir():
-            raise ValueError(f"{each} does not exist: a face-parsing folder holds images/ and masks/ with files of the same stems")
+            raise ValueError(f"{each} does not exist: a face-parsing folder holds images/ and "
+                             "masks/ with files of the same stems")
     images = listed(place, data.IMAGE_SUFFIXES)
     if not images:
         raise ValueError(f"{place} holds no image files ({', '.join(data.IMAGE_SUFFIXES)})")
@@ -101,21 +118,24 @@ def list_face_files(folder, *, need_masks=True):
     for have, lack, what in (images, masks, "mask"), (masks, images, "image"):
         alone = [file for stem, file in have.items() if stem not in lack]
         if alone:
-            raise ValueError(f"{alone[0]} has no {what} of the same stem, {len(alone)} of {len(have)} files are alone: add the "
-                             f"{what}s, or take the files away")
+            raise ValueError(f"{alone[0]} has no {what} of the same stem, {len(alone)} of "
+                             f"{len(have)} files are alone: add the {what}s, or take the files "
+                             "away")
     return list(images.values()), [masks[stem] for stem in images]
 
 
 def read_mask(path, image=None, shape=None):
-    """Class ids of a palette or grey PNG as uint8 (h, w), checked against its image file and the shape of the other masks.
+    """Class ids of a palette or grey PNG as uint8 (h, w), checked against its image file and the
+    shape of the other masks.
 
-    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit (Pillow would stretch the ids of
-    fewer bits to 0..255), or whose ids or size are wrong.
+    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit
+    (Pillow would stretch the ids of fewer bits to 0..255), or whose ids or size are wrong.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
+        raise ImportError(
+            "reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
     try:
         with Image.open(path) as file:
             mode, mask = file.mode, np.array(file)
@@ -126,16 +146,19 @@ def read_mask(path, image=None, shape=None):
             with Image.open(image) as file:
                 image_size = file.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable mask ({error}): repair or remove it, and its image") from error
+        raise ValueError(f"{path} is not a readable mask ({error}): repair or remove it, and its "
+                         "image") from error
     if mode != "P" and (mode != "L" or bits != 8):
-        raise ValueError(f"{path} is a {mode} image of {bits} bits: a mask is a palette or 8-bit grey PNG whose values are class ids, "
-                         "not colours")
+        raise ValueError(f"{path} is a {mode} image of {bits} bits: a mask is a palette or 8-bit "
+                         "grey PNG whose values are class ids, not colours")
     if image_size != mask.shape[1::-1]:
-        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but its image is {image_size[0]}x{image_size[1]} (width x height): "
-                         "a mask has the size of its image")
+        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but its image is "
+                         f"{image_size[0]}x{image_size[1]} (width x height): a mask has the size "
+                         "of its image")
     if shape is not None and mask.shape != shape:
-        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but the first mask is {shape[1]}x{shape[0]} (width x height): all "
-                         "masks of a set have one size; resize image and mask (nearest) beforehand")
+        raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]} but the first mask is "
+                         f"{shape[1]}x{shape[0]} (width x height): all masks of a set have one "
+                         "size; resize image and mask (nearest) beforehand")
     check_face_ids(mask, path)
     return mask
 
@@ -146,8 +169,8 @@ def check_face_ids(masks, where):
     chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
     wrong = np.concatenate([chunk[(chunk > 18) & (chunk != 255)] for chunk in chunks])
     if wrong.size:
-        raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not count; got {wrong.max()} in {wrong.size} "
-                         "pixels")
+        raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not "
+                         f"count; got {wrong.max()} in {wrong.size} pixels")
 
 
 def read_faces_npz(path, *, cache="", need_masks=True):
@@ -158,32 +181,38 @@ def read_faces_npz(path, *, cache="", need_masks=True):
         with np.load(path, allow_pickle=False) as file:
             present = [name for name in ("images", "masks") if name in file]
             content = {} if cache else {name: file[name] for name in present}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error,
+            EOFError) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error})") from error
     for name in present if cache else ():
         content[name] = data.unpack_once(path, name, cache)
     images, masks = content.get("images"), content.get("masks")
-    if images is None or images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,) or 0 in images.shape:
+    shape_ok = images is not None and (images.ndim == 3 or images.shape[3:] == (3,))
+    if not shape_ok or images.dtype != np.uint8 or 0 in images.shape:
         raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "
                          f"{'none' if images is None else f'{images.dtype} {images.shape}'}")
     if not need_masks:
         return images, None
     if masks is None or masks.dtype != np.uint8 or masks.shape != images.shape[:3]:
-        raise ValueError(f"{path}: masks must be uint8 class ids {images.shape[:3]}, the size of the images, got "
+        raise ValueError(f"{path}: masks must be uint8 class ids {images.shape[:3]}, the size of "
+                         "the images, got "
                          f"{'none' if masks is None else f'{masks.dtype} {masks.shape}'}")
     check_face_ids(masks, path)
     return images, torch.from_numpy(masks)
 
 
 def sides_reversed(masks, pairs, *, chunk=64):
-    """Which masks have the person's left and right labelled the wrong way round, told by where the parts lie.
+    """Which masks have the person's left and right labelled the wrong way round, told by where the
+    parts lie.
 
-    (left, right) are labels of the person's own left and right, and the left one lies further right in the image. Each pair
-    whose two parts are there has a vote, by the mean column of either; a mask is reversed if most votes say so. Of large masks
-    every (w // 128)-th row and column is looked at.
+    (left, right) are labels of the person's own left and right, and the left one lies further right
+    in the image. Each pair whose two parts are there has a vote, by the mean column of either; a
+    mask is reversed if most votes say so. Of large masks every (w // 128)-th row and column is
+    looked at.
 
     masks   (n, h, w) uint8
-    returns int8 array (n,): 1 reversed, 0 in order, -1 cannot be told (no pair is complete, or a tie)
+    returns int8 array (n,): 1 reversed, 0 in order, -1 cannot be told (no pair is complete, or a
+    tie)
     Check:  label 5 left of label 4 is in order for pairs ((4, 5),)
     """
     votes, counts = np.zeros(len(masks), dtype=int), np.zeros(len(masks), dtype=int)
@@ -192,8 +221,10 @@ def sides_reversed(masks, pairs, *, chunk=64):
     for start in range(0, len(masks), chunk):
         part, rows = masks[start : start + chunk, ::step, ::step], slice(start, start + chunk)
         for left, right in pairs:
-            sums = [(part == label).sum(1).double() for label in (left, right)]  # pixels of each column
-            x_left, x_right = (each @ columns / each.sum(1) for each in sums)  # NaN where the part is absent
+            # pixels of each column
+            sums = [(part == label).sum(1).double() for label in (left, right)]
+            # NaN where the part is absent
+            x_left, x_right = (each @ columns / each.sum(1) for each in sums)
             apart = x_right - x_left
             votes[rows] += apart.nan_to_num().sign().int().numpy()
             counts[rows] += (~apart.isnan()).numpy()
@@ -258,12 +289,16 @@ def synthetic_faces(n=200, *, size=(128, 128), seed=0):
 
 
 class FaceSplit:
-    """Some rows of a face-parsing set as a training loop sees them: `batch(rows)` to train on, with masks to score by.
+    """Some rows of a face-parsing set as a training loop sees them: `batch(rows)` to train on, with
+    masks to score by.
 
-    images  uint8 (n, 3, h, w), masks uint8 (n, H, W) or None, of the whole set (never copied); rows (m,) of this split
-    augment {} or all of degrees, zoom, crop, flip ("swap", "naive", "none"), jitter, photometric, mixup, cutmix
+    images  uint8 (n, 3, h, w), masks uint8 (n, H, W) or None, of the whole set (never copied); rows
+            (m,) of this split
+    augment {} or all of degrees, zoom, crop, flip ("swap", "naive", "none"), jitter, photometric,
+    mixup, cutmix
     pairs   labels that change places when a face is mirrored
-    wrong   (n,) bool or None: masks whose paired labels change places in augmented batches; what is scored keeps them
+    wrong   (n,) bool or None: masks whose paired labels change places in augmented batches; what is
+            scored keeps them
     """
 
     chunk = 16
@@ -272,43 +307,54 @@ class FaceSplit:
                  classes=19, names=None):
         self.images, self.masks, self.rows, self.wrong = images, masks, np.asarray(rows), wrong
         self.names = names
-        self.device, self.augment, self.pairs, self.classes = torch.device(device), augment or {}, pairs, classes
+        self.device, self.augment = torch.device(device), augment or {}
+        self.pairs, self.classes = pairs, classes
 
     def __len__(self):
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """Gather rows: inputs float (b, 3, h, w) in [-1, 1], targets at the same size: ids (b, h, w), or after mixup probabilities.
+        """Gather rows: inputs float (b, 3, h, w) in [-1, 1], targets at the same size: ids (b, h,
+        w), or after mixup probabilities.
 
-        Not augmented without a generator, and then `masks` (b, H, W) holds the ids as they are, at their own resolution.
-        """
+        Not augmented without a generator, and then `masks` (b, H, W) holds the ids as they are, at
+        their own resolution. """
         index = torch.from_numpy(self.rows[rows])
-        images = self.images.index_select(0, index).to(self.device, non_blocking=True)  # much faster than images[index]
-        masks = None if self.masks is None else self.masks.index_select(0, index).to(self.device, non_blocking=True)
+        # much faster than images[index]
+        images = self.images.index_select(0, index).to(self.device, non_blocking=True)
+        masks = None
+        if self.masks is not None:
+            masks = self.masks.index_select(0, index).to(self.device, non_blocking=True)
         scale = lambda images: images.float().sub_(127.5).div_(127.5)
         if generator is None or not self.augment:
             batch = {"inputs": scale(images)}
             if masks is not None:
-                batch |= {"masks": masks, "targets": F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0].long()}
+                batch["masks"] = masks
+                batch["targets"] = resize_ids(masks, images.shape[2:]).long()
             return batch
         on = self.augment
         if self.wrong is not None:
             wrong = torch.from_numpy(self.wrong[index.numpy()]).to(self.device)
             masks = torch.where(wrong[:, None, None], data.swap_labels(masks, self.pairs), masks)
-        images, masks = data.random_affine(images, degrees=on["degrees"], zoom=on["zoom"], generator=generator, masks=masks)
+        images, masks = data.random_affine(images, degrees=on["degrees"], zoom=on["zoom"],
+                                           generator=generator, masks=masks)
         if on["crop"]:
-            images, masks = data.random_crop(images, padding=on["crop"], generator=generator, masks=masks)
+            images, masks = data.random_crop(images, padding=on["crop"], generator=generator,
+                                             masks=masks)
         if on["flip"] != "none":
             pairs = self.pairs if on["flip"] == "swap" else ()
-            images, masks = data.horizontal_flip(images, generator=generator, masks=masks, pairs=pairs)
+            images, masks = data.horizontal_flip(images, generator=generator, masks=masks,
+                                                 pairs=pairs)
         if on["jitter"]:
             images = data.color_jitter(images, strength=on["jitter"], generator=generator)
         if on["photometric"]:
             images = data.photometric_distort(images, p=on["photometric"], generator=generator)
         inputs, targets = scale(images), masks
         if on["mixup"]:
-            inputs, targets = data.mixup(inputs, data.soft_targets(masks, self.classes), alpha=on["mixup"], generator=generator)
-            targets = targets / targets.sum(1, keepdim=True).clamp_min(1e-6)  # where one of the two is ignored, the other counts
+            inputs, targets = data.mixup(inputs, data.soft_targets(masks, self.classes),
+                                         alpha=on["mixup"], generator=generator)
+            # where one of the two is ignored, the other counts
+            targets = targets / targets.sum(1, keepdim=True).clamp_min(1e-6)
         inputs, targets = data.cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
         return {"inputs": inputs, "targets": targets if on["mixup"] else targets.long()}
 
@@ -328,7 +374,8 @@ class FaceImages:
         return len(self.sources)
 
     def batch(self, rows):
-        """inputs (1, 3, h, w) of the size of the network, and the image as it is: uint8 (h, w, 3)."""
+        """inputs (1, 3, h, w) of the size of the network, and the image as it is: uint8 (h, w,
+        3)."""
         name, read = self.sources[rows[0]]
         image = read()
         split = FaceSplit(data.resize_uint8(image[None], self.size), None, [0], device=self.device)
@@ -336,7 +383,8 @@ class FaceImages:
 
 
 def face_sources(path):
-    """[(name, function that reads the image)] of a folder, of its images/, of an .npz or of one file."""
+    """[(name, function that reads the image)] of a folder, of its images/, of an .npz or of one
+    file."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder of images, an image or an .npz")
@@ -368,9 +416,9 @@ def load(path, args):
     parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(len(masks)), args)))
     for name, rows in parts.items():
         if len(rows) and not any((masks[row] != 255).any() for row in rows):
-            raise ValueError(f"all pixels of the {len(rows)} {name} masks are 255, which do not count: "
-                             "there is nothing to learn from or to score; change --seed or the "
-                             "ratios, or take those images out")
+            raise ValueError(f"all pixels of the {len(rows)} {name} masks are 255, which do not "
+                             "count: there is nothing to learn from or to score; change --seed or "
+                             "the ratios, or take those images out")
 
     sides = sides_reversed(masks, FACE_PAIRS)
     reversed_in = ", ".join(f"{np.sum(sides[rows] == 1)} {name}" for name, rows in parts.items())
@@ -429,12 +477,13 @@ def data_note(path, masks, args):
 
 
 def sides_note(sides):
-    return (f"left and right: {np.sum(sides < 0)} of {len(sides):,} masks cannot be told, reversed in "
-            f"{np.sum(sides == 1)}")
+    return (f"left and right: {np.sum(sides < 0)} of {len(sides):,} masks cannot be told, reversed "
+            f"in {np.sum(sides == 1)}")
 
 
 def pixel_counts(masks, rows):
-    """How many of these masks hold class c at each position: (19, h, w); ignored pixels count for none."""
+    """How many of these masks hold class c at each position: (19, h, w); ignored pixels count for
+    none."""
     counts = torch.zeros(19, *masks.shape[1:], dtype=torch.int32)
     for row in rows:
         for c in range(19):
@@ -443,7 +492,8 @@ def pixel_counts(masks, rows):
 
 
 def pack_map(ids):
-    """A map of small ids as text for a checkpoint: 'rows,columns,base64 of the zlib-compressed bytes'."""
+    """A map of small ids as text for a checkpoint: 'rows,columns,base64 of the zlib-compressed
+    bytes'."""
     body = base64.b64encode(zlib.compress(ids.astype(np.uint8).tobytes())).decode()
     return f"{ids.shape[0]},{ids.shape[1]},{body}"
 
@@ -513,7 +563,8 @@ def class_ids(logits, size):
 
 
 def scores(outputs, split, args, facts):
-    """The loss is the mean over the images of their own; the other scores count pixels of the masks."""
+    """The loss is the mean over the images of their own; the other scores count pixels of the
+    masks."""
     counted = outputs["counted"]
     if not counted.any():
         raise NonFinite(f"all pixels of the {len(split)} masks are ignored, there is no score")
@@ -605,9 +656,11 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
     channels_last=Flag(True, "memory format of images"),
     monitor=Flag("f", "validation score that picks the epoch, and raw or EMA weights: f is the "
                  "challenge's, per image", choices=("f", "f_pooled", "miou")),
-    size=Flag((128, 128), "height x width that the network sees; scores are counted at the masks' own "
+    size=Flag((128, 128), "height x width that the network sees; scores are counted at the masks' "
+              "own "
               "resolution", low=8),
-    network=Flag("cnn", "cnn: FaceCNN, size a multiple of 8; segformer: MicroSegFormer, a multiple of "
+    network=Flag("cnn", "cnn: FaceCNN, size a multiple of 8; segformer: MicroSegFormer, a multiple "
+                 "of "
                  "32", choices=tuple(NETWORKS)),
     width=Flag(32, "channels at half the size", low=1, when={"network": ("cnn",)}),
     lmsa=Flag(True, "local multi-scale attention before the classifier",
@@ -625,9 +678,11 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
     gamma=Flag(0.0, "exponent of the focal loss in place of cross-entropy (0 = off)", low=0),
     class_weights=Flag("none", "median: square root of median frequency, counted on training masks",
                        choices=("none", "median")),
-    fix_reversed=Flag(False, "train on masks with left and right set right where they are reversed; "
+    fix_reversed=Flag(False, "train on masks with left and right set right where they are "
+                      "reversed; "
                       "what is scored is kept as it is"),
-    flip=Flag("swap", "swap: mirror half of the faces, left and right labels change places; naive: they "
+    flip=Flag("swap", "swap: mirror half of the faces, left and right labels change places; naive: "
+              "they "
               "do not; none: no mirroring", choices=("swap", "naive", "none")),
     degrees=Flag(15.0, "rotate by up to so much (0 = off)", low=0, high=180),
     zoom=Flag(1.25, "enlarge by a factor between 1 / zoom and zoom (1 = off)", low=1, high=10),

@@ -28,18 +28,23 @@ EYE_FOLDERS = {"closed": 0, "close": 0, "0": 0, "open": 1, "opened": 1, "1": 1}
 
 
 def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
-    """Read a set of eye crops: a folder per class, a folder with annotation.csv, or an .npz; label 1 = open.
+    """Read a set of eye crops: a folder per class, a folder with annotation.csv, or an .npz; label
+    1 = open.
 
         folder/open/*.png, folder/closed/*.png          (also 1/ and 0/)
-        folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no headers
-        file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1, optional groups (n,)
+        folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no
+                               headers
+        file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1,
+                               optional groups (n,)
         folder of images       only with need_labels=False, for prediction
 
     size    (height, width) every image is resized to (bilinear with antialiasing)
     cache   a folder: the images are kept there in .npy files and memory-mapped, decoded once
-    returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None, names: list of n str
-    Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape, NaN, or not 0 / 1;
-            ImportError with the install command when image files need Pillow and it is missing.
+    returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None,
+    names: list of n str
+    Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape,
+            NaN, or not 0 / 1; ImportError with the install command when image files need Pillow and
+            it is missing.
     """
     path = Path(path)
     if not path.exists():
@@ -50,7 +55,9 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
         load = lambda start, stop: data.resize_uint8(arrays[start:stop], size)
     else:
         names, labels, groups = list_eye_files(path, need_labels=need_labels)
-        load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(path / name)[None], size) for name in names[start:stop]])
+        load = lambda start, stop: torch.cat(
+            [data.resize_uint8(data.read_image(path / name)[None], size)
+             for name in names[start:stop]])
     files = [path] if path.is_file() else (path / name for name in names)
     key = data.file_stamps(files, path.parent)
     images = data.decode_once(load, (len(names), 3, *size), key=key, cache=cache)
@@ -66,9 +73,10 @@ def read_eyes_npz(path, *, cache="", need_labels=True):
             present = archive.files
             names = ("labels", "groups") if cache else ("images", "labels", "groups")
             arrays = {name: archive[name] for name in names if name in present}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
-                         "images=..., labels=...), no objects") from error
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "
+                         "numpy.savez(path, images=..., labels=...), no objects") from error
     if cache and "images" in present:
         arrays["images"] = data.unpack_once(path, "images", cache)
     for name in ("images", "labels") if need_labels else ("images",):
@@ -77,11 +85,15 @@ def read_eyes_npz(path, *, cache="", need_labels=True):
     images, labels, groups = (arrays.get(name) for name in ("images", "labels", "groups"))
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
-            raise ValueError(f"{path}: {name!r} holds {int(np.isnan(array).sum())} NaN: remove those rows")
+            raise ValueError(f"{path}: {name!r} holds {int(np.isnan(array).sum())} NaN: remove "
+                             "those rows")
         if array.ndim == 0 or len(array) != len(images) or array.ndim > 1 and name != "images":
-            raise ValueError(f"{path}: {name!r} has shape {array.shape}, 'images' has {images.shape}: one entry per image")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (n, h, w) or (n, h, w, 3)")
+            raise ValueError(f"{path}: {name!r} has shape {array.shape}, 'images' has "
+                             f"{images.shape}: one entry per image")
+    image_shape = images.ndim == 3 or images.ndim == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not image_shape or 0 in images.shape:
+        raise ValueError(f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (n, "
+                         "h, w) or (n, h, w, 3)")
     if labels is not None:
         labels = check_eye_labels(labels, lambda row: f"{path}: row {row}")
     return images, labels, None if groups is None else groups.astype(str)
@@ -95,47 +107,57 @@ def list_eye_files(folder, *, need_labels=True):
     if annotation.is_file():
         label_of = read_pairs(annotation)
         names = list(label_of)
-        labels = check_eye_labels(list(label_of.values()), lambda row: f"{annotation}, {names[row]}")
+        labels = check_eye_labels(list(label_of.values()), lambda row: f"{annotation}, "
+                                  f"{names[row]}")
     else:
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in data.IMAGE_SUFFIXES)
+        files = sorted(file for file in folder.rglob("*")
+                       if file.suffix.lower() in data.IMAGE_SUFFIXES)
         names, labels = [file.relative_to(folder).as_posix() for file in files], None
         top = [Path(name).parts[0].lower() for name in names]
         if need_labels and names:
             unknown = sorted({part for part in top if part not in EYE_FOLDERS})
             if unknown:
-                raise ValueError(f"{folder}: {unknown[0]!r} is no class folder; expected sub-folders named open and closed "
-                                 "(or 1 and 0), or an annotation.csv with rows path,label")
+                raise ValueError(f"{folder}: {unknown[0]!r} is no class folder; expected "
+                                 "sub-folders named open and closed (or 1 and 0), or an "
+                                 "annotation.csv with rows path,label")
             labels = np.array([EYE_FOLDERS[part] for part in top], dtype=np.int64)
     if not names:
-        raise ValueError(f"{folder} holds no images ({', '.join(data.IMAGE_SUFFIXES)}) and no annotation.csv")
+        raise ValueError(f"{folder} holds no images ({', '.join(data.IMAGE_SUFFIXES)}) and no "
+                         "annotation.csv")
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} " + ("is listed in annotation.csv but does not exist" if annotation.is_file() else
-                                                    "is no file, but a folder or a broken link: remove it"))
+            raise ValueError(f"{folder / name} " + ("is listed in annotation.csv but does not exist"
+                                                    if annotation.is_file()
+                                                    else "is no file, but a folder or a broken "
+                                                    "link: remove it"))
     groups = None
     if (folder / "groups.csv").is_file():
         group_of = read_pairs(folder / "groups.csv")
         missing = [name for name in names if name not in group_of]
         if missing:
-            raise ValueError(f"{folder / 'groups.csv'} has no group for {len(missing)} of {len(names)} images, "
-                             f"the first is {missing[0]}")
+            raise ValueError(f"{folder / 'groups.csv'} has no group for {len(missing)} of "
+                             f"{len(names)} images, the first is {missing[0]}")
         groups = np.array([group_of[name] for name in names])
     return names, labels, groups
 
 
 def read_pairs(path):
-    """A two-column CSV without a header as {first: second}; ValueError with the line of whatever is not, or comes twice."""
+    """A two-column CSV without a header as {first: second}; ValueError with the line of whatever is
+    not, or comes twice."""
     pairs = {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
+        # -sig: spreadsheets write a byte order mark
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it as such, and look for a stray quotation mark") from error
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it as such, and look for a "
+                         "stray quotation mark") from error
     for i, row in enumerate(rows, start=1):
         if not row:
             continue
         if len(row) != 2:
-            raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: {','.join(row)[:80]}")
+            raise ValueError(f"{path}, line {i}: expected 2 columns, got {len(row)}: "
+                             f"{','.join(row)[:80]}")
         first, second = row[0].strip(), row[1].strip()
         if first in pairs:
             raise ValueError(f"{path}, line {i}: {first} is listed twice")
@@ -144,7 +166,8 @@ def read_pairs(path):
 
 
 def check_eye_labels(labels, where):
-    """Labels as int64, or ValueError with where(row) for the first that is not 0 (closed) or 1 (open)."""
+    """Labels as int64, or ValueError with where(row) for the first that is not 0 (closed) or 1
+    (open)."""
     text = np.asarray(labels).astype(str)
     is_open, is_closed = np.isin(text, ("1", "1.0", "True")), np.isin(text, ("0", "0.0", "False"))
     bad = np.argwhere(~(is_open | is_closed))
@@ -155,23 +178,26 @@ def check_eye_labels(labels, where):
 
 
 def synthetic_eyes(n=1000, *, size=(32, 64), seed=0, chunk=256):
-    """Drawn eyes, 53 % open: two per face, alike in skin, light and iris. For running and teaching, never for a result.
+    """Drawn eyes, 53 % open: two per face, alike in skin, light and iris. For running and teaching,
+    never for a result.
 
-    An open eye is a pale almond between two lids with an iris in it, often nearly shut; a closed one is a dark arc with
-    lashes. Brightness, blur, noise, pose, brows and bars of hair vary alike in both, so no mean or histogram tells them apart.
-    Returns like read_eyes: images uint8 (n, 3, h, w), labels (n,), groups (n,), names.
+    An open eye is a pale almond between two lids with an iris in it, often nearly shut; a closed
+    one is a dark arc with lashes. Brightness, blur, noise, pose, brows and bars of hair vary alike
+    in both, so no mean or histogram tells them apart. Returns like read_eyes: images uint8 (n, 3,
+    h, w), labels (n,), groups (n,), names.
     Check:  a constant scores F1 0.69 (always open: 2 * 0.53 / 1.53)
     """
     rng = np.random.default_rng(seed)
     faces = -(-n // 2)
     face_of_eye = np.arange(n) // 2
     is_open = rng.permutation(np.arange(faces) < round(0.53 * faces))[face_of_eye]
-    face = {name: rng.uniform(low, high, faces)[face_of_eye] for name, (low, high) in {
-        "skin": (70, 210), "warmth": (0.05, 0.3), "iris": (10, 110), "light": (-60, 60), "gain": (0.5, 1.2),
-        "half_width": (0.5, 0.85), "height": (0.12, 0.6), "gaze": (-0.25, 0.25), "brow": (-1.4, -0.7)}.items()}
-    eye = {name: rng.uniform(low, high, n) for name, (low, high) in {
-        "dx": (-0.15, 0.15), "dy": (-0.25, 0.25), "tilt": (-0.3, 0.3), "sag": (0.0, 0.35), "bar": (-4, 1.5),
-        "bar_slope": (-1, 1), "noise": (2, 14), "lash": (6, 14)}.items()}
+    ranges = {"skin": (70, 210), "warmth": (0.05, 0.3), "iris": (10, 110), "light": (-60, 60),
+              "gain": (0.5, 1.2), "half_width": (0.5, 0.85), "height": (0.12, 0.6),
+              "gaze": (-0.25, 0.25), "brow": (-1.4, -0.7)}
+    face = {name: rng.uniform(*bounds, faces)[face_of_eye] for name, bounds in ranges.items()}
+    ranges = {"dx": (-0.15, 0.15), "dy": (-0.25, 0.25), "tilt": (-0.3, 0.3), "sag": (0.0, 0.35),
+              "bar": (-4, 1.5), "bar_slope": (-1, 1), "noise": (2, 14), "lash": (6, 14)}
+    eye = {name: rng.uniform(*bounds, n) for name, bounds in ranges.items()}
     images = torch.empty((n, 3, *size), dtype=torch.uint8)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
@@ -183,17 +209,21 @@ def synthetic_eyes(n=1000, *, size=(32, 64), seed=0, chunk=256):
 
 
 def draw_eyes(is_open, p, size, rng):
-    """Render one chunk for synthetic_eyes: is_open and every entry of p have shape (n, 1, 1); returns uint8 (n, 3, h, w)."""
+    """Render one chunk for synthetic_eyes: is_open and every entry of p have shape (n, 1, 1);
+    returns uint8 (n, 3, h, w)."""
     v, u = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]), indexing="ij")
     x = (u - p["dx"]) + p["tilt"] * 0.5 * v
     y = (v - p["dy"]) - p["tilt"] * u
-    soft = lambda distance: 1 / (1 + np.exp(np.clip(-distance * size[0] / 3, -30, 30)))  # 1 inside, blurred over ~3 pixels
+    # 1 inside, blurred over ~3 pixels
+    soft = lambda distance: 1 / (1 + np.exp(np.clip(-distance * size[0] / 3, -30, 30)))
     stroke = lambda distance, width: soft(width - np.abs(distance))
     arch = 1 - (x / p["half_width"]) ** 2
-    upper, lower = np.where(is_open, -p["height"], p["sag"]) * arch, np.where(is_open, 0.6 * p["height"], p["sag"]) * arch
+    upper = np.where(is_open, -p["height"], p["sag"]) * arch
+    lower = np.where(is_open, 0.6 * p["height"], p["sag"]) * arch
     inside = soft(np.minimum(y - upper, lower - y)) * is_open
     lid = stroke(y - upper, 0.07) * soft(arch * 0.5)
-    lashes = stroke(y - upper - np.where(is_open, -0.1, 0.1), 0.12) * (np.sin(x * p["lash"] * 3) > 0.3) * soft(arch * 0.5)
+    lashes = stroke(y - upper - np.where(is_open, -0.1, 0.1),
+                    0.12) * (np.sin(x * p["lash"] * 3) > 0.3) * soft(arch * 0.5)
     crease = stroke(y - upper + 0.3, 0.05) * soft(arch * 0.5)
     brow = stroke(y - p["brow"] - 0.2 * x**2, 0.16)
     bar = stroke(u - p["bar"] - p["bar_slope"] * v, 0.08)
@@ -201,7 +231,8 @@ def draw_eyes(is_open, p, size, rng):
     grey = p["skin"] + p["light"] * u + 12 * np.sin(3 * v + p["tilt"] * 9)
     eyeball = p["skin"] * 0.4 + 120
     eyeball = eyeball + (p["iris"] - eyeball) * soft(0.26 - radius)
-    eyeball = eyeball * (1 - soft(0.1 - radius)) + 90 * soft(0.05 - np.hypot(x - p["gaze"] - 0.06, y + 0.1))
+    glint = soft(0.05 - np.hypot(x - p["gaze"] - 0.06, y + 0.1))
+    eyeball = eyeball * (1 - soft(0.1 - radius)) + 90 * glint
     grey = grey + (eyeball - grey) * inside
     for ink, strength in ((lid, 0.75), (lashes, 0.4), (crease, 0.25), (brow, 0.6), (bar, 0.8)):
         grey = grey * (1 - strength * ink)
@@ -211,15 +242,18 @@ def draw_eyes(is_open, p, size, rng):
 
 
 class EyeSplit:
-    """Some rows of a set of eyes as a training loop sees them: `labels` to plan batches by, `batch(rows)` to train on.
+    """Some rows of a set of eyes as a training loop sees them: `labels` to plan batches by,
+    `batch(rows)` to train on.
 
-    images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; rows (m,) of this split
+    images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; rows (m,) of
+             this split
     augment  {} or shares and strengths: flip, photometric, clahe, crop, mixup, cutmix; 0 is off
     """
 
     chunk = 512
 
-    def __init__(self, images, labels, rows, *, groups=None, names=None, device="cpu", augment=None):
+    def __init__(self, images, labels, rows, *, groups=None, names=None, device="cpu",
+                 augment=None):
         self.images, self.rows, self.names = images, np.asarray(rows), names
         self.labels = None if labels is None else labels[self.rows]
         self.groups = None if groups is None else groups[self.rows]
@@ -229,10 +263,13 @@ class EyeSplit:
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """Gather rows of this split: inputs float (b, 3, h, w) in [-1, 1], targets float (b,). Augments if given a generator."""
+        """Gather rows of this split: inputs float (b, 3, h, w) in [-1, 1], targets float (b,).
+        Augments if given a generator."""
         on = self.augment if generator is not None else {}
-        # index_select copies image by image, images[rows] number by number: 15 times slower for bytes on CPU
-        images = self.images.index_select(0, torch.from_numpy(self.rows[rows])).to(self.device, non_blocking=True)
+        # index_select copies image by image, images[rows] number by number: 15 times slower for
+        # bytes on CPU
+        images = self.images.index_select(0, torch.from_numpy(self.rows[rows]))
+        images = images.to(self.device, non_blocking=True)
         if on.get("crop"):
             images = data.random_crop(images, padding=on["crop"], generator=generator)
         if on.get("flip"):
@@ -372,32 +409,36 @@ def examples(outputs, split, args, facts):
 
 
 def export(model, args, facts):
-    return Exported(
-        forward=lambda inputs: torch.sigmoid(model(unit_images(inputs["images"]))),
-        inputs={"images": ("uint8", ("rows", *args.size, 3),
-                           "crops of eyes, RGB or grey repeated three times, resized to this size")},
-        output=("prob_open", ("rows",), "probability that the eye is open"),
-        facts={"pos_weight": facts["pos_weight"]})
+    return Exported(forward=lambda inputs: torch.sigmoid(model(unit_images(inputs["images"]))),
+                    inputs={"images": ("uint8", ("rows", *args.size, 3), "crops of eyes, RGB or "
+                                       "grey repeated three times, resized to this size")},
+                    output=("prob_open", ("rows",), "probability that the eye is open"),
+                    facts={"pos_weight": facts["pos_weight"]})
 
 
 FLAGS = shared_flags(epochs=100, lr=2e-4, ema_decay=0.998, cyclic_steps_up=2000) | dict(
-    sampler=Flag("shuffled", "shuffled: each row once an epoch; stratified: as many rows of each class "
+    sampler=Flag("shuffled", "shuffled: each row once an epoch; stratified: as many rows of each "
+                 "class "
                  "in every batch", choices=("shuffled", "stratified")),
-    channels_last=Flag(True, "memory format of images; faster for wide networks, slower for tiny ones"),
+    channels_last=Flag(True, "memory format of images; faster for wide networks, slower for tiny "
+                       "ones"),
     monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights",
                  choices=("f1", "auroc", "loss")),
     size=Flag((32, 64), "height x width the eyes are resized to", low=8),
     block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
     channels=Flag(64, "channels of the stem; blocks 2, 4, 6 double them", low=1),
     blocks=Flag(6, "number of blocks", low=1),
-    head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for convnext",
+    head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for "
+              "convnext",
               choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
-    token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads", low=1,
+    token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads",
+                    low=1,
                     when={"head": ("auto", "transformer", "mlp_mixer")}),
     token_layers=Flag(2, "layers of those heads", low=1,
                       when={"head": ("auto", "transformer", "mlp_mixer")}),
     dropout=Flag(0.3, "in the head", low=0, high=0.95),
-    stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first", low=0,
+    stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first",
+                          low=0,
                           high=0.95),
     loss=Flag("bce", "bce with pos_weight, or focal loss with label smoothing",
               choices=("bce", "focal")),

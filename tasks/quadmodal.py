@@ -25,24 +25,33 @@ from tasks.common import (
 
 
 def read_modalities(path, *, cache="", need_labels=True):
-    """Read samples that several sensors saw: an .npz with one array per modality, as many as there are and of any names.
+    """Read samples that several sensors saw: an .npz with one array per modality, as many as there
+    are and of any names.
 
-        NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W) videos; integers or floats
-        present_NAME  optional, bool (n,): False where a sample lacks it; what NAME holds in those rows is never looked at
-        labels        (n,) integers from 0, or strings, which are numbered in the order of label_names or else sorted
-        label_names   optional, one string per class        groups  optional, (n,): the person or recording of each sample
+        NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W)
+                      videos; integers or floats
+        present_NAME  optional, bool (n,): False where a sample lacks it; what NAME holds in those
+                      rows is never looked at
+        labels        (n,) integers from 0, or strings, which are numbered in the order of
+                      label_names or else sorted
+        label_names   optional, one string per class        groups  optional, (n,): the person or
+                      recording of each sample
 
     cache        a folder: the modalities are kept there in .npy files and memory-mapped
     need_labels  False: labels and label_names are not read, for prediction
-    returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None, groups (n,) or None,
-            label_names: list of str, present {NAME: bool (n,)}, all True where the file does not say
-    Errors: ValueError naming array and row: a missing or unreadable file, objects, no modality, another rank or length, NaN
-            or infinity in a present row, a row without any modality, labels that are missing, negative, not whole or without
-            a name, a class of one sample. Warns of images that seem to have their channels last.
+    returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None,
+    groups (n,) or None,
+            label_names: list of str, present {NAME: bool (n,)}, all True where the file does not
+            say
+    Errors: ValueError naming array and row: a missing or unreadable file, objects, no modality,
+            another rank or length, NaN or infinity in a present row, a row without any modality,
+            labels that are missing, negative, not whole or without a name, a class of one sample.
+            Warns of images that seem to have their channels last.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give an .npz with one array per modality, labels, and optionally label_names, groups")
+        raise ValueError(f"{path} is no file: give an .npz with one array per modality, labels, "
+                         "and optionally label_names, groups")
     small = ("labels", "label_names", "groups")
     unread = () if need_labels else ("labels", "label_names")
     try:
@@ -50,23 +59,29 @@ def read_modalities(path, *, cache="", need_labels=True):
             stored = [name for name in archive.files if name not in unread]
             read = {name: archive[name] for name in stored if not cache or name in small
                     or name.startswith("present_")}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with numpy.savez(path, "
-                         "NAME=..., labels=...), no objects") from error
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "
+                         "numpy.savez(path, NAME=..., labels=...), no objects") from error
     content = {}
     for name in stored:
-        content[name] = np.asarray(read[name] if name in read else data.unpack_once(path, name, cache))
-    labels, names, groups = (content.pop(name, None) for name in ("labels", "label_names", "groups"))
+        content[name] = np.asarray(read[name] if name in read
+                                   else data.unpack_once(path, name, cache))
+    labels, names, groups = (content.pop(name, None)
+                             for name in ("labels", "label_names", "groups"))
     masks = {name: content.pop(name) for name in list(content) if name.startswith("present_")}
     if not content:
-        raise ValueError(f"{path} holds no modality beside labels, label_names, groups and present_NAME: save one array for each")
+        raise ValueError(f"{path} holds no modality beside labels, label_names, groups and "
+                         "present_NAME: save one array for each")
     present = check_modalities(content, masks, path)
     rows = len(next(iter(content.values())))
     for name, array in {"labels": labels, "groups": groups}.items():
         if array is not None and array.shape != (rows,):
-            raise ValueError(f"{path}: {name!r} has shape {array.shape}, the modalities have {rows} rows: one entry per row")
+            raise ValueError(f"{path}: {name!r} has shape {array.shape}, the modalities have "
+                             f"{rows} rows: one entry per row")
     if groups is not None and groups.dtype.kind == "f" and np.isnan(groups).any():
-        raise ValueError(f"{path}: 'groups' is NaN in row {np.isnan(groups).argmax()}: each row needs a group, or leave groups out")
+        raise ValueError(f"{path}: 'groups' is NaN in row {np.isnan(groups).argmax()}: each row "
+                         "needs a group, or leave groups out")
     if not need_labels:
         return content, None, groups, [], present
     if labels is None:
@@ -76,115 +91,148 @@ def read_modalities(path, *, cache="", need_labels=True):
 
 
 def check_modalities(arrays, masks, where):
-    """The present rows {name: bool (n,)} of modalities, by masks {present_name: bool (n,)}; see read_modalities for the checks."""
+    """The present rows {name: bool (n,)} of modalities, by masks {present_name: bool (n,)}; see
+    read_modalities for the checks."""
     first, rows = next((name, len(array) if array.ndim else 0) for name, array in arrays.items())
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-            raise ValueError(f"{where}: modality {name!r} is {array.dtype}, numbers of at most 64 bits are needed: convert it or "
-                             "leave it out")
+            raise ValueError(f"{where}: modality {name!r} is {array.dtype}, numbers of at most 64 "
+                             "bits are needed: convert it or leave it out")
         if not 2 <= array.ndim <= 5 or 0 in array.shape:
-            raise ValueError(f"{where}: modality {name!r} has shape {array.shape}, expected (n, F), (n, T, C), (n, C, H, W) or "
-                             "(n, T, C, H, W), none of them 0; one number per row is array[:, None]")
+            raise ValueError(f"{where}: modality {name!r} has shape {array.shape}, expected (n, "
+                             "F), (n, T, C), (n, C, H, W) or (n, T, C, H, W), none of them 0; one "
+                             "number per row is array[:, None]")
         if array.ndim > 3 and array.shape[-1] in (1, 3, 4) and array.shape[-3] > 4:
-            warnings.warn(f"{where}: modality {name!r} of shape {array.shape} is read as {array.shape[-3]} channels of "
-                          f"{array.shape[-2]}x{array.shape[-1]}: if its channels come last, move them before height and width")
+            warnings.warn(f"{where}: modality {name!r} of shape {array.shape} is read as "
+                          f"{array.shape[-3]} channels of {array.shape[-2]}x{array.shape[-1]}: if "
+                          "its channels come last, move them before height and width")
     for name, array in (arrays | masks).items():
         if array.shape[:1] != (rows,):
-            raise ValueError(f"{where}: {name!r} has shape {array.shape}, {first!r} has {rows} rows: one entry per row in each")
+            raise ValueError(f"{where}: {name!r} has shape {array.shape}, {first!r} has {rows} "
+                             "rows: one entry per row in each")
     for name, mask in masks.items():
         if name.removeprefix("present_") not in arrays:
             raise ValueError(f"{where}: {name!r} belongs to no modality, there are {list(arrays)}")
         if mask.dtype != bool or mask.ndim != 1:
-            raise ValueError(f"{where}: {name!r} is {mask.dtype} {mask.shape}, expected bool ({rows},): True where the row has it")
+            raise ValueError(f"{where}: {name!r} is {mask.dtype} {mask.shape}, expected bool "
+                             f"({rows},): True where the row has it")
     present = {name: masks.get(f"present_{name}", np.ones(rows, dtype=bool)) for name in arrays}
     nothing = ~np.any(list(present.values()), axis=0)
     if nothing.any():
-        raise ValueError(f"{where}: {nothing.sum()} rows have no modality at all, the first is {nothing.argmax()}: remove them")
+        raise ValueError(f"{where}: {nothing.sum()} rows have no modality at all, the first is "
+                         f"{nothing.argmax()}: remove them")
     for name, array in arrays.items():
-        parts = [array[start : start + 256] for start in range(0, rows, 256)] if array.dtype.kind == "f" else []
-        wrong = np.concatenate([(~np.isfinite(part)).reshape(len(part), -1).sum(1) for part in parts] or [np.zeros(rows, int)])
+        parts = [array[start : start + 256]
+                 for start in range(0, rows, 256)] if array.dtype.kind == "f" else []
+        wrong = np.concatenate([(~np.isfinite(part)).reshape(len(part), -1).sum(1)
+                                for part in parts] or [np.zeros(rows, int)])
         wrong *= present[name]
         if wrong.any():
-            raise ValueError(f"{where}: modality {name!r} holds {wrong.sum()} NaN or infinite values, the first in row "
-                             f"{(wrong > 0).argmax()}: remove those rows, or mark them False in 'present_{name}'")
+            raise ValueError(f"{where}: modality {name!r} holds {wrong.sum()} NaN or infinite "
+                             f"values, the first in row {(wrong > 0).argmax()}: remove those "
+                             f"rows, or mark them False in 'present_{name}'")
     return present
 
 
 def check_class_labels(labels, names, where):
-    """Labels (n,), integers or strings, as int64, and the list of class names; see read_modalities for the checks.
+    """Labels (n,), integers or strings, as int64, and the list of class names; see read_modalities
+    for the checks.
 
     names  (k,) or None: the sorted strings, or the numbers from 0 as strings
     """
     text = labels.dtype.kind in "US"
     if not text and labels.dtype.kind not in "iub":
-        raise ValueError(f"{where}: labels are {labels.dtype}, integers from 0 or strings are needed: convert them, if they are whole")
+        raise ValueError(f"{where}: labels are {labels.dtype}, integers from 0 or strings are "
+                         "needed: convert them, if they are whole")
     if text:
         labels = np.char.strip(labels.astype(str))
         if np.isin(labels, ("", "nan")).any():
-            raise ValueError(f"{where}: row {np.isin(labels, ('', 'nan')).argmax()} has no label: remove such rows, or name their class")
+            raise ValueError(f"{where}: row {np.isin(labels, ('', 'nan')).argmax()} has no label: "
+                             "remove such rows, or name their class")
     elif labels.min() < 0:
-        raise ValueError(f"{where}: row {(labels < 0).argmax()} has the label {labels[labels < 0][0]}: classes are numbered "
-                         f"from 0; remove the {(labels < 0).sum()} rows without a class")
+        raise ValueError(f"{where}: row {(labels < 0).argmax()} has the label "
+                         f"{labels[labels < 0][0]}: classes are numbered from 0; remove the "
+                         f"{(labels < 0).sum()} rows without a class")
     elif names is None and labels.max() >= len(labels):
-        raise ValueError(f"{where}: label {labels.max()} in {len(labels)} rows: number the classes from 0 without gaps, or save strings")
+        raise ValueError(f"{where}: label {labels.max()} in {len(labels)} rows: number the classes "
+                         "from 0 without gaps, or save strings")
     if names is None:
         names = np.unique(labels) if text else np.arange(int(labels.max()) + 1)
     names = np.char.strip(names.astype(str)).reshape(-1).tolist()
     if len(set(names)) < len(names):
         raise ValueError(f"{where}: label_names {names} must differ from each other")
     number = {name: i for i, name in enumerate(names)}
-    numbers = np.array([number.get(label, -1) for label in labels.tolist()]) if text else labels.astype(np.int64)
+    numbers = np.array([number.get(label, -1)
+                        for label in labels.tolist()]) if text else labels.astype(np.int64)
     unknown = (numbers < 0) | (numbers >= len(names))
     if unknown.any():
-        raise ValueError(f"{where}: row {unknown.argmax()} has the label {labels[unknown.argmax()]}, which is none of the "
-                         f"{len(names)} label_names {names}: name the class, or remove its {unknown.sum()} rows")
+        raise ValueError(f"{where}: row {unknown.argmax()} has the label "
+                         f"{labels[unknown.argmax()]}, which is none of the {len(names)} "
+                         f"label_names {names}: name the class, or remove its {unknown.sum()} rows")
     alone = np.flatnonzero(np.bincount(numbers) == 1)
     if len(alone):
-        raise ValueError(f"{where}: class {names[alone[0]]!r} has 1 sample, as have {len(alone)} of {len(names)} classes: none to "
-                         "compare it with, drop it or merge it with another class")
+        raise ValueError(f"{where}: class {names[alone[0]]!r} has 1 sample, as have {len(alone)} "
+                         f"of {len(names)} classes: none to compare it with, drop it or merge it "
+                         "with another class")
     return numbers, names
 
 
 def broadcast_channels(values, x):
-    """Values of the channels (C,) shaped so that they apply to x: (b, C), (b, T, C), or (..., C, h, w)."""
+    """Values of the channels (C,) shaped so that they apply to x: (b, C), (b, T, C), or (..., C, h,
+    w)."""
     return values.reshape(-1, 1, 1) if x.ndim > 3 else values
 
 
 class ModalSplit:
-    """Some rows of a set of modalities as a training loop sees them: `labels`, and `batch(rows)` to train on.
+    """Some rows of a set of modalities as a training loop sees them: `labels`, and `batch(rows)` to
+    train on.
 
-    arrays   {name: (n, ...)} of the whole set in any numeric type (never copied); labels (n,) or None; rows (m,) of this split
-    present  {name: bool (n,)}: where False the inputs are 0, and the batch says so; a name that is not in it is always present
-    scaler   {name: (mean, sd)} of channel_statistics over the training rows; None: values as they are
-    features set it to {name: tensor (m, T, width)}, and batches hold its rows as `encoded` instead of these inputs: what frozen
+    arrays   {name: (n, ...)} of the whole set in any numeric type (never copied); labels (n,) or
+             None; rows (m,) of this split
+    present  {name: bool (n,)}: where False the inputs are 0, and the batch says so; a name that is
+             not in it is always present
+    scaler   {name: (mean, sd)} of channel_statistics over the training rows; None: values as they
+             are
+    features set it to {name: tensor (m, T, width)}, and batches hold its rows as `encoded` instead
+    of these inputs: what frozen
              encoders made of them
     In batches with a generator, in units of the scaled values, 0 is off:
     noise    sd of Gaussian noise, added to every value
-    scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its channels alike
-    shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike: streams of one rate stay in step
+    scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its
+             channels alike
+    shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike:
+             streams of one rate stay in step
     Errors:  ValueError for noise or shift below 0, scale outside [0, 1)
     """
 
     chunk = 512
 
-    def __init__(self, arrays, labels, rows, *, present=None, groups=None, scaler=None, noise=0.0, scale=0.0, shift=0, device="cpu"):
+    def __init__(self, arrays, labels, rows, *, present=None, groups=None, scaler=None, noise=0.0,
+                 scale=0.0, shift=0, device="cpu"):
         if not (0 <= noise < float("inf") and 0 <= scale < 1 and 0 <= shift == int(shift)):
-            raise ValueError(f"noise {noise} must be at least 0, scale {scale} in [0, 1), shift {shift} a whole number from 0; 0 is off")
-        self.arrays, self.present, self.rows, self.scaler = arrays, present or {}, np.asarray(rows), scaler
-        self.labels, self.groups = (None if each is None else np.asarray(each)[self.rows] for each in (labels, groups))
-        self.noise, self.scale, self.shift, self.device, self.features = noise, scale, int(shift), torch.device(device), {}
+            raise ValueError(f"noise {noise} must be at least 0, scale {scale} in [0, 1), shift "
+                             f"{shift} a whole number from 0; 0 is off")
+        self.arrays, self.present = arrays, present or {}
+        self.rows, self.scaler = np.asarray(rows), scaler
+        self.labels, self.groups = (None if each is None else np.asarray(each)[self.rows]
+                                    for each in (labels, groups))
+        self.noise, self.scale, self.shift = noise, scale, int(shift)
+        self.device, self.features = torch.device(device), {}
 
     def __len__(self):
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features, present {name: bool (b,)}, and with
-        labels targets int64 (b,). Augments inputs if given a generator."""
+        """inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features,
+        present {name: bool (b,)}, and with labels targets int64 (b,). Augments inputs if given a
+        generator."""
         rows = np.asarray(rows)
         index = self.rows[rows]
-        inputs = {name: self.scaled(name, index) for name in self.arrays if name not in self.features}
-        present = {name: torch.from_numpy(self.present[name][index] if name in self.present else np.ones(len(index), dtype=bool)).to(
-            self.device) for name in self.arrays}
+        inputs = {name: self.scaled(name, index) for name in self.arrays
+                  if name not in self.features}
+        present = {name: torch.from_numpy(self.present[name][index] if name in self.present
+                                          else np.ones(len(index), dtype=bool)).to(self.device)
+                   for name in self.arrays}
         if generator is not None:
             inputs = self.augmented(inputs, generator)
         for name, x in inputs.items():
@@ -198,8 +246,10 @@ class ModalSplit:
     def scaled(self, name, index):
         """Rows of the whole set as float32 (b, ...), each channel by its mean and sd."""
         array = self.arrays[name]
-        # float32 for all that fits into it; a clock of 1.7e9 s, float64, must lose its mean before it loses its digits
-        x = torch.from_numpy(array[index].astype(np.result_type(array.dtype, np.float32))).to(self.device)
+        # float32 for all that fits into it; a clock of 1.7e9 s, float64, must lose its mean before
+        # it loses its digits
+        x = torch.from_numpy(
+            array[index].astype(np.result_type(array.dtype, np.float32))).to(self.device)
         if self.scaler is not None:
             mean, sd = (broadcast_channels(values.to(x), x) for values in self.scaler[name])
             x = (x - mean) / sd
@@ -208,7 +258,8 @@ class ModalSplit:
     def augmented(self, inputs, generator):
         """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
         b = max(map(len, inputs.values()), default=0)
-        steps = torch.randint(-self.shift, self.shift + 1, (b, 1), generator=generator).to(self.device)
+        steps = torch.randint(-self.shift, self.shift + 1, (b, 1),
+                              generator=generator).to(self.device)
         changed = {}
         for name, x in inputs.items():
             if self.shift and x.ndim == 3:
@@ -224,32 +275,41 @@ class ModalSplit:
 
 
 def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
-    """Made-up samples of four modalities, returned as read_modalities does. For running and teaching, never for a result.
+    """Made-up samples of four modalities, returned as read_modalities does. For running and
+    teaching, never for a result.
 
         video   uint8 (n, 4, 3, 16, 16)   a blob of which one colour blinks              sign  c % 3
-        image   uint8 (n, 3, 24, 24)      a blob in which one colour is stronger               c // 3
-        audio   float32 (n, 24, 16)       log spectrogram, a burst in one of three bands       (c + c // 3) % 3
-        sensor  float32 (n, 64, 6)        a vibration in one of three pairs of channels        (c + 2 (c // 3)) % 3
+        image   uint8 (n, 3, 24, 24)      a blob in which one colour is stronger               c //
+                3
+        audio   float32 (n, 24, 16)       log spectrogram, a burst in one of three bands       (c +
+                c // 3) % 3
+        sensor  float32 (n, 64, 6)        a vibration in one of three pairs of channels        (c +
+                2 (c // 3)) % 3
 
-    Which of the three it is, the sign, is all that class c decides: one modality tells groups of classes apart and no more, any
-    two tell all of them (the nine points of the plane over the integers modulo 3; two points have one line in common).
-    Some signs are too weak to be seen. Recordings of about 25 rows (`groups`) have their own brightness, gain and offset; the
-    first class is twice as frequent as the last.
+    Which of the three it is, the sign, is all that class c decides: one modality tells groups of
+    classes apart and no more, any two tell all of them (the nine points of the plane over the
+    integers modulo 3; two points have one line in common). Some signs are too weak to be seen.
+    Recordings of about 25 rows (`groups`) have their own brightness, gain and offset; the first
+    class is twice as frequent as the last.
 
-    classes  2 to 9; missing: the share of rows that lack one modality, whose values there are NaN or 0
+    classes  2 to 9; missing: the share of rows that lack one modality, whose values there are NaN
+             or 0
     returns  arrays, labels, groups, label_names, present
-    Errors:  ValueError for another number of classes, fewer than 4 rows per class, missing outside [0, 1]
-    Check:   recordings held out, ridge regression on mean and sd of each channel has an accuracy of 0.3 to 0.5 alone and 0.9 on all
-             four, the commonest class 0.2; test_all.py computes it
+    Errors:  ValueError for another number of classes, fewer than 4 rows per class, missing outside
+             [0, 1]
+    Check:   recordings held out, ridge regression on mean and sd of each channel has an accuracy of
+             0.3 to 0.5 alone and 0.9 on all four, the commonest class 0.2; test_all.py computes it
     """
     if not 2 <= classes <= 9 or n < 4 * classes or not 0 <= missing <= 1:
-        raise ValueError(f"classes {classes} must be 2 to 9, n {n} at least 4 per class, missing {missing} in [0, 1]")
+        raise ValueError(f"classes {classes} must be 2 to 9, n {n} at least 4 per class, missing "
+                         f"{missing} in [0, 1]")
     rng = np.random.default_rng(seed)
     shares = np.cumsum(np.linspace(2, 1, classes))
     labels = rng.permutation(np.searchsorted(shares / shares[-1], (np.arange(n) + 0.5) / n))
     recording = np.arange(n) * max(2, n // 25) // n
     line = labels // 3
-    signs = {"video": labels % 3, "image": line, "audio": (labels + line) % 3, "sensor": (labels + 2 * line) % 3}
+    signs = {"video": labels % 3, "image": line, "audio": (labels + line) % 3,
+             "sensor": (labels + 2 * line) % 3}
     arrays = draw_modalities(signs, recording, rng)
     lacks = np.where(rng.random(n) < missing, rng.integers(4, size=n), -1)
     present = {name: lacks != i for i, name in enumerate(arrays)}
@@ -260,11 +320,13 @@ def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
 
 
 def draw_modalities(signs, recording, rng):
-    """The four arrays of synthetic_modalities, by the sign (n,) that each shows and the recording (n,) of each row."""
+    """The four arrays of synthetic_modalities, by the sign (n,) that each shows and the recording
+    (n,) of each row."""
     n = len(recording)
     of_recording = lambda low, high: rng.uniform(low, high, recording.max() + 1)[recording]
     # (n, 3): how strongly each of the three places shows the sign, 0 but at its own
-    strength = {name: np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None] for name, sign in signs.items()}
+    strength = {name: np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None]
+                for name, sign in signs.items()}
 
     def blob(side, frames):
         """A soft spot (n, frames, side, side) that drifts over the frames."""
@@ -274,8 +336,10 @@ def draw_modalities(signs, recording, rng):
         return np.exp(-((row - y) ** 2 + (column - x) ** 2) / 0.03)
 
     def camera(light, colour):
-        """uint8 of the blob in its colours (n, frames, 3), on a grey ground, under the light of the recording."""
-        grey, gain = of_recording(40, 110)[:, None, None, None, None], of_recording(0.6, 1.2)[:, None, None, None, None]
+        """uint8 of the blob in its colours (n, frames, 3), on a grey ground, under the light of the
+        recording."""
+        grey = of_recording(40, 110)[:, None, None, None, None]
+        gain = of_recording(0.6, 1.2)[:, None, None, None, None]
         picture = gain * (grey + 90 * light[:, :, None] * colour[..., None, None])
         return np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
 
@@ -285,14 +349,20 @@ def draw_modalities(signs, recording, rng):
     image = camera(blob(24, 1), cast[1] + strength["image"][:, None])[:, 0]
     time, band = np.arange(24)[:, None], np.arange(16)
     burst = np.exp(-((time - rng.uniform(4, 20, (n, 1, 1))) ** 2) / 18)
-    in_band = np.exp(-((band - (np.array([3, 8, 13])[:, None] + rng.uniform(-1, 1, (n, 1, 1)))) ** 2) / 4)  # (n, 3, 16)
-    audio = of_recording(-1, 1)[:, None, None] + of_recording(-0.1, 0.1)[:, None, None] * band + rng.normal(0, 1, (n, 24, 16))
+    # (n, 3, 16)
+    in_band = np.exp(-((band - (np.array([3, 8, 13])[:, None]
+                                + rng.uniform(-1, 1, (n, 1, 1)))) ** 2) / 4)
+    audio = of_recording(-1, 1)[:, None, None] + of_recording(-0.1, 0.1)[:, None, None] * band
+    audio = audio + rng.normal(0, 1, (n, 24, 16))
     audio += 3 * burst * (strength["audio"][:, :, None] * in_band).sum(1)[:, None]
-    wave = np.sin(2 * np.pi * (np.arange(64)[:, None] * rng.uniform(0.05, 0.2, (n, 1, 1)) + rng.uniform(size=(n, 1, 6))))
+    wave = np.sin(2 * np.pi * (np.arange(64)[:, None] * rng.uniform(0.05, 0.2, (n, 1, 1))
+                               + rng.uniform(size=(n, 1, 6))))
     loud = rng.uniform(0.2, 0.8, (n, 6)) + np.repeat(strength["sensor"], 2, axis=1)
-    sensor = of_recording(0.5, 2)[:, None, None] * (wave * loud[:, None] + rng.normal(0, 0.3, (n, 64, 6)))
+    sensor = of_recording(0.5, 2)[:, None, None] * (wave * loud[:, None]
+                                                    + rng.normal(0, 0.3, (n, 64, 6)))
     sensor += np.stack([of_recording(-1, 1) for _ in range(6)], 1)[:, None]
-    return {"video": video, "image": image, "audio": audio.astype(np.float32), "sensor": sensor.astype(np.float32)}
+    return {"video": video, "image": image, "audio": audio.astype(np.float32),
+            "sensor": sensor.astype(np.float32)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,8 +399,8 @@ def load(path, args):
     for part, split in splits.items():
         split.reference = splits["train"]  # k-NN looks for neighbours there
         if not scored_batches(split.labels, args):
-            raise ValueError(f"no class has two of the {len(split)} {part} rows: SupCon has nothing to "
-                             "compare there; change --seed or the ratios")
+            raise ValueError(f"no class has two of the {len(split)} {part} rows: SupCon has "
+                             "nothing to compare there; change --seed or the ratios")
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), facts, notes)
 
 
@@ -343,8 +413,8 @@ def read(path, args):
     chosen = [name for name in args.modalities.split(",") if name] or list(arrays)
     unknown = [name for name in chosen if name not in arrays]
     if unknown:
-        raise ValueError(f"--modalities {args.modalities}: there is no {', '.join(unknown)}; the file "
-                         f"holds {', '.join(arrays)}")
+        raise ValueError(f"--modalities {args.modalities}: there is no {', '.join(unknown)}; the "
+                         f"file holds {', '.join(arrays)}")
     return {name: arrays[name] for name in chosen}, labels, groups, names, present
 
 
@@ -365,34 +435,36 @@ def check_training_rows(train, args):
     """Refuse training rows and batches from which SupCon learns nothing."""
     classes = np.unique(train.labels)
     if args.neighbours > len(train):
-        raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the training "
-                         "rows there are")
+        raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the "
+                         "training rows there are")
     if len(classes) < 2 and not args.allow_single_class:
         bound = math.log(max(args.batch_size - 1, 1))
-        raise ValueError(f"all {len(train):,} training rows are of class {classes[0]}: the loss then "
-                         f"cannot fall below ln(B - 1), {bound:.5f} for batches of {args.batch_size}, "
-                         "whatever the network learns; add the other classes, split by other groups "
-                         "(--seed, the ratios), or watch it with --allow-single-class")
+        raise ValueError(f"all {len(train):,} training rows are of class {classes[0]}: the loss "
+                         f"then cannot fall below ln(B - 1), {bound:.5f} for batches of "
+                         f"{args.batch_size}, whatever the network learns; add the other classes, "
+                         "split by other groups (--seed, the ratios), or watch it with "
+                         "--allow-single-class")
     for epoch in range(1, args.epochs + 1):
         for rows in plan_batches(train, epoch, args):
             counts = np.bincount(train.labels[rows])
             present = np.count_nonzero(counts)
             if counts.max() < 2 or len(classes) > 1 and present < 2:
                 raise ValueError(f"a batch of {len(rows)} rows holds {present} classes, at most "
-                                 f"{counts.max()} rows of one: SupCon needs two classes and two rows of "
-                                 f"one; --sampler stratified with --batch-size {2 * len(classes)} or "
-                                 "more has them")
+                                 f"{counts.max()} rows of one: SupCon needs two classes and two "
+                                 "rows of one; --sampler stratified with --batch-size "
+                                 f"{2 * len(classes)} or more has them")
 
 
 def rows(path, args, facts, need_labels):
     if need_labels:
-        raise ValueError("--split all: k-NN compares with the run's own training rows: give --split "
-                         "train, validation or test, and no other --data")
+        raise ValueError("--split all: k-NN compares with the run's own training rows: give "
+                         "--split train, validation or test, and no other --data")
     arrays, _, _, _, present = read_modalities(path, cache=args.cache, need_labels=False)
     missing = [name for name in facts["shapes"] if name not in arrays]
     if missing:
-        raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: for "
-                         f"rows that lack a modality give any values and present_{missing[0]} of False")
+        raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: "
+                         f"for rows that lack a modality give any values and present_{missing[0]} "
+                         "of False")
     arrays = {name: arrays[name] for name in facts["shapes"]}
     count = len(next(iter(arrays.values())))
     split = ModalSplit(arrays, None, np.arange(count), present=present, scaler=scaler_of(facts),
@@ -404,7 +476,7 @@ def scaler_of(facts):
     """{modality: (mean, sd)} of the channels, float64, measured on training rows."""
     scaler = {}
     for name, (mean, sd) in facts["scaler"].items():
-        scaler[name] = torch.tensor(mean, dtype=torch.float64), torch.tensor(sd, dtype=torch.float64)
+        scaler[name] = [torch.tensor(values, dtype=torch.float64) for values in (mean, sd)]
     return scaler
 
 
@@ -424,8 +496,8 @@ def network(args, facts):
 def loss(model, batch, args, facts):
     """SupCon over the rows of all processes.
 
-    Beside it what to read it by: its bounds for these labels, the mean cosine of the embeddings, and
-    the number of classes in the batch.
+    Beside it what to read it by: its bounds for these labels, the mean cosine of the embeddings,
+    and the number of classes in the batch.
     """
     labels = batch["targets"]
     if args.mixup:
@@ -446,7 +518,8 @@ def mixup_loss(model, batch, args):
     shares, _, _ = losses.all_rows(draw.view(1, 1).to(labels.device), labels[:1])
     lam = float(shares[0, 0])  # the batch is that of all processes: one lam, that of the first
     other = torch.randperm(len(labels), device=labels.device)
-    tokens = {name: model.encode_present(name, x, present[name]) for name, x in batch["inputs"].items()}
+    tokens = {name: model.encode_present(name, x, present[name])
+              for name, x in batch["inputs"].items()}
     tokens |= batch["encoded"]
     tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
     z = finite(model.fuse(tokens, {name: here & here[other] for name, here in present.items()}))
@@ -475,7 +548,8 @@ def label_scores(predicted, split, facts):
 
 
 def scores(outputs, split, args, facts):
-    """k-NN among the embedded training rows, a linear probe on them, SupCon in stratified batches."""
+    """k-NN among the embedded training rows, a linear probe on them, SupCon in stratified
+    batches."""
     z, reference = outputs["embedding"], outputs["reference"]["embedding"]
     known = split.reference.labels
     nearest = losses.knn_predict(reference, known, z, k=args.neighbours)
@@ -509,7 +583,8 @@ def channel_features(split):
 
 
 def floors(split, args, facts):
-    """The majority class, ridge regressions on mean and sd of the channels, the bounds of the loss."""
+    """The majority class, ridge regressions on mean and sd of the channels, the bounds of the
+    loss."""
     train = split.reference
     bounds = []
     for rows in scored_batches(split.labels, args):
@@ -577,7 +652,8 @@ def export(model, args, facts):
 
 FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0.65,
                      val_ratio=0.15) | dict(
-    sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: each "
+    sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: "
+                 "each "
                  "row once an epoch", choices=("shuffled", "stratified")),
     monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights",
                  choices=("accuracy", "macro_f1", "loss")),
@@ -592,26 +668,27 @@ FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0
     embed=Flag(64, "width of the embedding", low=1),
     patch=Flag(16, "steps of a sequence that make a token", low=1),
     dropout=Flag(0.2, "in transformer layers, attention and head", low=0, high=0.95),
-    modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, never "
+    modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, "
+                          "never "
                           "its last", low=0, high=0.95),
-    freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run once "
+    freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run "
+                "once "
                 "on rows that are not augmented"),
     noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
     scale=Flag(0.4, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
     shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6),
     mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
-    allow_single_class=Flag(False, "train although there is one class, to see the loss stand at its "
+    allow_single_class=Flag(False, "train although there is one class, to see the loss stand at "
+                            "its "
                             "bound"),
 )
 
-# The recipe as its team ran it, and what they tried later. Its sizes are here; its data, 12 classes of
-# which training saw one, are not public.
-ORIGINAL = dict(
-    width=512, tokens=4, heads=8, hidden=1024, embed=512, patch=8, dropout=0.1, modality_dropout=0.0,
-    epochs=100, batch_size=32, clip=1.0, temperature=0.07,
-    lr=1e-4, warmup_epochs=10.0, warmup_start_lr=1e-7, min_lr=1e-6, weight_decay=1e-4, ema_decay=0.0,
-    noise=0.0, scale=0.0, shift=0,
-)
+# The recipe as its team ran it, and what they tried later. Its sizes are here; its data, 12 classes
+# of which training saw one, are not public.
+ORIGINAL = dict(width=512, tokens=4, heads=8, hidden=1024, embed=512, patch=8, dropout=0.1,
+                modality_dropout=0.0, epochs=100, batch_size=32, clip=1.0, temperature=0.07,
+                lr=1e-4, warmup_epochs=10.0, warmup_start_lr=1e-7, min_lr=1e-6, weight_decay=1e-4,
+                ema_decay=0.0, noise=0.0, scale=0.0, shift=0,)
 LATER = ORIGINAL | dict(lr=5e-5, weight_decay=1e-2, warmup_epochs=5.0, warmup_start_lr=1e-6,
                         temperature=0.1, clip=0.5, mixup=0.2)
 

@@ -1,7 +1,8 @@
 """seqsetvae: death in hospital from the irregular events of the first 48 hours.
 
     python train.py --task seqsetvae                                      # drawn stays
-    python train.py --task seqsetvae --data physionet2012/                # the challenge's own folder
+    python train.py --task seqsetvae --data physionet2012/                # the challenge's own
+    folder
 
 Reading, statistics and batches are in seqsetvae_data.py, --mode pretrain in seqsetvae_pretrain.py.
 """
@@ -22,12 +23,14 @@ from tasks.common import (
     LABELLED, TRAINED, Flag, Rows, Splits, Task, count_or_names, head_outputs, joined, mode_flags,
     refuse_folder, shared_flags, split_checksum, split_rows)
 
-# Of the logistic regression: of 1, 10, 30 and 100 about the best on validation stays, so a fair rival.
+# Of the logistic regression: of 1, 10, 30 and 100 about the best on validation stays, so a fair
+# rival.
 PENALTY = 30.0
 
 
 def load(path, args):
-    """Read the stays, split them, and fit on training stays the scaler and the logistic regression."""
+    """Read the stays, split them, and fit on training stays the scaler and the logistic
+    regression."""
     pretraining = args.mode == "pretrain"  # also takes the stays without an outcome, for training
     stays = read(path, args, need_outcomes=not pretraining)
     labels, ids = stays["labels"], stays["ids"]
@@ -38,8 +41,8 @@ def load(path, args):
     for name, rows in zip(("training", "validation", "test"), parts):
         died = int(labels[rows].sum())
         if len(rows) and died in (0, len(rows)):
-            raise ValueError(f"of the {len(rows)} {name} stays {died} died: AUROC and AUPRC need both "
-                             "outcomes; change the ratios or --seed")
+            raise ValueError(f"of the {len(rows)} {name} stays {died} died: AUROC and AUPRC need "
+                             "both outcomes; change the ratios or --seed")
         if len(rows):
             share = died / len(rows)
             notes.append(f"{name}: {len(rows):,} stays, {died:,} deaths, {share:.1%}")
@@ -80,9 +83,9 @@ def known_outcomes(stays, path):
     """Rows of the stays with an outcome; ValueError without any."""
     known = np.flatnonzero(stays["labels"] >= 0)
     if not len(known):
-        raise ValueError(f"none of the {len(stays['ids']):,} stays of {path} has an outcome: the splits "
-                         "are drawn from stays with one, also in pretraining, and --eval scores those; "
-                         "add Outcomes-?.txt beside set-?")
+        raise ValueError(f"none of the {len(stays['ids']):,} stays of {path} has an outcome: the "
+                         "splits are drawn from stays with one, also in pretraining, and --eval "
+                         "scores those; add Outcomes-?.txt beside set-?")
     return known
 
 
@@ -94,7 +97,8 @@ def checksum(stays):
 def data_notes(path, stays, known):
     source = path or "SYNTHETIC stays, drawn by the script: a score on them is no result"
     notes = [f"data: {source}, {len(stays['ids']):,} stays, {len(stays['minutes']):,} sets of "
-             f"{len(stays['values']):,} events, {stays['labels'][known].mean():.1%} died in hospital"]
+             f"{len(stays['values']):,} events, {stays['labels'][known].mean():.1%} died in "
+             "hospital"]
     return notes + left_out(stays)
 
 
@@ -104,7 +108,8 @@ def left_out(stays):
 
 
 def logistic_weights(x, labels):
-    """[intercept, weights] of the logistic regression, read off its logits of a zero and unit rows."""
+    """[intercept, weights] of the logistic regression, read off its logits of a zero and unit
+    rows."""
     probes = np.concatenate([np.zeros((1, x.shape[1])), np.eye(x.shape[1])])
     logits = losses.logistic_predict(x, labels, probes, penalty=PENALTY)
     return [float(logits[0]), *(logits[1:] - logits[0]).tolist()]
@@ -133,8 +138,9 @@ def encoder(args):
 
 
 def network(args, facts):
-    return models.SeqSetClassifier(encoder(args), layers=args.head_layers, dropout=args.head_dropout,
-                                   prior=facts["deaths"], events=args.events)
+    return models.SeqSetClassifier(encoder(args), layers=args.head_layers,
+                                   dropout=args.head_dropout, prior=facts["deaths"],
+                                   events=args.events)
 
 
 def criterion(logits, targets, args, facts):
@@ -147,8 +153,8 @@ def criterion(logits, targets, args, facts):
 
 
 def loss(model, batch, args, facts):
-    """On stratified batches half of the stays are deaths: there the odds are so much higher, and the
-    network's own stay those of all stays."""
+    """On stratified batches half of the stays are deaths: there the odds are so much higher, and
+    the network's own stay those of all stays."""
     deaths = facts["deaths"]
     shift = math.log((1 - deaths) / deaths) if args.sampler == "stratified" else 0.0
     return criterion(head_outputs(model, batch) + shift, batch["targets"], args, facts), {}
@@ -159,7 +165,8 @@ def outputs(model, batch, args, facts):
 
 
 def probability(logits, args, facts):
-    """Of death. A weight on the deaths multiplies the odds that the network learns: it is taken back."""
+    """Of death. A weight on the deaths multiplies the odds that the network learns: it is taken
+    back."""
     shift = math.log(facts["pos_weight"]) if args.loss == "bce" else 0.0
     return torch.sigmoid(logits - shift)
 
@@ -189,7 +196,8 @@ def regression(split, facts):
 
 
 def floors(split, args, facts):
-    """Chance, the severity scores that the files have, and a logistic regression on means and counts."""
+    """Chance, the severity scores that the files have, and a logistic regression on means and
+    counts."""
     deaths, chance = facts["deaths"], losses.binary_floor(split.labels)
     constant = np.full(len(split), math.log(deaths / (1 - deaths)))
     rows = {"constant": {"loss": loss_of(constant, split, args, facts), "auroc": chance["auroc"],
@@ -226,11 +234,14 @@ def examples(outputs, split, args, facts):
 FLAGS = shared_flags(
     epochs=6, weight_decay=1.0, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
     train_ratio=0.75, val_ratio=0.075, test_ratio=0.175) | mode_flags() | dict(
-    sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the loss "
-                 "takes into account; bucketed: stays of like length share a batch, as in pretraining",
+    sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the "
+                 "loss "
+                 "takes into account; bucketed: stays of like length share a batch, as in "
+                 "pretraining",
                  choices=("stratified", "bucketed", "shuffled"), when={"mode": LABELLED},
                  otherwise="bucketed"),
-    monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; pretraining "
+    monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; "
+                 "pretraining "
                  "takes its loss", choices=("auroc", "auprc", "loss"), when={"mode": LABELLED},
                  otherwise="loss"),
     width=Flag(64, "of the latent vectors and hidden states, a multiple of --heads and --set-heads",
@@ -246,13 +257,17 @@ FLAGS = shared_flags(
                      when={"mode": TRAINED}),
     head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": LABELLED}),
     head_dropout=Flag(0.3, "between them", low=0, high=0.95, when={"mode": LABELLED}),
-    events=Flag(True, "the head reads the strongest events of a stay, too, beside what the sequence of "
-                "its sets tells", when={"mode": ("scratch", "finetune", "partial")}, otherwise=False),
+    events=Flag(True, "the head reads the strongest events of a stay, too, beside what the "
+                "sequence of "
+                "its sets tells", when={"mode": ("scratch", "finetune", "partial")},
+                otherwise=False),
     loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"),
               when={"mode": LABELLED}),
-    pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)", low=0,
+    pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)",
+                    low=0,
                     when={"loss": ("bce",), "mode": LABELLED}),
-    gamma=Flag(2.0, "exponent of the focal loss", low=0, when={"loss": ("focal",), "mode": LABELLED}),
+    gamma=Flag(2.0, "exponent of the focal loss", low=0,
+               when={"loss": ("focal",), "mode": LABELLED}),
     alpha=Flag(0.5, "focal: weight of the deaths, 1 - alpha that of the survivors; 0.25 weighs the "
                "rarer class three times less", above=0, high=0.999,
                when={"loss": ("focal",), "mode": LABELLED}),
@@ -264,8 +279,8 @@ FLAGS = shared_flags(
 )
 FLAGS["compile"] = FLAGS["compile"].read_with({"mode": TRAINED})
 
-# The fine-tuning of the original at its own size, before and after its authors mended it. `after` is
-# our --mode probe with early stopping on AUROC; pretrain for either with `--variant after --mode
+# The fine-tuning of the original at its own size, before and after its authors mended it. `after`
+# is our --mode probe with early stopping on AUROC; pretrain for either with `--variant after --mode
 # pretrain`.
 AFTER = dict(
     mode="probe", width=256, depth=4, hidden=512, dropout=0.15, head_dropout=0.1, events=False,
@@ -275,8 +290,8 @@ AFTER = dict(
     drop_events=0.0, beta_steps=8000,
 )
 BEFORE = AFTER | dict(lr=1e-4, batch_size=4, monitor="loss", plateau_watches="loss", head_layers=4)
-# Our own, at width 64. With the original beta of 0.05 and its dropout a code holds 12 nats, too few to
-# tell the variables of a set; here 48.
+# Our own, at width 64. With the original beta of 0.05 and its dropout a code holds 12 nats, too few
+# to tell the variables of a set; here 48.
 PRETRAIN = dict(mode="pretrain", epochs=10, lr=2e-3, weight_decay=0.05, beta=0.005, dropout=0.0,
                 drop_events=0.0)
 

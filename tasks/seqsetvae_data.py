@@ -14,51 +14,65 @@ import data
 
 
 STAY_VARIABLES = (
-    "Age", "Gender", "Height", "ICUType", "Weight",  # the first four, once at 00:00, are the descriptors
-    "HR", "MAP", "SysABP", "DiasABP", "Urine", "NISysABP", "NIDiasABP", "NIMAP", "Temp", "GCS", "RespRate", "FiO2", "MechVent", "pH",
-    "PaCO2", "PaO2", "HCT", "K", "Platelets", "Creatinine", "BUN", "HCO3", "Mg", "Na", "Glucose", "WBC", "SaO2", "Lactate", "Bilirubin",
-    "AST", "ALT", "ALP", "Albumin", "TroponinT", "TroponinI", "Cholesterol")
-STAY_MINUTES = 2880  # 48:00, the last minute of a stay that is read: what lies later tells of the outcome
-STAY_LINE = re.compile(r"^([0-9]{1,4}):([0-5][0-9]),([^,\n]*),([^,_\n]*)$", re.MULTILINE)  # float() would read 1_0 as 10
+    "Age", "Gender", "Height", "ICUType", "Weight",  # the first four are descriptors, once at 00:00
+    "HR", "MAP", "SysABP", "DiasABP", "Urine", "NISysABP", "NIDiasABP", "NIMAP", "Temp", "GCS",
+    "RespRate", "FiO2", "MechVent", "pH", "PaCO2", "PaO2", "HCT", "K", "Platelets", "Creatinine",
+    "BUN", "HCO3", "Mg", "Na", "Glucose", "WBC", "SaO2", "Lactate", "Bilirubin", "AST", "ALT", "ALP",
+    "Albumin", "TroponinT", "TroponinI", "Cholesterol")
+# 48:00, the last minute of a stay that is read: what lies later tells of the outcome
+STAY_MINUTES = 2880
+# float() would read 1_0 as 10
+STAY_LINE = re.compile(r"^([0-9]{1,4}):([0-5][0-9]),([^,\n]*),([^,_\n]*)$", re.MULTILINE)
 
 
 def read_stays(path, *, cache="", need_outcomes=True):
-    """Read the folder of the PhysioNet/CinC Challenge 2012 as it is: stays of sets of events, as compressed rows.
+    """Read the folder of the PhysioNet/CinC Challenge 2012 as it is: stays of sets of events, as
+    compressed rows.
 
-        set-?/<RecordID>.txt   Time,Parameter,Value: HH:MM since admission, one of STAY_VARIABLES (or RecordID), a number
-        Outcomes-?.txt         beside it: RecordID, SAPS-I, SOFA, In-hospital_death; other columns are not read
+        set-?/<RecordID>.txt   Time,Parameter,Value: HH:MM since admission, one of STAY_VARIABLES
+                               (or RecordID), a number
+        Outcomes-?.txt         beside it: RecordID, SAPS-I, SOFA, In-hospital_death; other columns
+                               are not read
 
-    A set is all events of one minute of one stay. Of n stays, S sets and E events, stay i holds the sets
-    first_set[i] : first_set[i + 1], and set j the events first_event[j] : first_event[j + 1].
+    A set is all events of one minute of one stay. Of n stays, S sets and E events, stay i holds the
+    sets first_set[i] : first_set[i + 1], and set j the events first_event[j] : first_event[j + 1].
 
     path           the folder that holds set-a (and set-b, ...) or one of those
-    cache          a folder: what was parsed is kept there as one .npz, parsed once per content of the files
-    need_outcomes  False: a set may lack its Outcomes-?.txt, and a bare folder of <RecordID>.txt will do; what outcomes there are
-                   are read
+    cache          a folder: what was parsed is kept there as one .npz, parsed once per content of
+                   the files
+    need_outcomes  False: a set may lack its Outcomes-?.txt, and a bare folder of <RecordID>.txt
+                   will do; what outcomes there are are read
     returns   a dict, stays by set, then RecordID; sets by minute; events by variable, then value
-              ids int64 (n,), labels int64 (n,): 1 died in hospital, 0 did not, -1 unknown; first_set int64 (n + 1,)
-              first_event int64 (S + 1,), minutes float32 (S,) since admission
-              variables uint8 (E,) index into STAY_VARIABLES, values float32 (E,)
-              severity {"SAPS-I", "SOFA": float64 (n,)}: scores of the first day, NaN where unknown (-1)
-              left_out {reason: a count, or a list of short names}: everything that was not taken as it stands
-    Left out: -1, which means not recorded; other negative values (Temp -17.8 is 0 F); what is later than 48:00; parameters that are
-              unknown or empty, with or without a number; a variable with the same value twice in a minute, once; stays without
-              any event; outcomes without a stay; files that are no <RecordID>.txt.
-    Kept:     two values of a variable in one minute; descriptors, in one set with what is measured at 00:00; stays of descriptors
-              only; stays without an outcome, with the label -1; values out of any range (a pH of 735), see event_scaler. Lines
-              may be in any order, end in CRLF, and the last one may lack its end.
-    Errors: ValueError naming file, line and remedy for a wrong header, a line that is cut off, a time or value that is no number (or
-            NaN, or infinite), an outcome other than 0 and 1, a RecordID that is not that of the file or comes twice, a missing
-            Outcomes-?.txt; or for a path without stays.
+              ids int64 (n,), labels int64 (n,): 1 died in hospital, 0 did not, -1 unknown;
+              first_set int64 (n + 1,) first_event int64 (S + 1,), minutes float32 (S,) since
+              admission variables uint8 (E,) index into STAY_VARIABLES, values float32 (E,)
+              severity {"SAPS-I", "SOFA": float64 (n,)}: scores of the first day, NaN where unknown
+              (-1) left_out {reason: a count, or a list of short names}: everything that was not
+              taken as it stands
+    Left out: -1, which means not recorded; other negative values (Temp -17.8 is 0 F); what is later
+    than 48:00; parameters that are
+              unknown or empty, with or without a number; a variable with the same value twice in a
+              minute, once; stays without any event; outcomes without a stay; files that are no
+              <RecordID>.txt.
+    Kept:     two values of a variable in one minute; descriptors, in one set with what is measured
+              at 00:00; stays of descriptors only; stays without an outcome, with the label -1;
+              values out of any range (a pH of 735), see event_scaler. Lines may be in any order,
+              end in CRLF, and the last one may lack its end.
+    Errors: ValueError naming file, line and remedy for a wrong header, a line that is cut off, a
+            time or value that is no number (or NaN, or infinite), an outcome other than 0 and 1, a
+            RecordID that is not that of the file or comes twice, a missing Outcomes-?.txt; or for a
+            path without stays.
     Source: Silva et al. 2012, Computing in Cardiology 39:245; physionet.org/content/challenge-2012
-    Check:  set a holds 4,000 stays, 554 died, 3 have descriptors only, and 24 temperatures are below 0
+    Check:  set a holds 4,000 stays, 554 died, 3 have descriptors only, and 24 temperatures are
+            below 0
     """
     files, outcomes, other = list_stays(path, need_outcomes=need_outcomes)
     if not cache:
         return parse_stays(files, outcomes, other)
     digest = hashlib.sha256(repr((1, other)).encode())  # 1: raise it when the parsing changes
     for file in (*files, *filter(None, outcomes.values())):
-        digest.update(f"{file.parent.name}/{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.parent.name}/{file.name}:{content}".encode())
     kept = Path(cache) / f"stays-{digest.hexdigest()[:16]}.npz"
     if kept.exists():
         try:
@@ -72,30 +86,36 @@ def read_stays(path, *, cache="", need_outcomes=True):
                         stays[name][key] = archive[entry]
                     else:
                         stays[name] = archive[entry]
-            return {name: stays[name] for name in ("ids", "labels", "first_set", "first_event", "minutes", "variables", "values",
-                                                   "severity", "left_out")}
+            return {name: stays[name] for name in ("ids", "labels", "first_set", "first_event",
+                                                   "minutes", "variables", "values", "severity",
+                                                   "left_out")}
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
             warnings.warn(f"{kept} cannot be read ({error}): the stays are parsed again")
     stays = parse_stays(files, outcomes, other)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with data.atomic_write(kept) as stream:
-            nested = {f"{name}/{key}": value for name in ("severity", "left_out") for key, value in stays[name].items()}
-            np.savez(stream, **nested, **{name: value for name, value in stays.items() if not isinstance(value, dict)})
+            nested = {f"{name}/{key}": value for name in ("severity", "left_out")
+                      for key, value in stays[name].items()}
+            np.savez(stream, **nested, **{name: value for name, value in stays.items()
+                                          if not isinstance(value, dict)})
     except OSError as error:
-        warnings.warn(f"the parsed stays cannot be kept in {cache} ({error}): they will be parsed again")
+        warnings.warn(f"the parsed stays cannot be kept in {cache} ({error}): they will be parsed "
+                      "again")
     return stays
 
 
 def list_stays(path, *, need_outcomes=True):
-    """The files of read_stays: stays in their order, {folder of a set: its outcomes or None}, names of other files."""
+    """The files of read_stays: stays in their order, {folder of a set: its outcomes or None}, names
+    of other files."""
     path = Path(path)
     folders = sorted(folder for folder in path.glob("set-?") if folder.is_dir())
     if not folders and path.is_dir():
         folders = [path]
     files, outcomes, other = [], {}, []
     for folder in folders:
-        mine = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        mine = [file for file in folder.iterdir() if file.is_file()
+                and not file.name.startswith(".")]
         stays = [file for file in mine if re.fullmatch(r"[0-9]{1,18}\.txt", file.name)]
         files += sorted(stays, key=lambda file: int(file.stem))
         other += sorted(f"{folder.name}/{file.name}" for file in set(mine) - set(stays))
@@ -103,22 +123,26 @@ def list_stays(path, *, need_outcomes=True):
         outcomes[folder] = table if re.fullmatch("set-.", folder.name) and table.is_file() else None
         if stays and need_outcomes and outcomes[folder] is None:
             if not re.fullmatch("set-.", folder.name):
-                raise ValueError(f"{folder} holds stays but is no folder set-?: which Outcomes-?.txt is theirs cannot be told; move "
-                                 "them into set-a, with Outcomes-a.txt beside it")
-            raise ValueError(f"{table} is missing: copy it beside {folder.name}, or move {folder.name} away")
+                raise ValueError(f"{folder} holds stays but is no folder set-?: which "
+                                 "Outcomes-?.txt is theirs cannot be told; move them into set-a, "
+                                 "with Outcomes-a.txt beside it")
+            raise ValueError(f"{table} is missing: copy it beside {folder.name}, or move "
+                             f"{folder.name} away")
     if not files:
-        raise ValueError(f"{path} holds no stays: give the folder with set-a/<RecordID>.txt and Outcomes-a.txt of the challenge")
+        raise ValueError(f"{path} holds no stays: give the folder with set-a/<RecordID>.txt and "
+                         "Outcomes-a.txt of the challenge")
     seen = {}
     for file in files:
         twin = seen.setdefault(int(file.stem), file)
         if twin is not file:
-            raise ValueError(f"{twin} and {file} have the same RecordID: one stay must not be on two sides of a split, remove one")
+            raise ValueError(f"{twin} and {file} have the same RecordID: one stay must not be on "
+                             "two sides of a split, remove one")
     return files, outcomes, other
 
 
 def parse_stays(files, outcomes, other=()):
-    """What read_stays returns, from the files that list_stays found. Needs: STAY_VARIABLES, STAY_MINUTES, read_stay, read_outcomes,
-    pack_stays"""
+    """What read_stays returns, from the files that list_stays found. Needs: STAY_VARIABLES,
+    STAY_MINUTES, read_stay, read_outcomes, pack_stays"""
     unknown, events = {}, []
     for file in files:
         *columns, strange = read_stay(file)
@@ -139,36 +163,44 @@ def parse_stays(files, outcomes, other=()):
     for table in filter(None, outcomes.values()):
         for record, line in read_outcomes(table).items():
             if record in known:
-                raise ValueError(f"{table}: RecordID {record} has an outcome in another table too: remove one of the lines")
+                raise ValueError(f"{table}: RecordID {record} has an outcome in another table too: "
+                                 "remove one of the lines")
             known[record] = line
     labelled_set = np.array([outcomes.get(file.parent) is not None for file in files])
     with_line = np.array([record in known for record in ids.tolist()])
-    lines = np.array([known.get(record, (-1, np.nan, np.nan)) for record in ids[has_events].tolist()], dtype=np.float64).reshape(-1, 3)
+    lines = np.array([known.get(record, (-1, np.nan, np.nan))
+                      for record in ids[has_events].tolist()], dtype=np.float64).reshape(-1, 3)
     left_out = {
         "not recorded (-1)": int((missing & ~late).sum()),
-        "negative value": [f"{ids[owner[i]]} {STAY_VARIABLES[variables[i]]} {values[i]:g}" for i in np.flatnonzero(negative)],
+        "negative value": [f"{ids[owner[i]]} {STAY_VARIABLES[variables[i]]} {values[i]:g}"
+                           for i in np.flatnonzero(negative)],
         "later than 48:00": [f"{ids[i]} ({count_late[i]})" for i in np.flatnonzero(count_late)],
         "unknown parameter": [f"{name!r} ({count})" for name, count in sorted(unknown.items())],
         "same value twice in a minute": int(take.sum()) - len(packed["values"]),
         "stay without an event": [str(record) for record in ids[~has_events]],
-        "stay without an outcome": [str(record) for record in ids[has_events & labelled_set & ~with_line]],
-        "set without outcomes": [folder.name for folder, table in outcomes.items() if table is None],
-        "outcome without a stay": [str(record) for record in sorted(known.keys() - set(ids.tolist()))],
+        "stay without an outcome": [str(record)
+                                    for record in ids[has_events & labelled_set & ~with_line]],
+        "set without outcomes": [folder.name for folder, table in outcomes.items()
+                                 if table is None],
+        "outcome without a stay": [str(record)
+                                   for record in sorted(known.keys() - set(ids.tolist()))],
         "file that is no stay": list(other)}
     if not has_events.any():
-        raise ValueError(f"none of the {len(files)} stays from {files[0]} on holds an event: {left_out}")
+        raise ValueError(f"none of the {len(files)} stays from {files[0]} on holds an event: "
+                         f"{left_out}")
     return {"ids": ids[has_events], "labels": lines[:, 0].astype(np.int64), **packed,
             "severity": {"SAPS-I": lines[:, 1].copy(), "SOFA": lines[:, 2].copy()},
             "left_out": {reason: what for reason, what in left_out.items() if what}}
 
 
 def read_stay(file):
-    """One <RecordID>.txt: minutes int64, variables uint8, values float64 of its events, and the other parameters' names, in the
-    order of the file."""
+    """One <RecordID>.txt: minutes int64, variables uint8, values float64 of its events, and the
+    other parameters' names, in the order of the file."""
     text = file.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     header, _, body = text.partition("\n")
     if header != "Time,Parameter,Value":
-        raise ValueError(f"{file} line 1: {header[:80]!r} must be 'Time,Parameter,Value': copy the file again")
+        raise ValueError(f"{file} line 1: {header[:80]!r} must be 'Time,Parameter,Value': copy the "
+                         "file again")
     body = body.rstrip("\n")
     code = {name: i for i, name in enumerate((*STAY_VARIABLES, "RecordID"))}
     cells = STAY_LINE.findall(body)
@@ -177,7 +209,8 @@ def read_stay(file):
             raise ValueError
         known = [cell for cell in cells if cell[2] in code]
         hours, minutes, names, values = zip(*known) if known else ((),) * 4
-        minutes = 60 * np.array(list(map(int, hours)), dtype=np.int64) + np.array(list(map(int, minutes)), dtype=np.int64)
+        hours = np.array(list(map(int, hours)), dtype=np.int64)
+        minutes = 60 * hours + np.array(list(map(int, minutes)), dtype=np.int64)
         variables = np.array([code[name] for name in names], dtype=np.uint8)
         values = np.array(list(map(float, values)), dtype=np.float64)
         if not (np.abs(values) < 3e38).all():  # NaN, infinite, or so once it is float32
@@ -190,17 +223,21 @@ def read_stay(file):
             except ValueError:
                 good = False
             if not good:
-                raise ValueError(f"{file} line {number}: {line[:80]!r} must be HH:MM, a parameter and a finite number: the file is cut "
-                                 "off or damaged, copy it again") from None
+                raise ValueError(f"{file} line {number}: {line[:80]!r} must be HH:MM, a parameter "
+                                 "and a finite number: the file is cut off or damaged, copy it "
+                                 "again") from None
     is_id = variables == len(STAY_VARIABLES)
     for record in values[is_id]:
         if record != int(file.stem):
-            raise ValueError(f"{file} says RecordID {record:.0f}: its name and its content are of two stays, copy it again")
-    return minutes[~is_id], variables[~is_id], values[~is_id], [cell[2] for cell in cells if cell[2] not in code]
+            raise ValueError(f"{file} says RecordID {record:.0f}: its name and its content are of "
+                             "two stays, copy it again")
+    return minutes[~is_id], variables[~is_id], values[~is_id], [cell[2] for cell in cells
+                                                                if cell[2] not in code]
 
 
 def read_outcomes(file):
-    """{RecordID: (died 0 or 1, SAPS-I, SOFA)} of an Outcomes-?.txt, NaN for a score of -1; columns by their names.
+    """{RecordID: (died 0 or 1, SAPS-I, SOFA)} of an Outcomes-?.txt, NaN for a score of -1; columns
+    by their names.
 
     Errors: ValueError naming the file, line and remedy, see read_stays.
     """
@@ -208,45 +245,57 @@ def read_outcomes(file):
     header = [name.strip() for name in lines[0].split(",")] if lines else []
     names = ("RecordID", "In-hospital_death", "SAPS-I", "SOFA")
     if not set(names) <= set(header):
-        raise ValueError(f"{file} line 1: columns {header} must hold {', '.join(names)}: copy the file again")
+        raise ValueError(f"{file} line 1: columns {header} must hold {', '.join(names)}: copy the "
+                         "file again")
     table = {}
     for number, line in enumerate(lines[1:], 2):
         cells = [cell.strip() for cell in line.split(",")]
         if cells == [""]:
             continue
-        record, died, *scores = [cells[header.index(name)] for name in names] if len(cells) == len(header) else [""] * 4
+        record, died, *scores = [cells[header.index(name)]
+                                 for name in names] if len(cells) == len(header) else [""] * 4
         if not record.isdecimal() or not all(re.fullmatch(r"-1|[0-9]+", score) for score in scores):
-            raise ValueError(f"{file} line {number}: {line[:80]!r} must hold {len(header)} numbers: copy the file again")
+            raise ValueError(f"{file} line {number}: {line[:80]!r} must hold {len(header)} "
+                             "numbers: copy the file again")
         if died not in ("0", "1"):
-            raise ValueError(f"{file} line {number}: In-hospital_death {died!r} must be 0 or 1: a stay whose outcome is not known has no "
-                             "line, remove it")
+            raise ValueError(f"{file} line {number}: In-hospital_death {died!r} must be 0 or 1: a "
+                             "stay whose outcome is not known has no line, remove it")
         if int(record) in table:
-            raise ValueError(f"{file} line {number}: RecordID {record} has a line already: remove one of them")
-        table[int(record)] = (int(died), *(math.nan if score == "-1" else float(score) for score in scores))
+            raise ValueError(f"{file} line {number}: RecordID {record} has a line already: remove "
+                             "one of them")
+        table[int(record)] = (int(died), *(math.nan if score == "-1" else float(score)
+                                           for score in scores))
     return table
 
 
 def pack_stays(owner, minutes, variables, values):
-    """Events in any order as the compressed rows of read_stays: sorted, and each (stay, minute, variable, value) once.
+    """Events in any order as the compressed rows of read_stays: sorted, and each (stay, minute,
+    variable, value) once.
 
     owner  int (E,): 0 .. n - 1, the stay of each event; every stay has one
-    Check: pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])["first_event"].tolist() == [0, 1, 2]
+    Check: pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])["first_event"].tolist() == [0, 1,
+           2]
     """
-    owner, minutes, variables, values = (np.asarray(each) for each in (owner, minutes, variables, values))
+    owner, minutes, variables, values = (np.asarray(each)
+                                         for each in (owner, minutes, variables, values))
     values = values.astype(np.float32)
     order = np.lexsort((values, variables, minutes, owner))
-    owner, minutes, variables, values = (each[order] for each in (owner, minutes, variables, values))
+    owner, minutes, variables, values = (each[order]
+                                         for each in (owner, minutes, variables, values))
     differs = lambda each: np.concatenate([[True], each[1:] != each[:-1]])[: len(each)]
     opens_set = differs(owner) | differs(minutes)
     once = opens_set | differs(variables) | differs(values)
     sets = np.flatnonzero(opens_set)
-    return {"first_set": np.searchsorted(owner[sets], np.arange(owner.max(initial=-1) + 2)).astype(np.int64),
+    return {"first_set": np.searchsorted(owner[sets],
+                                         np.arange(owner.max(initial=-1) + 2)).astype(np.int64),
             "first_event": np.append(np.flatnonzero(opens_set[once]), once.sum()).astype(np.int64),
-            "minutes": minutes[sets].astype(np.float32), "variables": variables[once].astype(np.uint8), "values": values[once]}
+            "minutes": minutes[sets].astype(np.float32),
+            "variables": variables[once].astype(np.uint8), "values": values[once]}
 
 
 def gather_ranges(first, rows):
-    """The elements of some rows of compressed rows, one row after the other: of each r those from first[r] to first[r + 1].
+    """The elements of some rows of compressed rows, one row after the other: of each r those from
+    first[r] to first[r + 1].
 
     Check:  gather_ranges(np.array([0, 2, 2, 5]), [2, 0]).tolist() == [2, 3, 4, 0, 1]
     """
@@ -257,12 +306,14 @@ def gather_ranges(first, rows):
 
 
 def event_scaler(stays, rows, *, tail=0.005):
-    """Mean and sd of each variable over the events of the training stays, robust to slips of the pen.
+    """Mean and sd of each variable over the events of the training stays, robust to slips of the
+    pen.
 
         low, high = quantiles tail and 1 - tail of its values x;  mean, sd of clip(x, low, high)
 
-    A pH of 735 among 7.35 would otherwise be the sd. A variable with one value has sd 1; one without any event in these
-    stays has low = high = mean = 0 and sd 1, so that its z is 0 and not in raw units: it was seen, its size means nothing.
+    A pH of 735 among 7.35 would otherwise be the sd. A variable with one value has sd 1; one
+    without any event in these stays has low = high = mean = 0 and sd 1, so that its z is 0 and not
+    in raw units: it was seen, its size means nothing.
 
     stays    the dict of read_stays; rows (m,) of the training stays, of nothing else
     returns  {"mean", "sd", "low", "high": float64 (V,)}, V = len(STAY_VARIABLES)
@@ -270,12 +321,14 @@ def event_scaler(stays, rows, *, tail=0.005):
     Check:   of 7.3 and 7.5, 500 times each, and one 735 the sd is 0.1, and 23 with tail 0
     """
     if not 0 <= tail < 0.5 or len(rows) == 0:
-        raise ValueError(f"tail {tail:g} must be at least 0 (no clipping) and below 0.5, and {len(rows)} stays at least 1")
+        raise ValueError(f"tail {tail:g} must be at least 0 (no clipping) and below 0.5, and "
+                         f"{len(rows)} stays at least 1")
     events = gather_ranges(stays["first_event"][stays["first_set"]], rows)
     variables, values = stays["variables"][events], stays["values"][events].astype(np.float64)
     order = np.argsort(variables, kind="stable")
     bounds = np.searchsorted(variables[order], np.arange(len(STAY_VARIABLES) + 1))
-    scaler = {name: np.full(len(STAY_VARIABLES), float(name == "sd")) for name in ("mean", "sd", "low", "high")}
+    scaler = {name: np.full(len(STAY_VARIABLES), float(name == "sd"))
+              for name in ("mean", "sd", "low", "high")}
     for v in range(len(STAY_VARIABLES)):
         x = values[order[bounds[v] : bounds[v + 1]]]
         if len(x):
@@ -287,23 +340,28 @@ def event_scaler(stays, rows, *, tail=0.005):
 
 
 def scale_events(variables, values, scaler):
-    """z = (clip(x, low, high) - mean) / sd, each event by its variable, as float32; see event_scaler.
+    """z = (clip(x, low, high) - mean) / sd, each event by its variable, as float32; see
+    event_scaler.
 
     Check:  an event of a variable that no training stay had is 0
     """
-    low, high, mean, sd = (np.asarray(scaler[name], dtype=np.float64)[variables] for name in ("low", "high", "mean", "sd"))
+    low, high, mean, sd = (np.asarray(scaler[name], dtype=np.float64)[variables]
+                           for name in ("low", "high", "mean", "sd"))
     return ((np.clip(values, low, high) - mean) / sd).astype(np.float32)
 
 
 def stay_statistics(stays, rows, scaler):
-    """What a logistic regression can be given of a stay, float64 (m, 3 V): the floor for anything that knows time.
+    """What a logistic regression can be given of a stay, float64 (m, 3 V): the floor for anything
+    that knows time.
 
-        columns 0 .. V - 1  mean z of the variable, 0 if never measured     V .. 2 V - 1  1 if never measured, else 0
+        columns 0 .. V - 1  mean z of the variable, 0 if never measured     V .. 2 V - 1  1 if never
+                            measured, else 0
         2 V .. 3 V - 1      log(1 + number of events)
 
     stays   the dict of read_stays; rows (m,); scaler of event_scaler
     """
-    first, rows, width = stays["first_event"][stays["first_set"]], np.asarray(rows, dtype=np.int64), len(STAY_VARIABLES)
+    first, width = stays["first_event"][stays["first_set"]], len(STAY_VARIABLES)
+    rows = np.asarray(rows, dtype=np.int64)
     events = gather_ranges(first, rows)
     variables = stays["variables"][events]
     cell = np.repeat(np.arange(len(rows)), first[rows + 1] - first[rows]) * width + variables
@@ -314,14 +372,19 @@ def stay_statistics(stays, rows, scaler):
 
 
 class StaySplit:
-    """Some rows of a set of stays as a training loop sees them: `labels`, `ids`, `lengths`, and `batch(rows)` to train on.
+    """Some rows of a set of stays as a training loop sees them: `labels`, `ids`, `lengths`, and
+    `batch(rows)` to train on.
 
-    stays        the dict of read_stays; rows (m,) of this split, whose events are scaled and kept here, once
+    stays        the dict of read_stays; rows (m,) of this split, whose events are scaled and kept
+                 here, once
     scaler       of event_scaler over the training stays, the same for every split
-    drop_events  probability with which an event is left out of a batch with a generator; a set that loses all its events goes
-                 with them, and a stay that would lose all keeps the one with the largest draw
-    labels       int64 (m,), -1 = unknown; lengths int64 (m,), sets of each stay: for bucketed_batches
-    features     set it to a tensor (m, width), and batches hold its rows instead of inputs: what a frozen encoder made of them
+    drop_events  probability with which an event is left out of a batch with a generator; a set that
+                 loses all its events goes with them, and a stay that would lose all keeps the one
+                 with the largest draw
+    labels       int64 (m,), -1 = unknown; lengths int64 (m,), sets of each stay: for
+                 bucketed_batches
+    features     set it to a tensor (m, width), and batches hold its rows instead of inputs: what a
+                 frozen encoder made of them
     Errors: ValueError for drop_events outside [0, 1)
     """
 
@@ -336,7 +399,8 @@ class StaySplit:
         self.names = stays["ids"]  # of the whole set, as in the other splits
         sets = gather_ranges(stays["first_set"], self.rows)
         events = gather_ranges(stays["first_event"], sets)
-        self.lengths, self.sizes = np.diff(stays["first_set"])[self.rows], np.diff(stays["first_event"])[sets]
+        self.lengths = np.diff(stays["first_set"])[self.rows]
+        self.sizes = np.diff(stays["first_event"])[sets]
         self.first_set = np.append(0, np.cumsum(self.lengths))
         self.first_event = np.append(0, np.cumsum(self.sizes))
         self.minutes, self.variables = stays["minutes"][sets], stays["variables"][events]
@@ -350,11 +414,11 @@ class StaySplit:
         return stay_statistics(self.stays, self.rows, self.scaler)
 
     def batch(self, rows, generator=None):
-        """inputs, the events of b stays one after the other, or features (b, width); and targets float (b,) unless a label of this
-        split is unknown. Drops events if given a generator.
+        """inputs, the events of b stays one after the other, or features (b, width); and targets
+        float (b,) unless a label of this split is unknown. Drops events if given a generator.
 
-        inputs  variables int64 (E,), values float32 (E,) scaled; sizes int64 (S,), the events of each set, and minutes float32 (S,);
-                lengths int64 (b,), the sets of each stay
+        inputs  variables int64 (E,), values float32 (E,) scaled; sizes int64 (S,), the events of
+                each set, and minutes float32 (S,); lengths int64 (b,), the sets of each stay
         """
         rows = np.asarray(rows, dtype=np.int64)
         if self.features is not None:
@@ -362,11 +426,13 @@ class StaySplit:
         else:
             sets = gather_ranges(self.first_set, rows)
             events = gather_ranges(self.first_event, sets)
-            inputs = {"variables": self.variables[events].astype(np.int64), "values": self.values[events], "sizes": self.sizes[sets],
+            inputs = {"variables": self.variables[events].astype(np.int64),
+                      "values": self.values[events], "sizes": self.sizes[sets],
                       "minutes": self.minutes[sets], "lengths": self.lengths[rows]}
             if generator is not None and self.drop_events > 0:
                 inputs = self.dropped(inputs, torch.rand(len(events), generator=generator).numpy())
-            batch = {"inputs": {name: torch.from_numpy(each).to(self.device) for name, each in inputs.items()}}
+            batch = {"inputs": {name: torch.from_numpy(each).to(self.device)
+                                for name, each in inputs.items()}}
         if (self.labels >= 0).all():
             batch["targets"] = torch.from_numpy(self.labels[rows]).float().to(self.device)
         return batch
@@ -379,34 +445,41 @@ class StaySplit:
         np.maximum.at(largest, stay[event_set], draw)
         keep = (draw >= self.drop_events) | (draw == largest[stay[event_set]])
         sizes = np.bincount(event_set[keep], minlength=len(stay))
-        return {"variables": inputs["variables"][keep], "values": inputs["values"][keep], "sizes": sizes[sizes > 0],
-                "minutes": inputs["minutes"][sizes > 0], "lengths": np.bincount(stay[sizes > 0])}
+        return {"variables": inputs["variables"][keep], "values": inputs["values"][keep],
+                "sizes": sizes[sizes > 0], "minutes": inputs["minutes"][sizes > 0],
+                "lengths": np.bincount(stay[sizes > 0])}
 
 
 def synthetic_stays(n=1000, *, seed=0):
     """Made-up stays as read_stays returns them, for running and teaching, never for a result.
 
-    A hidden severity with a trend over 48 hours moves vitals and labs away from their usual values, and brings the labs more
-    often: every 4 hours instead of every 12. Death is drawn from a logistic curve of the severity at the end, so no model can know
-    it. Vitals come at one rate per stay, every 1 to 2.5 hours, several of them in a minute; the descriptors at minute 0.
+    A hidden severity with a trend over 48 hours moves vitals and labs away from their usual values,
+    and brings the labs more often: every 4 hours instead of every 12. Death is drawn from a
+    logistic curve of the severity at the end, so no model can know it. Vitals come at one rate per
+    stay, every 1 to 2.5 hours, several of them in a minute; the descriptors at minute 0.
 
-    returns the dict of read_stays, ids 1 .. n, about 20 to 60 sets a stay; SAPS-I and SOFA tell something of the severity at the start
+    returns the dict of read_stays, ids 1 .. n, about 20 to 60 sets a stay; SAPS-I and SOFA tell
+    something of the severity at the start
     Errors: ValueError for n < 1
-    Check:  of the default 1,000 stays, 14 to 20 % died; a logistic regression on stay_statistics has an AUROC of about 0.8
+    Check:  of the default 1,000 stays, 14 to 20 % died; a logistic regression on stay_statistics
+            has an AUROC of about 0.8
     """
     if n < 1:
         raise ValueError(f"n {n} must be at least 1")
     rng = np.random.default_rng(seed)
     column = lambda *each: np.array(each)[:, None, None]
     start, trend = rng.normal(size=(2, n, 1))
-    severity = lambda minutes: start + trend * (minutes / STAY_MINUTES - 0.3)  # (n, k): the trend is the news of the end
+    # (n, k): the trend is the news of the end
+    severity = lambda minutes: start + trend * (minutes / STAY_MINUTES - 0.3)
     died = rng.random(n) < 1 / (1 + np.exp(2.5 - 1.5 * severity(np.array(STAY_MINUTES))[:, 0]))
     events = []
 
     def measure(names, usual, sd, effect, times, p):
-        """Events of (names, n, k): each at each of the times (n, k) up to 48:00 with probability p, moved by effect * severity."""
+        """Events of (names, n, k): each at each of the times (n, k) up to 48:00 with probability p,
+        moved by effect * severity."""
         person = rng.normal(size=(len(names), n, 1))
-        z = column(*effect) * severity(times) + 0.7 * person + 0.7 * rng.normal(size=(len(names), *times.shape))
+        z = column(*effect) * severity(times) + 0.7 * person
+        z = z + 0.7 * rng.normal(size=(len(names), *times.shape))
         x = np.maximum(column(*usual) + column(*sd) * z, column(*usual) / 10).round(2)
         v, i, k = np.nonzero((rng.random(x.shape) < p) & (times <= STAY_MINUTES))
         codes = np.array([STAY_VARIABLES.index(name) for name in names])
@@ -418,15 +491,17 @@ def synthetic_stays(n=1000, *, seed=0):
         events.append((np.arange(n), zero[:, 0], np.full(n, STAY_VARIABLES.index(name)), x))
     every = rng.uniform(60, 150, (n, 1))
     times = np.floor((np.arange(48) + rng.uniform(0, 0.8, (n, 48))) * every)
-    measure(("HR", "MAP", "SysABP", "DiasABP", "RespRate", "Temp", "Urine", "GCS"), (87, 80, 119, 60, 19, 37, 120, 12),
-            (17, 15, 22, 12, 5, 0.8, 100, 3), (0.4, -0.3, -0.3, -0.2, 0.3, 0.1, -0.4, -0.5), times, 0.7)
+    measure(("HR", "MAP", "SysABP", "DiasABP", "RespRate", "Temp", "Urine", "GCS"),
+            (87, 80, 119, 60, 19, 37, 120, 12), (17, 15, 22, 12, 5, 0.8, 100, 3),
+            (0.4, -0.3, -0.3, -0.2, 0.3, 0.1, -0.4, -0.5), times, 0.7)
     every = 240 + 480 / (1 + np.exp(1.5 * start))
     times = np.floor((np.arange(12) + rng.uniform(0.1, 0.9, (n, 12))) * every)
-    measure(("Creatinine", "BUN", "Lactate", "HCO3", "Platelets", "WBC", "HCT", "K", "Na", "Glucose", "pH", "PaO2"),
-            (1.4, 27, 2.8, 23, 190, 12.7, 30.7, 4.1, 139, 141, 7.4, 150), (0.8, 16, 1.5, 4.5, 90, 5, 5, 0.6, 5, 45, 0.1, 60),
+    measure(("Creatinine", "BUN", "Lactate", "HCO3", "Platelets", "WBC", "HCT", "K", "Na",
+             "Glucose", "pH", "PaO2"), (1.4, 27, 2.8, 23, 190, 12.7, 30.7, 4.1, 139, 141, 7.4, 150),
+            (0.8, 16, 1.5, 4.5, 90, 5, 5, 0.6, 5, 45, 0.1, 60),
             (0.4, 0.5, 0.5, -0.4, -0.3, 0.2, -0.1, 0.1, 0, 0.2, -0.3, -0.2), times, 0.6)
-    scores = {name: np.maximum(usual + sd * (start[:, 0] + rng.normal(size=n)), 0).round() for name, usual, sd in
-              (("SAPS-I", 14, 4), ("SOFA", 6, 3))}
+    scores = {name: np.maximum(usual + sd * (start[:, 0] + rng.normal(size=n)), 0).round()
+              for name, usual, sd in (("SAPS-I", 14, 4), ("SOFA", 6, 3))}
     scores["SAPS-I"][rng.random(n) < 0.02] = np.nan
-    return {"ids": np.arange(1, n + 1), "labels": died.astype(np.int64), **pack_stays(*map(np.concatenate, zip(*events))),
-            "severity": scores, "left_out": {}}
+    return {"ids": np.arange(1, n + 1), "labels": died.astype(np.int64),
+            **pack_stays(*map(np.concatenate, zip(*events))), "severity": scores, "left_out": {}}

@@ -1,4 +1,5 @@
-"""seqsetvae --mode pretrain: rebuild the sets of a stay from its history, a set VAE without outcomes.
+"""seqsetvae --mode pretrain: rebuild the sets of a stay from its history, a set VAE without
+outcomes.
 
     python train.py --task seqsetvae --variant pretrain --out runs/stays-pretrain
     python train.py --task seqsetvae --mode finetune --pretrained runs/stays-pretrain
@@ -23,8 +24,8 @@ def network(args, facts):
 
 
 def per_stay(output, inputs, args):
-    """Of each stay (b,): reconstruction and KL divergence, means over its sets; how many of its events
-    have their variable decoded, and how many events it has."""
+    """Of each stay (b,): reconstruction and KL divergence, means over its sets; how many of its
+    events have their variable decoded, and how many events it has."""
     lengths = inputs["lengths"]
     recon, decoded, order = [], [], []
     for chunk in output["sets"]:
@@ -65,7 +66,8 @@ def outputs(model, batch, args, facts):
 
 
 def scores(outputs, split, args, facts):
-    """The loss at the full beta, without noise; `decoded`: share of the events whose variable is told."""
+    """The loss at the full beta, without noise; `decoded`: share of the events whose variable is
+    told."""
     recon, kl = (float(outputs[name].double().mean()) for name in ("recon", "kl"))
     decoded = int(outputs["decoded"].sum()) / int(outputs["events"].sum())
     return {"loss": recon + args.beta * kl, "recon": recon, "kl": kl, "decoded": decoded}
@@ -84,10 +86,11 @@ def floors(split, args, facts):
     rows = {}
     for name, directions in (("constant mean", share.expand(len(frequent), -1)),
                              ("constant frequent", frequent)):
-        guesses = torch.cat([torch.zeros_like(directions), directions], 1)  # scaled values have mean 0
+        # scaled values have mean 0
+        guesses = torch.cat([torch.zeros_like(directions), directions], 1)
         constant = functools.partial(constant_output, guesses, encoder, args)
-        found = outputs_over(split, lambda batch: per_stay(constant(batch["inputs"]), batch["inputs"],
-                                                           args))
+        found = outputs_over(split, lambda batch: per_stay(constant(batch["inputs"]),
+                                                           batch["inputs"], args))
         rows[name] = scores(found, split, args, facts)
     free = args.free_bits * args.width
     rows["ceiling"] = {"loss": args.beta * free, "recon": 0.0, "kl": free, "decoded": 1.0}
@@ -96,7 +99,8 @@ def floors(split, args, facts):
 
 def constant_output(guesses, encoder, args, inputs):
     """What SeqSetVAE returns, with the same guesses (seeds, 2 variables) for every set."""
-    events, code = encoder.events(inputs), inputs["values"].new_zeros(len(inputs["sizes"]), args.width)
+    events = encoder.events(inputs)
+    code = inputs["values"].new_zeros(len(inputs["sizes"]), args.width)
     chunks = []
     for sets, index, mask in models.sets_by_size(inputs["sizes"]):
         guess = guesses[: mask.shape[1]].expand(len(sets), -1, -1)

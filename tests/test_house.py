@@ -1,33 +1,141 @@
-"""Tests of house."""
+"""Tests of the rules of the house: arrows between files, sizes, README, pieces pasted alone."""
 
 import ast
 import re
 import sys
 
 import train
-from tests.helpers import (
-    HERE)
-
+from tests.helpers import HERE, raises
 
 LIFTABLE = ("models", "losses", "schedulers", "data", "ema")
 
 
-def test_project_modules_import_only_torch_numpy_and_the_standard_library():
-    for name in LIFTABLE:
-        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for root in (each.split(".")[0] for each in names):
-                inside = node.col_offset > 0 and root == "PIL"  # the one optional extra, imported in the function that needs it
-                assert inside or root in ("torch", "numpy") or root in sys.stdlib_module_names, (name, root)
+def files_of(*patterns):
+    return [path for pattern in patterns for path in sorted(HERE.glob(pattern))]
+
+
+PRODUCT = files_of("train.py", *(f"{name}.py" for name in LIFTABLE), "tasks/*.py", "runtime/*.py")
+
+
+def module_of(path):
+    """tasks/ocec.py -> "tasks.ocec"."""
+    return ".".join(path.relative_to(HERE).with_suffix("").parts)
+
+
+OWN = {module_of(path) for path in files_of("*.py", "*/*.py")}
+
+
+def imports_of(source):
+    """[(module, whether in a function)]; of `from tasks import ocec` the module is tasks.ocec."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(name in OWN for name in inside):
+                names = inside
+        found += [(name, node.col_offset > 0) for name in names]
+    return found
+
+
+def allowed_imports(module):
+    """The modules of this project that one of them may import, by the arrows of the house."""
+    if module in LIFTABLE:
+        return set()
+    folder, _, name = module.partition(".")
+    folders = {f"{word}.{path.stem}" for word in ("tasks", "runtime")
+               for path in files_of(f"{word}/*.py")}
+    if module == "train":
+        return folders | set(LIFTABLE)
+    if folder == "runtime":
+        runtime = {name for name in folders if name.startswith("runtime.")}
+        return runtime | {"data", "losses", "models", "schedulers", "tasks.common"}
+    parent = name.removesuffix("_pretrain")
+    allowed = {"data", "losses", "models", "tasks.common", f"tasks.{parent}_data"}
+    return allowed | {f"tasks.{parent}"} - {module}
+
+
+def check_imports(module, source):
+    """ValueError for an import that the rules forbid."""
+    for name, in_function in imports_of(source):
+        root = name.split(".")[0]
+        if name in OWN:
+            fine = name in allowed_imports(module)
+        else:  # Pillow is the one optional extra, imported in the function that needs it
+            fine = (root in ("torch", "numpy") or root in sys.stdlib_module_names
+                    or root == "PIL" and in_function)
+        if not fine:
+            raise ValueError(f"{module} imports {name}")
+
+
+def test_house_imports_follow_the_arrows_and_need_torch_and_numpy_only():
+    assert len(PRODUCT) > 20
+    for path in PRODUCT:
+        check_imports(module_of(path), path.read_text())
+    for module, line in (
+            ("data", "import losses"), ("ema", "from tasks import common"), ("models", "import PIL"),
+            ("tasks.ocec", "from tasks import bidmc_data"), ("tasks.ocec", "import train"),
+            ("tasks.bidmc", "from tasks.bidmc_pretrain import TASKS"),
+            ("tasks.seqsetvae", "from runtime import report"), ("tasks.ocec", "import ema"),
+            ("runtime.report", "from tasks import ocec"), ("runtime.page", "import ema"),
+            ("runtime.page", "def draw():\n    import matplotlib"),
+            ("train", "from tests import helpers")):
+        raises(ValueError, f"{module} imports ", lambda: check_imports(module, line))
+
+
+def length_of(function):
+    """Lines of a function without its docstring, and without the line of a decorator."""
+    length = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        length -= docstring.end_lineno - docstring.lineno + 1
+    return length
+
+
+def long_functions(source, most=60):
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return [function.name for function in functions if length_of(function) > most]
+
+
+def test_house_functions_have_at_most_60_lines_without_their_docstring():
+    body = "\n    pass" * 59
+    assert long_functions(f"class A:\n  def f(self):\n    '''One.\n\n    Two.'''{body}") == []
+    assert long_functions(f"class A:\n  def f(self):{body}\n    pass") == ["f"]
+    for path in PRODUCT:
+        assert not long_functions(path.read_text()), (path, long_functions(path.read_text()))
+
+
+def lines_of(path):
+    return len(path.read_text().splitlines())
+
+
+def test_house_files_are_no_longer_than_their_bounds():
+    for most, *patterns in ((850, "train.py"), (700, "tasks/*.py"), (900, "tests/*.py")):
+        for path in files_of(*patterns):
+            assert lines_of(path) <= most, f"{path} has {lines_of(path)} lines, of {most}"
+
+
+def test_house_prints_the_sizes_that_are_not_held():
+    bounds = {"models": 1850, "losses": 1350, "schedulers": 450, "data": 1250, "ema": 130}
+    sizes = [f"{name}.py {lines_of(HERE / f'{name}.py'):,} of {most:,}" for name, most in bounds.items()]
+    runtime, product, tests, benchmarks = (
+        sum(map(lines_of, paths)) for paths in (files_of("runtime/*.py"), PRODUCT,
+                                                files_of("tests/*.py", "test_all.py"),
+                                                files_of("benchmarks/*.py")))
+    sizes += [f"runtime/ {runtime:,}", f"without tests and benchmarks {product:,} of 14,000",
+              f"tests {tests:,} of 11,000", f"benchmarks {benchmarks:,}"]
+    readme = HERE / "README.md"
+    words = len(readme.read_text().split())
+    sizes.append(f"README.md {lines_of(readme):,} lines of 240, {words:,} words of 2,500")
+    print(f"sizes: {'; '.join(sizes)}", flush=True)
 
 
 SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
 
 GEN = "generator=torch.Generator().manual_seed(0)"
-
-ONE_STAY = ("dict(first_set=np.array([0, 1]), first_event=np.array([0, 1]), minutes=np.zeros(1), variables=np.zeros(1, int), "
-            "values=np.full(1, 50))")
 
 THREE_SETS = ("dict(variables=torch.tensor([0, 3, 3, 1]), values=torch.ones(4), sizes=torch.tensor([1, 2, 1]), "
               "minutes=torch.tensor([0.0, 5, 9]), lengths=torch.tensor([2, 1]))")
@@ -35,6 +143,7 @@ THREE_SETS = ("dict(variables=torch.tensor([0, 3, 3, 1]), values=torch.ones(4), 
 USES = {  # an expression that is true, for every name in README's table and more
     "WarmupCosine": "WarmupCosine(None, 10).lr_at(0, 1.0) == 1",
     "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
+    "Constant": "Constant(None).lr_at(9, 1.0) == 1",
     "Cyclic": f"Cyclic({SGD}, base_lr=0.1, max_lr=0.5, steps_up=4).get_last_lr() == [0.1]",
     "Plateau": f"Plateau({SGD}).step(3.0) is None",
     "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), "
@@ -82,21 +191,11 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "color_jitter": f"color_jitter(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), strength=0.2, {GEN}).shape == (1, 3, 4, 4)",
     "affine": "affine(torch.ones(1, 3, 8, 8), torch.ones(1), torch.ones(1)).shape == (1, 3, 8, 8)",
     "swap_labels": "swap_labels(torch.tensor([4, 5, 6]), ((4, 5),)).tolist() == [5, 4, 6]",
-    "sides_reversed": "sides_reversed(torch.tensor([[[4, 0, 5]]]), ((4, 5),)).tolist() == [1]",
     "encode_png": "len(encode_png(np.zeros((2, 2), np.uint8))) > 50",
-    "read_faces": "callable(read_faces)",
-    "FaceSplit": "FaceSplit(torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2, 16, 16).byte(), [0, 1], pairs=((4, 5),), augment=dict("
-                 "degrees=9, zoom=1.5, crop=1, flip='swap', jitter=1, photometric=1, mixup=1, cutmix=1)).batch([0, 1], torch.Generator())"
-                 "['targets'].shape == (2, 19, 8, 8)",
     "bootstrap_interval": "bootstrap_interval([1, 1]) == (1, 1)",
     "random_crop": f"random_crop(torch.zeros(1, 3, 8, 8), padding=2, {GEN}).shape == (1, 3, 8, 8)",
     "mixup": f"mixup(torch.zeros(3, 2), torch.ones(3), alpha=0.4, {GEN})[1].tolist() == [1, 1, 1]",
     "cutmix": f"cutmix(torch.zeros(3, 1, 4, 4), torch.ones(3), alpha=1.0, {GEN})[1].tolist() == [1, 1, 1]",
-    "synthetic_eyes": "synthetic_eyes(4, size=(8, 8))[0].shape == (4, 3, 8, 8)",
-    "EyeSplit": "EyeSplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), np.ones(4), np.arange(4), augment=dict.fromkeys("
-                "['flip', 'clahe', 'crop', 'photometric', 'mixup', 'cutmix'], 1)).batch(np.arange(2), torch.Generator())"
-                "['targets'].tolist() == [1, 1]",
-    "synthetic_faces": "synthetic_faces(3, size=(16, 24))[1].shape == (3, 16, 24)",
     "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')(torch.zeros(2, 3, 24, 40)).shape == (2,)",
     "check_parameter_limit": "check_parameter_limit(torch.nn.Linear(3, 2)) is None and FACE_PARAMETER_LIMIT == 1_821_085",
     "check_stride_fits": "check_stride_fits((64, 96), 32) is None",
@@ -112,37 +211,14 @@ USES = {  # an expression that is true, for every name in README's table and mor
     "FaceCNN": "FaceCNN()(torch.zeros(2, 3, 32, 64)).shape == (2, 19, 32, 64)",
     "flip_average": "flip_average(nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 6), ((1, 2),)).shape == (2, 4, 4, 6)",
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
-    "read_bidmc": "callable(read_bidmc)",
-    "Windows": "Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]",
     "short_digest": "short_digest([1, 'a']) != short_digest(['1a'])",
-    "bidmc_windows": "bidmc_windows([dict(number=1, patient='a', ppg=np.zeros(5000, np.float32), breaths=np.arange(1, 5000, 500), "
-                     "breaths_2=np.arange(1, 5000, 500))], rate='rr')['labels'][0] == 15",
     "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",
-    "read_modalities": "callable(read_modalities)",
-    "check_modalities": "check_modalities({'a': np.ones((2, 3))}, {'present_a': np.ones(2, bool)}, 'here')['a'].all()",
-    "check_class_labels": "check_class_labels(np.array(['b', 'a', 'a', 'b']), None, 'here')[1] == ['a', 'b']",
     "channel_statistics": "channel_statistics(np.array([[1.0], [5.0]]), [0, 1])[1].tolist() == [2]",
-    "ModalSplit": "ModalSplit({'a': np.ones((4, 3, 2))}, [0, 1, 1, 0], [2, 3], scaler={'a': (torch.ones(2), torch.ones(2))}, noise=1, "
-                  f"scale=0.5, shift=1).batch([0], {GEN})['targets'].tolist() == [1]",
     "bucketed_batches": "len(bucketed_batches([3, 1, 2, 9, 5], 2, seed=0, epoch=0)) == 3",
-    "read_stays": "callable(read_stays)",
-    "parse_stays": "callable(parse_stays)",
-    "pack_stays": "pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])['first_event'].tolist() == [0, 1, 2]",
-    "gather_ranges": "gather_ranges(np.array([0, 2, 2, 5]), [2, 0]).tolist() == [2, 3, 4, 0, 1]",
-    "event_scaler": f"event_scaler({ONE_STAY}, [0])['mean'][0] == 50",
-    "scale_events": "scale_events([0, 0], [5, 9], dict(low=[0], high=[8], mean=[4], sd=[2])).tolist() == [0.5, 2]",
-    "stay_statistics": f"stay_statistics({ONE_STAY}, [0], {dict.fromkeys(('low', 'high', 'mean', 'sd'), [1] * 41)}).shape == (1, 123)",
-    "StaySplit": f"StaySplit({ONE_STAY} | dict(labels=np.ones(1), ids=np.ones(1)), [0], drop_events=0.5, scaler=dict(low=[0], high=[99], "
-                 f"mean=[48], sd=[2])).batch([0], {GEN})['inputs']['values'].tolist() == [1]",
-    "synthetic_stays": "len(synthetic_stays(4)['ids']) == 4",
-    "synthetic_modalities": "synthetic_modalities(24)[0]['sensor'].shape == (24, 64, 6)",
     "regression_report": "regression_report([12, 20], [14, 18])['mae'] == 2",
     "respiratory_signals": "respiratory_signals(torch.randn(2, 500), 31.25).shape == (2, 3, 500)",
     "band_spectrum": "band_spectrum(torch.randn(2, 500), 31.25, (0.1, 0.6), 8).shape == (2, 8)",
     "time_stretch": f"time_stretch(torch.zeros(2, 9), torch.ones(2), limit=1.2, {GEN})[0].shape == (2, 9)",
-    "ppg_inputs": "ppg_inputs(torch.randn(2, 500), 31.25, kind='spectrum', rate='rr').shape == (2, 3, 64)",
-    "PPGSplit": "len(PPGSplit(dict(inputs=torch.zeros(4, 9), labels=np.ones(4), ceiling=np.ones(4), groups=np.ones(4)), [1, 2], None,"
-                " stretch=2)) == 2",
     "load_backbone": "load_backbone(m := nn.Linear(1, 1), {f'encoder.{k}': v for k, v in m.state_dict().items()})['scalars'] == 2",
     "freeze_backbone": "callable(freeze_backbone)",
     "train_mode": "train_mode(nn.Linear(1, 1)) is None",
@@ -178,38 +254,64 @@ USES = {  # an expression that is true, for every name in README's table and mor
 
 
 def test_project_every_public_definition_works_when_pasted_alone():
-    """Compile its source, with what its docstring names under 'Needs:', in a module that holds only the imports of its file."""
+    """Compile its source, with what its docstring names under 'Needs:', in a module that holds only
+    the imports of its file."""
+    public = set()
     for name in LIFTABLE:
         source = (HERE / f"{name}.py").read_text()
-        tree = ast.parse(source)
-        imports = "\n".join(ast.get_source_segment(source, node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-        constants = {t.id: node for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
-        defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        lines = source.splitlines()
+        tree, lines = ast.parse(source), source.splitlines()
+        imports, constants, defined = [], {}, {}
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports.append(ast.get_source_segment(source, node))
+            elif isinstance(node, ast.Assign):
+                constants |= {target.id: node for target in node.targets}
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined[node.name] = node
+        public |= {key for key in defined if not key.startswith("_")}
 
         def text_of(key):
             node = (defined | constants)[key]
-            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
-            return "\n".join(lines[first - 1 : node.end_lineno])
+            decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
+            return "\n".join(lines[min([node.lineno, *decorators]) - 1 : node.end_lineno])
 
         def needs(key):
-            needed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", ast.get_docstring(defined[key]) or "") if key in defined else None
-            found = {word for word in re.findall(r"\w+", needed.group(1)) if word in defined or word in constants} if needed else set()
-            return found.union(*map(needs, found)) if found else found
+            """The names under Needs: of a docstring, and those that these need."""
+            if key not in defined:
+                return set()
+            docstring = ast.get_docstring(defined[key]) or ""
+            listed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", docstring)
+            words = set(re.findall(r"\w+", listed.group(1))) if listed else set()
+            words &= defined.keys() | constants.keys()
+            return words.union(*map(needs, words))
 
-        for key, node in defined.items():
-            if key.startswith("_"):
-                continue
-            decorators = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
-            used = {word for word in decorators if word in defined or word in constants} - {key}
-            assert used <= needs(key), f"{name}.{key} uses {sorted(used - needs(key))}: name them under 'Needs:' in its docstring"
-            order = [each for each in (*constants, *defined) if each in needs(key) | {key}]
+        for key in public & defined.keys():
+            used = {word.id for word in ast.walk(defined[key]) if isinstance(word, ast.Name)}
+            used &= defined.keys() | constants.keys()
+            missing = used - {key} - needs(key)
+            assert not missing, (f"{name}.{key} uses {sorted(missing)}: name them under 'Needs:' in its "
+                                 "docstring")
+            order = [word for word in (*constants, *defined) if word in needs(key) | {key}]
             pasted = {"__name__": "pasted"}
-            exec(compile(imports + "\n\n" + "\n\n".join(map(text_of, order)), f"<{name}.{key} alone>", "exec"), pasted)
+            code = "\n\n".join([*imports, *map(text_of, order)])
+            exec(compile(code, f"<{name}.{key} alone>", "exec"), pasted)
             assert eval(USES.get(key, "True"), pasted), key
+    assert USES.keys() <= public, USES.keys() - public
+
+
+def test_project_readme_pieces_are_where_it_says():
     table = (HERE / "README.md").read_text().split("## Take one piece")[1].split("##")[0]
-    copied = {word for line in table.splitlines() if line.count("|") == 5 for word in re.findall(r"`(\w+)`", line.split("|")[2])}
-    assert len(copied) > 10 and copied <= USES.keys(), copied - USES.keys()
+    count = 0
+    for line in table.splitlines():
+        if line.count("|") == 5 and "`" in line:
+            _, _, names, file, *_ = line.split("|")
+            [file] = re.findall(r"`([\w/.]+)`", file)
+            source = (HERE / file).read_text()
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"^(def|class) {name}\b", source, re.M), (name, file)
+                assert "/" in file or name in USES, name
+                count += 1
+    assert count > 50
 
 
 def test_project_readme_commands_are_flags_that_exist():
