@@ -35,10 +35,8 @@ import contextlib
 import csv
 import functools
 import hashlib
-import lzma
 import math
 import os
-import re
 import shutil
 import struct
 import warnings

@@ -17,8 +17,8 @@ STAY_VARIABLES = (
     "Age", "Gender", "Height", "ICUType", "Weight",  # the first four are descriptors, once at 00:00
     "HR", "MAP", "SysABP", "DiasABP", "Urine", "NISysABP", "NIDiasABP", "NIMAP", "Temp", "GCS",
     "RespRate", "FiO2", "MechVent", "pH", "PaCO2", "PaO2", "HCT", "K", "Platelets", "Creatinine",
-    "BUN", "HCO3", "Mg", "Na", "Glucose", "WBC", "SaO2", "Lactate", "Bilirubin", "AST", "ALT", "ALP",
-    "Albumin", "TroponinT", "TroponinI", "Cholesterol")
+    "BUN", "HCO3", "Mg", "Na", "Glucose", "WBC", "SaO2", "Lactate", "Bilirubin", "AST", "ALT",
+    "ALP", "Albumin", "TroponinT", "TroponinI", "Cholesterol")
 # 48:00, the last minute of a stay that is read: what lies later tells of the outcome
 STAY_MINUTES = 2880
 # float() would read 1_0 as 10

@@ -133,6 +133,19 @@ def test_house_prints_the_sizes_that_are_not_held():
     print(f"sizes: {'; '.join(sizes)}", flush=True)
 
 
+def test_house_every_benchmark_takes_quick_as_ci_calls_it():
+    scripts = [path for path in files_of("benchmarks/*.py") if not path.name.startswith("_")]
+    assert len(scripts) > 15
+    assert all("--quick" in script.read_text() for script in scripts)
+    assert "benchmarks/[!_]*.py" in (HERE / ".ci" / "run").read_text()
+
+
+def test_house_lines_have_at_most_100_columns():
+    for path in PRODUCT + files_of("test_all.py"):
+        wide = [line for line in path.read_text().splitlines() if len(line) > 100]
+        assert not wide, (path, wide[:3])
+
+
 SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
 
 GEN = "generator=torch.Generator().manual_seed(0)"

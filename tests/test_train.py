@@ -7,6 +7,7 @@ import json
 import math
 import re
 import types
+import weakref
 
 import numpy as np
 import torch
@@ -628,3 +629,21 @@ def test_train_plateau_watches_the_loss_or_the_monitored_score():
             reduced[watches] = [row["plateau_lr"][1] < row["plateau_lr"][0] for row in rows]
             assert reduced[watches] == expected and any(expected) and not all(expected), (watches, values)
     assert reduced["loss"] != reduced["monitor"]
+
+
+def test_train_outputs_of_a_split_lie_in_one_tensor_and_not_in_one_of_each_batch():
+    """Many small ones between the activations of a network would cut the free memory into pieces."""
+    split = ocec.EyeSplit(torch.zeros(1100, 3, 4, 4, dtype=torch.uint8), None, np.arange(1100))
+    made = []
+
+    def outputs(model, batch, args, facts):
+        assert all(reference() is None for reference in made[:-1])
+        values = batch["inputs"].mean((2, 3)) + len(made)
+        made.append(weakref.ref(values))
+        return {"logits": values}
+
+    task = types.SimpleNamespace(outputs=outputs, reference=False)
+    run = types.SimpleNamespace(task=task, args=None, facts=None)
+    joined = train.outputs_of(nn.Identity(), split, run)["logits"]
+    assert len(made) == 3 and joined.shape == (1100, 3)
+    assert torch.equal(joined[512:1024], torch.full((512, 3), -1.0) + 1)
