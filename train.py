@@ -111,7 +111,7 @@ def numbers_of(values, window, norm):
     values: [{name: scalar}] of each batch. Returns [{name: total, "rows": count}], and the norm.
     """
     scalars = [norm] + [value for part in values for value in part.values()]
-    on_device = [scalar.double() for scalar in scalars if torch.is_tensor(scalar)]
+    on_device = [x.double().to(norm.device) for x in scalars if torch.is_tensor(x)]
     waited = iter(torch.stack(on_device).tolist())
     norm, *numbers = [next(waited) if torch.is_tensor(x) else float(x) for x in scalars]
 
