@@ -1,34 +1,15 @@
-"""Data: from files to augmented batches, without worker processes.
+"""Data: from decoded files to augmented batches, without worker processes.
 
-What is here
-    splits and order     split_by_group, shuffled_batches, stratified_batches and the two samplers
-                         around them, bucketed_batches, sampler_report
-    files and cache      atomic_write, write_npy, decode_once, unpack_once: sets larger than memory
-    eyes                 read_eyes (class folder, annotation.csv, .npz), synthetic_eyes, EyeSplit
-    faces                read_faces (images/ and masks/, .npz), synthetic_faces, FACE_CLASSES,
-                         FACE_PAIRS, FACE_COLOURS, sides_reversed, swap_labels, FaceSplit
-    augmentation         horizontal_flip, color_jitter, photometric_distort, clahe, random_affine,
-                         random_crop, mixup, cutmix
-    breathing and heart  read_bidmc, synthetic_ppg, Windows, bidmc_windows, bidmc_original,
-                         spectral_rate, quantisation_cost, respiratory_signals, band_spectrum,
-                         time_stretch, ppg_inputs, PPGSplit
-    labels               LabelScaler
-    modalities           read_modalities (.npz), synthetic_modalities, channel_statistics,
-                         ModalSplit
-    stays                read_stays (PhysioNet/CinC 2012), synthetic_stays, STAY_VARIABLES,
-                         pack_stays, gather_ranges, event_scaler, scale_events, stay_statistics,
-                         StaySplit
-    pictures             encode_png
-
-A whole data set is one contiguous uint8 array, in memory or memory-mapped; a batch is gathered from
-it by an index array and augmented as a batch on the device. The order is a pure function of (seed,
-epoch), so it needs no checkpoint.
+A whole data set is one contiguous uint8 array, in memory or memory-mapped. A batch is gathered from
+it by an index array and augmented as a whole, on the device. The order of the rows is a function of
+(seed, epoch), so it needs no checkpoint. The readers of each task's files are in tasks/.
 
 Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a signal.
 
-    >>> labels = [0] * 90 + [1] * 10
-    >>> [np.bincount(np.array(labels)[rows]).tolist() for rows in stratified_batches(labels, 25,
-    seed=0, epoch=0)] [[13, 12], [12, 13], [13, 12], [12, 13]]
+    >>> labels = np.array([0] * 90 + [1] * 10)
+    >>> batches = stratified_batches(labels, 25, seed=0, epoch=0)
+    >>> [np.bincount(labels[rows]).tolist() for rows in batches]
+    [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
 import contextlib
@@ -54,1107 +35,17 @@ RATE_BANDS = {"rr": (0.1, 0.6), "hr": (0.75, 2.5)}
 
 
 # --------------------------------------------------------------------------------------------------
-# Splits and order
-
-
-def split_by_group(groups, shares, *, seed):
-    """Split rows so that no group is on two sides: shuffle the groups, then cut their row counts at
-    the shares.
-
-    A group goes to the split in which the middle of its rows falls, so a share is met to within
-    half a group. Rows without a group: pass `np.arange(n)`, every row is its own group (and leakage
-    cannot be excluded).
-
-    groups  (n,) any sortable values: one person, patient or face each
-    shares  one number per split, each >= 0, sum 1; a share of 0 gives an empty split
-    returns one sorted int64 index array per share
-    Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
-    Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
-    """
-    shares = np.asarray(shares, dtype=np.float64)
-    if not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
-        raise ValueError(f"shares {shares.tolist()} must be at least 0 and add up to 1")
-    _, group_of_row, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(counts))
-    middle = np.empty(len(counts))
-    middle[order] = np.cumsum(counts[order]) - counts[order] / 2
-    split_of_group = np.searchsorted(np.cumsum(shares)[:-1] * len(group_of_row), middle,
-                                     side="right")
-    splits = [np.flatnonzero(split_of_group[group_of_row] == k) for k in range(len(shares))]
-    for k, rows in enumerate(splits):
-        if shares[k] > 0 and len(rows) == 0:
-            raise ValueError(f"split {k} with a share of {shares[k]:g} got none of the "
-                             f"{len(counts)} groups: raise its share, change the seed, or give "
-                             "groups that are smaller")
-    return splits
-
-
-def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Every row once per epoch in an order fixed by (seed, epoch): a list of ceil(n // world_size /
-    batch_size) index arrays.
-
-    The last batch may be smaller. Each global batch is dealt to the ranks in turn, so ranks are
-    disjoint and equal in length; of n rows, n % world_size are left out (others in the next epoch).
-    With world_size 1 nothing is.
-
-    Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch
-            (one partial batch).
-    Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
-    """
-    if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
-                         f"per rank ({world_size})")
-    if n < batch_size * world_size:
-        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
-                      "batch an epoch")
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    mine = order[: n - n % world_size][rank::world_size]
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-
-
-def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Class-balanced batches: each class is a queue, reshuffled when it runs out; batches take from
-    the queues in turn.
-
-        slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
-
-    so every batch holds batch_size // k rows of each of the k classes, and the remainder is handed
-    round in turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat,
-    frequent ones are not used up (all of them are, over the epochs). Every row of a class is used
-    before one repeats, and a row repeats within a batch only if its class is smaller than its quota
-    there. The batches of `world_size` ranks are the slices of one global draw. Balanced batches and
-    class weights both correct the imbalance: use one of them.
-
-    labels  (n,) integers, any values
-    returns a list of int64 index arrays of batch_size rows (of n // world_size, with a warning, if
-    that is less)
-    Errors: ValueError for n < world_size or batch_size < 1.
-    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of each class, see the top of this file
-    """
-    labels = np.asarray(labels)
-    n = len(labels)
-    if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
-                         f"per rank ({world_size})")
-    if n < batch_size * world_size:
-        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
-                      "batch an epoch")
-        batch_size = n // world_size
-    global_batch = batch_size * world_size
-    num_batches = -(-n // global_batch)
-    rng = np.random.default_rng([seed, epoch])
-    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
-        # of 16 bits, numpy's stable sort is a radix sort: five times faster
-        labels = labels.astype(np.uint16)
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
-    plan, k = np.empty(num_batches * global_batch, dtype=np.int64), len(rows_by_class)
-    for c, rows in enumerate(rows_by_class):
-        # a view: slot s of the plan is place s // k of its class's queue
-        queue, filled = plan[c::k], 0
-        while filled < len(queue):
-            again = rng.permutation(rows)
-            # The batch that straddles the seam must not see a row twice: what it already holds goes
-            # to the end.
-            first = max(-(-((c + filled * k) // global_batch * global_batch - c) // k), 0)
-            if first < filled:
-                # enough, even if all that the batch holds is among them
-                again = again[: len(queue) - first]
-                seen = np.isin(again, queue[first:filled])
-                again = np.concatenate([again[~seen], again[seen]])
-            again = again[: len(queue) - filled]
-            queue[filled : filled + len(again)] = again
-            filled += len(again)
-    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
-
-
-def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, pool=16):
-    """Every row once per epoch as shuffled_batches does, in batches of similar length, for less
-    padding.
-
-    Rows are shuffled and cut into pools of `pool` batches; each pool is sorted by length (ties stay
-    shuffled) and cut into batches, and the order of the full batches is shuffled. Rows still meet
-    others in every epoch: the pool is small against the set. A last smaller batch is cut off before
-    the sorting, so that it holds rows of any length, and comes last.
-
-    lengths  (n,) numbers, such as sets of a stay
-    pool     batches that are sorted together: 1 is shuffled_batches in another order, n and more
-             sorts the whole epoch
-    returns  a list of int64 index arrays, as many as shuffled_batches; a global batch is dealt to
-             the ranks in turn
-    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1. Warns when n is smaller than
-            a batch (one partial batch).
-    Check:  on the stays of set a (see read_stays), batches of 32 are padded to 1.08 times their
-            sets, those of shuffled_batches to 1.76 times
-    """
-    lengths = np.asarray(lengths)
-    n, global_batch = len(lengths), batch_size * world_size
-    if batch_size < 1 or n < world_size:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
-                         f"per rank ({world_size})")
-    if pool < 1:
-        raise ValueError(f"pool {pool} must be at least 1 batch (1: no sorting, 16 is common)")
-    if n < global_batch:
-        warnings.warn(f"{n} rows are fewer than a batch of {global_batch}: one partial batch an "
-                      "epoch")
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(n)[: n - n % world_size]
-    full = len(order) // global_batch
-    body, rest = np.split(order, [full * global_batch])
-    width = pool * global_batch
-    pools = [body[start : start + width] for start in range(0, len(body), width)]
-    ordered = [rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]
-    batches = np.concatenate([body[:0], *ordered]).reshape(full, global_batch)
-    batches = batches[rng.permutation(full)]
-    return [rows[rank::world_size] for rows in (*batches, rest) if len(rows)]
-
-
-class ShuffledBatchSampler(torch.utils.data.Sampler):
-    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch.
-    Needs: shuffled_batches."""
-
-    def __init__(self, n, batch_size, *, seed=0, rank=0, world_size=1):
-        self.n, self.batch_size, self.epoch = n, batch_size, 0
-        self.options = {"seed": seed, "rank": rank, "world_size": world_size}
-        self.length = len(self.plan())
-
-    def plan(self):
-        return shuffled_batches(self.n, self.batch_size, epoch=self.epoch, **self.options)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        return (rows.tolist() for rows in self.plan())
-
-
-class StratifiedBatchSampler(torch.utils.data.Sampler):
-    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) before each
-    epoch. Needs: stratified_batches."""
-
-    def __init__(self, labels, batch_size, *, seed=0, rank=0, world_size=1):
-        self.labels, self.batch_size, self.epoch = labels, batch_size, 0
-        self.options = {"seed": seed, "rank": rank, "world_size": world_size}
-        self.length = len(self.plan())
-
-    def plan(self):
-        return stratified_batches(self.labels, self.batch_size, epoch=self.epoch, **self.options)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        return (rows.tolist() for rows in self.plan())
-
-
-def sampler_report(batches, labels):
-    """What the planned batches of an epoch are made of, counted over all of them: the first few
-    cannot show the tail.
-
-    batches  a list of index arrays, as the functions above return it; labels (n,) of any values
-    returns  a dict
-        batches, rows             planned batches, and rows in them
-        class_counts              {class: its rows in the epoch}, 0 for a class that is never drawn
-        largest_share             of the commonest class in the epoch; largest_batch_share the same
-                                  in the worst batch
-        classes_min, classes_mean distinct classes per batch
-        single_class              batches of one class: nothing to contrast
-        repeats                   rows that stand in their batch a second time, summed over batches
-        never_drawn               rows of the set that are in no batch
-    Errors: ValueError for no batches, or an empty one
-    Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1,
-            repeats 1, never_drawn 0
-    """
-    batches = [np.asarray(rows) for rows in batches]
-    sizes = np.array([len(rows) for rows in batches])
-    if not sizes.all() or not len(sizes):
-        raise ValueError(f"{len(sizes)} batches, {(sizes == 0).sum()} of them empty: there is "
-                         "nothing to report on")
-    values, inverse = np.unique(np.asarray(labels), return_inverse=True)
-    counts = np.stack([np.bincount(inverse[rows], minlength=len(values)) for rows in batches])
-    classes, total = (counts > 0).sum(1), counts.sum(0)
-    return {"batches": len(batches), "rows": int(sizes.sum()),
-            "class_counts": dict(zip(values.tolist(), total.tolist())),
-            "largest_share": float(total.max() / total.sum()),
-            "largest_batch_share": float((counts.max(1) / sizes).max()),
-            "classes_min": int(classes.min()), "classes_mean": float(classes.mean()),
-            "single_class": int((classes == 1).sum()),
-            "repeats": int(sum(len(rows) - len(np.unique(rows)) for rows in batches)),
-            "never_drawn": len(inverse) - len(np.unique(np.concatenate(batches)))}
-
-
-# --------------------------------------------------------------------------------------------------
-# Files and cache: what was decoded once lies in .npy files, which are memory-mapped
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """A file to write to: under a temporary name beside path, moved there at the end.
-
-    A reader sees the old file or the new one, never a half; an error leaves the old one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_npy(path, dtype, row_shape, pieces):
-    """Write arrays, one below the other, as one .npy file; only one of them is in memory at a time.
-
-    It is written and not memory-mapped: a full disk is an OSError then, and otherwise a bus error,
-    which ends the process.
-
-    row_shape  shape of one row, () for numbers
-    pieces     iterable of arrays (k, *row_shape), of any lengths k
-    Check:     np.load gives the concatenated pieces, of the given type
-    Needs:     atomic_write
-    """
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
-    rows = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            file.write(np.ascontiguousarray(piece, dtype=dtype))
-            rows += len(piece)
-        file.seek(0)
-        # numpy leaves room for a larger number of rows: this header is as long as the first
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, *row_shape)})
-
-
-def map_npy(path):
-    """An .npy file, memory-mapped: a change of the array does not change the file."""
-    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
-
-
-def file_stamps(files, root):
-    """(name, size, time) of every file: a cache is kept as long as they stay the same."""
-    for file in files:
-        stat = file.stat()
-        yield str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
-
-
-def short_digest(parts):
-    """16 characters that tell one sequence of values from another."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode())
-    return digest.hexdigest()[:16]
-
-
-def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
-    """One uint8 tensor of this shape from load(start, stop), in pieces; with `cache` memory-mapped.
-
-    key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
-    Needs: map_npy, short_digest, write_npy
-    """
-    chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
-    if not cache:
-        images = torch.empty(shape, dtype=torch.uint8)
-        for rows in chunks:
-            images[rows] = load(rows.start, rows.stop)
-        return images
-    file = Path(cache) / f"{kind}-{short_digest([shape, *key])}.npy"
-    if file.exists():
-        try:
-            kept = map_npy(file)
-            if kept.dtype == np.uint8 and kept.shape == tuple(shape):
-                return torch.from_numpy(kept)
-            problem = f"{kept.dtype} {kept.shape}"
-        except (ValueError, OSError, EOFError) as error:
-            problem = error
-        warnings.warn(f"{file} cannot be read ({problem}): it is decoded again")
-    write_npy(file, np.uint8, shape[1:], (load(rows.start, rows.stop).numpy() for rows in chunks))
-    return torch.from_numpy(map_npy(file))
-
-
-def unpack_once(path, name, cache):
-    """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
-
-    Errors: ValueError for an array that is damaged or no plain numbers
-    Needs:  atomic_write, file_stamps, map_npy, short_digest
-    """
-    file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo(f"{name}.npy")
-            whole = file.exists() and file.stat().st_size == member.file_size
-            if file.exists() and not whole:
-                warnings.warn(f"{file} has not the size of {name!r} in {path}: unpacked again")
-            if not whole:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as packed, atomic_write(file) as unpacked:
-                    shutil.copyfileobj(packed, unpacked, 1 << 20)
-        return map_npy(file)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz of plain arrays: {name!r} is damaged or "
-                         f"holds objects ({error}): save it again with numpy.savez") from error
-
-
-# --------------------------------------------------------------------------------------------------
-# Eyes: one contiguous uint8 array, labels, groups, names
-
-
-def read_image(path):
-    """One image file as a uint8 array (h, w, 3). Needs Pillow; ValueError names a file that cannot
-    be read."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                # converted to RGB it would be clipped to white
-                raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable image ({error}): repair or remove it") from error
-
-
-def resize_uint8(images, size):
-    """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size), bilinear with
-    antialiasing, rounded."""
-    images = torch.from_numpy(np.ascontiguousarray(images))
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    if images.shape[2:] != tuple(size):
-        images = F.interpolate(images.float(), size=tuple(size), mode="bilinear",
-                               antialias=True).round().clamp(0, 255).byte()
-    return images.expand(-1, 3, -1, -1).contiguous()
-
-
-# --------------------------------------------------------------------------------------------------
-# Faces: one uint8 array of images, one of masks that hold a class id per pixel
-
-
-def swap_labels(masks, pairs):
-    """Masks with the two labels of every pair in each other's place; a label in no pair, such as
-    255, is kept.
-
-    masks   any shape, integers in [0, 255]
-    Errors: ValueError for a paired label outside [0, 255] or in two pairs
-    Check:  twice is the identity
-    """
-    labels = [label for pair in pairs for label in pair]
-    if len(set(labels)) < len(labels) or not all(0 <= label <= 255 for label in labels):
-        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], none of them twice")
-    becomes = torch.arange(256)
-    for left, right in pairs:
-        becomes[left], becomes[right] = right, left
-    return becomes.to(masks).index_select(0, masks.flatten().long()).view_as(masks)
-
-
-def soft_targets(masks, classes, *, ignore=255):
-    """Class ids (b, h, w) as probabilities (b, classes, h, w): 1 at the id, and 0 for every class
-    in an ignored pixel."""
-    kept = (masks != ignore).unsqueeze(1)
-    soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
-    return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~kept, 0), kept.float())
-
-
-# --------------------------------------------------------------------------------------------------
-# Augmentation: whole batches on the device they are on, every draw from a CPU generator, nothing in
-# place but turn_hue_
-
-
-def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
-    """Mirror each image left to right with probability p; its mask is mirrored too and left/right
-    labels change places.
-
-    A mirrored left eye is a right eye: without the swap, every paired class of a flipped image is
-    labelled wrong.
-
-    images  (B, ..., W) any dtype
-    masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as the ignore value
-            255, is kept
-    pairs   ((left, right), ...) labels that change places in a flipped mask
-    returns images, or (images, masks) if masks were given
-    Needs:  swap_labels
-    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or
-            in two pairs
-    Check:  p=1 twice is the identity, for images and masks
-    """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p {p} must be in [0, 1]: it is the probability that an image is flipped")
-    n = len(images)
-    # Row i of the doubled batch is image i, row n + i its mirror image.
-    pick = (torch.arange(n) + n * (torch.rand(n, generator=generator) < p)).to(images.device)
-    flipped = torch.cat([images, images.flip(-1)]).index_select(0, pick)
-    if masks is None:
-        return flipped
-    return flipped, torch.cat([masks, swap_labels(masks.flip(-1), pairs) if pairs
-                               else masks.flip(-1)]).index_select(0, pick)
-
-
-def photometric_distort(images, *, p=0.5, generator):
-    """Change brightness, contrast, saturation, hue and channel order of each image, each of the
-    five by its own draw.
-
-    One draw for all five would leave a share 1 - p of the images untouched; five leave (1 - p)^5,
-    which is 3 % at 0.5.
-
-    images  (B, 3, H, W) uint8 RGB
-    returns the same shape, uint8
-    Needs:  photometric_draw, photometric_apply, turn_hue_
-    Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first,
-            normalise afterwards.
-    Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's
-            v2.RandomPhotometricDistort
-    Check:  p=0 returns equal values
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"photometric_distort needs uint8 RGB (B, 3, H, W), got {images.dtype} "
-                         f"{tuple(images.shape)}: distort before you normalise, the limits are 0 "
-                         "and 255")
-    settings = photometric_draw(len(images), p=p, generator=generator)
-    # a CPU's cache holds some hundred small images
-    step = 256 if images.device.type == "cpu" else max(len(images), 1)
-    chunks = [slice(i, i + step) for i in range(0, max(len(images), 1), step)]
-    return torch.cat([photometric_apply(images[chunk],
-                                        **{name: value[chunk] for name, value in settings.items()})
-                      for chunk in chunks])
-
-
-def color_jitter(images, *, strength, generator):
-    """Multiply brightness, contrast and saturation of each image by its own U(1 - strength, 1 +
-    strength), in this order.
-
-    images  (B, 3, H, W) uint8 RGB  ->  the same
-    Needs:  photometric_apply, turn_hue_
-    Errors: ValueError for a strength outside [0, 1], for anything but uint8 RGB
-    Source: torchvision's ColorJitter(strength, strength, strength), there in random order
-    Check:  strength=0 returns equal values
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} must be in [0, 1]: a factor is at least 0")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"color_jitter needs uint8 RGB (B, 3, H, W), got {images.dtype} "
-                         f"{tuple(images.shape)}: jitter before you normalise")
-    n = len(images)
-    brightness, contrast, saturation = torch.empty(3, n).uniform_(1 - strength, 1 + strength,
-                                                                  generator=generator)
-    return photometric_apply(images, brightness=brightness, contrast_before=contrast,
-                             saturation=saturation, hue=torch.zeros(n),
-                             contrast_after=torch.ones(n), order=torch.arange(3).expand(n, 3))
-
-
-def photometric_draw(n, *, p, generator):
-    """Settings of n images, CPU tensors under the names photometric_apply gives them; what is not
-    drawn is neutral.
-
-    Each with probability p: brightness U(0.875, 1.125), contrast, saturation U(0.5, 1.5), hue
-    U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per image puts
-    contrast before saturation or after hue. """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five "
-                         "changes")
-
-    def draw(low, high, neutral):
-        value = torch.empty(n).uniform_(low, high, generator=generator)
-        return torch.where(torch.rand(n, generator=generator) < p, value, neutral)
-
-    brightness, contrast = draw(0.875, 1.125, 1.0), draw(0.5, 1.5, 1.0)
-    saturation, hue = draw(0.5, 1.5, 1.0), draw(-0.05, 0.05, 0.0)
-    before = torch.rand(n, generator=generator) < 0.5
-    order = torch.rand(n, 3, generator=generator).argsort(1)
-    order = torch.where(torch.rand(n, 1, generator=generator) < p, order, torch.arange(3))
-    return {"brightness": brightness, "contrast_before": torch.where(before, contrast, 1.0),
-            "saturation": saturation, "hue": hue,
-            "contrast_after": torch.where(before, 1.0, contrast), "order": order}
-
-
-def photometric_apply(images, *, brightness, contrast_before, saturation, hue, contrast_after,
-                      order):
-    """Distort uint8 RGB images by given settings: float32, every step clamped to [0, 255], rounded
-    once at the end.
-
-        brightness  f x                                 grey = 0.2989 R + 0.587 G + 0.114 B
-        contrast    f x + (1 - f) mean(grey)            before saturation, or after hue
-        saturation  f x + (1 - f) grey
-        hue         turned by this part of a full turn
-        order       channel c becomes what was channel order[c]
-
-    (torchvision truncates to uint8 after brightness, contrast and saturation, each time half a grey
-    level darker.) The dear steps are done where they were drawn: the images are sorted so that
-    saturation is one slice, and hue another.
-
-    images  (B, 3, H, W) uint8; settings (B,) floats and order (B, 3) integers, all of them on one
-            device, any
-    Needs:  turn_hue_
-    """
-    n, device = len(images), images.device
-    # 0 neither, 1 saturation, 2 both, 3 hue: each change is one slice
-    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))
-    rows = kind.argsort()
-    # where saturation begins, both begin, hue alone begins
-    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()
-    saturated, turned = slice(first, last), slice(both, n)
-    brightness, contrast_before, saturation, hue, contrast_after = (
-        setting[rows].to(device)[:, None, None]
-        for setting in (brightness,
-                        contrast_before,
-                        saturation, hue,
-                        contrast_after))
-
-    # changes x; torch.lerp is slower where `other` is one number per image
-    def blend(x, factor, other):
-        grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
-        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
-
-    channels = torch.arange(3, device=rows.device)[:, None]
-    # (3, B): all the reds in their new order, then the greens, then the blues
-    source = (3 * rows + channels).to(device)
-    x = images.flatten(0, 1).index_select(0, source.flatten()).view(3, *images[:, 0].shape).float()
-    x.mul_(brightness).clamp_(max=255)
-    # the grey of the means is the mean of the grey
-    blend(x, contrast_before, x.mean((2, 3), keepdim=True))
-    blend(x[:, saturated], saturation[saturated], x[:, saturated])
-    turn_hue_(x[:, turned], hue[turned])
-    blend(x, contrast_after, x.mean((2, 3), keepdim=True))
-    # float to uint8 in one go is several times slower on CPU
-    x = x.round_().to(torch.int16).to(torch.uint8)
-    # (B, 3): where the channels of each image are now
-    planes = (order * n + rows.argsort()[:, None]).to(device)
-    return x.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
-
-
-def turn_hue_(planes, turn):
-    """Turn the hue in place by a part of the full circle and keep value (max) and chroma (max -
-    min): RGB to HSV and back.
-
-    In sixths of the circle times the chroma, with red at 0, green at 2, blue at -2; without a
-    branch and without a division:
-
-        hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
-        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)
-        centre 0, 2, -2 for R, G, B
-
-    The last line is the trapezoid that a channel follows: chroma up to one sixth from its centre, 0
-    from two sixths on.
-
-    planes  (3, ...) float RGB of any scale
-    turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
-    Check:  red turned by 1/3 is green; grey stays grey
-    """
-    red, green, blue = planes
-    low = torch.minimum(torch.minimum(red, green), blue)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - low
-    hue = torch.copysign((green + blue).sub_(red).sub_(low).add_(chroma), green
-                         - blue).add_(6 * turn * chroma)
-    three, base = 3 * chroma, low - chroma
-    for channel, centre in zip(planes, (0, 2, -2)):
-        torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
-        torch.clamp(channel, low, high, out=channel)
-    return planes
-
-
-def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
-    """Contrast-limited adaptive histogram equalisation: each tile by itself, bilinear between.
-
-    A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in
-    contrast; the rest is spread over all bins. Grey images are bit-equal to OpenCV's
-    createCLAHE(clip_limit, (columns, rows)).apply(image). Colour images are equalised in the L of
-    8-bit Lab: bit-equal up to there, and after the way back to RGB at most one grey level off
-    OpenCV but for 1 value in 100,000 (see lab_to_rgb).
-
-    images      uint8, grey (H, W) or (B, H, W), or RGB (B, 3, H, W)
-    clip_limit  0 = no limit
-    grid        tiles as (rows, columns), where OpenCV's tileGridSize is (columns, rows)
-    returns the same shape, uint8
-    Needs:  clahe_axis, clahe_tables, rgb_to_lab, lab_to_rgb, lab_tables
-    Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite,
-            an empty grid.
-    Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
-    """
-    wrong = images.ndim not in (2, 3, 4) or 0 in images.shape[-2:]
-    wrong = wrong or images.ndim == 4 and images.shape[1] != 3
-    if images.dtype != torch.uint8 or wrong:
-        raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} "
-                         f"{tuple(images.shape)}: equalise before you normalise")
-    if not 0 <= clip_limit < float("inf") or min(grid) < 1:
-        raise ValueError(f"clip_limit {clip_limit} must be at least 0 (none) and finite, grid "
-                         f"{grid} at least (1, 1)")
-    if images.ndim == 4:
-        lab = rgb_to_lab(images)
-        lab[:, 0] = clahe(lab[:, 0], clip_limit=clip_limit, grid=grid)
-        return lab_to_rgb(lab)
-    (rows, columns), (height, width), device = grid, images.shape[-2:], images.device
-    levels = images.reshape(-1, height, width).long()
-    uneven = height % rows > 0 or width % columns > 0
-    y, row, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
-    x, column, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
-    tiles = (levels[:, y[:, None], x] if uneven
-             else levels).unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
-    tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
-    image = torch.arange(len(levels), device=device)[:, None, None]
-    # (2, 2, B, H, W): each pixel's new level in the tables of the four tiles about it, upper and
-    # lower, left and right
-    tile = (image * rows + row[:, None, None, :, None]) * columns + column[:, None, None]
-    found = tables.index_select(0, (256 * tile + levels).flatten()).view(4, *levels.shape)
-    upper_left, upper_right, lower_left, lower_right = found
-    upper = upper_left * (1 - across) + upper_right * across
-    lower = lower_left * (1 - across) + lower_right * across
-    down = down[:, None]
-    return (upper * (1 - down) + lower * down).round().to(torch.uint8).view_as(images)
-
-
-@functools.cache
-def clahe_axis(size, tiles, uneven):
-    """One side of an image for clahe: where its padded pixels come from, and between which two
-    tiles each pixel lies.
-
-    If any side is not a multiple of its tiles (uneven), OpenCV pads both: one that is grows by one
-    pixel per tile.
-
-    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; kept,
-    so not to be changed
-    Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge
-            (reflect-101)
-    """
-    padded = size + (tiles - size % tiles if uneven else 0)
-    period = 2 * (size - 1)
-    source = torch.arange(padded) % max(period, 1)
-    position = torch.arange(size, dtype=torch.float32) * (1 / (padded // tiles)) - 0.5
-    first = position.floor()
-    weight, first = position - first, first.long()
-    neighbours = torch.stack([first, first + 1]).clamp_(0, tiles - 1)
-    return torch.minimum(source, period - source), neighbours, weight
-
-
-def clahe_tables(tiles, clip_limit):
-    """The new level (n, 256) float32 of each old one: clipped cumulative histograms of n tiles (n,
-    pixels) int64."""
-    n, area = tiles.shape
-    bins = torch.arange(256, device=tiles.device)
-    tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
-    histogram = torch.bincount(tiles.flatten(), minlength=256 * n).view(n, 256)
-    if clip_limit > 0:
-        limit = max(int(clip_limit * area / 256), 1)
-        excess = (histogram - limit).clamp(min=0).sum(1, keepdim=True)
-        rest = excess % 256  # what an even share leaves over: one each to every step-th bin
-        step = (256 // rest.clamp(min=1)).clamp(min=1)
-        histogram = histogram.clamp(max=limit) + excess // 256 + (
-            (bins % step == 0) & (bins < step * rest))
-    return (histogram.cumsum(1).float() * (255 / area)).round()
-
-
-def rgb_to_lab(images):
-    """sRGB to 8-bit CIE Lab (D65), both uint8 (B, 3, H, W), in the fixed-point arithmetic of
-    OpenCV's COLOR_RGB2LAB.
-
-        L = 2.55 (116 f(Y) - 16)    a = 500 (f(X) - f(Y)) + 128    b = 200 (f(Y) - f(Z)) + 128    f:
-                                    cube root
-
-    Linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24 colours come out
-    as OpenCV's. The formulas in float miss L by 1 here and there, of which an equalised histogram
-    makes tens of grey levels.
-
-    Needs:  lab_tables
-    Check:  (255, 0, 0) becomes (136, 208, 195)
-    """
-    light, root, _ = (table.to(images.device) for table in lab_tables())
-    # faster than table[index] on CPU
-    look_up = lambda table, index: table.index_select(0, index.flatten()).view_as(index)
-    red, green, blue = look_up(light, images.int()).unbind(1)
-    # sRGB to XYZ, white at 2^12
-    x = look_up(root, (1777 * red + 1541 * green + 778 * blue + 2**11) >> 12)
-    y = look_up(root, (871 * red + 2929 * green + 296 * blue + 2**11) >> 12)
-    z = look_up(root, (73 * red + 448 * green + 3575 * blue + 2**11) >> 12)
-    lab = torch.stack([296 * y - 1336934, 500 * (x - y) + 2**22, 200 * (y - z) + 2**22], dim=1)
-    # 296 = 1.16 * 255, 1336934 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
-    return ((lab + 2**14) >> 15).to(torch.uint8)
-
-
-@functools.cache
-def lab_tables():
-    """What rgb_to_lab and lab_to_rgb look up, on the CPU, kept: linear light (256,) in 1/2040 of
-    the sRGB levels, f (3072,) in 1/2^15 of the light; and the matrix float (3, 3) from XYZ over the
-    white point to linear RGB."""
-    level = torch.arange(256, dtype=torch.float64) / 255
-    light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
-    share = torch.arange(3072, dtype=torch.float64) / 2040
-    root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
-    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169],
-                           [0.019334, 0.119193, 0.950227]])
-    to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True))
-    return (light * 2040).round().int(), (root.float() * 2**15).round().int(), to_rgb
-
-
-def lab_to_rgb(lab):
-    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): formulas in float32, clipped to the
-    sRGB gamut, rounded.
-
-    Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1,
-    0.001 % by 2 or 3.
-
-    Needs:  lab_tables
-    Check:  (136, 208, 195) becomes (255, 2, 1)
-    """
-    lightness, a, b = lab.transpose(0, 1).float().flatten(1)  # channels first: planes
-    y = (lightness / 2.55 + 16) / 116
-    f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200])
-    xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
-    to_rgb = lab_tables()[2].to(lab.device)
-    # in half precision a third of the values would be off
-    with torch.autocast(lab.device.type, enabled=False):
-        light = (to_rgb @ xyz).clamp_(0, 1)
-    rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    pixels = (255 * rgb).round().to(torch.uint8)
-    return pixels.unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()
-
-
-def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fill_mask=255):
-    """Turn each image about its centre by U(-degrees, degrees) and enlarge it by exp(U(-ln zoom, ln
-    zoom)); its mask likewise.
-
-    images  (B, C, H, W) uint8 or float
-    masks   (B, h, w) integers, of any size: they come out in the size of the images
-    returns images, or (images, masks) if masks were given, as `affine` makes them
-    Needs:  affine
-    Errors: ValueError for degrees outside [0, 180], zoom below 1
-    Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
-    """
-    if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
-        raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at "
-                         "least 1 (1 = off)")
-    angle, size = torch.empty(2, len(images)).uniform_(-1, 1, generator=generator)
-    return affine(images, angle * math.radians(degrees), (size * math.log(zoom)).exp(), masks=masks,
-                  fill_mask=fill_mask)
-
-
-def affine(images, angle, scale, *, masks=None, fill_mask=255):
-    """Turn and enlarge images about their centre; masks go through the same geometry with nearest
-    sampling.
-
-        source pixel of output pixel x = R(angle) x / scale, from the centre; a positive angle turns
-        counter-clockwise
-
-    What lies outside is the image mirrored at its edge, and fill_mask in a mask: mirrored pixels
-    are not graded.
-
-    images  (B, C, H, W) uint8 (rounded at the end) or float; bilinear
-    angle, scale (B,) in radians, and as a factor
-    masks   (B, h, w) integers of any size: sampled once, straight into the size of the images
-    returns images, or (images, masks) if masks were given
-    Check:  angle pi / 2 on a square is torch.rot90
-    """
-    height, width = images.shape[2:]
-    if not len(images):
-        return images if masks is None else (images, masks.new_empty((0, height, width)))
-    c, s = ((each / scale).float().to(images.device)[:, None, None]
-            for each in (angle.cos(), angle.sin()))
-    y, x = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
-    # (B, H, W), pixels from the centre
-    source_x, source_y = c * x - s * y[:, None], s * x + c * y[:, None]
-    grid = torch.stack([source_x * (2 / width), source_y * (2 / height)], -1)
-    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection",
-                           align_corners=False)
-    if not images.is_floating_point():
-        turned = turned.round_().to(torch.int32)
-    turned = turned.to(images.dtype)
-    if masks is None:
-        return turned
-    rows, columns = masks.shape[1:]
-    column = ((source_x + width / 2) * (columns / width)).floor().long()
-    row = ((source_y + height / 2) * (rows / height)).floor().long()
-    outside = (column < 0) | (column >= columns) | (row < 0) | (row >= rows)
-    source = (row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)).flatten(1)
-    masks = masks.flatten(1).gather(1, source).view_as(outside)
-    return turned, masks.masked_fill(outside, fill_mask)
-
-
-def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
-    """Move each image by up to `padding` pixels down or up and right or left: pad, then crop to the
-    old size.
-
-    What comes in at the edge is the image mirrored (reflect-101), not the zeros of the CIFAR
-    recipe: a black bar is an edge that no photograph has. A mask gets `fill_mask` there: mirrored
-    pixels are not graded.
-
-    images  (B, C, H, W) any dtype
-    masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
-    returns images, or (images, masks) if masks were given
-    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to
-            mirror.
-    Check:  padding=0 is the identity
-    """
-    n, channels, height, width = images.shape
-    if not 0 <= padding < min(height, width):
-        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side, "
-                         f"{min(height, width)}")
-    down, right = torch.randint(-padding, padding + 1, (2, n, 1),
-                                generator=generator).to(images.device)
-    y = torch.arange(height, device=images.device) - down
-    x = torch.arange(width, device=images.device) - right
-    mirror = lambda index, size: size - 1 - (size - 1 - index.abs()).abs()
-    source = (mirror(y, height)[:, :, None] * width + mirror(x, width)[:, None, :]).flatten(1)
-    cropped = images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
-    if masks is None:
-        return cropped
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    masks = masks.flatten(1).gather(1, source).view_as(masks)
-    return cropped, masks.masked_fill(~inside, fill_mask)
-
-
-def mixup(inputs, targets, *, alpha, generator):
-    """Blend each sample with another one and its target with the same weight; one weight per batch,
-    Beta(alpha, alpha).
-
-        x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j        j: a permutation
-        of the batch
-
-    The target is mixed for every lam: to keep the first label would call an i what is nine tenths
-    j.
-
-    inputs  (B, ...) float
-    targets (B,), (B, C) or (B, C, H, W) float: probabilities or values, no class indices
-    returns mixed inputs, mixed targets; the arguments themselves for alpha = 0 (off)
-    Errors: ValueError for alpha below 0 or not finite, integer inputs or targets.
-    Source: Zhang et al. 2018, arXiv:1710.09412
-    """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
-    if not (inputs.is_floating_point() and targets.is_floating_point()):
-        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and "
-                         f"{targets.dtype}: pass inputs.float(), and for class indices "
-                         "F.one_hot(targets).float()")
-    if alpha == 0:
-        return inputs, targets
-    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
-    lam = np.random.default_rng(seed).beta(alpha, alpha)
-    other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-    return lam * inputs + (1 - lam) * inputs[other], lam * targets + (1 - lam) * targets[other]
-
-
-def cutmix(inputs, targets, *, alpha, generator):
-    """Paste a box of another sample into each one and mix the targets by the share of pixels that
-    each really has.
-
-    One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, its centre
-    anywhere, cut off where it hangs over the edge. lam is counted after that, in whole pixels:
-
-        lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j        j: a
-        permutation of the batch
-
-    inputs  (B, C, H, W) any dtype
-    targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the
-    box is pasted as well returns inputs, targets; the arguments themselves for alpha = 0 (off)
-    Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
-    Source: Yun et al. 2019, arXiv:1905.04899
-    """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
-    height, width = inputs.shape[-2:]
-    is_mask = targets.ndim > 2
-    fits = targets.shape[-2:] == (height, width) if is_mask else targets.is_floating_point()
-    if not fits:
-        raise ValueError("cutmix needs float targets (B,) or (B, C), or masks of "
-                         f"{height}x{width}, got {targets.dtype} {tuple(targets.shape)}: for "
-                         "class indices pass F.one_hot(targets).float()")
-    if alpha == 0:
-        return inputs, targets
-    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
-    rng = np.random.default_rng(seed)
-    side = (1 - rng.beta(alpha, alpha)) ** 0.5
-    box_height, box_width = round(side * height), round(side * width)
-    y, x = int(rng.integers(height)) - box_height // 2, int(rng.integers(width)) - box_width // 2
-    top, bottom = max(y, 0), min(y + box_height, height)
-    left, right = max(x, 0), min(x + box_width, width)
-    box = (..., slice(top, bottom), slice(left, right))
-    other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-    mixed = inputs.clone()
-    mixed[box] = inputs[box][other]
-    if is_mask:
-        targets = targets.clone()
-        targets[box] = targets[box][other]
-        return mixed, targets
-    lam = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, lam * targets + (1 - lam) * targets[other]
-
-
-# --------------------------------------------------------------------------------------------------
-# Breathing and heart rate: recordings, windows, labels
-
-
-def standardise(windows):
-    """Each window by itself to mean 0 and sd 1; a flat one becomes 0. The scale of a PPG says
-    nothing: it is set per recording.
-
-    windows (..., t) float tensor
-    Check:  standardise(4 * x + 1) equals standardise(x)
-    """
-    windows = windows - windows[..., :1]  # so that a flat window is exactly 0, whatever its level
-    windows = windows - windows.mean(-1, keepdim=True)
-    sd = windows.square().mean(-1, keepdim=True).sqrt()
-    return windows / torch.where(sd > 0, sd, 1)
-
-
-def reduce_rate(windows, factor):
-    """Windows (..., t) at a `factor`-th of their rate: the mean of each `factor` samples, a rest at
-    the end is dropped.
-
-    The mean is the low-pass. By 4, from 125 to 31.25 Hz, it keeps 99 % of an amplitude at 2 Hz and
-    95 % at 5.5 Hz, and what would come back as 2 Hz (29.25 Hz, where a PPG holds nothing) is left
-    with 7 %. """
-    return windows[..., : windows.shape[-1] // factor * factor].unflatten(-1, (-1, factor)).mean(-1)
-
-
-def hann_power(x, rate_hz, frequencies):
-    """Power of signals at any frequencies, under a Hann window: |sum_t hann(t) x(t) exp(-2 pi i f
-    t)|^2.
-
-    x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
-    """
-    t = x.shape[-1]
-    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * frequencies
-    x = x * torch.hann_window(t, periodic=False, dtype=x.dtype, device=x.device)
-    return (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
-
-
-def spectral_rate(windows, rate_hz, band):
-    """The classical estimate: where in the band the spectrum of a window is highest, per minute.
-
-        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2    on a grid of 1 / (4 T), between its
-        points a parabola in log power
-
-    For hr the pulse itself; for rr the wander of the baseline with breathing.
-
-    windows (n, t) float tensor of any scale; rate_hz samples per second; band (low, high) in Hz, as
-    in RATE_BANDS returns (n,) inside the band; NaN for a flat window
-    Errors: ValueError for a band that is empty, or not between 0 and half the rate.
-    Check:  a sine of 0.3 Hz gives 18.0
-    Needs:  standardise, hann_power
-    """
-    low, high = band
-    if not 0 < low < high <= rate_hz / 2:
-        raise ValueError(f"band {low:g} to {high:g} Hz must lie in order between 0 and half the "
-                         f"rate, {rate_hz / 2:g} Hz")
-    t = windows.shape[-1]
-    step = rate_hz / t / 4
-    grid = low + step * torch.arange(-1, round((high - low) / step) + 2, dtype=torch.float64)
-    x = standardise(windows)
-    power = hann_power(x, rate_hz, grid)
-    peak = power[:, 1:-1].argmax(1, keepdim=True) + 1
-    left, top, right = (power.log().gather(1, peak + k)[:, 0] for k in (-1, 0, 1))
-    offset = ((left - right) / (2 * (left - 2 * top + right))).clamp(-0.5, 0.5)
-    return (60 * (grid.to(x)[peak[:, 0]] + step * offset)).clamp(60 * low, 60 * high)
-
-
-def respiratory_signals(windows, rate_hz):
-    """The three ways in which breathing shows in a PPG, each as a signal over time.
-
-        baseline   x, the window itself: breathing moves its level
-        amplitude  |z|, the height of the pulse: breathing changes the stroke volume
-        frequency  the turn of arg z from sample to sample, over 1 s: the pulse quickens as one
-                   breathes in
-
-    with z the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest
-    frequency f0 of the hr band. The turn is the angle of the mean of z(t + 1) conj z(t): weighted
-    by the height of the pulse, so that the phase, which means nothing where the pulse fades, does
-    not spike there.
-
-    windows (n, t) float tensor of any scale, rate_hz samples per second -> (n, 3, t), each signal
-    of mean 0 and sd 1 A flat window gives zeros.
-    Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
-            amplitude and frequency modulation)
-    Needs:  RATE_BANDS, standardise, spectral_rate
-    """
-    x = standardise(windows)
-    pulse_hz = torch.nan_to_num(spectral_rate(x, rate_hz, RATE_BANDS["hr"]) / 60, nan=1.0)[:, None]
-    frequency = torch.fft.fftfreq(x.shape[-1], 1 / rate_hz).to(x)
-    in_band = (frequency - pulse_hz).abs() <= 0.65
-    z = torch.fft.ifft(2 * torch.fft.fft(x) * in_band)
-    turn = torch.view_as_real(z[:, 1:] * z[:, :-1].conj()).transpose(1, 2)
-    second = 2 * round(rate_hz / 2) + 1  # odd, so that the mean is centred
-    turn = F.avg_pool1d(F.pad(turn, (0, 1), mode="replicate"), second, stride=1,
-                        padding=second // 2, count_include_pad=False)
-    turn = torch.atan2(turn[:, 1], turn[:, 0])
-    return standardise(torch.stack([x, z.abs(), turn], 1))
-
-
-def band_spectrum(signals, rate_hz, band, bins):
-    """Where in a band the power of a signal lies: its log spectrum, free of phase and scale.
-
-        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2        result: log(power / mean power of
-        the band + 0.001)
-
-    x is the signal without its mean and its straight-line trend, whose leakage would fill the low
-    end of the band.
-
-    signals (..., t) float tensor; rate_hz samples per second; band (low, high) in Hz; bins:
-    frequencies, both ends among them returns (..., bins); log 0.001 everywhere for a flat signal
-    Errors: ValueError for a band that is not between 0 and half the rate, or for fewer than 2 bins.
-    Check:  a sine is largest at its own frequency
-    Needs:  standardise, hann_power
-    """
-    low, high = band
-    if not 0 <= low < high <= rate_hz / 2 or bins < 2:
-        raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 "
-                         f"and half the rate, {rate_hz / 2:g} Hz, with at least 2 bins")
-    t = signals.shape[-1]
-    x, line = standardise(signals), torch.linspace(-1, 1, t).to(signals)
-    x = x - (x @ line)[..., None] / line.square().sum() * line
-    power = hann_power(x, rate_hz, torch.linspace(low, high, bins, dtype=torch.float64))
-    mean = power.mean(-1, keepdim=True)
-    return (power / torch.where(mean > 0, mean, 1) + 1e-3).log()
-
-
-def time_stretch(windows, labels, *, limit, generator):
-    """Play each window faster or slower, and scale its rate with it: the augmentation that makes an
-    estimator of a rate.
-
-        x'(t) = x(centre + s (t - centre)),  label' = s * label        log s uniform in [-log limit,
-        log limit]
-
-    Linear between samples; what a faster window lacks at its ends is mirrored. The label of a
-    slowed window is still the mean of the whole of it, though only its middle is left.
-
-    windows   (b, t) float tensor; labels (b,) rates, in any unit that is proportional to frequency
-              (not yet z-scored)
-    limit     >= 1; 1 is off
-    generator a CPU torch.Generator; nothing is changed in place
-    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror
-            image).
-    Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
-    Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
-    """
-    if not 1 <= limit < 2:
-        raise ValueError(f"limit {limit:g} must be at least 1 (off) and below 2")
-    b, t = windows.shape
-    factor = torch.exp((2 * torch.rand(b, generator=generator) - 1) * math.log(limit)).to(windows)
-    centre = (t - 1) / 2
-    place = (torch.arange(t).to(windows) - centre) * factor[:, None] + centre
-    place = (t - 1) - ((t - 1) - place.abs()).abs()  # mirrored at 0 and at t - 1
-    left = place.floor().long().clamp(0, t - 2)
-    ahead = windows.gather(1, left + 1)
-    behind = windows.gather(1, left)
-    return behind + (place - left) * (ahead - behind), labels * factor.to(labels.device)
+# Labels
 
 
 class LabelScaler:
-    """Labels to mean 0 and sd 1 and back, with the mean and the sd of the training labels, in
-    float64.
+    """Labels to mean 0 and sd 1 and back, by the mean and sd of the training labels, in float64.
 
-        transform(labels) = (labels - mean) / scale        inverse(predictions) = predictions *
-        scale + mean
+        transform(labels) = (labels - mean) / scale
+        inverse(predictions) = predictions * scale + mean
 
-    Fit it on training rows only, save it with the weights, and score in the unit of the labels,
-    after inverse: an error in that unit cannot be had from the loss. Constant labels have scale 1.
+    Fit it on training rows only and save it with the weights. Score after inverse, in the unit of
+    the labels: an error in that unit cannot be read from the loss. Constant labels have scale 1.
     Arrays and tensors keep their kind, device and type.
 
     Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was
@@ -1195,21 +86,1157 @@ class LabelScaler:
 
 
 # --------------------------------------------------------------------------------------------------
-# Modalities: several arrays, one row of each per sample, and labels
+# Splits and order
+
+
+def split_by_group(groups, shares, *, seed):
+    """Split rows so that no group is on two sides.
+
+    The groups are shuffled, and their row counts are cut at the shares. A group goes to the split
+    in which the middle of its rows falls, so a share is met to within half a group. Without groups
+    pass `np.arange(n)`: every row is a group of its own, and leakage cannot be excluded.
+
+    groups  (n,) any sortable values: one person, patient or face each
+    shares  one number per split, each >= 0, sum 1; a share of 0 gives an empty split
+    returns one sorted int64 index array per share
+    Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
+    Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
+    """
+    shares = np.asarray(shares, dtype=np.float64)
+    if not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(f"shares {shares.tolist()} must be at least 0 and add up to 1")
+    _, group_of_row, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    middle = np.empty(len(counts))
+    middle[order] = np.cumsum(counts[order]) - counts[order] / 2
+    cuts = np.cumsum(shares)[:-1] * len(group_of_row)
+    split_of_group = np.searchsorted(cuts, middle, side="right")
+    splits = [np.flatnonzero(split_of_group[group_of_row] == k) for k in range(len(shares))]
+    for k, rows in enumerate(splits):
+        if shares[k] > 0 and len(rows) == 0:
+            raise ValueError(f"split {k} with a share of {shares[k]:g} got none of the "
+                             f"{len(counts)} groups: raise its share, change the seed, or give "
+                             "groups that are smaller")
+    return splits
+
+
+def check_batch_size(n, batch_size, world_size):
+    """Refuse a batch size below 1 and fewer rows than ranks; warn of an epoch of one short batch.
+    """
+    if batch_size < 1 or n < world_size:
+        raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
+                         f"per rank ({world_size})")
+    if n < batch_size * world_size:
+        warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
+                      "batch an epoch")
+
+
+def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
+    """Class-balanced batches: classes take turns, each gives its rows from a shuffled queue.
+
+        slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
+
+    Every batch holds batch_size // k rows of each of the k classes; the classes share the rest in
+    turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat, frequent
+    ones are not used up (over the epochs all of their rows are). A queue is shuffled again when it
+    runs out: every row of a class is used before one repeats, and a row repeats within a batch only
+    if its class is smaller than its quota there. The batches of `world_size` ranks are the slices
+    of one global draw. Balanced batches and class weights both correct the imbalance: use one.
+
+    labels  (n,) integers, any values
+    returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
+            n // world_size, and a warning)
+    Errors: ValueError for n < world_size or batch_size < 1.
+    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of each class, see the top of this file
+    Needs:  check_batch_size
+    """
+    labels = np.asarray(labels)
+    n = len(labels)
+    check_batch_size(n, batch_size, world_size)
+    batch_size = min(batch_size, n // world_size)
+    global_batch = batch_size * world_size
+    num_batches = -(-n // global_batch)
+    rng = np.random.default_rng([seed, epoch])
+    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
+        # of 16 bits, numpy's stable sort is a radix sort: five times faster
+        labels = labels.astype(np.uint16)
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+    k = len(rows_by_class)
+    plan = np.empty(num_batches * global_batch, dtype=np.int64)
+    for c, rows in enumerate(rows_by_class):
+        queue = plan[c::k]  # a view: slot s of the plan is place s // k of its class's queue
+        filled = 0
+        while filled < len(queue):
+            again = rng.permutation(rows)
+            # The batch that is now half filled must not see a row twice: rows that it already
+            # holds, from place `first` of the queue on, go to the end.
+            batch_start = (c + filled * k) // global_batch * global_batch
+            first = max(-((c - batch_start) // k), 0)
+            if first < filled:
+                # enough, even if all that the batch holds is among them
+                again = again[: len(queue) - first]
+                repeated = np.isin(again, queue[first:filled])
+                again = np.concatenate([again[~repeated], again[repeated]])
+            again = again[: len(queue) - filled]
+            queue[filled : filled + len(again)] = again
+            filled += len(again)
+    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
+
+
+def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
+    """Every row once per epoch, in an order that (seed, epoch) fixes.
+
+    Each global batch is dealt to the ranks in turn, so ranks are disjoint and equal in length. Of n
+    rows, n % world_size are left out, others in the next epoch. The last batch may be smaller.
+
+    returns a list of ceil(n // world_size / batch_size) int64 index arrays
+    Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch.
+    Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
+    Needs:  check_batch_size
+    """
+    check_batch_size(n, batch_size, world_size)
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    mine = order[: n - n % world_size][rank::world_size]
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, pool=16):
+    """Every row once per epoch as in shuffled_batches, in batches of similar length.
+
+    Less padding is needed. Rows are shuffled and cut into pools of `pool` batches. Each pool is
+    sorted by length (ties stay shuffled) and cut into batches, and the full batches are shuffled.
+    Rows still meet others in every epoch, since a pool is small against the set. A last, smaller
+    batch is cut off before the sorting: it holds rows of any length, and comes last.
+
+    lengths  (n,) numbers, such as the sets of a stay
+    pool     batches that are sorted together: 1 sorts nothing, n and more sorts the whole epoch
+    returns  a list of int64 index arrays, as many as shuffled_batches; a global batch is dealt to
+             the ranks in turn
+    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1. Warns when n is smaller than
+            a batch.
+    Check:  with PhysioNet 2012 set a in batches of 32, padding makes 1.08 of 1 set; 1.76 in
+            shuffled_batches
+    Needs:  check_batch_size
+    """
+    lengths = np.asarray(lengths)
+    n, global_batch = len(lengths), batch_size * world_size
+    check_batch_size(n, batch_size, world_size)
+    if pool < 1:
+        raise ValueError(f"pool {pool} must be at least 1 batch (1: no sorting, 16 is common)")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)[: n - n % world_size]
+    full = len(order) // global_batch
+    body, rest = np.split(order, [full * global_batch])
+    width = pool * global_batch
+    pools = [body[start : start + width] for start in range(0, len(body), width)]
+    ordered = [rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]
+    batches = np.concatenate([body[:0], *ordered]).reshape(full, global_batch)
+    batches = batches[rng.permutation(full)]
+    return [rows[rank::world_size] for rows in (*batches, rest) if len(rows)]
+
+
+class PlannedBatchSampler(torch.utils.data.Sampler):
+    """A plan of batches as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch.
+
+    plan    a function of the keyword `epoch` that returns a list of index arrays
+    """
+
+    def __init__(self, plan):
+        self.plan, self.epoch = plan, 0
+        self.length = len(plan(epoch=0))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return (rows.tolist() for rows in self.plan(epoch=self.epoch))
+
+
+class StratifiedBatchSampler(PlannedBatchSampler):
+    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) each epoch.
+
+    Needs: PlannedBatchSampler, check_batch_size, stratified_batches
+    """
+
+    def __init__(self, labels, batch_size, *, seed=0, rank=0, world_size=1):
+        super().__init__(functools.partial(stratified_batches, labels, batch_size, seed=seed,
+                                           rank=rank, world_size=world_size))
+
+
+class ShuffledBatchSampler(PlannedBatchSampler):
+    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) each epoch.
+
+    Needs: PlannedBatchSampler, check_batch_size, shuffled_batches
+    """
+
+    def __init__(self, n, batch_size, *, seed=0, rank=0, world_size=1):
+        super().__init__(functools.partial(shuffled_batches, n, batch_size, seed=seed,
+                                           rank=rank, world_size=world_size))
+
+
+def sampler_report(batches, labels):
+    """Counts over all planned batches of an epoch: the first few cannot show the tail.
+
+    batches  a list of index arrays, as the functions above return it; labels (n,) of any values
+    returns  a dict
+        batches, rows             planned batches, and rows in them
+        class_counts              {class: its rows in the epoch}, 0 for a class that is never drawn
+        largest_share             of the commonest class in the epoch
+        largest_batch_share       the same in the worst batch
+        classes_min, classes_mean distinct classes per batch
+        single_class              batches of one class: nothing to contrast
+        repeats                   second and later uses of a row in its batch, over all batches
+        never_drawn               rows of the set that are in no batch
+    Errors: ValueError for no batches, or an empty one
+    Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1,
+            repeats 1, never_drawn 0
+    """
+    batches = [np.asarray(rows) for rows in batches]
+    sizes = np.array([len(rows) for rows in batches])
+    if not sizes.all() or not len(sizes):
+        raise ValueError(f"{len(sizes)} batches, {(sizes == 0).sum()} of them empty: there is "
+                         "nothing to report on")
+    values, inverse = np.unique(np.asarray(labels), return_inverse=True)
+    counts = np.stack([np.bincount(inverse[rows], minlength=len(values)) for rows in batches])
+    classes, total = (counts > 0).sum(1), counts.sum(0)
+    repeats = sum(len(rows) - len(np.unique(rows)) for rows in batches)
+    drawn = np.unique(np.concatenate(batches))
+    return {
+        "batches": len(batches),
+        "rows": int(sizes.sum()),
+        "class_counts": dict(zip(values.tolist(), total.tolist())),
+        "largest_share": float(total.max() / total.sum()),
+        "largest_batch_share": float((counts.max(1) / sizes).max()),
+        "classes_min": int(classes.min()),
+        "classes_mean": float(classes.mean()),
+        "single_class": int((classes == 1).sum()),
+        "repeats": int(repeats),
+        "never_drawn": len(inverse) - len(drawn),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: written whole or not at all; decoded once into .npy files, which are memory-mapped
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a file under a temporary name beside path, and move it there at the end.
+
+    A reader sees the old file or the new one, never a half. On an error the old one stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, header, rows):
+    """A table of rows under a header, written whole or not at all. Needs: atomic_write"""
+    with atomic_write(path, "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def encode_png(pixels, palette=None):
+    """The bytes of an 8-bit PNG: grey, RGB, or class ids with a palette of colours.
+
+    pixels  uint8 array (h, w), or (h, w, 3) for RGB
+    palette uint8 (k, 3), with (h, w) ids below k: the file holds the ids themselves, and every
+            viewer shows their colours
+    Errors: ValueError for other shapes, types or ids
+    Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT,
+            IEND; filter 0 on every row
+    """
+    pixels = np.ascontiguousarray(pixels)
+    grey = pixels.ndim == 2
+    rgb = pixels.ndim == 3 and pixels.shape[2] == 3 and palette is None
+    if pixels.dtype != np.uint8 or not (grey or rgb):
+        raise ValueError("a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from "
+                         f"(h, w); got {pixels.dtype} {pixels.shape}")
+    if palette is not None and pixels.max() >= len(palette):
+        raise ValueError(f"id {pixels.max()} has no colour: the palette has {len(palette)}")
+    height, width = pixels.shape[:2]
+    colour_type = 2 if rgb else 0 if palette is None else 3
+    # filter type 0 before each row
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
+    if palette is not None:
+        chunks.append((b"PLTE", np.asarray(palette, dtype=np.uint8).tobytes()))
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        checksum = zlib.crc32(name + body)
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+    return content
+
+
+def write_npy(path, dtype, row_shape, pieces):
+    """Write arrays, one below the other, as one .npy file; only one of them is in memory at a time.
+
+    It is written, not memory-mapped: a full disk is an OSError here. In a memory map it would be a
+    bus error, which ends the process.
+
+    row_shape  shape of one row, () for numbers
+    pieces     iterable of arrays (k, *row_shape), of any lengths k
+    Check:     np.load gives the concatenated pieces, of the given type
+    Needs:     atomic_write
+    """
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
+    rows = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype=dtype))
+            rows += len(piece)
+        file.seek(0)
+        # numpy leaves room for a larger number of rows: this header is as long as the first
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, *row_shape)})
+
+
+def map_npy(path):
+    """An .npy file, memory-mapped: a change of the array does not change the file."""
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
+
+
+def file_stamps(files, root):
+    """(name, size, time) of every file: a cache is kept as long as they stay the same."""
+    for file in files:
+        stat = file.stat()
+        yield str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns
+
+
+def short_digest(parts):
+    """16 characters that tell one sequence of values from another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
+    """One uint8 tensor of this shape from load(start, stop), memory-mapped if there is a `cache`.
+
+    load   decodes rows start to stop, at most `chunk` of them
+    key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
+    Needs: atomic_write, map_npy, short_digest, write_npy
+    """
+    chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
+    if not cache:
+        images = torch.empty(shape, dtype=torch.uint8)
+        for rows in chunks:
+            images[rows] = load(rows.start, rows.stop)
+        return images
+    file = Path(cache) / f"{kind}-{short_digest([shape, *key])}.npy"
+    if file.exists():
+        try:
+            cached = map_npy(file)
+            if cached.dtype == np.uint8 and cached.shape == tuple(shape):
+                return torch.from_numpy(cached)
+            problem = f"{cached.dtype} {cached.shape}"
+        except (ValueError, OSError, EOFError) as error:
+            problem = error
+        warnings.warn(f"{file} cannot be read ({problem}): it is decoded again")
+    write_npy(file, np.uint8, shape[1:], (load(rows.start, rows.stop).numpy() for rows in chunks))
+    return torch.from_numpy(map_npy(file))
+
+
+def unpack_once(path, name, cache):
+    """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
+
+    Errors: ValueError for an array that is damaged or no plain numbers
+    Needs:  atomic_write, file_stamps, map_npy, short_digest
+    """
+    file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            whole = file.exists() and file.stat().st_size == member.file_size
+            if file.exists() and not whole:
+                warnings.warn(f"{file} has not the size of {name!r} in {path}: unpacked again")
+            if not whole:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, atomic_write(file) as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+        return map_npy(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays: {name!r} is damaged or "
+                         f"holds objects ({error}): save it again with numpy.savez") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def read_image(path):
+    """One image file as a uint8 array (h, w, 3), by Pillow.
+
+    Errors: ValueError for a file that cannot be read or has more than 8 bits per channel;
+            ImportError with the command that installs Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # converted to RGB it would be clipped to white
+                raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not a readable image ({error}): repair or remove it") from error
+
+
+def resize_uint8(images, size):
+    """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size).
+
+    Bilinear with antialiasing, rounded; images that have the size are not changed.
+    """
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    if images.shape[2:] != tuple(size):
+        images = F.interpolate(images.float(), size=tuple(size), mode="bilinear",
+                               antialias=True).round().clamp(0, 255).byte()
+    return images.expand(-1, 3, -1, -1).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation: whole batches on their device; draws from a CPU generator; only turn_hue_ in place
+
+
+def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
+    """Mirror each image left to right with probability p, its mask with it.
+
+    A mirrored left eye is a right eye: in a flipped mask the labels of each pair change places.
+    Without that, every paired class of a flipped image is labelled wrong.
+
+    images  (B, ..., W) any dtype
+    masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as 255, stays
+    pairs   ((left, right), ...) labels
+    returns images, or (images, masks) if masks were given
+    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or
+            in two pairs
+    Check:  p=1 twice is the identity, for images and masks
+    Needs:  swap_labels
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p {p} must be in [0, 1]: it is the probability that an image is flipped")
+    n = len(images)
+    # row i of the doubled batch is image i, row n + i its mirror image
+    pick = (torch.arange(n) + n * (torch.rand(n, generator=generator) < p)).to(images.device)
+    flipped = torch.cat([images, images.flip(-1)]).index_select(0, pick)
+    if masks is None:
+        return flipped
+    mirrored = masks.flip(-1)
+    if pairs:
+        mirrored = swap_labels(mirrored, pairs)
+    return flipped, torch.cat([masks, mirrored]).index_select(0, pick)
+
+
+def swap_labels(masks, pairs):
+    """Masks in which the two labels of every pair have changed places.
+
+    A label in no pair, such as 255, stays.
+
+    masks   any shape, integers in [0, 255]
+    Errors: ValueError for a paired label outside [0, 255] or in two pairs
+    Check:  twice is the identity
+    """
+    labels = [label for pair in pairs for label in pair]
+    if len(set(labels)) < len(labels) or not all(0 <= label <= 255 for label in labels):
+        raise ValueError(f"pairs {pairs} must hold labels in [0, 255], none of them twice")
+    becomes = torch.arange(256)
+    for left, right in pairs:
+        becomes[left], becomes[right] = right, left
+    return becomes.to(masks).index_select(0, masks.flatten().long()).view_as(masks)
+
+
+def soft_targets(masks, classes, *, ignore=255):
+    """Class ids (b, h, w) as probabilities (b, classes, h, w); an ignored pixel is 0 throughout."""
+    valid = (masks != ignore).unsqueeze(1)
+    soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
+    return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~valid, 0), valid.float())
+
+
+def photometric_distort(images, *, p=0.5, generator):
+    """Change brightness, contrast, saturation, hue and channel order of each image.
+
+    Each of the five has its own draw. One draw for all would leave a share 1 - p of the images
+    untouched; five leave (1 - p)^5, which is 3 % at 0.5.
+
+    images  (B, 3, H, W) uint8 RGB
+    returns the same shape, uint8
+    Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first,
+            normalise afterwards.
+    Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's
+            v2.RandomPhotometricDistort
+    Check:  p=0 returns equal values
+    Needs:  check_rgb_uint8, photometric_draw, photometric_apply, turn_hue_
+    """
+    check_rgb_uint8(images, "photometric_distort", "distort")
+    n = len(images)
+    settings = photometric_draw(n, p=p, generator=generator)
+    # a CPU's cache holds some hundred small images
+    step = 256 if images.device.type == "cpu" else max(n, 1)
+    distorted = []
+    for start in range(0, max(n, 1), step):
+        chunk = slice(start, start + step)
+        chosen = {name: value[chunk] for name, value in settings.items()}
+        distorted.append(photometric_apply(images[chunk], **chosen))
+    return torch.cat(distorted)
+
+
+def color_jitter(images, *, strength, generator):
+    """Multiply brightness, contrast and saturation of each image by its own random factors.
+
+        factor ~ U(1 - strength, 1 + strength), drawn for each of the three, in this order
+
+    images  (B, 3, H, W) uint8 RGB  ->  the same
+    Errors: ValueError for a strength outside [0, 1], for anything but uint8 RGB
+    Source: torchvision's ColorJitter(strength, strength, strength), there in random order
+    Check:  strength=0 returns equal values
+    Needs:  check_rgb_uint8, photometric_apply, turn_hue_
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength} must be in [0, 1]: a factor is at least 0")
+    check_rgb_uint8(images, "color_jitter", "jitter")
+    n = len(images)
+    factors = torch.empty(3, n).uniform_(1 - strength, 1 + strength, generator=generator)
+    brightness, contrast, saturation = factors
+    return photometric_apply(images, brightness=brightness, contrast_before=contrast,
+                             saturation=saturation, hue=torch.zeros(n),
+                             contrast_after=torch.ones(n), order=torch.arange(3).expand(n, 3))
+
+
+def check_rgb_uint8(images, who, remedy):
+    """Refuse anything but uint8 RGB (B, 3, H, W): colour changes clamp at 0 and 255."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"{who} needs uint8 RGB (B, 3, H, W), got {images.dtype} "
+                         f"{tuple(images.shape)}: {remedy} before you normalise, the limits are 0 "
+                         "and 255")
+
+
+def photometric_draw(n, *, p, generator):
+    """Random settings of n images for photometric_apply: CPU tensors under its argument names.
+
+    Each with probability p, else neutral: brightness U(0.875, 1.125), contrast and saturation
+    U(0.5, 1.5), hue U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per
+    image puts contrast before saturation or after hue.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five "
+                         "changes")
+
+    def draw(low, high, neutral):
+        value = torch.empty(n).uniform_(low, high, generator=generator)
+        return torch.where(torch.rand(n, generator=generator) < p, value, neutral)
+
+    brightness = draw(0.875, 1.125, 1.0)
+    contrast = draw(0.5, 1.5, 1.0)
+    saturation = draw(0.5, 1.5, 1.0)
+    hue = draw(-0.05, 0.05, 0.0)
+    before = torch.rand(n, generator=generator) < 0.5
+    order = torch.rand(n, 3, generator=generator).argsort(1)
+    order = torch.where(torch.rand(n, 1, generator=generator) < p, order, torch.arange(3))
+    return {"brightness": brightness, "contrast_before": torch.where(before, contrast, 1.0),
+            "saturation": saturation, "hue": hue,
+            "contrast_after": torch.where(before, 1.0, contrast), "order": order}
+
+
+def photometric_apply(images, *, brightness, contrast_before, saturation, hue, contrast_after,
+                      order):
+    """Distort uint8 RGB images by given settings.
+
+        brightness  f x                          grey = 0.2989 R + 0.587 G + 0.114 B
+        contrast    f x + (1 - f) mean(grey)     before saturation, or after hue
+        saturation  f x + (1 - f) grey
+        hue         turned by this part of a full turn
+        order       channel c becomes what was channel order[c]
+
+    In float32; every step is clamped to [0, 255], and the result rounded once. torchvision
+    truncates to uint8 after brightness, contrast and saturation, each time half a grey level
+    darker. The expensive steps run only on the images that drew them: the images are sorted so that
+    those with a change of saturation are one slice, and those with a change of hue another.
+
+    images  (B, 3, H, W) uint8
+    settings (B,) floats and order (B, 3) integers, all of them on one device, any
+    Needs:  turn_hue_
+    """
+    n, device = len(images), images.device
+    # 0 neither, 1 saturation, 2 both, 3 hue
+    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))
+    rows = kind.argsort()
+    # where kinds 1, 2 and 3 begin
+    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()
+    saturated, turned = slice(first, last), slice(both, n)
+
+    def per_image(setting):
+        return setting[rows].to(device)[:, None, None]
+
+    def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number
+        grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
+        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+
+    # (3, B): all the reds in their new order, then the greens, then the blues
+    source = 3 * rows + torch.arange(3, device=rows.device)[:, None]
+    planes = images.flatten(0, 1).index_select(0, source.flatten().to(device))
+    x = planes.view(3, *images[:, 0].shape).float()
+    x.mul_(per_image(brightness)).clamp_(max=255)
+    # the grey of the means is the mean of the grey
+    blend(x, per_image(contrast_before), x.mean((2, 3), keepdim=True))
+    blend(x[:, saturated], per_image(saturation)[saturated], x[:, saturated])
+    turn_hue_(x[:, turned], per_image(hue)[turned])
+    blend(x, per_image(contrast_after), x.mean((2, 3), keepdim=True))
+    # float to uint8 in one go is several times slower on CPU
+    x = x.round_().to(torch.int16).to(torch.uint8)
+    # (B, 3): where the channels of each image are now
+    places = order * n + rows.argsort()[:, None]
+    return x.flatten(0, 1).index_select(0, places.flatten().to(device)).view_as(images)
+
+
+def turn_hue_(planes, turn):
+    """Turn the hue in place by a part of the full circle; value (max) and chroma (max - min) stay.
+
+    RGB to HSV and back, in sixths of the circle times the chroma, with red at 0, green at 2, blue
+    at -2; without a branch and without a division:
+
+        hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
+        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)
+        centre 0, 2, -2 for R, G, B
+
+    The second line is the trapezoid that a channel follows: chroma up to one sixth from its centre,
+    0 from two sixths on.
+
+    planes  (3, ...) float RGB of any scale
+    turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
+    Check:  red turned by 1/3 is green; grey stays grey
+    """
+    red, green, blue = planes
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    hue = (green + blue).sub_(red).sub_(low).add_(chroma)
+    hue = torch.copysign(hue, green - blue).add_(6 * turn * chroma)
+    three, base = 3 * chroma, low - chroma
+    for channel, centre in zip(planes, (0, 2, -2)):
+        torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
+        torch.clamp(channel, low, high, out=channel)
+    return planes
+
+
+def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
+    """Contrast-limited adaptive histogram equalisation: each tile by itself, bilinear between.
+
+    A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in
+    contrast; the rest is spread over all bins. Grey images are bit-equal to OpenCV's
+    createCLAHE(clip_limit, (columns, rows)).apply(image). Colour images are equalised in the L of
+    8-bit Lab: bit-equal up to there. After the way back to RGB, all but 1 value in 100,000 are at
+    most one grey level off OpenCV (see lab_to_rgb).
+
+    images      uint8, grey (H, W) or (B, H, W), or RGB (B, 3, H, W)
+    clip_limit  0 = no limit
+    grid        tiles as (rows, columns), where OpenCV's tileGridSize is (columns, rows)
+    returns the same shape, uint8
+    Errors: ValueError for anything but uint8 of these shapes, a clip_limit below 0 or not finite,
+            an empty grid.
+    Source: Zuiderveld 1994 (Graphics Gems IV) in the arithmetic of OpenCV's clahe.cpp
+    Needs:  clahe_axis, clahe_tables, look_up, rgb_to_lab, lab_to_rgb, lab_tables
+    """
+    wrong = images.ndim not in (2, 3, 4) or 0 in images.shape[-2:]
+    wrong = wrong or images.ndim == 4 and images.shape[1] != 3
+    if images.dtype != torch.uint8 or wrong:
+        raise ValueError(f"clahe needs uint8 (H, W), (B, H, W) or (B, 3, H, W), got {images.dtype} "
+                         f"{tuple(images.shape)}: equalise before you normalise")
+    if not 0 <= clip_limit < float("inf") or min(grid) < 1:
+        raise ValueError(f"clip_limit {clip_limit} must be at least 0 (none) and finite, grid "
+                         f"{grid} at least (1, 1)")
+    if images.ndim == 4:
+        lab = rgb_to_lab(images)
+        lab[:, 0] = clahe(lab[:, 0], clip_limit=clip_limit, grid=grid)
+        return lab_to_rgb(lab)
+    (rows, columns), (height, width), device = grid, images.shape[-2:], images.device
+    levels = images.reshape(-1, height, width).long()
+    uneven = height % rows > 0 or width % columns > 0
+    y, row, down = (part.to(device) for part in clahe_axis(height, rows, uneven))
+    x, column, across = (part.to(device) for part in clahe_axis(width, columns, uneven))
+    padded = levels[:, y[:, None], x] if uneven else levels
+    tiles = padded.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
+    tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
+    image = torch.arange(len(levels), device=device)[:, None, None]
+    # (2, 2, B, H, W): the four tiles about each pixel, upper and lower, left and right
+    tile = (image * rows + row[:, None, None, :, None]) * columns + column[:, None, None]
+    corners = look_up(tables, 256 * tile + levels).flatten(0, 1)
+    upper_left, upper_right, lower_left, lower_right = corners
+    upper = upper_left * (1 - across) + upper_right * across
+    lower = lower_left * (1 - across) + lower_right * across
+    down = down[:, None]
+    return (upper * (1 - down) + lower * down).round().to(torch.uint8).view_as(images)
+
+
+@functools.cache
+def clahe_axis(size, tiles, uneven):
+    """One side of an image for clahe: the source of its padded pixels, and the tiles about each.
+
+    If any side is not a multiple of its tiles (uneven), OpenCV pads both: a side that is one grows
+    by one pixel per tile.
+
+    returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; the
+            function caches them, so do not change them
+    Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge
+            (reflect-101)
+    """
+    padded = size + (tiles - size % tiles if uneven else 0)
+    period = 2 * (size - 1)
+    source = torch.arange(padded) % max(period, 1)
+    position = torch.arange(size, dtype=torch.float32) * (1 / (padded // tiles)) - 0.5
+    first = position.floor()
+    weight, first = position - first, first.long()
+    neighbours = torch.stack([first, first + 1]).clamp_(0, tiles - 1)
+    return torch.minimum(source, period - source), neighbours, weight
+
+
+def clahe_tables(tiles, clip_limit):
+    """Clipped cumulative histograms of n tiles (n, pixels) int64: new levels (n, 256) float32."""
+    n, area = tiles.shape
+    bins = torch.arange(256, device=tiles.device)
+    tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
+    histogram = torch.bincount(tiles.flatten(), minlength=256 * n).view(n, 256)
+    if clip_limit > 0:
+        limit = max(int(clip_limit * area / 256), 1)
+        excess = (histogram - limit).clamp(min=0).sum(1, keepdim=True)
+        rest = excess % 256  # after an even share: one to every step-th bin
+        step = (256 // rest.clamp(min=1)).clamp(min=1)
+        gets_one = (bins % step == 0) & (bins < step * rest)
+        histogram = histogram.clamp(max=limit) + excess // 256 + gets_one
+    return (histogram.cumsum(1).float() * (255 / area)).round()
+
+
+def look_up(table, index):
+    """table[index] for a table (n,); faster than that on CPU."""
+    return table.index_select(0, index.flatten()).view_as(index)
+
+
+def rgb_to_lab(images):
+    """sRGB to 8-bit CIE Lab (D65), both uint8 (B, 3, H, W), as OpenCV's COLOR_RGB2LAB computes it.
+
+        L = 2.55 (116 f(Y) - 16)    a = 500 (f(X) - f(Y)) + 128    b = 200 (f(Y) - f(Z)) + 128
+        f: cube root
+
+    Fixed point: linear light is counted in 1/2040, the matrix in 1/2^12, f in 1/2^15. All 2^24
+    colours come out as OpenCV's. The formulas in float miss L by 1 in places, and an equalised
+    histogram makes tens of grey levels of that.
+
+    Check:  (255, 0, 0) becomes (136, 208, 195)
+    Needs:  lab_tables, look_up
+    """
+    light, root, _ = (table.to(images.device) for table in lab_tables())
+    red, green, blue = look_up(light, images.int()).unbind(1)
+    # sRGB to XYZ, white at 2^12
+    x = look_up(root, (1777 * red + 1541 * green + 778 * blue + 2**11) >> 12)
+    y = look_up(root, (871 * red + 2929 * green + 296 * blue + 2**11) >> 12)
+    z = look_up(root, (73 * red + 448 * green + 3575 * blue + 2**11) >> 12)
+    # 296 = 1.16 * 255, 1336934 = 0.16 * 255 * 2^15, 2^22 = 128 * 2^15
+    lab = torch.stack([296 * y - 1336934, 500 * (x - y) + 2**22, 200 * (y - z) + 2**22], dim=1)
+    return ((lab + 2**14) >> 15).to(torch.uint8)
+
+
+def lab_to_rgb(lab):
+    """8-bit CIE Lab (D65) to sRGB, both uint8 (B, 3, H, W): in float32, clipped to sRGB, rounded.
+
+    Of the channels of all 2^24 Lab values 97.2 % equal OpenCV's COLOR_LAB2RGB, 2.8 % differ by 1,
+    0.001 % by 2 or 3.
+
+    Check:  (136, 208, 195) becomes (255, 2, 1)
+    Needs:  lab_tables
+    """
+    lightness, a, b = lab.transpose(0, 1).float().flatten(1)  # channels first: planes
+    y = (lightness / 2.55 + 16) / 116
+    f = torch.stack([y + (a - 128) / 500, y, y - (b - 128) / 200])
+    xyz = torch.where(f > 6 / 29, f**3, (f - 16 / 116) / 7.787)
+    to_rgb = lab_tables()[2].to(lab.device)
+    # in half precision a third of the values would be off
+    with torch.autocast(lab.device.type, enabled=False):
+        light = (to_rgb @ xyz).clamp_(0, 1)
+    rgb = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    pixels = (255 * rgb).round().to(torch.uint8)
+    return pixels.unflatten(1, lab[:, 0].shape).transpose(0, 1).contiguous()
+
+
+@functools.cache
+def lab_tables():
+    """The constants of rgb_to_lab and lab_to_rgb, on the CPU, cached.
+
+    returns linear light (256,) of the sRGB levels, in 1/2040; f (3072,) of the light, in 1/2^15;
+            the float matrix (3, 3) from XYZ over the white point to linear RGB
+    """
+    level = torch.arange(256, dtype=torch.float64) / 255
+    light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    share = torch.arange(3072, dtype=torch.float64) / 2040
+    root = torch.where(share < 0.008856, 7.787 * share + 16 / 116, share ** (1 / 3))
+    to_xyz = torch.tensor([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169],
+                           [0.019334, 0.119193, 0.950227]])
+    to_rgb = torch.linalg.inv(to_xyz / to_xyz.sum(1, keepdim=True))
+    return (light * 2040).round().int(), (root.float() * 2**15).round().int(), to_rgb
+
+
+def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fill_mask=255):
+    """Turn each image about its centre and enlarge it, its mask likewise.
+
+        angle ~ U(-degrees, degrees)        scale = exp(U(-ln zoom, ln zoom))
+
+    images  (B, C, H, W) uint8 or float
+    masks   (B, h, w) integers, of any size: they come out in the size of the images
+    returns images, or (images, masks) if masks were given, as `affine` makes them
+    Errors: ValueError for degrees outside [0, 180], zoom below 1
+    Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
+    Needs:  affine
+    """
+    if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
+        raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at "
+                         "least 1 (1 = off)")
+    angle, size = torch.empty(2, len(images)).uniform_(-1, 1, generator=generator)
+    return affine(images, angle * math.radians(degrees), (size * math.log(zoom)).exp(), masks=masks,
+                  fill_mask=fill_mask)
+
+
+def affine(images, angle, scale, *, masks=None, fill_mask=255):
+    """Turn and enlarge images about their centre, masks by the same geometry.
+
+        source pixel of output pixel x = R(angle) x / scale, from the centre
+        a positive angle turns counter-clockwise
+
+    Outside, an image is mirrored at its edge, and a mask gets fill_mask: mirrored pixels are not
+    graded.
+
+    images  (B, C, H, W) uint8 (rounded at the end) or float; bilinear
+    angle, scale (B,) in radians, and as a factor
+    masks   (B, h, w) integers of any size; the nearest pixel, once, straight into the size of the
+            images
+    returns images, or (images, masks) if masks were given
+    Check:  angle pi / 2 on a square is torch.rot90
+    """
+    height, width = images.shape[2:]
+    if not len(images):
+        return images if masks is None else (images, masks.new_empty((0, height, width)))
+    device = images.device
+    c = (angle.cos() / scale).float().to(device)[:, None, None]
+    s = (angle.sin() / scale).float().to(device)[:, None, None]
+    y = torch.arange(height, device=device)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=device) - (width - 1) / 2
+    source_x, source_y = c * x - s * y, s * x + c * y  # (B, H, W), pixels from the centre
+    grid = torch.stack([source_x * (2 / width), source_y * (2 / height)], -1)
+    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection",
+                           align_corners=False)
+    if not images.is_floating_point():
+        turned = turned.round_().to(torch.int32)
+    turned = turned.to(images.dtype)
+    if masks is None:
+        return turned
+    rows, columns = masks.shape[1:]
+    column = ((source_x + width / 2) * (columns / width)).floor().long()
+    row = ((source_y + height / 2) * (rows / height)).floor().long()
+    outside = (column < 0) | (column >= columns) | (row < 0) | (row >= rows)
+    source = (row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)).flatten(1)
+    masks = masks.flatten(1).gather(1, source).view_as(outside)
+    return turned, masks.masked_fill(outside, fill_mask)
+
+
+def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
+    """Move each image by up to `padding` pixels in both directions: pad, then crop to its size.
+
+    The image is padded with its mirror image (reflect-101), not with the zeros of the CIFAR recipe:
+    a black bar is an edge that no photograph has. A mask gets `fill_mask` there: mirrored pixels
+    are not graded.
+
+    images  (B, C, H, W) any dtype
+    masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
+    returns images, or (images, masks) if masks were given
+    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to
+            mirror.
+    Check:  padding=0 is the identity
+    """
+    n, channels, height, width = images.shape
+    if not 0 <= padding < min(height, width):
+        raise ValueError(f"padding {padding} must be at least 0 and below the shorter side, "
+                         f"{min(height, width)}")
+    shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
+    down, right = shift.to(images.device)
+    y = torch.arange(height, device=images.device) - down
+    x = torch.arange(width, device=images.device) - right
+
+    def mirror(index, size):
+        return size - 1 - (size - 1 - index.abs()).abs()
+
+    source = (mirror(y, height)[:, :, None] * width + mirror(x, width)[:, None, :]).flatten(1)
+    cropped = images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
+    if masks is None:
+        return cropped
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    masks = masks.flatten(1).gather(1, source).view_as(masks)
+    return cropped, masks.masked_fill(~inside, fill_mask)
+
+
+def mixup(inputs, targets, *, alpha, generator):
+    """Blend each sample with another one, and its target with the same weight.
+
+        x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j
+        lam ~ Beta(alpha, alpha), one per batch        j: a permutation of the batch
+
+    The target is mixed for every lam: with the first label alone, a sample that is nine tenths j
+    would be called an i.
+
+    inputs  (B, ...) float
+    targets (B,), (B, C) or (B, C, H, W) float: probabilities or values, no class indices
+    returns mixed inputs, mixed targets; the arguments themselves for alpha = 0 (off)
+    Errors: ValueError for alpha below 0 or not finite, integer inputs or targets.
+    Source: Zhang et al. 2018, arXiv:1710.09412
+    """
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
+    if not (inputs.is_floating_point() and targets.is_floating_point()):
+        raise ValueError(f"mixup needs float inputs and targets, got {inputs.dtype} and "
+                         f"{targets.dtype}: pass inputs.float(), and for class indices "
+                         "F.one_hot(targets).float()")
+    if alpha == 0:
+        return inputs, targets
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
+    lam = np.random.default_rng(seed).beta(alpha, alpha)
+    other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+    return lam * inputs + (1 - lam) * inputs[other], lam * targets + (1 - lam) * targets[other]
+
+
+def cutmix(inputs, targets, *, alpha, generator):
+    """Paste a box of another sample into each one, and mix the targets by the share of pixels.
+
+        lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j
+        j: a permutation of the batch
+
+    One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, a random centre,
+    cut off at the edge. lam is counted after that, in whole pixels.
+
+    inputs  (B, C, H, W) any dtype
+    targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the
+            box is pasted as well
+    returns inputs, targets; the arguments themselves for alpha = 0 (off)
+    Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
+    Source: Yun et al. 2019, arXiv:1905.04899
+    """
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
+    height, width = inputs.shape[-2:]
+    is_mask = targets.ndim > 2
+    fits = targets.shape[-2:] == (height, width) if is_mask else targets.is_floating_point()
+    if not fits:
+        raise ValueError("cutmix needs float targets (B,) or (B, C), or masks of "
+                         f"{height}x{width}, got {targets.dtype} {tuple(targets.shape)}: for "
+                         "class indices pass F.one_hot(targets).float()")
+    if alpha == 0:
+        return inputs, targets
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's own Beta takes no generator
+    rng = np.random.default_rng(seed)
+    side = (1 - rng.beta(alpha, alpha)) ** 0.5
+    box_height, box_width = round(side * height), round(side * width)
+    y, x = int(rng.integers(height)) - box_height // 2, int(rng.integers(width)) - box_width // 2
+    top, bottom = max(y, 0), min(y + box_height, height)
+    left, right = max(x, 0), min(x + box_width, width)
+    box = (..., slice(top, bottom), slice(left, right))
+    other = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+    mixed = inputs.clone()
+    mixed[box] = inputs[box][other]
+    if is_mask:
+        targets = targets.clone()
+        targets[box] = targets[box][other]
+        return mixed, targets
+    lam = 1 - (bottom - top) * (right - left) / (height * width)
+    return mixed, lam * targets + (1 - lam) * targets[other]
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals: spectra and rates of windows, statistics of channels
+
+
+def standardise(windows):
+    """Each window by itself to mean 0 and sd 1; a flat one becomes 0.
+
+    The scale of a PPG carries no information: the device sets it for each recording.
+
+    windows (..., t) float tensor
+    Check:  standardise(4 * x + 1) equals standardise(x)
+    """
+    windows = windows - windows[..., :1]  # so that a flat window is exactly 0, whatever its level
+    windows = windows - windows.mean(-1, keepdim=True)
+    sd = windows.square().mean(-1, keepdim=True).sqrt()
+    return windows / torch.where(sd > 0, sd, 1)
+
+
+def reduce_rate(windows, factor):
+    """Windows (..., t) at a `factor`-th of their rate: means of `factor` samples, a rest dropped.
+
+    The mean is the low-pass. By 4, from 125 to 31.25 Hz, it keeps 99 % of an amplitude at 2 Hz and
+    95 % at 5.5 Hz. Of 29.25 Hz, which would alias to 2 Hz (a PPG holds nothing there), 7 % is left.
+    """
+    whole = windows.shape[-1] // factor * factor
+    return windows[..., :whole].unflatten(-1, (-1, factor)).mean(-1)
+
+
+def hann_power(x, rate_hz, frequencies):
+    """Power of signals at any frequencies, under a Hann window.
+
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2
+
+    x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
+    """
+    t = x.shape[-1]
+    angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * frequencies
+    x = x * torch.hann_window(t, periodic=False, dtype=x.dtype, device=x.device)
+    return (x @ angle.cos().to(x)).square() + (x @ angle.sin().to(x)).square()
+
+
+def spectral_rate(windows, rate_hz, band):
+    """The classical estimate of a rate per minute: the highest point of the spectrum in a band.
+
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2
+        on a grid of 1 / (4 T); between its points a parabola in log power
+
+    For hr the peak is the pulse itself; for rr it is the baseline, which moves with breathing.
+
+    windows (n, t) float tensor of any scale; rate_hz samples per second
+    band    (low, high) in Hz, as in RATE_BANDS
+    returns (n,) inside the band; NaN for a flat window
+    Errors: ValueError for a band that is empty, or not between 0 and half the rate.
+    Check:  a sine of 0.3 Hz gives 18.0
+    Needs:  standardise, hann_power
+    """
+    low, high = band
+    if not 0 < low < high <= rate_hz / 2:
+        raise ValueError(f"band {low:g} to {high:g} Hz must lie in order between 0 and half the "
+                         f"rate, {rate_hz / 2:g} Hz")
+    t = windows.shape[-1]
+    step = rate_hz / t / 4
+    grid = low + step * torch.arange(-1, round((high - low) / step) + 2, dtype=torch.float64)
+    x = standardise(windows)
+    power = hann_power(x, rate_hz, grid)
+    peak = power[:, 1:-1].argmax(1, keepdim=True) + 1
+    left, top, right = (power.log().gather(1, peak + k)[:, 0] for k in (-1, 0, 1))
+    offset = ((left - right) / (2 * (left - 2 * top + right))).clamp(-0.5, 0.5)
+    return (60 * (grid.to(x)[peak[:, 0]] + step * offset)).clamp(60 * low, 60 * high)
+
+
+def respiratory_signals(windows, rate_hz):
+    """The three ways in which breathing shows in a PPG, each as a signal over time.
+
+        baseline   x, the window itself: breathing moves its level
+        amplitude  |z|, the height of the pulse: breathing changes the stroke volume
+        frequency  the turn of arg z from sample to sample, over 1 s: breathing in quickens the
+                   pulse
+
+    z is the analytic signal of x in the band of the pulse, f0 +- 0.65 Hz around the strongest
+    frequency f0 of the hr band. The turn is the angle of the mean of z(t + 1) conj z(t). That mean
+    is weighted by the height of the pulse: where the pulse fades its phase means nothing, and the
+    turn does not spike there.
+
+    windows (n, t) float tensor of any scale; rate_hz samples per second
+    returns (n, 3, t), each signal of mean 0 and sd 1; zeros for a flat window
+    Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
+            amplitude and frequency modulation)
+    Needs:  RATE_BANDS, hann_power, spectral_rate, standardise
+    """
+    x = standardise(windows)
+    pulse_hz = torch.nan_to_num(spectral_rate(x, rate_hz, RATE_BANDS["hr"]) / 60, nan=1.0)[:, None]
+    frequency = torch.fft.fftfreq(x.shape[-1], 1 / rate_hz).to(x)
+    in_band = (frequency - pulse_hz).abs() <= 0.65
+    z = torch.fft.ifft(2 * torch.fft.fft(x) * in_band)
+    turn = torch.view_as_real(z[:, 1:] * z[:, :-1].conj()).transpose(1, 2)
+    second = 2 * round(rate_hz / 2) + 1  # odd, so that the mean is centred
+    turn = F.avg_pool1d(F.pad(turn, (0, 1), mode="replicate"), second, stride=1,
+                        padding=second // 2, count_include_pad=False)
+    turn = torch.atan2(turn[:, 1], turn[:, 0])
+    return standardise(torch.stack([x, z.abs(), turn], 1))
+
+
+def band_spectrum(signals, rate_hz, band, bins):
+    """Log spectrum of a signal in a band, free of phase and scale.
+
+        power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2
+        result = log(power / mean power of the band + 0.001)
+
+    x is the signal without its mean and its straight-line trend, whose leakage would fill the low
+    end of the band.
+
+    signals (..., t) float tensor; rate_hz samples per second
+    band    (low, high) in Hz; bins: frequencies, both ends among them
+    returns (..., bins); log 0.001 everywhere for a flat signal
+    Errors: ValueError for a band that is not between 0 and half the rate, or for fewer than 2 bins.
+    Check:  a sine is largest at its own frequency
+    Needs:  standardise, hann_power
+    """
+    low, high = band
+    if not 0 <= low < high <= rate_hz / 2 or bins < 2:
+        raise ValueError(f"band {low:g} to {high:g} Hz in {bins} bins must lie in order between 0 "
+                         f"and half the rate, {rate_hz / 2:g} Hz, with at least 2 bins")
+    t = signals.shape[-1]
+    x, line = standardise(signals), torch.linspace(-1, 1, t).to(signals)
+    x = x - (x @ line)[..., None] / line.square().sum() * line
+    power = hann_power(x, rate_hz, torch.linspace(low, high, bins, dtype=torch.float64))
+    mean = power.mean(-1, keepdim=True)
+    return (power / torch.where(mean > 0, mean, 1) + 1e-3).log()
+
+
+def time_stretch(windows, labels, *, limit, generator):
+    """Play each window faster or slower, and scale its rate with it.
+
+        x'(t) = x(centre + s (t - centre))        label' = s * label
+        log s ~ U(-log limit, log limit)
+
+    Linear between samples; a faster window is mirrored where it lacks samples, at its ends. The
+    label of a slowed window is still the mean of the whole of it, though only its middle is left.
+
+    windows   (b, t) float tensor
+    labels    (b,) rates, in any unit that is proportional to frequency (not yet z-scored)
+    limit     >= 1; 1 is off
+    generator a CPU torch.Generator; nothing is changed in place
+    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror
+            image).
+    Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
+    Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
+    """
+    if not 1 <= limit < 2:
+        raise ValueError(f"limit {limit:g} must be at least 1 (off) and below 2")
+    b, t = windows.shape
+    factor = torch.exp((2 * torch.rand(b, generator=generator) - 1) * math.log(limit)).to(windows)
+    centre = (t - 1) / 2
+    place = (torch.arange(t).to(windows) - centre) * factor[:, None] + centre
+    place = (t - 1) - ((t - 1) - place.abs()).abs()  # mirrored at 0 and at t - 1
+    left = place.floor().long().clamp(0, t - 2)
+    ahead = windows.gather(1, left + 1)
+    behind = windows.gather(1, left)
+    return behind + (place - left) * (ahead - behind), labels * factor.to(labels.device)
 
 
 def channel_statistics(array, rows, present=None, *, chunk=2**21):
-    """Mean and standard deviation of each channel over some rows, to scale by: (x - mean) / sd.
+    """Mean and sd of each channel over the given rows, to scale by: (x - mean) / sd.
 
-    Give it the TRAINING rows only. In float64, `chunk` values at a time, so that a set of any size
-    fits; two passes, since the mean of squares minus the square of the mean loses all digits where
-    a mean is large.
+    Give it training rows only. In float64, `chunk` values at a time, so that a set of any size
+    fits. In two passes: the mean of squares minus the square of the mean loses all digits where a
+    mean is large.
 
     array   (n, F) or (n, T, C): the last axis holds the channels; (n, C, H, W) or (n, T, C, H, W):
             the third from the end
-    rows    (m,) indices; present (n,) bool or None: of them, only the present rows count
+    rows    (m,) indices
+    present (n,) bool or None: only the present rows count
     returns mean, sd: float64 tensors (channels,); sd 1 for a constant channel; mean 0 and sd 1
-    where no row is present
+            where no row is present
     Check:  channel_statistics(np.array([[1.0], [5.0]]), [0, 1]) is ([3], [2])
     """
     rows = np.asarray(rows, dtype=np.int64)
@@ -1232,48 +1259,3 @@ def channel_statistics(array, rows, present=None, *, chunk=2**21):
     sd = np.sqrt(sum(np.square(part - mean).sum(0) for part in parts()) / count)
     # of 0.1, rounding alone makes an sd of 1e-17
     return torch.from_numpy(mean), torch.from_numpy(np.where(high > low, sd, 1.0))
-
-
-# --------------------------------------------------------------------------------------------------
-# Stays: irregular clinical events
-
-
-# --------------------------------------------------------------------------------------------------
-# PNG files
-
-
-def encode_png(pixels, palette=None):
-    """The bytes of an 8-bit PNG: grey or RGB, or class ids with a palette of colours, which every
-    viewer shows in colour.
-
-    pixels  uint8 array (h, w), or (h, w, 3) for RGB
-    palette uint8 (k, 3) with (h, w) ids below k: the file then holds the ids themselves, as the
-    masks of read_faces do
-    Errors: ValueError for other shapes, types or ids
-    Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT,
-            IEND; filter 0 on every row
-    """
-    pixels = np.ascontiguousarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.ndim == 3 and (
-        pixels.shape[2] != 3
-        or palette is not None):
-        raise ValueError("a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from "
-                         f"(h, w); got {pixels.dtype} {pixels.shape}")
-    if palette is not None and pixels.max() >= len(palette):
-        raise ValueError(f"id {pixels.max()} has no colour: the palette has {len(palette)}")
-    height, width = pixels.shape[:2]
-    colour_type = 2 if pixels.ndim == 3 else 0 if palette is None else 3
-    # filter type 0 before each row
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
-    chunks += [] if palette is None else [(b"PLTE", np.asarray(palette, dtype=np.uint8).tobytes())]
-    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
-    content = b"".join(struct.pack(">I", len(body)) + name + body
-                       + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
-    return b"\x89PNG\r\n\x1a\n" + content
-
-
-def write_csv(path, header, rows):
-    """A table of rows under a header, written whole or not at all. Needs: atomic_write"""
-    with atomic_write(path, "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
