@@ -105,10 +105,10 @@ def train_step(run, split, window, generator, look=None):
 
 
 def numbers_of(values, window, norm):
-    """Values of the batches times their rows, summed over the processes, with one wait for the
-    device.
+    """Values of the batches times their rows, summed over the processes.
 
-    values: [{name: scalar}] of each batch. Returns [{name: total, "rows": count}], and the norm.
+    The device is waited for once. values: [{name: scalar}] of each batch. Returns
+    [{name: total, "rows": count}], and the norm.
     """
     scalars = [norm] + [value for part in values for value in part.values()]
     on_device = [x.double().to(norm.device) for x in scalars if torch.is_tensor(x)]
@@ -195,9 +195,11 @@ def outputs_of(model, split, run):
 
 
 def joined_outputs(model, split, run):
-    """Without the reference. One tensor is allocated for all rows: many small ones, allocated
-    between the activations of a network, would cut the free memory into pieces and memory would
-    grow. """
+    """outputs_of without the reference.
+
+    One tensor is allocated for all rows: many small ones, allocated between the activations of a
+    network, would cut the free memory into pieces and memory would grow.
+    """
     model.eval()
     joined, rows = {}, 0
     for start in range(rank() * split.chunk, len(split), world_size() * split.chunk):
@@ -277,8 +279,7 @@ def fit(run, splits, folder, stop):
 
 
 def write_history(run, folder):
-    """The log, its curves and the findings, from what last.pt holds as well; returns the
-    findings."""
+    """Write log, curves and findings, all of them known from last.pt; returns the findings."""
     findings = diagnosis.diagnose(run.counts, run.history)
     report.write_log(folder / "log.jsonl", run.history)
     with checkpoint.atomic_write(folder / "curves.svg") as file:
@@ -399,6 +400,7 @@ def build(args, facts, steps_per_epoch, encoder=None):
 # --------------------------------------------------------------------------------------------------
 # Command line: two passes, so that --task and --variant pick the defaults that --help shows
 
+
 def parse_args(argv):
     """Command line -> settings: the task's defaults, then the variant's, then what was typed."""
     words = []
@@ -483,7 +485,7 @@ def settled_args(args):
     """The settings with the device that this process takes; prints the command that they are."""
     flags = task_of(args).flags
     if args.batch_size % world_size():
-        fits = -(-args.batch_size // world_size()) * world_size()
+        fits = math.ceil(args.batch_size / world_size()) * world_size()
         raise ValueError(f"--batch-size {args.batch_size} counts the rows of all {world_size()} "
                          f"processes, which take equal shares of it: give --batch-size {fits}")
     args = args.replace(device=resolve_device(args.device))
@@ -494,8 +496,7 @@ def settled_args(args):
 
 
 def load_splits(args):
-    """The task's splits, with their notes printed; what rank 0 writes to a cache the others
-    read."""
+    """The task's splits, with their notes printed; rank 0 fills a cache, the others read it."""
     for turn in (0, 1):
         with processes.raised_everywhere():
             if turn == min(rank(), 1):
@@ -518,7 +519,7 @@ def prepare_run(args, splits, content):
     encoder = None  # a resumed run has its own weights
     if not content:
         encoder = pretrained.read_encoder(args, splits.facts, task.flags)
-    run = build(args, splits.facts, -(-len(batches) // args.accumulate), encoder)
+    run = build(args, splits.facts, math.ceil(len(batches) / args.accumulate), encoder)
     run.floors = floors
     checks.check_one_row_batch(run, splits.train, batches)
     if args.compile and not chosen_of(args, CHECKS):
@@ -548,8 +549,8 @@ def train(run, splits, folder):
     """Train to the end and report; returns the exit code."""
     start, again = time.perf_counter(), resume_command(run.args)
     if run.floors:
-        print(f"what learns nothing scores on the {len(splits.validation):,} validation rows:\n"
-              f"{report.score_table(run.floors)}", flush=True)
+        print(f"baselines on the {len(splits.validation):,} validation rows:")
+        print(report.score_table(run.floors), flush=True)
     try:
         with processes.StopSignal() as stop, processes.loss_of_a_process():
             run.loss = processes.share_gradients(run.loss)
@@ -580,8 +581,7 @@ def train(run, splits, folder):
 
 
 def report_best(run, splits, folder, seconds):
-    """Score the best epoch's weights: on validation, which picked them, and once on the test
-    split."""
+    """Score the best epoch's weights: on validation, which picked them, and once on test."""
     processes.gather_objects(None)  # rank 0 has written them
     args, monitor = run.args, run.args.monitor
     best = checkpoint.load(folder / "best.pt", args.task, run.task.flags)
@@ -630,8 +630,7 @@ def write_examples(folder, model, split, run):
 
 
 def apply_checkpoint(args):
-    """--eval, --predict, --export: rebuild the network from the recipe in the checkpoint, and use
-    it."""
+    """--eval, --predict, --export: rebuild the network from the checkpoint's recipe, and use it."""
     path, flags = args.eval or args.predict or args.export, TASKS[args.task].flags
     content = checkpoint.load(path, args.task, flags)
     late = args.typed & SCORING_FLAGS
@@ -732,8 +731,8 @@ def cross_validate(args):
             code = train_once(settings)
         except (Refused, KeyboardInterrupt):
             if (folder / "fold-1" / "last.pt").is_file():
-                print(f"the folds before fold {settings.fold} are finished; go on with\n"
-                      f"    {resume_command(args)}", flush=True)
+                print(f"the folds before fold {settings.fold} are finished; go on with\n    "
+                      f"{resume_command(args)}", flush=True)
             raise
         if code:
             return code
@@ -790,8 +789,7 @@ def show_warning(message, *_):
 
 
 def main(argv=None):
-    """Exit code 0: done; 1: training broke off; 2: refused before any training; 128 + n: signal
-    n."""
+    """Exit code 0: done; 1: training broke off; 2: refused before training; 128 + n: signal n."""
     processes.tune_allocator()
     with processes.process_group():
         warnings.showwarning = show_warning

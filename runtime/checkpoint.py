@@ -31,8 +31,7 @@ def atomic_write(path, mode="w"):
 
 
 def save(path, content, args, facts, flags):
-    """The content, and what is needed to use it without the command line: task, recipe, facts,
-    data."""
+    """The content, with what a use without the command line needs: task, recipe, facts, data."""
     header = {"format": FORMAT, "task": args.task, "variant": args.variant,
               "recipe": {name: getattr(args, name) for name in flags}, "facts": facts,
               "data": args.data}

@@ -1,5 +1,4 @@
-"""What is checked before training: that --amp, --compile and the batches fit machine and
-network."""
+"""Checks before training: --amp, --compile and the batches fit the machine and the network."""
 
 import copy
 import time
@@ -12,12 +11,11 @@ from runtime.settings import autocast_dtype
 
 
 def slowdown(dtype, device):
-    """Seconds of one small matrix product in `dtype`, divided by those in float32; the best of
-    three.
+    """Seconds of one small matrix product in `dtype` over those in float32; the best of three.
 
-    A processor without bf16 or fp16 instructions converts every value: it takes 10 to 500 times as
-    long. """
-    # large enough to be more than a launch
+    A processor without bf16 or fp16 instructions converts every value: 10 to 500 times slower.
+    """
+    # on a GPU large enough to take longer than a launch
     side = 128 if torch.device(device).type == "cpu" else 4096
     seconds = {}
     for kind in (torch.float32, dtype):
@@ -32,8 +30,7 @@ def slowdown(dtype, device):
 
 
 def warn_slow_amp(args):
-    """Say so where --amp is slower than float32: on most processors, and on GPUs older than
-    Ampere."""
+    """Say so if --amp is slower than float32, as on most processors and GPUs before Ampere."""
     if args.amp == "off":
         return
     ratio = slowdown(autocast_dtype(args), args.device)
@@ -43,8 +40,7 @@ def warn_slow_amp(args):
 
 
 def check_compile(device):
-    """Refuse --compile where torch.compile finds no compiler: it looks for one at the first batch
-    only."""
+    """Refuse --compile without a compiler: torch.compile looks for one at the first batch."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # torch has no public class for it

@@ -10,7 +10,7 @@ from tasks.common import plan_batches
 
 
 def keep_output(run, split):
-    """From here on run.output is what the network gave for the last training batch."""
+    """From here on run.output is the output of the network for the last training batch."""
     def hook(module, inputs, output):
         if module.training:
             first = next(iter(output.values())) if isinstance(output, dict) else output
@@ -21,8 +21,10 @@ def keep_output(run, split):
 
 
 def looker(run, epoch, step):
-    """What train_step calls after the backward passes of the first three steps; None without
-    --debug."""
+    """The function that train_step calls after the backward passes, in the first three steps.
+
+    None without --debug, and in later steps.
+    """
     if not run.args.debug or step > 2:
         return None
 
@@ -56,13 +58,14 @@ def count_labels(targets):
 
 def describe(tensor):
     """Shape, mean, standard deviation and the number of values that are not finite."""
-    kept = tensor.detach().float()[torch.isfinite(tensor)]
-    bad = tensor.numel() - len(kept)
-    return f"{tuple(tensor.shape)}: mean {kept.mean():.4g}, sd {kept.std():.4g}, {bad} not finite"
+    numbers = tensor.detach().float()[torch.isfinite(tensor)]
+    bad = tensor.numel() - len(numbers)
+    return (f"{tuple(tensor.shape)}: mean {numbers.mean():.4g}, sd {numbers.std():.4g}, "
+            f"{bad} not finite")
 
 
 def print_verdicts(run, splits):
-    """The signs of a run that learns, each with a verdict and with what was measured."""
+    """The signs of a run that learns, each with a verdict and its measurement."""
     args, rows, verdicts = run.args, run.history[1:], []
     labels = getattr(splits.train, "labels", None)
     if args.schedule != "cyclic" and args.warmup_epochs:

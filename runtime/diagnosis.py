@@ -1,7 +1,7 @@
-"""What a run finds wrong with itself.
+"""Faults that a run finds in itself.
 
-A rule looks at the counts taken before training and at the rows of the log (history[0] is the
-untrained network). It returns its evidence in numbers, or nothing if there is nothing to say.
+A rule reads the counts taken before training and the rows of the log (history[0] is the untrained
+network). It returns its evidence in numbers, or None.
 """
 
 import hashlib
@@ -19,13 +19,12 @@ from tasks.common import count_or_names, plan_batches
 
 
 def weight_facts(run, before):
-    """After an epoch: how far the trained weights moved, of their length; which never had a
-    gradient; which frozen modules are in training mode. before: copies of the trained weights"""
-    names, parameters = [], []
-    for name, parameter in run.raw_model.named_parameters():
-        if parameter.requires_grad:
-            names.append(name)
-            parameters.append(parameter)
+    """After an epoch: the change of the trained weights, and parts that cannot learn.
+
+    The change is relative to their length. before: copies of the trained weights
+    """
+    parameters = run.parameters
+    names = [name for name, p in run.raw_model.named_parameters() if p.requires_grad]
     moments = [run.optimizer.state.get(p, {}).get("exp_avg_sq") for p in parameters]  # Adam's
     silent = [name for name, moment in zip(names, moments) if moment is None or not moment.any()]
     moved = length(p - b for p, b in zip(parameters, before)) / max(length(before), 1e-12)
@@ -116,8 +115,7 @@ def shared_between(train, others):
 
 
 def label_steps(labels):
-    """Step between label values (0 if they are on no grid), and their mean distance to the
-    median."""
+    """Step between label values (0 if they are on no grid), and mean distance to the median."""
     values = np.unique(np.round(labels, 6))
     step = float(np.diff(values).min()) if len(values) > 1 else 0.0
     places = (values - values[0]) / step if step else values * 0
@@ -127,14 +125,15 @@ def label_steps(labels):
 
 
 def count_before(run, splits):
-    """Everything that the rules know beside the log: plain numbers, taken before training."""
+    """The numbers that the rules read beside the log, taken before training."""
     args, floor = run.args, best_constant(run.floors)
     labels = getattr(splits.train, "labels", None)
     others = [split for name, split in splits.named().items() if name != "train"]
     headline = run.task.flags["monitor"].choices[0]
-    counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline
-              if headline in floor else args.monitor, "schedule": args.schedule,
-              "planned_epochs": args.cosine_epochs or args.epochs,
+    if headline not in floor:
+        headline = args.monitor
+    counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline,
+              "schedule": args.schedule, "planned_epochs": args.cosine_epochs or args.epochs,
               "warmup_epochs": args.warmup_epochs, "ema_decay": args.ema_decay, "floor": floor,
               "ceiling": plain(run.floors.get("ceiling", {})),
               "shared": shared_between(splits.train, others)}
@@ -185,7 +184,7 @@ def best_score(history):
 def frozen_model(counts, history):
     rows = [row for row in history[1:] if row["lr_end"] > 0 and math.isfinite(row["grad_norm"])]
     if rows and all(row["weight_change"] == 0 for row in history[1:]):
-        return (f"after {rows[-1]['step']:,} steps every weight is what it was, with a gradient of "
+        return (f"after {rows[-1]['step']:,} steps every weight is unchanged, with a gradient of "
                 f"norm {rows[-1]['grad_norm']:.3g}")
 
 
@@ -225,7 +224,7 @@ def ema_not_moving(counts, history):
     if not rows or "ema" not in rows[-1] or same_loss(rows[-1]["raw"], history[0]["raw"]):
         return None
     if all(same_loss(row["ema"], history[0]["ema"]) for row in rows):
-        return (f"the averaged weights have the validation loss of the untrained network in all "
+        return ("the averaged weights have the validation loss of the untrained network in all "
                 f"{len(rows)} epochs, {rows[-1]['ema']['loss']:.4f}; the raw ones "
                 f"{rows[-1]['raw']['loss']:.4f}")
 
@@ -242,9 +241,9 @@ def constant_prediction(counts, history):
 
 
 def loss_at_bound(counts, history):
-    """The loss is a constant's (of SupCon: of equal features) for three epochs, and was never
-    better."""
-    rows, bound = [row for row in history[1:] if "raw" in row], counts["floor"].get("loss", 0.0)
+    """For three epochs the loss was a constant's (SupCon: that of equal features), never better."""
+    rows = [row for row in history[1:] if "raw" in row]
+    bound = counts["floor"].get("loss", 0.0)
     if not settled(counts, history) or len(rows) < 3 or bound <= 0:
         return None
     losses = {"training": [row["train_loss"] for row in rows],
@@ -266,8 +265,8 @@ def score_at_floor(counts, history):
 
 
 def lr_too_large(counts, history):
-    """Training broke off on a number that is not finite, or the weights were replaced several times
-    over without a score worth it."""
+    """Training broke off on a number that is not finite, or the weights moved far for a poor score.
+    """
     if counts.get("stopped"):
         return counts["stopped"]
     change = max((row["weight_change"] for row in history[1:]), default=0.0)
@@ -340,8 +339,10 @@ def imbalance(counts, history):
 
 
 def monitor_mismatch(counts, history):
-    """The epoch that --monitor picks loses, in the task's headline score, a fifth of what the best
-    epoch gained over a constant."""
+    """The epoch that --monitor picks is worse in the headline score than the best epoch.
+
+    By a fifth of what the best epoch gained over a constant.
+    """
     monitor, key = counts["monitor"], counts["headline"]
     rows = scored_rows(history)
     if monitor == key or len(rows) < 3:
@@ -356,11 +357,12 @@ def monitor_mismatch(counts, history):
 
 
 def overfit(counts, history):
-    """The validation loss rose by a quarter and by a tenth of a constant's loss, or it is above the
-    training loss by a constant's loss."""
-    rows, constant = [row for row in history[1:]
-                      if "raw" in row], counts["floor"].get("loss", math.nan)
-    constant = abs(constant)
+    """The validation loss rose, or it is above the training loss by a constant's loss.
+
+    A rise counts from a quarter of the loss and a tenth of a constant's loss on.
+    """
+    rows = [row for row in history[1:] if "raw" in row]
+    constant = abs(counts["floor"].get("loss", math.nan))
     if len(rows) < 5:
         return None
     validation = [row["raw"]["loss"] for row in rows]
@@ -377,8 +379,10 @@ def overfit(counts, history):
 
 
 def lucky_best(counts, history):
-    """The last epochs, at most ten and all after the best one, are below it by 2 of their sd and by
-    a fifth of its way from the floor."""
+    """The last epochs, at most ten and all after the best one, are far below it.
+
+    By 2 of their sd, and by a fifth of the gain of the best over a constant.
+    """
     key, rows = counts["monitor"], scored_rows(history)
     if not counts.get("done") or len(rows) < 6:
         return None
@@ -395,42 +399,33 @@ def lucky_best(counts, history):
                 f"{mean:.4f} +- {sd:.4f}")
 
 
-RULES = {  # worst first: name of the finding -> (rule, what to do)
+RULES = {  # worst first: name of the finding -> (rule, remedy)
     "frozen-model": (frozen_model, "the optimizer does not hold the parameters of the network: "
-                     "build it "
-                     "from model.parameters()"),
-    "leak-across-split": (leak_across_split, "split by group, and drop duplicates: the scores are "
-                          "of rows "
-                          "that were learnt"),
+                     "build it from model.parameters()"),
+    "leak-across-split": (leak_across_split, "split by group, and drop duplicates: the scores "
+                          "count rows that were learnt"),
     "single-class-batches": (single_class_batches, "stratify the batches: one class offers no "
                              "contrast"),
     "lr-too-large": (lr_too_large, "lower --lr by 10, warm up longer, or clip the gradient; "
-                     "--find-lr "
-                     "suggests a rate"),
+                     "--find-lr suggests a rate"),
     "lr-too-small": (lr_too_small, "raise --lr; --find-lr suggests a rate"),
     "no-gradient": (no_gradient, "look for a detach, a clamp, a sign, or a branch that forward "
-                    "never "
-                    "takes"),
+                    "never takes"),
     "backbone-in-train-mode": (backbone_in_train_mode, "put frozen modules into eval mode after "
                                "model.train(), as models.train_mode does"),
     "constant-prediction": (constant_prediction, "look at the inputs' scale, dead activations, and "
-                            "the "
-                            "balance of the classes"),
+                            "the balance of the classes"),
     "loss-at-bound": (loss_at_bound, "what is learnt is a constant: look at the batches, the "
-                      "labels and "
-                      "the rate"),
+                      "labels and the rate"),
     "score-at-floor": (score_at_floor, "the network knows no more than a constant does: look at "
-                       "labels, "
-                       "inputs and rate before tuning"),
+                       "labels, inputs and rate before tuning"),
     "ema-not-moving": (ema_not_moving, "update the average after every optimizer step"),
     "ema-horizon-too-long": (ema_horizon_too_long, "lower --ema-decay to 1 - 10 / steps, or let it "
-                             "warm "
-                             "up"),
+                             "warm up"),
     "label-quantised": (label_quantised, "take labels at a finer resolution, or longer windows"),
     "imbalance": (imbalance, "stratify the batches, or weigh the classes"),
     "schedule-outlasts-run": (schedule_outlasts_run, "plan the schedule for the epochs that are "
-                              "run "
-                              "(--cosine-epochs, --patience)"),
+                              "run (--cosine-epochs, --patience)"),
     "plateau-too-eager": (plateau_too_eager, "raise --plateau-patience or --plateau-factor"),
     "monitor-mismatch": (monitor_mismatch, "monitor the score that is reported"),
     "overfit": (overfit, "fewer epochs, more augmentation, dropout or weight decay, more data"),

@@ -9,8 +9,7 @@ from runtime import checkpoint
 
 
 class ExportedNetwork(nn.Module):
-    """An Exported as a module, whose weights are those of the network: {input: tensor} ->
-    float32."""
+    """An Exported as a module with the network's weights: {input: tensor} -> float32."""
 
     def __init__(self, network, forward):
         super().__init__()

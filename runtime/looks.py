@@ -1,5 +1,4 @@
-"""Calls in place of training that show something about a run: --find-lr, --show-schedule, --look,
---check-sampler."""
+"""Calls in place of training: --find-lr, --show-schedule, --look, --check-sampler."""
 
 import itertools
 from pathlib import Path
@@ -65,7 +64,7 @@ def look(run, splits):
 
 
 def check_sampler(run, splits):
-    """What the batches of the first epoch hold, all of them."""
+    """Count the classes in all batches of the first epoch."""
     labels = getattr(splits.train, "labels", None)
     if labels is None or labels.dtype.kind not in "iu":
         raise ValueError("--check-sampler counts the classes of the rows: this task has none")

@@ -104,8 +104,7 @@ def write_images(path, inputs, columns=6):
 
 
 def write_examples(folder, split, badness, columns):
-    """All rows of a split into examples.csv, the worst first; the first 24 images into
-    examples.png."""
+    """All rows of a split as examples.csv, worst first; the first 24 images as examples.png."""
     order = np.argsort(-badness, kind="stable")  # NaN comes last
     names = getattr(split, "names", None)
     first = {"row": split.rows}

@@ -11,8 +11,7 @@ from tasks.common import show, spelled
 
 
 def read_encoder(args, facts, flags):
-    """The checkpoint that --pretrained names, checked against this run; None for a mode without
-    one."""
+    """The checkpoint of --pretrained, checked against this run; None for a mode without one."""
     if args.mode in ("scratch", "pretrain"):
         return None
     if not args.pretrained:
@@ -80,11 +79,10 @@ def load_encoder(model, content):
 
 @torch.no_grad()
 def cache_features(model, splits):
-    """Compute the features of a frozen encoder once, in eval mode, from rows that are not
-    augmented.
+    """Compute the features of a frozen encoder once, in eval mode, without augmentation.
 
-    They become split.features, which batches hold instead of inputs: one tensor, or with some of
-    several encoders frozen {name: tensor}.
+    They become split.features, which batches hold instead of inputs: one tensor, or {name: tensor}
+    if some of several encoders are frozen.
     """
     encode = getattr(model, "encode_frozen", model.features)
     model.eval()

@@ -16,11 +16,10 @@ import torch.nn as nn
 
 from tasks.common import NonFinite
 
-# A process that dies closes its connections, which the others see at once. One that lives gets this
-# long: rank 0 may decode a data set.
+# Time to wait for a living process, such as rank 0 while it decodes a data set. A process that dies
+# closes its connections, which the others see at once.
 TIMEOUT = datetime.timedelta(hours=1)
-# torchrun, if that started this process: a process whose torchrun has died would train on without
-# it
+# The launcher. If torchrun dies, this process must stop too.
 PARENT = os.getppid()
 
 
@@ -39,8 +38,7 @@ def local_rank():
 
 @contextlib.contextmanager
 def process_group():
-    """Meet the processes that torchrun started, and leave together with them; nothing without
-    it."""
+    """Join the processes that torchrun started, and end together with them; without it nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
@@ -77,8 +75,7 @@ def leave(code):
 
 
 def gather_objects(value):
-    """[value of rank 0, of rank 1, ...] in every process; an exception among them is raised in
-    all."""
+    """[value of rank 0, of rank 1, ...] in every process; all raise an exception among them."""
     values = [value] * world_size()
     if world_size() > 1:
         # evaluation runs in inference mode, and torch 2.4 cannot gather into tensors made there
@@ -94,8 +91,11 @@ def gather_objects(value):
 def in_order(parts):
     """One list of the parts of all processes, of which rank r has parts r, r + world_size, ..."""
     gathered = gather_objects(parts)
-    count = sum(map(len, gathered))
-    return [gathered[i % world_size()][i // world_size()] for i in range(count)]
+    ordered = []
+    for i in range(sum(map(len, gathered))):
+        place, owner = divmod(i, world_size())
+        ordered.append(gathered[owner][place])
+    return ordered
 
 
 def gather_rows(tensors, rows, chunk):
@@ -189,8 +189,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self):
-        """Interrupted in all processes if one was asked to end, ProcessLost if a torchrun has
-        died."""
+        """Interrupted in all processes if one was asked to end, ProcessLost if a torchrun died."""
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         flags = [self.number == number for number in self.before]
         *asked, orphans = sum_over_processes(flags + [orphan])
@@ -245,8 +244,7 @@ def no_sync(loss, unless):
 
 
 def share_buffers(*models):
-    """The buffers of rank 0, such as batch statistics, in all processes: they are scored and
-    saved."""
+    """Copy the buffers of rank 0, such as batch statistics, to all: they are scored and saved."""
     if world_size() > 1:
         for model in models:
             for buffer in model.buffers():

@@ -1,4 +1,4 @@
-"""What a run prints and writes about itself: epoch lines, tables, logs, the final report."""
+"""Reports of a run: epoch lines, tables, logs, the final report."""
 
 import json
 import math
@@ -41,8 +41,7 @@ def best_constant(rows):
 
 
 def plain(scores):
-    """The scores that are numbers; what else there is is a table, such as a score of every
-    class."""
+    """The scores that are numbers, without the tables, such as a score of every class."""
     return {key: value for key, value in scores.items() if not isinstance(value, dict)}
 
 
@@ -137,16 +136,16 @@ def print_scores(title, count, scores, floors):
     print(score_table({"model": scores} | floors))
     for key, table in scores.items():
         if isinstance(table, dict):
-            print(score_table(with_floors(table, {name: rows[key]
-                                                  for name, rows in floors.items()})))
+            tables = {name: rows[key] for name, rows in floors.items()}
+            print(score_table(with_floors(table, tables)))
 
 
 def with_floors(table, floors):
     """A table by class of the model, and beside it the last column of every row of the floors."""
-    joined = {}
-    for name, row in table.items():
-        joined[name] = row | {floor: list(rows[name].values())[-1]
-                              for floor, rows in floors.items()}
+    joined = {name: dict(row) for name, row in table.items()}
+    for floor, rows in floors.items():
+        for name in table:
+            joined[name][floor] = list(rows[name].values())[-1]
     return joined
 
 
@@ -156,19 +155,20 @@ def phases(history, monitor):
     Mean and sd of the score, and how far the validation loss is above the training loss.
     """
     rows, best = history[1:], best_row(history, monitor)
-    third = -(-len(rows) // 3)
+    third = math.ceil(len(rows) / 3)
     after = rows[rows.index(best) + 1 :] if best else []
     parts = {"early": rows[:third], "middle": rows[third : 2 * third], "late": rows[2 * third :],
              "after the best": after}
     table = {}
     for name, part in parts.items():
-        if part:
-            scores = [row["score"] for row in part]
-            gaps = [row["raw"]["loss"] - row["train_loss"] for row in part if "raw" in row]
-            table[name] = {"first": part[0]["epoch"], "last": part[-1]["epoch"],
-                           "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))
-                           if len(part) > 1 else math.nan, "gap": float(np.mean(gaps)) if gaps
-                           else math.nan}
+        if not part:
+            continue
+        scores = [row["score"] for row in part]
+        gaps = [row["raw"]["loss"] - row["train_loss"] for row in part if "raw" in row]
+        sd = float(np.std(scores, ddof=1)) if len(part) > 1 else math.nan
+        gap = float(np.mean(gaps)) if gaps else math.nan
+        table[name] = {"first": part[0]["epoch"], "last": part[-1]["epoch"],
+                       "mean": float(np.mean(scores)), "sd": sd, "gap": gap}
     return table
 
 
@@ -202,7 +202,7 @@ def print_findings(findings, most=10):
 
 
 def saved(run, folder):
-    """What a run that broke off has left."""
+    """Where the last epoch of a run that broke off is saved."""
     if not run.history:
         return "nothing is saved"
     return f"epoch {run.history[-1]['epoch']} is saved in {folder / 'last.pt'}"
@@ -227,12 +227,13 @@ def print_lr_curve(rates, smoothed, suggestion, width=50):
 
 
 def print_sampler(report):
-    """What data.sampler_report found, and what is wrong with it."""
+    """A data.sampler_report, and a warning if one class is nearly all there is."""
     counts = [f"{name}: {count:,}" for name, count in report["class_counts"].items()]
-    print(f"{report['batches']:,} batches, {report['rows']:,} rows | {', '.join(counts)}\nclasses "
-          f"per batch: at least {report['classes_min']}, {report['classes_mean']:.2f} on average "
-          f"| batches of one class: {report['single_class']} | repeats within a batch: "
-          f"{report['repeats']} | rows never drawn: {report['never_drawn']}")
+    print(f"{report['batches']:,} batches, {report['rows']:,} rows | {', '.join(counts)}")
+    print(f"classes per batch: at least {report['classes_min']}, "
+          f"{report['classes_mean']:.2f} on average | batches of one class: "
+          f"{report['single_class']} | repeats within a batch: {report['repeats']} | "
+          f"rows never drawn: {report['never_drawn']}")
     largest = {"of the rows drawn": report["largest_share"],
                "of a batch": report["largest_batch_share"]}
     for place, share in largest.items():
@@ -242,7 +243,7 @@ def print_sampler(report):
 
 
 def print_epoch(run):
-    """The line of the last epoch, over what the progress bar has left."""
+    """The line of the last epoch, in place of the progress bar."""
     clear = "\r" + 60 * " " + "\r" if sys.stdout.isatty() else ""
     print(clear + epoch_line(run), flush=True)
 
@@ -255,8 +256,7 @@ def print_progress(epoch, share, loss):
 
 
 def write_fold_scores(folder, folds):
-    """Mean and standard deviation over the folds of their test scores, printed and in
-    scores.json."""
+    """Print the mean and sd of the folds' test scores, and write them to scores.json."""
     tests = [json.loads((fold / "scores.json").read_text())["test"] for fold in folds]
     mean, sd = {}, {}
     for name in tests[0]:
@@ -270,8 +270,9 @@ def write_fold_scores(folder, folds):
                 mean[name][key] = float(values.mean())
                 sd[name][key] = float(values.std(ddof=1))
     count = sum(test["rows"] for test in tests)
-    print(f"\n{len(folds)} folds, {count:,} test rows in all, mean over the "
-          f"folds\n{score_table(mean)}\nstandard deviation over the folds\n{score_table(sd)}")
+    print(f"\n{len(folds)} folds, {count:,} test rows in all, mean over the folds")
+    print(score_table(mean))
+    print(f"standard deviation over the folds\n{score_table(sd)}")
     write_json(folder / "scores.json",
                {"folds": len(folds), "test": {"rows": count} | mean, "test_sd": sd})
     print(f"\nsaved in {folder}: scores.json, and the folds' own files in fold-1 to "

@@ -64,35 +64,27 @@ def resolve_device(name):
 RUN_FLAGS = {
     "data": ("", "folder or file to read; synthetic data without it"),
     "out": ("", "folder of the run (default: runs/TASK, with --fold K runs/TASK/fold-K); with "
-            "--predict "
-            "the file to write (faceparse: the folder), with --export the .pt2"),
+            "--predict the file to write (faceparse: the folder), with --export the .pt2"),
     "cache": ("", "folder that keeps the decoded data: images, recordings and the arrays of an "
-              ".npz are "
-              "then memory-mapped; recordings are otherwise kept beside --out"),
+              ".npz are then memory-mapped; recordings are otherwise kept beside --out"),
     "device": ("auto", "auto (CUDA when present), cpu, cuda or cuda:N"),
     "eval": ("", "score a checkpoint on --split instead of training"),
     "split": ("", "with --eval: train, validation, test, or all rows unsplit (default: all with "
-              "--data, "
-              "else test or what there is)"),
+              "--data, else test or what there is)"),
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
     "export": ("", "write a checkpoint's network to --out, with all that stands before and behind "
-               "it, "
-               "for torch.export.load"),
+               "it, for torch.export.load"),
     "resume": (False, "go on from the last finished epoch in --out"),
     "overwrite": (False, "replace the run in --out"),
     "debug": (False, "print labels of the first batches, output, gradients and rate of every "
-              "epoch, and "
-              "a checklist at the end"),
+              "epoch, and a checklist at the end"),
     "find_lr": (False, "learning-rate range test instead of training; --clip, --accumulate and "
-                "--compile "
-                "do not apply"),
+                "--compile do not apply"),
     "show_schedule": (False, "print the learning rate of every epoch instead of training"),
     "look": (False, "draw the first images of epoch 1, augmented as the network will see them, "
-             "into "
-             "look.png in --out instead of training"),
+             "into look.png in --out instead of training"),
     "check_sampler": (False, "walk all batches of the first epoch and count classes and repeats "
-                      "instead "
-                      "of training"),
+                      "instead of training"),
 }
 # what the loop takes where a task has no such flag
 NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
@@ -128,8 +120,7 @@ def add_flag(parser, name, default, text, choices=(), shown=None):
 
 
 def command_line(args, flags, names):
-    """The command that this run resolves to, as it can be typed again, without flags it does not
-    read."""
+    """The command of this run, to be typed again, without the flags that it does not read."""
     words = ["train.py", "--task", args.task]
     for name in names:
         if name in flags and flags[name].unmet(args):
@@ -152,8 +143,7 @@ def resume_command(args):
 
 
 def check_paths(args, run_files):
-    """Refuse to write predictions or a network over what they are made from, or over files of a
-    run."""
+    """Refuse to write predictions or a network over their own sources or over files of a run."""
     out = Path(args.out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {out.parent} does not exist; create it, or "
@@ -210,8 +200,8 @@ def check_call(args, task, run_files):
         reads = args.typed - (unread - {"out"} if check == "look" else unread)
     for name in sorted(args.typed - reads):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, "
-                         "--predict and --export take the recipe from the checkpoint, --split "
-                         "goes with --eval, --find-lr and its like write nothing)")
+                         "--predict and --export take the recipe from the checkpoint, --split goes "
+                         "with --eval, --find-lr and its like write nothing)")
     if args.cache and not (args.data or args.eval or args.resume):
         raise ValueError("--cache is not read without --data: leave it out")
     if args.predict and not (args.data and args.out):

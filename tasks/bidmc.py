@@ -7,6 +7,7 @@ Reading, windows and drawn recordings are in bidmc_data.py, --mode pretrain in b
 """
 
 import functools
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -172,8 +173,7 @@ def load(path, args):
 
 
 def run_folder(args):
-    """Where the parsed recordings are kept without --cache: beside the run, if this call has
-    one."""
+    """The folder of the parsed recordings without --cache: beside the run, if there is one."""
     return str(Path(args.home).parent) if args.home else ""
 
 
@@ -255,8 +255,7 @@ def scores(outputs, split, args, facts):
 
 
 def rate_scores(prediction, split, args, facts, rows=slice(None)):
-    """Scores of predictions per minute, of the network or of a baseline; the loss is on
-    z-scores."""
+    """Scores of predictions per minute, of network or baseline; the loss is on z-scores."""
     labels, scale = split.labels[rows], scaler_of(facts).transform
     report = losses.regression_report(prediction[rows], labels, split.groups[rows])
     z, targets = torch.as_tensor(scale(prediction[rows])), torch.as_tensor(scale(labels))
@@ -267,15 +266,14 @@ def rate_scores(prediction, split, args, facts, rows=slice(None)):
 
 def spectral_peak(split, args, facts):
     """The classical estimate of every window; the training median where a window is flat."""
-    chunks = np.array_split(np.arange(len(split)), -(-len(split) // 512))
+    chunks = np.array_split(np.arange(len(split)), math.ceil(len(split) / 512))
     band = data.RATE_BANDS[rate_of(args)]
     peaks = [data.spectral_rate(split.signals(rows).cpu(), hz_of(args), band) for rows in chunks]
     return torch.nan_to_num(torch.cat(peaks), nan=facts["median"]).numpy()
 
 
 def floors(split, args, facts):
-    """Constants fitted on training labels, the spectral peak, and another reading as the
-    ceiling."""
+    """Constants of the training labels, the spectral peak, and another reading as the ceiling."""
     mean = np.full(len(split), scaler_of(facts).mean)
     median = np.full(len(split), facts["median"])
     rows = {"constant mean": rate_scores(mean, split, args, facts),
@@ -359,8 +357,7 @@ def flags(bins):
         monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights",
                      choices=("mae", "rmse", "r2", "loss")),
         protocol=Flag("patients", "patients: labels and split as they should be; original: windows "
-                      "of "
-                      "10 s every 2 s, breaths counted, the original list of recordings",
+                      "of 10 s every 2 s, breaths counted, the original list of recordings",
                       choices=("patients", "original")),
         seconds=Flag(32.0, "length of a window", low=5, high=480, when=BY_PATIENT),
         stride=Flag(4.0, "seconds from one window to the next", above=0, when=BY_PATIENT),
@@ -377,8 +374,7 @@ def flags(bins):
         dropout=Flag(0.1, "in the encoder, while it is trained", low=0, high=0.95,
                      when={"mode": TRAINED}),
         stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label "
-                     "(1 "
-                     "= off)", low=1, high=1.99, when={"mode": TRAINED}),
+                     "(1 = off)", low=1, high=1.99, when={"mode": TRAINED}),
         loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
                   when={"mode": LABELLED}),
         mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95,

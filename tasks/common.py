@@ -1,4 +1,4 @@
-"""What a task is, and what several tasks share: flags, splits of rows, constants as baselines.
+"""The contract of a task, and code that several tasks share: flags, splits of rows, batches.
 
 A task is one module with one TASK = Task(...). README lists the steps to add one.
 """
@@ -31,8 +31,7 @@ class Flag:
     backbone: bool = False  # shapes the encoder or its input: must be as it was in pretraining
 
     def unmet(self, args):
-        """The first (flag, values) of `when` that the settings do not meet; None if the flag is
-        read."""
+        """The first (flag, values) of `when` that the settings do not meet, or None."""
         for name, values in self.when.items():
             if getattr(args, name) not in values:
                 return name, values
@@ -90,8 +89,7 @@ SHARED_FLAGS = dict(
     weight_decay=Flag(1e-2, "AdamW's decoupled weight decay", low=0),
     beta2=Flag(0.999, "AdamW's decay of the mean squared gradient", low=0, high=0.99999),
     schedule=Flag("cosine", "learning rate over the steps; plateau watches a validation score of "
-                  "the "
-                  "raw weights", choices=("cosine", "restarts", "cyclic", "plateau", "none")),
+                  "the raw weights", choices=("cosine", "restarts", "cyclic", "plateau", "none")),
     cosine_epochs=Flag(0.0, "cosine: it ends after this many epochs and stays at --min-lr (0 = "
                        "--epochs)", low=0, when={"schedule": ("cosine",)}),
     warmup_epochs=Flag(0.5, "linear warm-up before any schedule but cyclic (0 = off)", low=0,
@@ -116,19 +114,16 @@ SHARED_FLAGS = dict(
                          when={"schedule": ("cyclic",)}),
     clip=Flag(1.0, "largest gradient norm (0 = no clipping)", low=0),
     ema_decay=Flag(0.99, "average of the weights, horizon 1 / (1 - decay) steps, warmed up (0 = "
-                   "off)",
-                   low=0, high=0.99999),
+                   "off)", low=0, high=0.99999),
     patience=Flag(0, "stop after this many epochs without a new best (0 = never)", low=0),
     amp=Flag("off", "autocast precision of forward and loss", choices=("off", "bf16", "fp16")),
     compile=Flag(False, "torch.compile the network"),
     seed=Flag(0, "fixes the split, the initial weights, the order and the augmentation", low=0),
     train_ratio=Flag(0.7, "share of the training split", above=0, high=1, when={"folds": (0,)}),
     val_ratio=Flag(0.1, "share of the validation split, which picks the epoch (0 = the training "
-                   "loss "
-                   "does); with --folds: of the rows that a fold leaves", low=0, high=0.99),
+                   "loss does); with --folds: of the rows that a fold leaves", low=0, high=0.99),
     test_ratio=Flag(0.2, "share of the test split, scored at the end only (0 = none)", low=0,
-                    high=1,
-                    when={"folds": (0,)}),
+                    high=1, when={"folds": (0,)}),
     folds=Flag(0, "cross-validation: each group is in one of so many test splits; a run each, in "
                "OUT/fold-1, OUT/fold-2, ... (0 = one split by the ratios)", low=0),
     fold=Flag(0, "with --folds: train this fold alone, in --out itself (0 = all, one after the "
@@ -142,13 +137,11 @@ LABELLED = ("scratch", "probe", "finetune", "partial")  # modes that read labels
 MODE_FLAGS = dict(
     mode=Flag("scratch", "scratch: train everything from random weights; pretrain: the encoder, "
               "without labels; and from an encoder given as --pretrained: probe trains the head "
-              "alone, "
-              "on features computed once, finetune everything, partial the head and the last "
-              "layers",
+              "alone, on features computed once, finetune everything, partial the head and the "
+              "last layers",
               choices=("scratch", "pretrain", "probe", "finetune", "partial")),
     pretrained=Flag("", "best.pt of a --mode pretrain run on the same split, or the run's folder "
-                    "(with "
-                    "--folds: the folder of all its folds)",
+                    "(with --folds: the folder of all its folds)",
                     when={"mode": ("probe", "finetune", "partial")}),
     backbone_lr=Flag(1e-3, "peak learning rate of the pretrained encoder; --lr is the head's",
                      above=0,
@@ -182,19 +175,20 @@ def mode_flags(**defaults):
 
 @dataclasses.dataclass
 class Splits:
-    """The rows of a run. A split has len(), .batch(rows, generator), .chunk and, if it has,
-    .labels.
+    """The rows of a run.
 
-    `chunk` is the number of rows that are scored at once.
+    A split has len(), .batch(rows, generator), .chunk (the number of rows scored at once) and,
+    where its rows have labels, .labels.
+
+    facts: plain values measured on training rows (class weights, label scale), kept in every
+    checkpoint. `data` and `split` are checksums. `seen` and `held_out` are the cases of the
+    training rows and of the others: a pretrained encoder must not have seen the latter.
     """
 
     train: object
     validation: object  # None without rows, as test
     test: object
-    # plain values measured on training rows (class weights, label scale), kept in every
     facts: dict
-    #              checkpoint; `data` and `split` are checksums; `seen` and `held_out` are the cases
-    # of the training and of the other rows: a pretrained encoder must not have seen the latter
     notes: list  # lines to print: what was read, how it was split, what cannot be excluded
     train_eval: object = None  # as many training rows as in validation, scored after every epoch
 
@@ -215,10 +209,10 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Everything that train.py knows of a task. `args` are the settings, `facts` what `load`
-    measured.
+    """Everything that train.py knows of a task.
 
-    A batch is a dictionary; train.py adds `step`, the optimizer steps so far.
+    args: the settings; facts: the values that `load` measured. A batch is a dictionary, to which
+    train.py adds `step`, the number of optimizer steps so far.
     """
 
     flags: dict  # name -> Flag
@@ -228,25 +222,21 @@ class Task:
     network: Callable  # (args, facts) -> nn.Module
     loss: Callable  # (model, batch, args, facts) -> scalar, {part: scalar}
     outputs: Callable  # (model, batch, args, facts) -> {name: tensor}, one row per sample
-    # (outputs, split, args, facts) -> {score: number}, over the whole split; "loss" is
+    # (outputs, split, args, facts) -> {score: number} over the whole split, with a "loss";
+    # {column: number} in place of the number is a row of a table, such as a score of every class
     scores: Callable
-    #                   one of them; {name: {column: number}} is a table, such as a score of every
-    # class
     floors: Callable  # (split, args, facts) -> {name: scores}: constants, simple models, ceilings
-    # (batches, split, out, args, facts) -> rows written to out; `batches` yields
+    # (batches, split, out, args, facts) -> rows written to out; batches: (batch, outputs) pairs
     predictions: Callable
-    #                        (batch, outputs), one batch after the other
     # (outputs, split, args, facts) -> how wrong each row is (n,), {column: (n,)}
     examples: Callable
     export: Callable = None  # (model, args, facts) -> Exported; None: the task refuses --export
-    # scores need outputs["reference"], those of the rows of split.reference
-    reference: bool = False
+    reference: bool = False  # scores need outputs["reference"], for the rows of split.reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What --export writes. A side of a shape that is a word is free, the same word the same
-    length."""
+    """The content of --export. In a shape a word is a free side, the same word the same side."""
 
     forward: Callable  # ({input: tensor}) -> tensor; no shape depends on the values
     inputs: dict  # input -> (type, shape, what it is and in which unit)
@@ -308,8 +298,7 @@ def count_or_names(items, most=5):
 
 
 def head_outputs(model, batch):
-    """One number a row, float32 (b,): of the network, or of its head where batches hold
-    features."""
+    """One number a row, float32 (b,): of the network, or of its head if batches hold features."""
     if "features" in batch:
         return model.head(batch["features"]).squeeze(1).float()
     return model(batch["inputs"]).float()
@@ -347,15 +336,14 @@ def check_crop(args):
                          f"{show(args.size)}: there is no more to mirror")
 
 
-def no_predictions(what, *_):
+def no_predictions(name, *_):
     """For a pretrained encoder, which has no head."""
-    raise ValueError(f"a checkpoint of --mode pretrain predicts no {what}: give it as --pretrained "
+    raise ValueError(f"a checkpoint of --mode pretrain predicts no {name}: give it as --pretrained "
                      "to --mode probe, partial or finetune first")
 
 
 def plan_batches(split, epoch, args, rank=0, world_size=1):
-    """Rows of every batch of an epoch, or the equal shares of them that one of several processes
-    takes."""
+    """Rows of every batch of an epoch, or this process's equal share of them."""
     options = dict(seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
     share = args.batch_size // world_size
     if args.sampler == "stratified":

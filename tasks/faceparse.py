@@ -43,8 +43,7 @@ class FaceImages:
         return len(self.sources)
 
     def batch(self, rows):
-        """inputs (1, 3, h, w) of the size of the network, and the image as it is: uint8 (h, w,
-        3)."""
+        """inputs (1, 3, h, w) at the network's size, and the image unchanged: uint8 (h, w, 3)."""
         name, read = self.sources[rows[0]]
         image = read()
         split = FaceSplit(data.resize_uint8(image[None], self.size), None, [0], device=self.device)
@@ -52,8 +51,7 @@ class FaceImages:
 
 
 def face_sources(path):
-    """[(name, function that reads the image)] of a folder, of its images/, of an .npz or of one
-    file."""
+    """[(name, function that reads the image)] of a folder, its images/, an .npz or one file."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder of images, an image or an .npz")
@@ -141,8 +139,8 @@ def checksum(images, masks):
 
 def data_note(path, masks, args):
     source = path or "SYNTHETIC faces, drawn by the script: a score on them is no result"
-    return (f"data: {source}, {len(masks):,} images at {show(args.size)}, "
-            f"masks at {show(tuple(masks.shape[1:]))}")
+    return (f"data: {source}, {len(masks):,} images at {show(args.size)}, masks at "
+            f"{show(tuple(masks.shape[1:]))}")
 
 
 def sides_note(sides):
@@ -151,8 +149,7 @@ def sides_note(sides):
 
 
 def pixel_counts(masks, rows):
-    """How many of these masks hold class c at each position: (19, h, w); ignored pixels count for
-    none."""
+    """How many masks hold class c at each position: (19, h, w), without ignored pixels."""
     counts = torch.zeros(19, *masks.shape[1:], dtype=torch.int32)
     for row in rows:
         for c in range(19):
@@ -161,8 +158,7 @@ def pixel_counts(masks, rows):
 
 
 def pack_map(ids):
-    """A map of small ids as text for a checkpoint: 'rows,columns,base64 of the zlib-compressed
-    bytes'."""
+    """A map of small ids as text for a checkpoint: 'rows,columns,base64 of the zlib bytes'."""
     body = base64.b64encode(zlib.compress(ids.astype(np.uint8).tobytes())).decode()
     return f"{ids.shape[0]},{ids.shape[1]},{body}"
 
@@ -227,8 +223,7 @@ def class_ids(logits, size):
 
 
 def scores(outputs, split, args, facts):
-    """The loss is the mean over the images of their own; the other scores count pixels of the
-    masks."""
+    """The loss is a mean over the images; the other scores count pixels of the masks."""
     counted = outputs["counted"]
     if not counted.any():
         raise NonFinite(f"all pixels of the {len(split)} masks are ignored, there is no score")
@@ -321,11 +316,9 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
     monitor=Flag("f", "validation score that picks the epoch, and raw or EMA weights: f is the "
                  "challenge's, per image", choices=("f", "f_pooled", "miou")),
     size=Flag((128, 128), "height x width that the network sees; scores are counted at the masks' "
-              "own "
-              "resolution", low=8),
+              "own resolution", low=8),
     network=Flag("cnn", "cnn: FaceCNN, size a multiple of 8; segformer: MicroSegFormer, a multiple "
-                 "of "
-                 "32", choices=tuple(NETWORKS)),
+                 "of 32", choices=tuple(NETWORKS)),
     width=Flag(32, "channels at half the size", low=1, when={"network": ("cnn",)}),
     lmsa=Flag(True, "local multi-scale attention before the classifier",
               when={"network": ("segformer",)}),
@@ -343,11 +336,9 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
     class_weights=Flag("none", "median: square root of median frequency, counted on training masks",
                        choices=("none", "median")),
     fix_reversed=Flag(False, "train on masks with left and right set right where they are "
-                      "reversed; "
-                      "what is scored is kept as it is"),
+                      "reversed; what is scored is kept as it is"),
     flip=Flag("swap", "swap: mirror half of the faces, left and right labels change places; naive: "
-              "they "
-              "do not; none: no mirroring", choices=("swap", "naive", "none")),
+              "they do not; none: no mirroring", choices=("swap", "naive", "none")),
     degrees=Flag(15.0, "rotate by up to so much (0 = off)", low=0, high=180),
     zoom=Flag(1.25, "enlarge by a factor between 1 / zoom and zoom (1 = off)", low=1, high=10),
     crop=Flag(0, "random crop after padding by this many pixels (0 = off)", low=0),

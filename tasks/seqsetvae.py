@@ -29,8 +29,7 @@ PENALTY = 30.0
 
 
 def load(path, args):
-    """Read the stays, split them, and fit on training stays the scaler and the logistic
-    regression."""
+    """Read the stays, split them, and fit scaler and logistic regression on training stays."""
     pretraining = args.mode == "pretrain"  # also takes the stays without an outcome, for training
     stays = read(path, args, need_outcomes=not pretraining)
     labels, ids = stays["labels"], stays["ids"]
@@ -108,8 +107,7 @@ def left_out(stays):
 
 
 def logistic_weights(x, labels):
-    """[intercept, weights] of the logistic regression, read off its logits of a zero and unit
-    rows."""
+    """[intercept, weights] of the logistic regression, from its logits of a zero and unit rows."""
     probes = np.concatenate([np.zeros((1, x.shape[1])), np.eye(x.shape[1])])
     logits = losses.logistic_predict(x, labels, probes, penalty=PENALTY)
     return [float(logits[0]), *(logits[1:] - logits[0]).tolist()]
@@ -153,8 +151,10 @@ def criterion(logits, targets, args, facts):
 
 
 def loss(model, batch, args, facts):
-    """On stratified batches half of the stays are deaths: there the odds are so much higher, and
-    the network's own stay those of all stays."""
+    """On stratified batches half of the stays are deaths, so their log odds are higher by `shift`.
+
+    Added to the logits here, it leaves the network with the odds of all stays.
+    """
     deaths = facts["deaths"]
     shift = math.log((1 - deaths) / deaths) if args.sampler == "stratified" else 0.0
     return criterion(head_outputs(model, batch) + shift, batch["targets"], args, facts), {}
@@ -165,8 +165,7 @@ def outputs(model, batch, args, facts):
 
 
 def probability(logits, args, facts):
-    """Of death. A weight on the deaths multiplies the odds that the network learns: it is taken
-    back."""
+    """Probability of death, without the factor by which pos_weight multiplies the learned odds."""
     shift = math.log(facts["pos_weight"]) if args.loss == "bce" else 0.0
     return torch.sigmoid(logits - shift)
 
@@ -196,8 +195,7 @@ def regression(split, facts):
 
 
 def floors(split, args, facts):
-    """Chance, the severity scores that the files have, and a logistic regression on means and
-    counts."""
+    """Chance, severity scores of the files, and a logistic regression on means and counts."""
     deaths, chance = facts["deaths"], losses.binary_floor(split.labels)
     constant = np.full(len(split), math.log(deaths / (1 - deaths)))
     rows = {"constant": {"loss": loss_of(constant, split, args, facts), "auroc": chance["auroc"],
@@ -235,15 +233,13 @@ FLAGS = shared_flags(
     epochs=6, weight_decay=1.0, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
     train_ratio=0.75, val_ratio=0.075, test_ratio=0.175) | mode_flags() | dict(
     sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the "
-                 "loss "
-                 "takes into account; bucketed: stays of like length share a batch, as in "
+                 "loss takes into account; bucketed: stays of like length share a batch, as in "
                  "pretraining",
                  choices=("stratified", "bucketed", "shuffled"), when={"mode": LABELLED},
                  otherwise="bucketed"),
     monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; "
-                 "pretraining "
-                 "takes its loss", choices=("auroc", "auprc", "loss"), when={"mode": LABELLED},
-                 otherwise="loss"),
+                 "pretraining takes its loss", choices=("auroc", "auprc", "loss"),
+                 when={"mode": LABELLED}, otherwise="loss"),
     width=Flag(64, "of the latent vectors and hidden states, a multiple of --heads and --set-heads",
                low=2, backbone=True),
     depth=Flag(2, "layers of the causal transformer", low=1, backbone=True),
@@ -258,14 +254,12 @@ FLAGS = shared_flags(
     head_layers=Flag(2, "linear layers of the head", low=1, when={"mode": LABELLED}),
     head_dropout=Flag(0.3, "between them", low=0, high=0.95, when={"mode": LABELLED}),
     events=Flag(True, "the head reads the strongest events of a stay, too, beside what the "
-                "sequence of "
-                "its sets tells", when={"mode": ("scratch", "finetune", "partial")},
+                "sequence of its sets tells", when={"mode": ("scratch", "finetune", "partial")},
                 otherwise=False),
     loss=Flag("bce", "bce with --pos-weight, or focal", choices=("bce", "focal"),
               when={"mode": LABELLED}),
     pos_weight=Flag(1.0, "weight of the deaths (0 = survivors / deaths of the training stays)",
-                    low=0,
-                    when={"loss": ("bce",), "mode": LABELLED}),
+                    low=0, when={"loss": ("bce",), "mode": LABELLED}),
     gamma=Flag(2.0, "exponent of the focal loss", low=0,
                when={"loss": ("focal",), "mode": LABELLED}),
     alpha=Flag(0.5, "focal: weight of the deaths, 1 - alpha that of the survivors; 0.25 weighs the "
