@@ -621,7 +621,7 @@ def test_models_face_networks_are_their_parts_in_the_order_of_the_docstring():
     assert near(net.features(x), net.up2(net.up4(net.bottleneck(eighth), quarter), half), 1e-5)
     for part in net.modules():
         if isinstance(part, nn.Sequential) and isinstance(part[0], nn.Conv2d):
-            _, norm, activation = part
+            norm, activation = part[1:3]
             assert isinstance(norm, nn.BatchNorm2d)
             assert isinstance(activation, (nn.ReLU, nn.Identity))
 
