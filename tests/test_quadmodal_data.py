@@ -205,7 +205,8 @@ def test_data_channel_statistics_of_constant_huge_and_no_values():
     mean, sd = data.channel_statistics(array, np.arange(500), chunk=100)
     assert sd[1] == 1 and near(mean[1], 0.1, 1e-12)
     assert near(sd[[0, 2]], array[:, [0, 2]].std(0), 1e-6)
-    mean, sd = data.channel_statistics(np.full((4, 3), np.nan), np.arange(4), np.zeros(4, dtype=bool))
+    absent = np.zeros(4, dtype=bool)
+    mean, sd = data.channel_statistics(np.full((4, 3), np.nan), np.arange(4), absent)
     assert mean.tolist() == [0, 0, 0] and sd.tolist() == [1, 1, 1]
 
 

@@ -24,9 +24,10 @@ import train
 from runtime import debug, diagnosis, page, report
 from tasks import bidmc, bidmc_data, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
 from tests.helpers import (
-    call, FACEPARSE, faces_npz, faces_run, folder, loaded, make_npz, MODAL, near, NEVER, png_content,
-    PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced, result_of, run,
-    same_bits, STAYS, stays_folder, stays_run, TINY)
+    call, FACEPARSE, faces_npz, faces_run, folder, loaded, make_npz, MODAL, near, NEVER,
+    png_content, PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced,
+    result_of, run, same_bits, STAYS, stays_folder, stays_run, TINY)
+
 
 def succeeded(*words):
     """What the command prints; it must succeed."""
@@ -54,7 +55,8 @@ def test_train_prints_the_constant_beside_every_score():
 
 def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing():
     with folder() as f:
-        plain, out = quad_run(f / "a", "--epochs", "3"), quad_run(f / "b", "--epochs", "3", "--debug")
+        plain = quad_run(f / "a", "--epochs", "3")
+        out = quad_run(f / "b", "--epochs", "3", "--debug")
         assert same_bits(result_of(f / "a"), result_of(f / "b")) and "debug" not in plain
         lines = [line for line in out.splitlines() if line.startswith("debug epoch ")]
         assert len(lines) == 3 * 5 and "batch 0 | labels 0: 4, 1: 4, 2: 4" in lines[0]
@@ -171,9 +173,10 @@ def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
 
 
 def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
-    untrained, still, stuck = {"loss": 0.7, "f1": 0.5}, {"weight_change": 0.0}, scored(0.9, 0.3, 0.694)
-    raw, planned, cut = {"loss": 0.6, "f1": 0.8}, {"planned_epochs": 5}, {"plateau_lr": [1e-3, 9e-6]}
-    by_loss, rate = {"monitor": "loss"}, [{"lr_end": 7e-4}] * 4
+    still, stuck = {"weight_change": 0.0}, scored(0.9, 0.3, 0.694)
+    untrained, raw = {"loss": 0.7, "f1": 0.5}, {"loss": 0.6, "f1": 0.8}
+    rates, cut = [{"lr_end": 7e-4}] * 4, {"plateau_lr": [1e-3, 9e-6]}
+    by_loss = {"monitor": "loss"}
 
     def averaged(loss):
         return {"ema": {"loss": loss, "f1": 0.7}, "raw": raw}
@@ -207,8 +210,9 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
                             {"labels": {"values": 30, "step": 1.0, "spread": 2.5}}),
         "imbalance": (sampler(0, 0.91, 9.0), sampler(0, 0.89, 9.0))}
     cases = {  # and for both
-        "schedule-outlasts-run": ((planned, rate), ({}, rate)),
-        "plateau-too-eager": (({"epochs": 9}, [{}, cut] + [{}] * 7), ({"epochs": 3}, [{}, cut, {}])),
+        "schedule-outlasts-run": (({"planned_epochs": 5}, rates), ({}, rates)),
+        "plateau-too-eager": (({"epochs": 9}, [{}, cut] + [{}] * 7),
+                              ({"epochs": 3}, [{}, cut, {}])),
         "monitor-mismatch": ((by_loss, best_by_loss(0.74)), (by_loss, best_by_loss(0.77)))}
     cases |= {name: (({}, ill), ({}, well)) for name, (ill, well) in by_rows.items()}
     cases |= {name: ((ill, []), (well, [])) for name, (ill, well) in by_counts.items()}
@@ -221,7 +225,8 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
         assert ("score-at-floor" in names) == reported
     assert findings_of({"stopped": "the loss became nan"}) == {"lr-too-large"}
     # fp16 skipped all steps of the first epochs.
-    assert findings_of(rows=[still | {"lr_end": 0.0}] + [still | {"grad_norm": math.nan}] * 2) == set()
+    skipped = [still | {"lr_end": 0.0}] + [still | {"grad_norm": math.nan}] * 2
+    assert findings_of(rows=skipped) == set()
     falling = [scored(0.605, 0.5), scored(0.601, 0.4), scored(0.6, 0.3)]
     assert findings_of(rows=falling) == {"score-at-floor"}
     below = {"monitor": "mae", "headline": "mae", "floor": {"mae": 2.0}, "ceiling": {}}
@@ -261,8 +266,7 @@ def length_of(tensors):
     return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).double().norm())
 
 
-def test_train_log_tells_how_far_weights_moved_what_has_no_gradient_and_what_is_frozen_in_training_mode(
-):
+def test_train_log_tells_how_far_weights_moved_what_has_no_gradient_and_what_is_frozen_but_trains():
     with folder() as f:
         _, splits, state = prepared(f, "--ema-decay", "0")
         model = state.raw_model
@@ -618,7 +622,8 @@ def test_train_examples_of_modalities_begin_with_the_rows_among_strangers():
         rows, order = examples_of(f / "a", splits.test, strangers, ["true", "predicted"])
         names = splits.facts["names"]
         predicted = losses.knn_predict(reference, splits.train.labels, z)
-        assert [row["true"] for row in rows] == [names[label] for label in splits.test.labels[order]]
+        true = splits.test.labels[order]
+        assert [row["true"] for row in rows] == [names[label] for label in true]
         assert [row["predicted"] for row in rows] == [names[label] for label in predicted[order]]
         assert len(set(strangers)) > 2 and not (f / "a" / "examples.png").exists()
 
