@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import unittest.mock
-import warnings
 
 import numpy as np
 import torch
