@@ -145,7 +145,7 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
         args, splits = loaded(*words)
         split, facts = splits.test, splits.facts
 
-        class Zero(nn.Module):  # guesses 7 for what is visible and 0 for what is hidden
+        class Zero(nn.Module):  # guesses 7 for visible patches, 0 for hidden ones
             encoder = small_encoder(channels=1)
 
             def forward(self, signals, mask):

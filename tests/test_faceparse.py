@@ -304,8 +304,8 @@ def test_train_faces_reversed_labels_are_reported_and_set_right_in_training_alon
                          (splits["fixed"].notes, 15), (whole["bad"].notes, 15)):
         [line] = [line for line in notes if line.startswith("left and right: ")]
         pattern = r"(\d+) of 30 masks cannot be told, reversed in (\d+)"
-        hidden, found = map(int, re.search(pattern, line).groups())
-        assert count - hidden <= found <= count and hidden < 4, line
+        hidden, reversed_masks = map(int, re.search(pattern, line).groups())
+        assert count - hidden <= reversed_masks <= count and hidden < 4, line
     checksums = {name: splits[name].facts["data"] for name in splits}
     assert checksums["bad"] == checksums["fixed"] == whole["bad"].checksum != checksums["good"]
     trained = {}
@@ -320,7 +320,7 @@ def test_train_faces_reversed_labels_are_reported_and_set_right_in_training_alon
         parts = [*splits[name].named().values(), splits[name].train_eval, whole[name].split]
         scored[name] = [part.batch(np.arange(3)) for part in parts]
     assert len(parts) == 5
-    assert same_bits(scored["bad"], scored["fixed"])  # what is scored stays as it was read
+    assert same_bits(scored["bad"], scored["fixed"])  # scored masks stay as they were read
     args, facts = settings["bad"], splits["bad"].facts
     for name, low, high in (("bad", 0, 0.9), ("good", 0.9999, 1.1)):
         floors = faceparse.floors(splits[name].train, args, facts)

@@ -29,7 +29,9 @@ EYE_SIZES = ((24, 40), (30, 48), (32, 64), (48, 48))
 
 
 def test_models_parameter_counts_are_those_of_the_recipe():
-    count = lambda **options: models.count_parameters(models.EyeNet(**options))
+    def count(**options):
+        return models.count_parameters(models.EyeNet(**options))
+
     assert [count(block=block) for block in EYE_BLOCKS] == [11457, 118321, 170145]
     assert count(channels=64, blocks=8) == 547713
     assert count(block="inverted_se", blocks=8) == 1587153
@@ -349,7 +351,7 @@ def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too()
         assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.125] * places
     x, layer = torch.randn(4, 6, 8), models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5)
     for module in layer.modules():
-        module.p = 0.0  # what still drops is the attention
+        module.p = 0.0  # only the attention still drops
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
 
@@ -485,7 +487,7 @@ def test_models_face_dropout_has_the_promised_rate_in_each_stage_and_acts_in_tra
         refuses(f"dropout must be in [0, 0.8), got {bad}",
                 lambda: models.MicroSegFormer(dropout=bad))
     attention, x = models.ReducedAttention(8, reduction=2, dropout=0.5), torch.randn(2, 4, 4, 8)
-    attention.out[1].p = 0.0  # what still drops is the attention
+    attention.out[1].p = 0.0  # only the attention still drops
     assert not torch.equal(attention(x), attention(x))
     assert torch.equal(attention.eval()(x), attention(x))
     net, x = models.FaceCNN(width=4, dropout=0.5), torch.randn(2, 16, 8, 8)

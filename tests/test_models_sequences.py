@@ -410,7 +410,7 @@ def test_models_quadmodal_drops_modalities_in_training_only():
     kept = kept_alone(y)
     assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 4).all()
     without_b = {"b": torch.zeros(32, dtype=torch.bool)}
-    kept = kept_alone(net.train()(x, without_b))  # what a row lacks is not what it keeps
+    kept = kept_alone(net.train()(x, without_b))  # a row never keeps what it lacks
     assert (kept.sum(0) == 1).all() and (kept.sum(1) >= 8).tolist() == [True, False, True]
     torch.manual_seed(0)
     tokens = {name: net.encode(name, v) for name, v in x.items()}
@@ -549,7 +549,7 @@ def test_models_quadmodal_learns_a_class_that_takes_two_modalities_to_tell():
         cosine = z @ z.T
         loss = (1 - cosine)[same].mean() + cosine[~same].mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert loss < -0.5, loss  # -1 is the minimum, 1 what equal embeddings score
+    assert loss < -0.5, loss  # -1 is the minimum; equal embeddings score 1
 
 
 def packed_doubles(stays):
@@ -855,7 +855,7 @@ def test_models_time_bias_is_the_formula_causal_and_learns():
     (encoder(packed_sets(stays)) * torch.randn(16)).sum().backward()
     for p in (encoder.time_bias.log_slope, encoder.time_bias.log_tau):
         assert p.shape == (4,) and (p.grad.abs() > 1e-6).all()
-    nn.init.zeros_(encoder.gap.weight)  # what is left of time is the bias
+    nn.init.zeros_(encoder.gap.weight)  # only the bias knows the time now
     with torch.no_grad():
         hidden = encoder(packed_sets(stays))[0]
         slower = [(3 * minute, events) for minute, events in stays[0]]
@@ -886,12 +886,12 @@ def test_models_seqset_dropout_has_its_rate_and_acts_in_training_only():
     assert not torch.equal(net(inputs), net(inputs))
     assert torch.equal(net.eval()(inputs), net(inputs))
     encoder = set_encoder(dropout=0.25)
-    encoder.layers.eval()  # what still drops is the sum of latent, position and time
+    encoder.layers.eval()  # only the sum of latent, position and time drops
     assert not torch.equal(encoder(inputs), encoder(inputs))
     layer = models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5, qkv_bias=False)
     x, bias = torch.randn(1, 6, 8), torch.zeros(1, 2, 6, 6)
     for module in layer.modules():
-        module.p = 0.0  # what still drops is the attention
+        module.p = 0.0  # only the attention still drops
     assert not torch.equal(layer(x, bias), layer(x, bias))
     assert torch.equal(layer.eval()(x, bias), layer(x, bias))
 
@@ -992,11 +992,11 @@ def test_models_log_time_buckets_are_even_in_the_logarithm_and_rise():
         assert models.log_time_buckets(torch.tensor(minutes)).tolist() == places
     spans = torch.arange(0, 2881, dtype=torch.float32)
     for buckets, longest in ((64, 2880.0), (16, 600.0)):
-        found = models.log_time_buckets(spans, buckets=buckets, longest=longest)
-        assert found.dtype == torch.int64
+        places = models.log_time_buckets(spans, buckets=buckets, longest=longest)
+        assert places.dtype == torch.int64
         bounds = [math.expm1(math.log1p(longest) * k / buckets) for k in range(1, buckets)]
         expected = [sum(span >= bound for bound in bounds) for span in spans.tolist()]
-        assert found.tolist() == expected
+        assert places.tolist() == expected
     assert models.log_time_buckets(torch.zeros(2, 3)).shape == (2, 3)
     assert set_encoder(buckets=16).gap.num_embeddings == 16
     set_encoder(buckets=16)(packed_sets(draw_sets((9,))))  # long spans stay inside a smaller table

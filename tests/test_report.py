@@ -61,10 +61,10 @@ def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing
         lines = [line for line in out.splitlines() if line.startswith("debug epoch ")]
         assert len(lines) == 3 * 5 and "batch 0 | labels 0: 4, 1: 4, 2: 4" in lines[0]
         assert "lr 1e-06 | output (12, 8): mean" in lines[1] and "0 not finite" in lines[1]
-        # no row lacks a modality: what stands in for an absent one is not trained
+        # no row lacks a modality: the stand-in for an absent one is not trained
         pattern = r"(\d+) of (\d+) trainable tensors have a gradient, norm ([0-9.]+) \(healthy"
-        found = re.search(pattern, lines[2])
-        assert int(found[1]) == int(found[2]) > 50 and 0.1 < float(found[3]) < 100
+        trained, trainable, norm = re.search(pattern, lines[2]).groups()
+        assert int(trained) == int(trainable) > 50 and 0.1 < float(norm) < 100
         checklist = out[out.index("\nchecklist\n") :].splitlines()[2:]
         assert [line.split(" | ")[1].strip() for line in checklist] == [
             "warm-up rises", "batches hold all classes", "loss falls by epoch 20",
