@@ -1,5 +1,6 @@
 """Tests of faceparse."""
 
+import itertools
 import json
 import math
 import re
@@ -405,90 +406,103 @@ def test_train_faces_notices_other_images_beside_the_same_masks():
             assert code == 2 and "data" in err, (code, err)
 
 
+def refused_folders(f, pillow):
+    """[(message, words)] of damaged face-parsing folders in f."""
+    images, masks, _ = faceparse.synthetic_faces(20, size=(32, 32))
+    zeros, folders = np.zeros((32, 32), np.uint8), []
+
+    def spoiled(change):
+        folders.append(write_faces(f / f"folder-{len(folders)}", images, masks))
+        change(folders[-1])
+        return f"--data {folders[-1]}"
+
+    def with_file(name, content):
+        return spoiled(lambda path: (path / name).write_bytes(content))
+
+    def with_image(name, mode):
+        return spoiled(lambda path: pillow.new(mode, (32, 32)).save(path / name))
+
+    def with_mask(mask):
+        return with_file("masks/003.png", data.encode_png(mask))
+
+    def without(name):
+        return spoiled(lambda path: (path / name).unlink())
+
+    def truncate(path):
+        file = path / "masks" / "003.png"
+        file.write_bytes(file.read_bytes()[:60])
+
+    def remove_images(path):
+        for file in (path / "images").iterdir():
+            file.unlink()
+
+    def widen_third(path):
+        pillow.new("RGB", (40, 32)).save(path / "images" / "003.png")
+        pillow.new("L", (40, 32)).save(path / "masks" / "003.png")
+
+    one_wrong = zeros.copy()
+    one_wrong[0, 0] = 19
+    return [
+        ("003.png has no mask of the same stem, 1 of 20", without("masks/003.png")),
+        ("003.png has no image of the same stem, 1 of 20", without("images/003.png")),
+        ("is 16x32 but its image is 32x32", with_mask(zeros[:, :16].copy())),
+        ("003.png: class ids must be 0 to 18, or 255 for pixels that do not count; "
+         "got 19 in 1 pixels", with_mask(one_wrong)),
+        ("003.png is a RGB image of 8 bits: a mask is a palette or 8-bit grey PNG",
+         with_mask(np.zeros((32, 32, 3), np.uint8))),
+        ("003.png is a 1 image of 1 bits", with_image("masks/003.png", "1")),
+        ("003.png is a L image of 4 bits", with_file("masks/003.png", FOUR_BITS)),
+        ("mode I;16, 8 bits per channel", with_image("images/003.png", "I;16")),
+        ("003.png and 003.jpg have the same stem", with_image("images/003.jpg", "RGB")),
+        ("is not a readable .npz file", f"--data {f / 'plain.npy'}"),
+        ("003.png is not a readable mask", spoiled(truncate)),
+        ("000.png is not a readable", with_file("images/000.png", b"no png")),
+        ("masks does not exist",
+         spoiled(lambda path: (path / "masks").rename(path / "labels"))),
+        ("holds no image files", spoiled(remove_images)),
+        ("is 40x32 but the first mask is 32x32", spoiled(widen_third)),
+        ("does not exist: give a folder with images/ and masks/",
+         f"--data {f / 'nowhere'}")]
+
+
+def refused_arrays(f):
+    """[(message, words)] of damaged .npz files in f."""
+    count = itertools.count()
+
+    def npz(change):
+        path = faces_npz(f / f"{next(count)}.npz", change=change)
+        return f"--data {path}"
+
+    def mark_corner(arrays):
+        arrays["masks"][:, 0, 0] = 77
+
+    return [
+        ("masks are 255, which do not count",
+         npz(lambda a: a | {"masks": np.full_like(a["masks"], 255)})),
+        ("got uint8 (30, 0, 32, 3)", npz(lambda a: a | {"images": a["images"][:, :0]})),
+        ("masks must be uint8 class ids (30, 32, 32), the size of the images, got none",
+         npz(lambda a: {"images": a["images"]})),
+        ("got uint8 (30, 16, 32)", npz(lambda a: a | {"masks": a["masks"][:, ::2]})),
+        ("images must be uint8 (n, h, w) or (n, h, w, 3), got float64",
+         npz(lambda a: a | {"images": a["images"] / 255})),
+        ("got 77 in 30 pixels", npz(mark_corner))]
+
+
 def test_train_faces_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
     pillow = need_pillow()
     with folder() as f:
         faces_npz(f / "faces.npz")
-        images, masks, _ = faceparse.synthetic_faces(20, size=(32, 32))
-        zeros, folders = np.zeros((32, 32), np.uint8), []
-
-        def spoiled(change):
-            folders.append(write_faces(f / f"folder-{len(folders)}", images, masks))
-            change(folders[-1])
-            return f"--data {folders[-1]}"
-
-        def with_file(name, content):
-            return spoiled(lambda path: (path / name).write_bytes(content))
-
-        def with_image(name, mode):
-            return spoiled(lambda path: pillow.new(mode, (32, 32)).save(path / name))
-
-        def with_mask(mask):
-            return with_file("masks/003.png", data.encode_png(mask))
-
-        def without(name):
-            return spoiled(lambda path: (path / name).unlink())
-
-        def truncate(path):
-            file = path / "masks" / "003.png"
-            file.write_bytes(file.read_bytes()[:60])
-
-        def remove_images(path):
-            for file in (path / "images").iterdir():
-                file.unlink()
-
-        def widen_third(path):
-            pillow.new("RGB", (40, 32)).save(path / "images" / "003.png")
-            pillow.new("L", (40, 32)).save(path / "masks" / "003.png")
-
-        def npz(change):
-            folders.append(faces_npz(f / f"{len(folders)}.npz", change=change))
-            return f"--data {folders[-1]}"
-
-        def mark_corner(arrays):
-            arrays["masks"][:, 0, 0] = 77
-
-        one_wrong = zeros.copy()
-        one_wrong[0, 0] = 19
         np.save(f / "plain.npy", np.zeros((2, 32, 32, 3), np.uint8))
-        for message, words in (
-                ("003.png has no mask of the same stem, 1 of 20", without("masks/003.png")),
-                ("003.png has no image of the same stem, 1 of 20", without("images/003.png")),
-                ("is 16x32 but its image is 32x32", with_mask(zeros[:, :16].copy())),
-                ("003.png: class ids must be 0 to 18, or 255 for pixels that do not count; "
-                 "got 19 in 1 pixels", with_mask(one_wrong)),
-                ("003.png is a RGB image of 8 bits: a mask is a palette or 8-bit grey PNG",
-                 with_mask(np.zeros((32, 32, 3), np.uint8))),
-                ("003.png is a 1 image of 1 bits", with_image("masks/003.png", "1")),
-                ("003.png is a L image of 4 bits", with_file("masks/003.png", FOUR_BITS)),
-                ("mode I;16, 8 bits per channel", with_image("images/003.png", "I;16")),
-                ("003.png and 003.jpg have the same stem", with_image("images/003.jpg", "RGB")),
-                ("is not a readable .npz file", f"--data {f / 'plain.npy'}"),
-                ("masks are 255, which do not count",
-                 npz(lambda a: a | {"masks": np.full_like(a["masks"], 255)})),
-                ("got uint8 (30, 0, 32, 3)", npz(lambda a: a | {"images": a["images"][:, :0]})),
-                ("003.png is not a readable mask", spoiled(truncate)),
-                ("000.png is not a readable", with_file("images/000.png", b"no png")),
-                ("masks does not exist",
-                 spoiled(lambda path: (path / "masks").rename(path / "labels"))),
-                ("holds no image files", spoiled(remove_images)),
-                ("is 40x32 but the first mask is 32x32", spoiled(widen_third)),
-                ("does not exist: give a folder with images/ and masks/",
-                 f"--data {f / 'nowhere'}"),
-                ("masks must be uint8 class ids (30, 32, 32), the size of the images, got none",
-                 npz(lambda a: {"images": a["images"]})),
-                ("got uint8 (30, 16, 32)", npz(lambda a: a | {"masks": a["masks"][:, ::2]})),
-                ("images must be uint8 (n, h, w) or (n, h, w, 3), got float64",
-                 npz(lambda a: a | {"images": a["images"] / 255})),
-                ("got 77 in 30 pixels", npz(mark_corner)),
-                ("rows and columns must be multiples of 8, got 20x20: "
-                 "the nearest sizes that fit are 16x16 and 24x24", "--size 20"),
-                ("multiples of 32, got 48x48", "--network segformer --size 48"),
-                ("must have fewer than 1,821,085: make it narrower", "--width 40"),
-                ("--crop 16 must be below the shorter side of --size 16x16", "--crop 16"),
-                ("--flip: invalid choice", "--flip both"),
-                ("--lmsa is read only with --network segformer", "--lmsa"),
-                ("there must be at least 2 folds", "--folds 1")):
+        calls = [
+            ("rows and columns must be multiples of 8, got 20x20: "
+             "the nearest sizes that fit are 16x16 and 24x24", "--size 20"),
+            ("multiples of 32, got 48x48", "--network segformer --size 48"),
+            ("must have fewer than 1,821,085: make it narrower", "--width 40"),
+            ("--crop 16 must be below the shorter side of --size 16x16", "--crop 16"),
+            ("--flip: invalid choice", "--flip both"),
+            ("--lmsa is read only with --network segformer", "--lmsa"),
+            ("there must be at least 2 folds", "--folds 1")]
+        for message, words in refused_folders(f, pillow) + refused_arrays(f) + calls:
             words = words.split() + ([] if "--data" in words else ["--data", f / "faces.npz"])
             base = FACEPARSE[:-2] if "segformer" in words else FACEPARSE
             code, out, err = call(*base, *words, "--out", f / "new")

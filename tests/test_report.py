@@ -172,7 +172,8 @@ def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
     assert diagnosis.diagnose(counts, no_validation) == []
 
 
-def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
+def runs_with_and_without():
+    """{finding: (findings_of arguments with it, those of nearly the same run without it)}"""
     still, stuck = {"weight_change": 0.0}, scored(0.9, 0.3, 0.694)
     untrained, raw = {"loss": 0.7, "f1": 0.5}, {"loss": 0.6, "f1": 0.8}
     rates, cut = [{"lr_end": 7e-4}] * 4, {"plateau_lr": [1e-3, 9e-6]}
@@ -216,6 +217,11 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
         "monitor-mismatch": ((by_loss, best_by_loss(0.74)), (by_loss, best_by_loss(0.77)))}
     cases |= {name: (({}, ill), ({}, well)) for name, (ill, well) in by_rows.items()}
     cases |= {name: ((ill, []), (well, [])) for name, (ill, well) in by_counts.items()}
+    return cases
+
+
+def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_beside_its_bound():
+    cases, still = runs_with_and_without(), {"weight_change": 0.0}
     assert cases.keys() == diagnosis.RULES.keys()
     for name, (ill, well) in cases.items():
         assert name in findings_of(*ill), (name, findings_of(*ill))

@@ -256,97 +256,111 @@ def test_train_scores_do_not_depend_on_the_batch_size_and_weights_come_from_trai
         assert len(outputs[0]) == 60 and near(*outputs, 1e-5)
 
 
+def refused_data(f):
+    """{words: message} of files in f that are no eye images; eyes.npz is good."""
+    count = itertools.count()
+    images, labels, _, _ = ocec.synthetic_eyes(60, size=(12, 20), seed=1)
+    images, seventh = images.permute(0, 2, 3, 1).numpy(), np.arange(60) == 7
+    bright = images.astype(np.float32)
+    bright[5, 2, 3] = np.nan
+
+    def npz(**changes):
+        return f"--data {make_npz(f / f'{next(count)}.npz', **changes)}"
+
+    objects = np.array([{"a": 1}] * 4, dtype=object)
+    np.savez(f / "pickled.npz", images=objects, labels=np.zeros(4))
+    np.save(f / "plain.npy", labels)
+    (f / "empty").mkdir(), (f / "file").write_text("x")
+    (f / "broken.npz").write_bytes((f / "eyes.npz").read_bytes()[:500])
+    return {
+        f"--data {f / 'nowhere'}": "does not exist",
+        f"--data {f / 'empty'}": "holds no images",
+        npz(labels=np.ones(60, dtype=np.int64)): "holds one class only",
+        npz(labels=np.where(seventh, 2, labels)):
+            "row 7: label 2 is not 0 (closed) or 1 (open)",
+        npz(images=bright): "'images' holds 3 NaN",
+        npz(labels=np.where(seventh, np.nan, labels)): "'labels' holds 1 NaN",
+        npz(images=images.reshape(60, -1)): "expected uint8 (n, h, w)",
+        npz(images=images.astype(np.float32)): "expected uint8 (n, h, w)",
+        npz(labels=labels[:50]): "one entry per image",
+        npz(labels=None): "no array 'labels'",
+        npz(groups=np.zeros((60, 2))): "'groups' has shape (60, 2)",
+        npz(labels=labels[:, None]): "'labels' has shape (60, 1)",
+        f"--data {f / 'pickled.npz'}": "not a readable .npz",
+        f"--data {f / 'broken.npz'}": "not a readable .npz",
+        f"--data {f / 'file'}": "not a readable .npz",
+        f"--data {f / 'plain.npy'}": "not a readable .npz",
+    }
+
+
+def refused_calls(f):
+    """{words: message} of calls that are wrong beside the run in f / "done"."""
+    done, good = f / "done", f / "eyes.npz"
+    whole = (done / "best.pt").read_bytes()
+    best = torch.load(done / "best.pt", weights_only=True)
+    (f / "truncated.pt").write_bytes(whole[: len(whole) // 2]), (f / "zero.pt").write_bytes(b"")
+    torch.save(best | {"task": "faceparse"}, f / "other.pt")
+    torch.save({"model": {}}, f / "bare.pt")
+    best["model"].pop("stem.0.weight")
+    torch.save(best, f / "lacking.pt")
+    resume, evaluate = f"--out {done} --resume", f"--eval {done / 'best.pt'}"
+    return {
+        "--variant wild": "invalid choice: 'wild'",
+        "--lr -1": "--lr -1 must be finite and above 0",
+        "--lr nan": "--lr nan must be finite",
+        "--epochs 0": "--epochs 0 must be finite and at least 1",
+        "--learning-rate 1": "unrecognized arguments: --learning-rate",
+        "--batch 8": "unrecognized arguments: --batch",  # no abbreviations
+        "--schedule linear": "invalid choice: 'linear'",
+        "--size 32xa": "not of the form ROWSxCOLUMNS",
+        "--train-ratio 0.9": "add up to 1",
+        "--resume": "there is no run in",
+        f"--out {f / 'file' / 'below'}": "is a file, not a folder",
+        f"--out {done}": "already holds a run",
+        f"{resume} --overwrite": "give one of them",
+        f"{resume} --lr 5e-4": "contradicts the run that is resumed",
+        f"{resume} --variant current":
+            "contradicts the run that is resumed (default there)",
+        f"--eval {f / 'truncated.pt'}": "is not a readable checkpoint",
+        f"--eval {f / 'zero.pt'}": "is not a readable checkpoint",
+        f"--eval {f / 'other.pt'}": "is a checkpoint of task faceparse, not of ocec",
+        f"--eval {f / 'bare.pt'}": "holds no 'format'",
+        f"--eval {f / 'absent.pt'}": "does not exist",
+        f"--eval {f / 'lacking.pt'}": "does not hold the weights of its own recipe",
+        f"{evaluate} --lr 1": "--lr is not read by this call",
+        "--split test": "--split is not read by this call",
+        "--find-lr --overwrite": "--overwrite is not read by this call",
+        f"--predict {done / 'best.pt'} --data {good} --out {f / 'absent' / 'preds.csv'}":
+            "the folder",
+        f"--predict {done / 'best.pt'}": "needs --data",
+        "--blocks 12 --block convnext": "blocks do not fit a size of 12x20",
+        "--batch-size 41": "leaves a batch of 1 of the 42 training rows",
+        "--device cuda:9": "cannot be used",
+        "--device meta": "this script knows cpu and cuda",
+        "--crop 12": "--crop 12 must be below the shorter side",
+        "--gamma 3": "--gamma is read only with --loss focal, not with bce",
+        "--plateau-factor 0.3": "--plateau-factor is read only with --schedule plateau",
+        "--schedule cyclic --warmup-epochs 1": "--warmup-epochs is read only with",
+        "--warmup-epochs 3": "--warmup-epochs 3 must be below --epochs 3",
+        "--lr 1e-7": "--warmup-start-lr 1e-06 must not be above the peak rate, 1e-07",
+    }
+
+
 def test_train_refuses_bad_input_with_exit_code_2_and_one_message():
     with folder() as f:
-        good, done, count = make_npz(f / "eyes.npz"), f / "done", itertools.count()
-        images, labels, _, _ = ocec.synthetic_eyes(60, size=(12, 20), seed=1)
-        images, seventh = images.permute(0, 2, 3, 1).numpy(), np.arange(60) == 7
-        bright = images.astype(np.float32)
-        bright[5, 2, 3] = np.nan
-
-        def npz(**changes):
-            return f"--data {make_npz(f / f'{next(count)}.npz', **changes)}"
-
-        objects = np.array([{"a": 1}] * 4, dtype=object)
-        np.savez(f / "pickled.npz", images=objects, labels=np.zeros(4))
-        np.save(f / "plain.npy", labels)
-        (f / "empty").mkdir(), (f / "file").write_text("x")
-        (f / "broken.npz").write_bytes(good.read_bytes()[:500])
-        run(done)
-        whole = (done / "best.pt").read_bytes()
-        best = torch.load(done / "best.pt", weights_only=True)
-        (f / "truncated.pt").write_bytes(whole[: len(whole) // 2]), (f / "zero.pt").write_bytes(b"")
-        torch.save(best | {"task": "faceparse"}, f / "other.pt")
-        torch.save({"model": {}}, f / "bare.pt")
-        best["model"].pop("stem.0.weight")
-        torch.save(best, f / "lacking.pt")
-        resume, evaluate = f"--out {done} --resume", f"--eval {done / 'best.pt'}"
-        for words, message in {
-                f"--data {f / 'nowhere'}": "does not exist",
-                f"--data {f / 'empty'}": "holds no images",
-                npz(labels=np.ones(60, dtype=np.int64)): "holds one class only",
-                npz(labels=np.where(seventh, 2, labels)):
-                    "row 7: label 2 is not 0 (closed) or 1 (open)",
-                npz(images=bright): "'images' holds 3 NaN",
-                npz(labels=np.where(seventh, np.nan, labels)): "'labels' holds 1 NaN",
-                npz(images=images.reshape(60, -1)): "expected uint8 (n, h, w)",
-                npz(images=images.astype(np.float32)): "expected uint8 (n, h, w)",
-                npz(labels=labels[:50]): "one entry per image",
-                npz(labels=None): "no array 'labels'",
-                npz(groups=np.zeros((60, 2))): "'groups' has shape (60, 2)",
-                npz(labels=labels[:, None]): "'labels' has shape (60, 1)",
-                f"--data {f / 'pickled.npz'}": "not a readable .npz",
-                f"--data {f / 'broken.npz'}": "not a readable .npz",
-                f"--data {f / 'file'}": "not a readable .npz",
-                f"--data {f / 'plain.npy'}": "not a readable .npz",
-                "--variant wild": "invalid choice: 'wild'",
-                "--lr -1": "--lr -1 must be finite and above 0",
-                "--lr nan": "--lr nan must be finite",
-                "--epochs 0": "--epochs 0 must be finite and at least 1",
-                "--learning-rate 1": "unrecognized arguments: --learning-rate",
-                "--batch 8": "unrecognized arguments: --batch",  # no abbreviations
-                "--schedule linear": "invalid choice: 'linear'",
-                "--size 32xa": "not of the form ROWSxCOLUMNS",
-                "--train-ratio 0.9": "add up to 1",
-                "--resume": "there is no run in",
-                f"--out {f / 'file' / 'below'}": "is a file, not a folder",
-                f"--out {done}": "already holds a run",
-                f"{resume} --overwrite": "give one of them",
-                f"{resume} --lr 5e-4": "contradicts the run that is resumed",
-                f"{resume} --variant current":
-                    "contradicts the run that is resumed (default there)",
-                f"--eval {f / 'truncated.pt'}": "is not a readable checkpoint",
-                f"--eval {f / 'zero.pt'}": "is not a readable checkpoint",
-                f"--eval {f / 'other.pt'}": "is a checkpoint of task faceparse, not of ocec",
-                f"--eval {f / 'bare.pt'}": "holds no 'format'",
-                f"--eval {f / 'absent.pt'}": "does not exist",
-                f"--eval {f / 'lacking.pt'}": "does not hold the weights of its own recipe",
-                f"{evaluate} --lr 1": "--lr is not read by this call",
-                "--split test": "--split is not read by this call",
-                "--find-lr --overwrite": "--overwrite is not read by this call",
-                f"--predict {done / 'best.pt'} --data {good} --out {f / 'absent' / 'preds.csv'}":
-                    "the folder",
-                f"--predict {done / 'best.pt'}": "needs --data",
-                "--blocks 12 --block convnext": "blocks do not fit a size of 12x20",
-                "--batch-size 41": "leaves a batch of 1 of the 42 training rows",
-                "--device cuda:9": "cannot be used",
-                "--device meta": "this script knows cpu and cuda",
-                "--crop 12": "--crop 12 must be below the shorter side",
-                "--gamma 3": "--gamma is read only with --loss focal, not with bce",
-                "--plateau-factor 0.3": "--plateau-factor is read only with --schedule plateau",
-                "--schedule cyclic --warmup-epochs 1": "--warmup-epochs is read only with",
-                "--warmup-epochs 3": "--warmup-epochs 3 must be below --epochs 3",
-                "--lr 1e-7": "--warmup-start-lr 1e-06 must not be above the peak rate, 1e-07",
-        }.items():
+        run(f / "done")
+        best = (f / "done" / "best.pt").read_bytes()
+        cases = refused_data(f) | refused_calls(f)
+        for words, message in cases.items():
             words, base = words.split(), TINY[2:]
             if {"--eval", "--predict"} & {*words} or {"--resume", "--out"} <= {*words}:
                 base = []
-            for flag, value in (("--data", good), ("--out", f / "new")):
+            for flag, value in (("--data", f / "eyes.npz"), ("--out", f / "new")):
                 if flag not in words and not {"--eval", "--predict", "--find-lr"} & {*words}:
                     words += [flag, value]
             out = refused(message, "--task", "ocec", *base, *words)
             assert not (f / "new").exists() and "epoch " not in out, words
-        assert (done / "best.pt").read_bytes() == whole
+        assert (f / "done" / "best.pt").read_bytes() == best
 
 
 def test_train_epoch_equals_the_loop_written_out():
