@@ -1,7 +1,9 @@
-"""Tests of bidmc."""
+"""Tests of bidmc and of its networks."""
 
 import contextlib
+import copy
 import csv
+import functools
 import io
 import json
 import math
@@ -22,8 +24,10 @@ from tasks import bidmc
 from tasks import bidmc_data
 from tasks import bidmc_pretrain
 from tests.helpers import (
-    call, edit, folder, HERE, loaded, near, NEVER, PPG, ppg_folder, ppg_run, prepared, result_of,
-    replaced, same_bits, scores_of, small_encoder, write_bidmc)
+    call, edit, folder, HERE, loaded, near, NEVER, PPG, ppg_folder, ppg_run, prepared, raises,
+    replaced, result_of, same_bits, scores_of, signals_of, small_encoder, write_bidmc)
+
+refuses = functools.partial(raises, ValueError)
 
 
 def succeeded(*words):
@@ -42,6 +46,115 @@ def prepared_ppg(*words):
     """A run just before training, its splits and its folder; nothing is printed."""
     with contextlib.redirect_stdout(io.StringIO()):
         return train.prepare(train.parse_args([*PPG, *map(str, words)]))
+
+
+def test_models_ppg_encoder_is_patches_linear_positions_layers_norm():
+    encoder, x = small_encoder().eval(), signals_of(2, length=27)  # six patches and a rest
+    patches = x[:, :, :24].unflatten(2, (6, 4)).transpose(1, 2).flatten(2)
+    tokens = encoder.embed(patches) + models.sinusoidal_positions(6, 16)
+    for layer in encoder.layers:
+        tokens = layer(tokens)
+    expected = F.layer_norm(tokens, (16,), encoder.norm.weight, encoder.norm.bias)
+    assert near(encoder(x), expected, 1e-5)
+    assert not near(encoder(x)[:, :1], encoder(x.flip(-1))[:, -1:], 1e-2)  # the place of a patch
+    for bad in (torch.zeros(2, 24), torch.zeros(2, 1, 24), torch.zeros(2, 3, 3)):
+        message = f"signals must be (B, 3, at least 4), got {tuple(bad.shape)}"
+        refuses(message, lambda: encoder(bad))
+    refuses("channels must be even", lambda: small_encoder(width=15, heads=3))
+    refuses("heads must divide channels", lambda: small_encoder(width=18))
+
+
+def test_models_ppg_regressor_is_a_linear_head_on_the_mean_token():
+    model, x = models.PPGRegressor(small_encoder()).eval(), signals_of(3)
+    assert torch.equal(model.features(x), model.encoder(x).mean(1))
+    assert near(model(x), model.encoder(x).mean(1) @ model.head.weight[0] + model.head.bias, 1e-6)
+    assert near(model(x)[1], model(x[1:2])[0], 1e-6)  # whatever else is in the batch
+
+
+def test_models_masked_patch_model_does_not_see_what_is_hidden():
+    model, x = models.MaskedPatchModel(small_encoder()).eval(), signals_of(2)
+    mask = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0]]).bool()
+    other = x.clone()
+    other.view(2, 3, 6, 4)[mask[:, None].expand(2, 3, 6)] = 100.0
+    assert torch.equal(model(x, mask), model(other, mask))
+    assert not near(model(x, ~mask), model(other, ~mask), 1e-5)
+    assert model(x, mask).shape == model.encoder.patches(x).shape == (2, 6, 12)
+
+
+def test_models_masked_patch_model_learns_to_fill_in_a_sine():
+    torch.manual_seed(0)
+    model = models.MaskedPatchModel(small_encoder(channels=1, patch=2, dropout=0.0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        x = torch.sin(torch.arange(24) * 0.5 + 6.28 * torch.rand(32, 1))[:, None]
+        mask = models.random_patch_mask(32, 12, 0.3)
+        loss = F.mse_loss(model(x, mask)[mask], model.encoder.patches(x)[mask])
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss < 0.1, loss  # the mean of a sine scores 0.5
+
+
+def test_models_random_patch_mask_hides_the_same_number_in_every_row_at_random_places():
+    generator = torch.Generator().manual_seed(0)
+    mask = models.random_patch_mask(4000, 10, 0.35, generator=generator)
+    assert (mask.sum(1) == 4).all() and (mask.float().mean(0) - 0.4).abs().max() < 0.04
+    for ratio, hidden in ((0.01, 1), (0.99, 9)):
+        assert (models.random_patch_mask(5, 10, ratio).sum(1) == hidden).all()
+    refuses("at least 2 patches", lambda: models.random_patch_mask(5, 1, 0.5))
+    refuses("a ratio between 0 and 1", lambda: models.random_patch_mask(5, 4, 1.0))
+
+
+def test_models_load_backbone_takes_the_whole_encoder_or_nothing():
+    source, target = models.MaskedPatchModel(small_encoder()), models.PPGRegressor(small_encoder())
+    for p in source.encoder.parameters():
+        nn.init.normal_(p)
+    state = source.state_dict()
+    assert models.load_backbone(target.encoder, state) == {
+        "tensors": 28, "scalars": models.count_parameters(target.encoder),
+        "missing": 0, "unexpected": 0, "left_out": ["mask_token", "decoder.weight", "decoder.bias"]}
+    for name, value in target.encoder.state_dict().items():
+        assert torch.equal(value, state[f"encoder.{name}"])
+    before = copy.deepcopy(target.state_dict())
+    lacking = {name: value for name, value in state.items() if name != "encoder.layers.1.qkv.bias"}
+    extra = state | {"encoder.extra": torch.zeros(1)}
+    wider = models.MaskedPatchModel(small_encoder(width=32)).state_dict()
+    shallow = models.MaskedPatchModel(small_encoder(depth=1)).state_dict()
+    fit = "tensors fit under 'encoder.'"
+    for damaged, message in (
+            (lacking, f"27 of 28 {fit}: missing 1 (layers.1.qkv.bias)"),
+            (extra, f"28 of 28 {fit}: unexpected 1 (extra)"),
+            (wider, "of another shape 28 (embed.weight is (32, 12) there and (16, 12) here"),
+            (shallow, "missing 12 (layers.1.attention_norm.bias"),
+            ({}, "0 of 28 tensors fit")):
+        refuses(message, lambda: models.load_backbone(target.encoder, damaged))
+        assert same_bits(before, target.state_dict())
+    refuses("there is nothing to load", lambda: models.load_backbone(nn.Identity(), {}))
+
+
+def test_models_frozen_backbone_has_no_dropout_and_no_gradient_in_training():
+    model = models.PPGRegressor(small_encoder(dropout=0.5))
+    models.freeze_backbone(model.encoder)
+    models.train_mode(model)
+    assert model.training and model.head.training
+    assert not any(module.training for module in model.encoder.modules())
+    assert torch.equal(model.features(signals_of(4)), model.features(signals_of(4)))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    models.freeze_backbone(model.encoder, unfreeze_last=1)
+    models.train_mode(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name.rpartition(".")[0].removeprefix("encoder.") for name in trained}
+    assert {name.split(".")[0] for name in trained} == {"layers", "norm", "head"}
+    assert "layers.1.qkv" in trained and "layers.0.qkv" not in trained
+    first, last = model.encoder.layers
+    assert last.mlp[2].training and not first.mlp[2].training
+    for bad in (-1, 3):
+        refuses(f"unfreeze_last {bad} must be between 0 and 2",
+                lambda: models.freeze_backbone(model.encoder, unfreeze_last=bad))
+    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    norm[0].requires_grad_(False)
+    models.train_mode(norm)
+    norm(torch.randn(8, 4))
+    assert norm[0].num_batches_tracked == 0 and norm[1].training
 
 
 def test_train_frozen_parameters_stay_bit_equal():

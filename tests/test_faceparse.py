@@ -23,6 +23,7 @@ from tests.helpers import (
     call, check_resume, FACEPARSE, faces_npz, faces_run, folder, HERE, loaded, near, need_pillow,
     raises, result_of, same_bits, scores_of, seeded, sgd, write_faces)
 
+
 def read_scores(path):
     return json.loads((path / "scores.json").read_text())
 

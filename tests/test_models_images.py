@@ -137,7 +137,7 @@ def test_models_every_trainable_parameter_has_a_nonzero_gradient():
         net = models.EyeNet(block=block, head=head, channels=8, stochastic_depth=0.2)
         net(torch.randn(16, 3, 32, 64)).square().sum().backward()
         assert_every_gradient(net)
-    # The layer scale puts the factor 1e-6 on the gradients of the MLP: no underflow.
+    # The layer scale puts 1e-6 on the gradients of the MLP: no underflow, so Adam can rescale them.
     net = models.EyeNet(block="convnext", channels=8)
     assert all((b.scale == 1e-6).all() for b in net.blocks)
 
@@ -374,6 +374,60 @@ def test_models_eye_net_is_stem_then_blocks_then_head():
     assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
 
 
+def test_models_what_does_not_fit_is_refused_when_built_and_the_remedy_it_names_fits():
+    blocks, mixer = "baseline, inverted_se, convnext", {"head": "mlp_mixer"}
+    heads, small, large = "auto, avg, avgmax_mlp, transformer, mlp_mixer", (24, 40), (32, 64)
+    for message, size, options in (
+            ("8 convnext blocks do not fit a size of 24x40: a stride of 2 meets a map of 1x2; "
+             "1 to 6 blocks fit", small, dict(block="convnext", blocks=8)),
+            ("1 to 6 blocks fit", small, dict(block="convnext", blocks=7)),
+            ("1 to 10 blocks fit", large, dict(blocks=11)),
+            ("a stride of 4 meets a map of 3x9; the smallest size is 4x4",
+             (3, 9), dict(block="convnext", blocks=1)),
+            ("at least 2 tokens, got 1x1 from token_grid 2x3 on a map of 1x1",
+             (8, 8), dict(block="convnext")),
+            ("at least 2 tokens, got 1x1", small, mixer | {"token_grid": (1, 1)}),
+            ("at least 2 tokens, got -1x-2", small, mixer | {"token_grid": (-1, -2)}),
+            (f"block must be one of {blocks}, got 'resnet'", small, dict(block="resnet")),
+            (f"head must be one of {heads}, got 'max'", small, dict(head="max")),
+            ("blocks must be at least 1, got 0", small, dict(blocks=0)),
+            ("got 4 and 0", small, dict(token_layers=0)),
+            ("got 0 and 2", small, dict(channels=0)),
+            ("must be in [0, 1), got 1.0", small, dict(stochastic_depth=1.0))):
+        refuses(message, lambda: models.EyeNet(size, **{"channels": 4} | options))
+    models.EyeNet(small, channels=4, block="convnext", blocks=6)
+    models.EyeNet(large, channels=4, blocks=10)
+    models.EyeNet((8, 8), channels=4, block="convnext", head="avg")
+    refuses("heads must divide channels", lambda: models.TransformerLayer(6, heads=4, hidden=8))
+    refuses("mixer must be", lambda: models.TokenHead(4, mixer="avg"))
+
+
+def test_models_channel_layer_norm_is_the_formula():
+    norm, x = lived_in(models.ChannelLayerNorm(5)), torch.randn(2, 5, 3, 4)
+    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+    slow = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    assert near(norm(x), slow, 1e-6)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_strided_cnn_halves_while_four_pixels_are_left():
+    for size, strides, map_size in (
+            ((32, 32), [2, 2, 2], (4, 4)), ((64, 100), [2, 2, 2], (8, 13)),
+            ((9, 7), [2, 2, 1], (3, 2)), ((8, 8), [2, 2, 1], (2, 2)), ((1, 16), [2, 2, 1], (1, 4)),
+            ((2, 3), [1, 1, 1], (2, 3)), ((1, 2), [1, 1, 1], (1, 2))):
+        cnn = models.strided_cnn(2, size, width=8)
+        assert [part[0].stride[0] for part in cnn] == strides
+        assert [part[0].out_channels for part in cnn] == [2, 4, 8]
+        assert cnn(torch.randn(1, 2, *size)).shape == (1, 8, *map_size)  # training, a single image
+    refuses("more than one pixel, got 1x1", lambda: models.strided_cnn(2, (1, 1), width=8))
+    cnn, x = lived_in(models.strided_cnn(2, (9, 7), width=8)), torch.randn(2, 2, 9, 7)
+    p, y = cnn.state_dict(), x
+    for i, stride in enumerate((2, 2, 1)):
+        y = F.conv2d(y, p[f"{i}.0.weight"], stride=stride, padding=1)
+        y = batch_norm(y, p, f"{i}.1").relu()
+    assert near(cnn(x), y, 1e-5)
+
+
 def slim_segformer(*args, **options):
     return models.MicroSegFormer(*args, mix_ffn=False, lmsa=False, **options)
 
@@ -459,7 +513,8 @@ def test_models_face_networks_train_and_a_few_steps_lower_the_loss():
 
 
 def test_models_face_logits_are_independent_of_the_batch_the_memory_format_and_nearly_of_bf16():
-    # Not 64x32: on CPUs with AMX torch 2.13 gets a bf16 convolution of a 4x2 map wrong.
+    # Not 64x32: on CPUs with AMX, torch 2.13 gets a bf16 convolution wrong (map of 4x2, stride 2,
+    # 128 channels).
     for build, _ in FACES:
         net, x = lived_in(face_net(build, dropout=0.5)), torch.randn(3, 3, 128, 64)
         with torch.no_grad():

@@ -15,45 +15,9 @@ import losses
 import models
 from tests.helpers import (
     draw_sets, lived_in, near, packed_sets, quad, QUAD, quad_rows, raises, same_bits, set_encoder,
-    signals_of, small_encoder, STAY_LENGTHS, warned)
+    STAY_LENGTHS, warned)
 
 refuses = functools.partial(raises, ValueError)
-
-
-def test_models_what_does_not_fit_is_refused_when_built_and_the_remedy_it_names_fits():
-    blocks, mixer = "baseline, inverted_se, convnext", {"head": "mlp_mixer"}
-    heads, small, large = "auto, avg, avgmax_mlp, transformer, mlp_mixer", (24, 40), (32, 64)
-    for message, size, options in (
-            ("8 convnext blocks do not fit a size of 24x40: a stride of 2 meets a map of 1x2; "
-             "1 to 6 blocks fit", small, dict(block="convnext", blocks=8)),
-            ("1 to 6 blocks fit", small, dict(block="convnext", blocks=7)),
-            ("1 to 10 blocks fit", large, dict(blocks=11)),
-            ("a stride of 4 meets a map of 3x9; the smallest size is 4x4",
-             (3, 9), dict(block="convnext", blocks=1)),
-            ("at least 2 tokens, got 1x1 from token_grid 2x3 on a map of 1x1",
-             (8, 8), dict(block="convnext")),
-            ("at least 2 tokens, got 1x1", small, mixer | {"token_grid": (1, 1)}),
-            ("at least 2 tokens, got -1x-2", small, mixer | {"token_grid": (-1, -2)}),
-            (f"block must be one of {blocks}, got 'resnet'", small, dict(block="resnet")),
-            (f"head must be one of {heads}, got 'max'", small, dict(head="max")),
-            ("blocks must be at least 1, got 0", small, dict(blocks=0)),
-            ("got 4 and 0", small, dict(token_layers=0)),
-            ("got 0 and 2", small, dict(channels=0)),
-            ("must be in [0, 1), got 1.0", small, dict(stochastic_depth=1.0))):
-        refuses(message, lambda: models.EyeNet(size, **{"channels": 4} | options))
-    models.EyeNet(small, channels=4, block="convnext", blocks=6)
-    models.EyeNet(large, channels=4, blocks=10)
-    models.EyeNet((8, 8), channels=4, block="convnext", head="avg")
-    refuses("heads must divide channels", lambda: models.TransformerLayer(6, heads=4, hidden=8))
-    refuses("mixer must be", lambda: models.TokenHead(4, mixer="avg"))
-
-
-def test_models_channel_layer_norm_is_the_formula():
-    norm, x = lived_in(models.ChannelLayerNorm(5)), torch.randn(2, 5, 3, 4)
-    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
-    slow = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
-    assert near(norm(x), slow, 1e-6)
-    assert norm(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_models_sinusoidal_positions_are_the_formula():
@@ -66,115 +30,6 @@ def test_models_sinusoidal_positions_are_the_formula():
     refuses("channels must be even, got 5", lambda: models.sinusoidal_positions(3, 5))
 
 
-def test_models_ppg_encoder_is_patches_linear_positions_layers_norm():
-    encoder, x = small_encoder().eval(), signals_of(2, length=27)  # six patches and a rest
-    patches = x[:, :, :24].unflatten(2, (6, 4)).transpose(1, 2).flatten(2)
-    tokens = encoder.embed(patches) + models.sinusoidal_positions(6, 16)
-    for layer in encoder.layers:
-        tokens = layer(tokens)
-    expected = F.layer_norm(tokens, (16,), encoder.norm.weight, encoder.norm.bias)
-    assert near(encoder(x), expected, 1e-5)
-    assert not near(encoder(x)[:, :1], encoder(x.flip(-1))[:, -1:], 1e-2)  # the place of a patch
-    for bad in (torch.zeros(2, 24), torch.zeros(2, 1, 24), torch.zeros(2, 3, 3)):
-        message = f"signals must be (B, 3, at least 4), got {tuple(bad.shape)}"
-        refuses(message, lambda: encoder(bad))
-    refuses("channels must be even", lambda: small_encoder(width=15, heads=3))
-    refuses("heads must divide channels", lambda: small_encoder(width=18))
-
-
-def test_models_ppg_regressor_is_a_linear_head_on_the_mean_token():
-    model, x = models.PPGRegressor(small_encoder()).eval(), signals_of(3)
-    assert torch.equal(model.features(x), model.encoder(x).mean(1))
-    assert near(model(x), model.encoder(x).mean(1) @ model.head.weight[0] + model.head.bias, 1e-6)
-    assert near(model(x)[1], model(x[1:2])[0], 1e-6)  # whatever else is in the batch
-
-
-def test_models_masked_patch_model_does_not_see_what_is_hidden():
-    model, x = models.MaskedPatchModel(small_encoder()).eval(), signals_of(2)
-    mask = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0]]).bool()
-    other = x.clone()
-    other.view(2, 3, 6, 4)[mask[:, None].expand(2, 3, 6)] = 100.0
-    assert torch.equal(model(x, mask), model(other, mask))
-    assert not near(model(x, ~mask), model(other, ~mask), 1e-5)
-    assert model(x, mask).shape == model.encoder.patches(x).shape == (2, 6, 12)
-
-
-def test_models_masked_patch_model_learns_to_fill_in_a_sine():
-    torch.manual_seed(0)
-    model = models.MaskedPatchModel(small_encoder(channels=1, patch=2, dropout=0.0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        x = torch.sin(torch.arange(24) * 0.5 + 6.28 * torch.rand(32, 1))[:, None]
-        mask = models.random_patch_mask(32, 12, 0.3)
-        loss = F.mse_loss(model(x, mask)[mask], model.encoder.patches(x)[mask])
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert loss < 0.1, loss  # the mean of a sine scores 0.5
-
-
-def test_models_random_patch_mask_hides_the_same_number_in_every_row_at_random_places():
-    generator = torch.Generator().manual_seed(0)
-    mask = models.random_patch_mask(4000, 10, 0.35, generator=generator)
-    assert (mask.sum(1) == 4).all() and (mask.float().mean(0) - 0.4).abs().max() < 0.04
-    for ratio, hidden in ((0.01, 1), (0.99, 9)):
-        assert (models.random_patch_mask(5, 10, ratio).sum(1) == hidden).all()
-    refuses("at least 2 patches", lambda: models.random_patch_mask(5, 1, 0.5))
-    refuses("a ratio between 0 and 1", lambda: models.random_patch_mask(5, 4, 1.0))
-
-
-def test_models_load_backbone_takes_the_whole_encoder_or_nothing():
-    source, target = models.MaskedPatchModel(small_encoder()), models.PPGRegressor(small_encoder())
-    for p in source.encoder.parameters():
-        nn.init.normal_(p)
-    state = source.state_dict()
-    assert models.load_backbone(target.encoder, state) == {
-        "tensors": 28, "scalars": models.count_parameters(target.encoder),
-        "missing": 0, "unexpected": 0, "left_out": ["mask_token", "decoder.weight", "decoder.bias"]}
-    for name, value in target.encoder.state_dict().items():
-        assert torch.equal(value, state[f"encoder.{name}"])
-    before = copy.deepcopy(target.state_dict())
-    lacking = {name: value for name, value in state.items() if name != "encoder.layers.1.qkv.bias"}
-    extra = state | {"encoder.extra": torch.zeros(1)}
-    wider = models.MaskedPatchModel(small_encoder(width=32)).state_dict()
-    shallow = models.MaskedPatchModel(small_encoder(depth=1)).state_dict()
-    fit = "tensors fit under 'encoder.'"
-    for damaged, message in (
-            (lacking, f"27 of 28 {fit}: missing 1 (layers.1.qkv.bias)"),
-            (extra, f"28 of 28 {fit}: unexpected 1 (extra)"),
-            (wider, "of another shape 28 (embed.weight is (32, 12) there and (16, 12) here"),
-            (shallow, "missing 12 (layers.1.attention_norm.bias"),
-            ({}, "0 of 28 tensors fit")):
-        refuses(message, lambda: models.load_backbone(target.encoder, damaged))
-        assert same_bits(before, target.state_dict())
-    refuses("there is nothing to load", lambda: models.load_backbone(nn.Identity(), {}))
-
-
-def test_models_frozen_backbone_has_no_dropout_and_no_gradient_in_training():
-    model = models.PPGRegressor(small_encoder(dropout=0.5))
-    models.freeze_backbone(model.encoder)
-    models.train_mode(model)
-    assert model.training and model.head.training
-    assert not any(module.training for module in model.encoder.modules())
-    assert torch.equal(model.features(signals_of(4)), model.features(signals_of(4)))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["head.weight", "head.bias"]
-    models.freeze_backbone(model.encoder, unfreeze_last=1)
-    models.train_mode(model)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    trained = {name.rpartition(".")[0].removeprefix("encoder.") for name in trained}
-    assert {name.split(".")[0] for name in trained} == {"layers", "norm", "head"}
-    assert "layers.1.qkv" in trained and "layers.0.qkv" not in trained
-    first, last = model.encoder.layers
-    assert last.mlp[2].training and not first.mlp[2].training
-    for bad in (-1, 3):
-        refuses(f"unfreeze_last {bad} must be between 0 and 2",
-                lambda: models.freeze_backbone(model.encoder, unfreeze_last=bad))
-    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    norm[0].requires_grad_(False)
-    models.train_mode(norm)
-    norm(torch.randn(8, 4))
-    assert norm[0].num_batches_tracked == 0 and norm[1].training
-
-
 def test_models_grid_positions_are_the_code_of_the_row_and_of_the_column():
     table = models.grid_positions(3, 5, 8)
     rows, columns = models.sinusoidal_positions(3, 4), models.sinusoidal_positions(5, 4)
@@ -182,25 +37,6 @@ def test_models_grid_positions_are_the_code_of_the_row_and_of_the_column():
         assert torch.equal(table[5 * r + c], torch.cat([rows[r], columns[c]]))
     assert len(table.unique(dim=0)) == 15
     refuses("channels must be a multiple of 4, got 6", lambda: models.grid_positions(2, 2, 6))
-
-
-def test_models_strided_cnn_halves_while_four_pixels_are_left():
-    for size, strides, map_size in (
-            ((32, 32), [2, 2, 2], (4, 4)), ((64, 100), [2, 2, 2], (8, 13)),
-            ((9, 7), [2, 2, 1], (3, 2)), ((8, 8), [2, 2, 1], (2, 2)), ((1, 16), [2, 2, 1], (1, 4)),
-            ((2, 3), [1, 1, 1], (2, 3)), ((1, 2), [1, 1, 1], (1, 2))):
-        cnn = models.strided_cnn(2, size, width=8)
-        assert [part[0].stride[0] for part in cnn] == strides
-        assert [part[0].out_channels for part in cnn] == [2, 4, 8]
-        assert cnn(torch.randn(1, 2, *size)).shape == (1, 8, *map_size)  # training, a single image
-    refuses("more than one pixel, got 1x1", lambda: models.strided_cnn(2, (1, 1), width=8))
-    cnn, x = lived_in(models.strided_cnn(2, (9, 7), width=8)), torch.randn(2, 2, 9, 7)
-    p, y = cnn.state_dict(), x
-    for i, stride in enumerate((2, 2, 1)):
-        y = F.conv2d(y, p[f"{i}.0.weight"], stride=stride, padding=1)
-        mean, var = p[f"{i}.1.running_mean"], p[f"{i}.1.running_var"]
-        y = F.batch_norm(y, mean, var, p[f"{i}.1.weight"], p[f"{i}.1.bias"]).relu()
-    assert near(cnn(x), y, 1e-5)
 
 
 def test_models_modality_encoders_are_their_formulas():
