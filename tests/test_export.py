@@ -16,20 +16,21 @@ from tasks import faceparse
 from tasks import quadmodal
 from tests.helpers import (
     call, faces_npz, folder, lived_in, loaded, make_npz, MODAL, near, PPG, ppg_folder, quad_npz,
-    STAYS, stays_folder, TINY)
+    replaced, STAYS, stays_folder, TINY)
 
 
 LOAD = """
 import sys, torch
 for path in sys.argv[1:]:
     model = torch.export.load(path + "/net.pt2").module()
-    torch.save([model(inputs) for inputs in torch.load(path + "/inputs", weights_only=True)], path + "/outputs")
+    inputs = torch.load(path + "/inputs", weights_only=True)
+    torch.save([model(rows) for rows in inputs], path + "/outputs")
 assert not any(name in sys.modules for name in ("train", "models", "data"))
 """
 
 
 def untrained(path, *words):
-    """best.pt of drawn weights in a new folder, as a run leaves it: its network, settings and splits."""
+    """best.pt of drawn weights in a new folder -> its network, settings and splits."""
     args, splits = loaded(*words, "--device", "cpu")
     task = train.task_of(args)
     model = lived_in(task.network(args, splits.facts))
@@ -40,13 +41,14 @@ def untrained(path, *words):
 
 
 def export(path, task, *words):
-    code, out, err = call("--task", task, "--export", path / "best.pt", "--out", path / "net.pt2", *words)
+    files = ["--export", path / "best.pt", "--out", path / "net.pt2"]
+    code, out, err = call("--task", task, *files, *words)
     assert code == 0, err
     return out
 
 
 def eyes_exported(f, path, *words):
-    """The case of one exported network: inputs of all rows, and the function from rows to the task's own numbers."""
+    """An exported network: inputs of all rows, and the function rows -> the task's own numbers."""
     model, _, splits = untrained(path, *TINY, "--data", make_npz(f / "eyes.npz"), *words)
     export(path, "ocec")
     split = splits.test
@@ -72,14 +74,15 @@ def ppg_exported(f, path, *words):
     model, args, splits = untrained(path, "--width", "16", "--data", ppg_folder(f), *words)
     export(path, args.task)
     recordings = bidmc_data.read_bidmc(f / "bidmc")
-    raw = bidmc_data.bidmc_windows(recordings, rate=None, seconds=args.seconds, stride=args.stride)["inputs"][:]
+    windows = bidmc_data.bidmc_windows(
+        recordings, rate=None, seconds=args.seconds, stride=args.stride)
     facts = splits.facts
     split = bidmc.rows(args.data, args, facts, need_labels=False).split
 
     def own(rows):
         return bidmc.rates(bidmc.outputs(model, split.batch(rows), args, facts), facts)
 
-    return {"ppg": raw}, own
+    return {"ppg": windows["inputs"][:]}, own
 
 
 def quad_exported(f, path):
@@ -94,8 +97,10 @@ def quad_exported(f, path):
     model, args, splits = untrained(path, *words)
     export(path, "quadmodal")
     split = splits.test
-    inputs = {name: torch.from_numpy(array[split.rows]) for name, array in split.arrays.items()}
-    inputs |= {f"present_{name}": torch.from_numpy(split.present[name][split.rows]) for name in split.arrays}
+    inputs = {}
+    for name, array in split.arrays.items():
+        inputs[name] = torch.from_numpy(array[split.rows])
+        inputs[f"present_{name}"] = torch.from_numpy(split.present[name][split.rows])
 
     def own(rows):
         return quadmodal.outputs(model, split.batch(rows), args, splits.facts)["embedding"]
@@ -105,29 +110,34 @@ def quad_exported(f, path):
 
 def test_train_exported_networks_give_the_numbers_of_their_task_without_this_script():
     """For 1 row, for 3 and for all; in a process that cannot import the repository."""
+    cases = {
+        "eyes": (eyes_exported, ""),
+        "eyes-tokens": (eyes_exported, "--block inverted_se --head transformer"),
+        "faces": (faces_exported, "--size 16 --width 4"),
+        "faces-segformer": (faces_exported, "--size 32 --network segformer"),
+        "heart": (ppg_exported, "--task bidmc_hr --seconds 10 --inputs waveform --reduce 3"),
+        "breath": (ppg_exported, "--task bidmc_rr --bins 16"),
+        "quad": (quad_exported, "")}
+    if torch.__version__ < "2.6":
+        del cases["breath"]  # its FFT cannot be exported there, which is refused
     with folder() as f, torch.no_grad():
-        cases = {
-            "eyes": lambda path: eyes_exported(f, path),
-            "eyes-tokens": lambda path: eyes_exported(f, path, "--block", "inverted_se", "--head", "transformer"),
-            "faces": lambda path: faces_exported(f, path, "--size", "16", "--width", "4"),
-            "faces-segformer": lambda path: faces_exported(f, path, "--size", "32", "--network", "segformer"),
-            "heart": lambda path: ppg_exported(f, path, "--task", "bidmc_hr", "--seconds", "10", "--inputs", "waveform", "--reduce", "3"),
-            "breath": lambda path: ppg_exported(f, path, "--task", "bidmc_rr", "--bins", "16"),
-            "quad": lambda path: quad_exported(f, path)}
-        if torch.__version__ < "2.6":
-            del cases["breath"]  # its FFT cannot be exported there, which is refused
-        own = {}
-        for name, case in cases.items():
-            inputs, numbers = case(f / "runs" / name)
-            counts = (1, 3, len(next(iter(inputs.values()))))
-            torch.save([{key: each[-n:] for key, each in inputs.items()} for n in counts], f / "runs" / name / "inputs")
-            own[name] = [numbers(np.arange(counts[-1] - n, counts[-1])) for n in counts]
-        done = subprocess.run([sys.executable, "-I", "-c", LOAD, *cases], cwd=f / "runs", capture_output=True, text=True)
+        own, runs = {}, f / "runs"
+        for name, (exported, words) in cases.items():
+            inputs, numbers = exported(f, runs / name, *words.split())
+            rows = len(next(iter(inputs.values())))
+            last_rows = [{key: values[-n:] for key, values in inputs.items()} for n in (1, 3, rows)]
+            torch.save(last_rows, runs / name / "inputs")
+            own[name] = [numbers(np.arange(rows - n, rows)) for n in (1, 3, rows)]
+        command = [sys.executable, "-I", "-c", LOAD, *cases]
+        done = subprocess.run(command, cwd=runs, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         for name, expected in own.items():
-            for ours, theirs in zip(expected, torch.load(f / "runs" / name / "outputs", weights_only=True), strict=True):
-                assert theirs.dtype == torch.float32 and not theirs.requires_grad and ours.shape == theirs.shape, name
-                assert near(theirs.double(), ours.double(), 1e-6), (name, (theirs - ours).abs().max())
+            outputs = torch.load(runs / name / "outputs", weights_only=True)
+            for ours, theirs in zip(expected, outputs, strict=True):
+                assert theirs.dtype == torch.float32 and not theirs.requires_grad, name
+                assert ours.shape == theirs.shape, name
+                difference = (theirs - ours).abs().max()
+                assert near(theirs.double(), ours.double(), 1e-6), (name, difference)
             assert expected[-1].std(0).max() > 1e-4, name  # rows differ
 
 
@@ -142,9 +152,13 @@ def test_train_export_describes_itself_and_prints_the_lines_that_load_it():
         files = {"about.json": ""}
         torch.export.load(f / "run" / "net.pt2", extra_files=files)
         about = json.loads(files["about.json"])
-    assert about["inputs"]["images"] | {"is": ""} == {"type": "uint8", "shape": ["rows", 12, 20, 3], "is": ""}
-    assert about["output"] == {"prob_open": {"type": "float32", "shape": ["rows"], "is": "probability that the eye is open"}}
-    assert about["task"] == "ocec" and about["recipe"]["channels"] == 8 and about["facts"]["pos_weight"] > 0
+    images = about["inputs"]["images"]
+    assert (images["type"], images["shape"]) == ("uint8", ["rows", 12, 20, 3])
+    assert images.keys() == {"type", "shape", "is"}
+    text = "probability that the eye is open"
+    assert about["output"] == {"prob_open": {"type": "float32", "shape": ["rows"], "is": text}}
+    assert about["task"] == "ocec" and about["recipe"]["channels"] == 8
+    assert about["facts"]["pos_weight"] > 0
 
 
 def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_nothing():
@@ -152,30 +166,31 @@ def test_train_export_refuses_what_it_cannot_write_with_exit_code_2_and_leaves_n
         untrained(f / "eyes", *TINY, "--data", make_npz(f / "eyes.npz"))
         untrained(f / "ppg", *PPG, "--data", ppg_folder(f), "--mode", "pretrain")
         untrained(f / "stays-run", *STAYS, "--data", stays_folder(f), "--mode", "pretrain")
-        before = {path: path.stat().st_mtime_ns for path in f.rglob("*")}
-        eyes, out = ["--task", "ocec", "--export", f / "eyes" / "best.pt"], ["--out", f / "net.pt2"]
+        before, out = {path: path.stat().st_mtime_ns for path in f.rglob("*")}, f / "net.pt2"
+        eyes = ["--task", "ocec", "--export", f / "eyes" / "best.pt", "--out"]
         for message, words in [
-            ("predicts no rate", ["--task", "bidmc_hr", "--export", f / "ppg" / "best.pt", *out]),
+            ("predicts no rate",
+             ["--task", "bidmc_hr", "--export", f / "ppg" / "best.pt", "--out", out]),
             ("task seqsetvae cannot be exported: apply its checkpoint with --predict",
-             ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", *out]),
-            ("is a checkpoint of task ocec, not of faceparse", ["--task", "faceparse", *eyes[2:], *out]),
-            ("absent.pt does not exist", [*eyes[:3], f / "absent.pt", *out]),
-            ("does not exist; create it", [*eyes, "--out", f / "absent" / "net.pt2"]),
-            ("whose name ends in .pt2", [*eyes, "--out", f / "net.pt"]), ("whose name ends in .pt2", eyes),
-            ("--device is not read by this call", [*eyes, *out, "--device", "cpu"]),
-            ("--lr is not read by this call", [*eyes, *out, "--lr", "1"]),
+             ["--task", "seqsetvae", "--export", f / "stays-run" / "best.pt", "--out", out]),
+            ("is a checkpoint of task ocec, not of faceparse",
+             ["--task", "faceparse", *eyes[2:], out]),
+            ("absent.pt does not exist", [*eyes[:3], f / "absent.pt", "--out", out]),
+            ("does not exist; create it", [*eyes, f / "absent" / "net.pt2"]),
+            ("whose name ends in .pt2", [*eyes, f / "net.pt"]),
+            ("whose name ends in .pt2", eyes[:-1]),
+            ("--device is not read by this call", [*eyes, out, "--device", "cpu"]),
+            ("--lr is not read by this call", [*eyes, out, "--lr", "1"]),
         ]:
             code, _, err = call(*words)
             assert code == 2 and message in err and err.count("error:") == 1, (message, code, err)
-        whole = torch.export.export
+        fft = torch.ops.aten._fft_r2c.default
 
         def without_fft(*_, **__):  # as torch 2.4 does
-            raise torch._subclasses.fake_tensor.UnsupportedOperatorException(torch.ops.aten._fft_r2c.default)
+            raise torch._subclasses.fake_tensor.UnsupportedOperatorException(fft)
 
-        try:
-            torch.export.export = without_fft
-            code, _, err = call(*eyes, *out)
-        finally:
-            torch.export.export = whole
-        assert code == 2 and "cannot export aten._fft_r2c.default, which this network uses" in err, err
+        with replaced(torch.export, "export", without_fft):
+            code, _, err = call(*eyes, out)
+        message = "cannot export aten._fft_r2c.default, which this network uses"
+        assert code == 2 and message in err, err
         assert {path: path.stat().st_mtime_ns for path in f.rglob("*")} == before

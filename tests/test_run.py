@@ -21,30 +21,54 @@ from tests.helpers import (
     random_images, replaced, result_of, run, same_bits, TINY)
 
 
+def succeeded(*words):
+    """What the command prints; it must succeed."""
+    code, out, err = call(*words)
+    assert code == 0, err
+    return out
+
+
+def refused(text, *words):
+    """What the command prints; it must be refused with `text`."""
+    code, out, err = call(*words)
+    assert code == 2 and text in err, (text, code, err)
+    return out
+
+
+def started(*words):
+    command = [sys.executable, HERE / "train.py", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def read_scores(path):
+    return json.loads((path / "scores.json").read_text())
+
+
 def test_train_resumed_run_equals_straight_run_bit_for_bit():
-    """Killed with SIGKILL in mid-epoch; plateau, warm-up cosine and restarts, with EMA, accumulation and mixup."""
-    common = ["--accumulate", "2", "--mixup", "0.4", "--dropout", "0.3", "--epochs", "6", "--sampler", "stratified", "--batch-size", "6"]
-    for words in (["--schedule", "plateau", "--plateau-patience", "0", "--warmup-epochs", "1.5"],
-                  ["--schedule", "cosine", "--warmup-epochs", "2"],
-                  ["--schedule", "restarts", "--restart-epochs", "1", "--restart-mult", "2", "--warmup-epochs", "0.5"]):
+    """Killed with SIGKILL in the middle of an epoch, with EMA, accumulation and mixup."""
+    common = ("--accumulate 2 --mixup 0.4 --dropout 0.3 --epochs 6 --sampler stratified "
+              "--batch-size 6").split()
+    for schedule in ("plateau --plateau-patience 0 --warmup-epochs 1.5",
+                     "cosine --warmup-epochs 2",
+                     "restarts --restart-epochs 1 --restart-mult 2 --warmup-epochs 0.5"):
+        words = [*common, "--schedule", *schedule.split()]
         with folder() as f:
-            run(f / "straight", *common, *words)
-            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "killed",
-                                        *common, *words], stdout=subprocess.PIPE, text=True)
+            straight, killed = f / "straight", f / "killed"
+            run(straight, *words)
+            process = started(*TINY, "--data", f / "eyes.npz", "--out", killed, *words)
             for line in process.stdout:
                 if line.startswith("epoch   2/"):
                     time.sleep(0.02)  # somewhere in epoch 3
                     process.kill()
             process.wait()
             assert process.returncode == -signal.SIGKILL
-            killed_after = len(result_of(f / "killed")["history"]) - 1
+            killed_after = len(result_of(killed)["history"]) - 1
             assert 2 <= killed_after < 6, killed_after
-            code, _, err = call("--task", "ocec", "--out", f / "killed", "--resume")
-            assert code == 0, err
+            succeeded("--task", "ocec", "--out", killed, "--resume")
             for name in ("last.pt", "best.pt"):
-                assert same_bits(result_of(f / "straight", name), result_of(f / "killed", name)), (words, name)
+                assert same_bits(result_of(straight, name), result_of(killed, name)), (words, name)
             for name in ("scores.json", "curves.svg"):
-                assert (f / "straight" / name).read_text() == (f / "killed" / name).read_text(), (words, name)
+                assert (straight / name).read_text() == (killed / name).read_text(), (words, name)
 
 
 def test_train_early_stopping_survives_a_resume():
@@ -54,52 +78,49 @@ def test_train_early_stopping_survives_a_resume():
         history = result_of(f / "a")["history"]
         assert len(history) < 41
         (f / "eyes.npz").rename(f / "moved.npz")
-        code, out, _ = call("--task", "ocec", "--out", f / "a", "--resume", "--data", f / "moved.npz")
-        assert code == 0 and "stopped early" in out and same_bits(result_of(f / "a")["history"], history)
+        out = succeeded(
+            "--task", "ocec", "--out", f / "a", "--resume", "--data", f / "moved.npz")
+        assert "stopped early" in out and same_bits(result_of(f / "a")["history"], history)
 
 
 def test_train_signals_end_a_run_cleanly_and_say_how_to_go_on():
     for number in (signal.SIGINT, signal.SIGTERM):
         with folder() as f:
-            make_npz(f / "eyes.npz")
-            process = subprocess.Popen([sys.executable, HERE / "train.py", *TINY, "--data", f / "eyes.npz", "--out", f / "a",
-                                        "--epochs", "500"], stdout=subprocess.PIPE, text=True)
-            lines = []
+            data, a = make_npz(f / "eyes.npz"), f / "a"
+            process, lines = started(*TINY, "--data", data, "--out", a, "--epochs", "500"), []
             for line in process.stdout:
                 lines.append(line)
                 if line.startswith("epoch   1/"):
                     process.send_signal(number)
             assert process.wait() == 128 + number
-            epoch = len(result_of(f / "a")["history"]) - 1
-            assert f"{number.name}: epoch {epoch} of 500 is saved" in lines[-2] and f"--out {f / 'a'} --resume" in lines[-1]
-            assert len((f / "a" / "log.jsonl").read_text().splitlines()) == epoch + 1 and not list((f / "a").glob("*.tmp"))
+            epoch = len(result_of(a)["history"]) - 1
+            assert f"{number.name}: epoch {epoch} of 500 is saved" in lines[-2]
+            assert f"--out {a} --resume" in lines[-1] and not list(a.glob("*.tmp"))
+            assert len((a / "log.jsonl").read_text().splitlines()) == epoch + 1
 
 
 def test_train_a_folder_in_which_a_run_trains_is_refused_to_another():
-    def resumed():
-        return call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--resume", "--epochs", "1")
+    resume = ["--resume", "--epochs", "1"]
 
-    def second(*words):
-        answers.append(resumed())
+    def report_while_another_starts(*words):
+        refused("another process is training in this folder", *a, *resume)
+        refusals.append(True)
         return report_best(*words)
 
     with folder() as f:
-        answers, report_best = [], train.report_best
-        with replaced(train, "report_best", second):
+        data, report_best, refusals = [*TINY, "--data", f / "eyes.npz"], train.report_best, []
+        a = [*data, "--out", f / "a"]
+        with replaced(train, "report_best", report_while_another_starts):
             run(f / "a", "--epochs", "1")
-        [(code, _, err)] = answers
-        assert code == 2 and "another process is training in this folder" in err, err
-        assert resumed()[0] == 0  # it is free again
+        assert refusals == [True]
+        succeeded(*a, *resume)  # it is free again
         (f / "a" / "best.pt").write_bytes((f / "a" / "best.pt").read_bytes()[:500])
-        code, _, err = resumed()
-        assert code == 2 and "best.pt is not a readable checkpoint" in err, err  # before it trains on
-        code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / ("x" * 300))
-        assert code == 2 and "too long" in err, err
+        refused("best.pt is not a readable checkpoint", *a, *resume)  # before it trains on
+        refused("too long", *data, "--out", f / ("x" * 300))
 
 
 def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
     with folder() as f:
-        make_npz(f / "eyes.npz")
         criterion, calls = ocec.criterion, []
 
         def overflows_once(logits, *words):
@@ -108,9 +129,7 @@ def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
             return criterion(logits, *words) * (1e35 if second_step else 1)
 
         with replaced(ocec, "criterion", overflows_once):
-            code, out, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a", "--amp", "fp16",
-                                  "--epochs", "2")
-        assert code == 0 and "| skipped 1" in out, err
+            assert "| skipped 1" in run(f / "a", "--amp", "fp16", "--epochs", "2")
         last = result_of(f / "a")
         assert last["step"] == last["schedule"]["steps_done"] == last["ema"]["updates"] == 5  # of 6
 
@@ -123,7 +142,7 @@ def test_train_a_write_that_fails_leaves_the_old_file():
             file.flush()
             assert (f / "x").read_text() == "old"
             raise KeyError
-        assert (f / "x").read_text() == "old" and [each.name for each in f.iterdir()] == ["x"]
+        assert (f / "x").read_text() == "old" and [path.name for path in f.iterdir()] == ["x"]
         with checkpoint.atomic_write(f / "x") as file:
             file.write("new")
         assert (f / "x").read_text() == "new"
@@ -132,16 +151,16 @@ def test_train_a_write_that_fails_leaves_the_old_file():
 def test_train_names_the_image_that_cannot_be_read():
     with folder() as f:
         make_class_folder(f / "eyes")
-        victim = sorted((f / "eyes" / "open").iterdir())[1]
+        victim, annotation = sorted((f / "eyes" / "open").iterdir())[1], f / "eyes/annotation.csv"
+        words = [*TINY, "--data", f / "eyes", "--out", f / "new"]
         victim.write_bytes(victim.read_bytes()[:40])
-        code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
-        assert code == 2 and str(victim) in err and "not a readable image" in err
-        assert call(*TINY, "--data", f / "eyes", "--out", f / "new", "--cache", f / "cache")[0] == 2 and not list((f / "cache").iterdir())
-        (f / "eyes" / "annotation.csv").write_text("open/absent.png,1\n")
-        code, _, err = call(*TINY, "--data", f / "eyes", "--out", f / "new")
-        assert code == 2 and "absent.png" in err and "does not exist" in err
-        (f / "eyes" / "annotation.csv").write_text(f"open/{victim.name},1,2\n")
-        assert "line 1: expected 2 columns" in call(*TINY, "--data", f / "eyes", "--out", f / "new")[2]
+        refused(f"{victim} is not a readable image", *words)
+        refused(f"{victim} is not a readable image", *words, "--cache", f / "cache")
+        assert not list((f / "cache").iterdir())
+        annotation.write_text("open/absent.png,1\n")
+        refused("absent.png is listed in annotation.csv but does not exist", *words)
+        annotation.write_text(f"open/{victim.name},1,2\n")
+        refused("line 1: expected 2 columns", *words)
 
 
 def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch():
@@ -157,10 +176,11 @@ def test_train_stops_at_a_loss_that_is_no_number_and_keeps_the_last_good_epoch()
             code, _, err = call(*TINY, "--data", f / "eyes.npz", "--out", f / "a")
         assert code == 1 and "the loss became nan in epoch 2, step 4, at lr " in err, err
         assert "gradient norm of the step before" in err
-        last = result_of(f / "a")
-        assert len(last["history"]) == 2 and all(value.isfinite().all() for value in last["model"].values())
-        assert all(torch.isfinite(value).all() for value in result_of(f / "a", "best.pt")["model"].values())
-        assert call("--task", "ocec", "--out", f / "a", "--resume")[0] == 0
+        assert len(result_of(f / "a")["history"]) == 2
+        for name in ("last.pt", "best.pt"):
+            weights = result_of(f / "a", name)["model"]
+            assert all(value.isfinite().all() for value in weights.values())
+        succeeded("--task", "ocec", "--out", f / "a", "--resume")
 
 
 def test_train_overwrite_replaces_and_changed_data_are_refused():
@@ -169,79 +189,84 @@ def test_train_overwrite_replaces_and_changed_data_are_refused():
         run(f / "a", "--epochs", "2", "--overwrite")
         assert len(result_of(f / "a")["history"]) == 3
         make_npz(f / "eyes.npz", n=50)
-        code, _, err = call("--task", "ocec", "--out", f / "a", "--resume")
-        assert code == 2 and "the data or their split are not those of the run" in err
+        refused("the data or their split are not those of the run",
+                "--task", "ocec", "--out", f / "a", "--resume")
 
 
 def test_train_folds_run_each_and_report_mean_and_sd():
     with folder() as f:
-        out = ppg_run(f / "cv", "--folds", "3", "--epochs", "1")
-        rows = [json.loads((f / "cv" / f"fold-{k}" / "scores.json").read_text())["test"] for k in (1, 2, 3)]
-        summary = json.loads((f / "cv" / "scores.json").read_text())
+        cv, third = f / "cv", f / "cv" / "fold-3"
+        ppg, resume = [*PPG, "--data", f / "bidmc"], ["--task", "bidmc_hr", "--out", cv, "--resume"]
+        out = ppg_run(cv, "--folds", "3", "--epochs", "1")
+        rows = [read_scores(cv / f"fold-{k}")["test"] for k in (1, 2, 3)]
+        summary = read_scores(cv)
         values = [row["model"]["mae"] for row in rows]
         assert math.isclose(summary["test"]["model"]["mae"], np.mean(values))
         assert math.isclose(summary["test_sd"]["model"]["mae"], np.std(values, ddof=1))
-        assert summary["folds"] == 3 and summary["test"]["rows"] == sum(row["rows"] for row in rows)
-        assert list(summary["test"])[1:] == ["model", "constant mean", "constant median", "spectral peak", "PULSE"]
-        assert "fold 3 of 3" in out and "mean over the folds" in out and "standard deviation over the folds" in out
-        code, _, err = call(*PPG, "--data", f / "bidmc", "--out", f / "cv", "--folds", "3")
-        assert code == 2 and "already holds a run" in err
-        # a fold by itself is the same run; the summary comes with --resume, which trains what is missing
-        (f / "cv" / "fold-3" / "last.pt").rename(f / "third.pt")
+        assert summary["folds"] == 3
+        floors = ["constant mean", "constant median", "spectral peak", "PULSE"]
+        assert list(summary["test"])[1:] == ["model", *floors]
+        assert summary["test"]["rows"] == sum(row["rows"] for row in rows)
+        for text in ("fold 3 of 3", "mean over the folds", "standard deviation over the folds"):
+            assert text in out
+        refused("already holds a run", *ppg, "--out", cv, "--folds", "3")
+        # A fold by itself is the same run; --resume trains what is missing and writes the summary.
+        (third / "last.pt").rename(f / "third.pt")
         for name in set(checkpoint.RUN_FILES) - {"last.pt", "examples.png"}:
-            (f / "cv" / "fold-3" / name).unlink()
-        before = (f / "cv" / "scores.json").read_text()
-        (f / "cv" / "scores.json").unlink()
-        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
-        assert code == 0 and (f / "cv" / "scores.json").read_text() == before, err
-        assert same_bits(torch.load(f / "third.pt", weights_only=True)["model"], result_of(f / "cv" / "fold-3")["model"])
-        code, _, err = call(*PPG, "--data", f / "bidmc", "--out", f / "cv")
-        assert code == 2 and "holds the folds of a cross-validation" in err
+            (third / name).unlink()
+        before = (cv / "scores.json").read_text()
+        (cv / "scores.json").unlink()
+        succeeded(*resume)
+        assert (cv / "scores.json").read_text() == before
+        before = torch.load(f / "third.pt", weights_only=True)["model"]
+        assert same_bits(before, result_of(third)["model"])
+        refused("holds the folds of a cross-validation", *ppg, "--out", cv)
         ppg_run(f / "one", "--folds", "3", "--fold", "2", "--epochs", "1")
-        assert (f / "one" / "scores.json").read_text() == (f / "cv" / "fold-2" / "scores.json").read_text()
-        # an encoder for each fold
+        whole = [(path / "scores.json").read_text() for path in (f / "one", cv / "fold-2")]
+        assert whole[0] == whole[1]
+        # An encoder for each fold.
         ppg_run(f / "pre", "--mode", "pretrain", "--folds", "3", "--epochs", "1")
-        out = ppg_run(f / "probe", "--mode", "probe", "--pretrained", f / "pre", "--folds", "3", "--epochs", "1")
-        assert all(f"loaded from {f / 'pre' / f'fold-{k}' / 'best.pt'}" in out for k in (1, 2, 3))
-        (f / "pre" / "fold-3" / "best.pt").unlink()  # told before the first fold is trained
-        code, out, err = call(*PPG, "--data", f / "bidmc", "--out", f / "late", "--mode", "probe", "--pretrained", f / "pre",
-                              "--folds", "3")
-        assert code == 2 and "fold-3/best.pt does not exist" in err and "epoch" not in out and not (f / "late" / "fold-1").exists()
-        ppg_run(f / "cv", "--folds", "2", "--overwrite", "--epochs", "1")
-        assert not list((f / "cv" / "fold-3").iterdir()) and json.loads((f / "cv" / "scores.json").read_text())["folds"] == 2
+        probe = ["--mode", "probe", "--pretrained", f / "pre", "--folds", "3"]
+        out = ppg_run(f / "probe", *probe, "--epochs", "1")
+        for k in (1, 2, 3):
+            assert f"loaded from {f / 'pre' / f'fold-{k}' / 'best.pt'}" in out
+        (f / "pre" / "fold-3" / "best.pt").unlink()  # refused before the first fold is trained
+        out = refused("fold-3/best.pt does not exist", *ppg, "--out", f / "late", *probe)
+        assert "epoch" not in out and not (f / "late" / "fold-1").exists()
+        ppg_run(cv, "--folds", "2", "--overwrite", "--epochs", "1")
+        assert not list(third.iterdir()) and read_scores(cv)["folds"] == 2
 
 
 def test_train_folds_of_different_recipes_are_never_averaged():
     with folder() as f:
-        for fold, words in ((1, ("--folds", "3")), (2, ("--folds", "4")), (3, ("--folds", "3"))):
-            ppg_run(f / "cv" / f"fold-{fold}", *words, "--fold", fold, "--epochs", "1", "--data", ppg_folder(f))
-        code, _, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
-        assert code == 2 and "--folds 3 contradicts the run that is resumed (4 there)" in err, err
-        assert not (f / "cv" / "scores.json").exists()
-        ppg_run(f / "cv" / "fold-2", "--folds", "3", "--fold", "2", "--epochs", "1", "--data", f / "bidmc", "--overwrite")
-        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
-        assert code == 0 and "3 folds, " in out, err
-        (f / "cv" / "fold-1" / "last.pt").unlink()
-        code, _, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
-        assert code == 2 and "there is no run in" in err, err
-        ppg_run(f / "single", "--epochs", "1", "--data", f / "bidmc")
-        code, _, err = call(*PPG, "--data", f / "bidmc", "--folds", "3", "--fold", "1", "--out", f / "single" / "fold-1")
-        assert code == 2 and "holds a run without --folds" in err, err
+        data, cv = ["--epochs", "1", "--data", ppg_folder(f)], f / "cv"
+        resume = ["--task", "bidmc_hr", "--out", cv, "--resume"]
+        for fold, folds in ((1, 3), (2, 4), (3, 3)):
+            ppg_run(cv / f"fold-{fold}", "--folds", folds, "--fold", fold, *data)
+        refused("--folds 3 contradicts the run that is resumed (4 there)", *resume)
+        assert not (cv / "scores.json").exists()
+        ppg_run(cv / "fold-2", "--folds", "3", "--fold", "2", *data, "--overwrite")
+        assert "3 folds, " in succeeded(*resume)
+        (cv / "fold-1" / "last.pt").unlink()
+        refused("there is no run in", *resume)
+        ppg_run(f / "single", *data)
+        refused("holds a run without --folds", *PPG, "--data", f / "bidmc",
+                "--folds", "3", "--fold", "1", "--out", f / "single" / "fold-1")
 
 
 def test_train_interrupted_folds_say_how_to_go_on_with_all_of_them():
     with folder() as f:
-        words = [*PPG, "--data", ppg_folder(f), "--folds", "2", "--epochs", "30", "--patience", "0", "--out", f / "cv"]
-        process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)], stdout=subprocess.PIPE, text=True)
+        words = [*PPG, "--data", ppg_folder(f), "--out", f / "cv"]
+        process = started(*words, *"--folds 2 --epochs 30 --patience 0".split())
         lines = []
         for line in process.stdout:
             lines.append(line)
             if line.startswith("epoch   1/") and "fold 2 of 2\n" in lines:
                 process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
-        assert lines[-1].split()[2:] == ["--task", "bidmc_hr", "--out", str(f / "cv"), "--resume", "--device", "cpu"], lines[-1]
-        code, out, err = call(*lines[-1].split()[2:])
-        assert code == 0 and "2 folds, " in out, err
+        resume = lines[-1].split()[2:]
+        assert resume == [*PPG[:2], "--out", str(f / "cv"), "--resume", "--device", "cpu"]
+        assert "2 folds, " in succeeded(*resume)
 
 
 def test_train_a_signal_while_a_fold_is_scored_keeps_the_next_from_starting():
@@ -257,12 +282,14 @@ def test_train_a_signal_while_a_fold_is_scored_keeps_the_next_from_starting():
         report_best = train.report_best
         with replaced(train, "train_once", interrupted):
             code, out, err = call(*words)
-        assert code == 128 + signal.SIGINT and "the folds before" not in out  # there is nothing to go on with
+        # There is nothing to go on with.
+        assert code == 128 + signal.SIGINT and "the folds before" not in out
         with replaced(train, "report_best", scored_late):
             code, out, err = call(*words)
-        assert code == 128 + signal.SIGTERM and "\nfold 1 of 2" in out and "\nfold 2 of 2" not in out and "--resume" in out, (out, err)
-        code, out, err = call("--task", "bidmc_hr", "--out", f / "cv", "--resume")
-        assert code == 0 and "2 folds, " in out, err
+        assert code == 128 + signal.SIGTERM and "--resume" in out, (out, err)
+        assert "\nfold 1 of 2" in out and "\nfold 2 of 2" not in out, out
+        out = succeeded("--task", "bidmc_hr", "--out", f / "cv", "--resume")
+        assert "2 folds, " in out
 
 
 def test_train_folds_work_for_the_eyes_too():
