@@ -41,7 +41,7 @@ def test_train_prints_the_constant_beside_every_score():
         out = run(f / "a")
         scores = json.loads((f / "a" / "scores.json").read_text())
     assert out.startswith("python train.py --task ocec --epochs 3 --batch-size 16 ")
-    assert "what learns nothing scores on the" in out and "used for nothing but this" in out
+    assert "baselines on the" in out and "used for nothing but this" in out
     assert out.count("constant  ") == 3
     epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
     assert len(epochs) == 4 and "untrained" in epochs[0]
