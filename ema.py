@@ -1,5 +1,4 @@
-"""Exponential moving average of a model's weights: the copy to evaluate while the model itself
-keeps training.
+"""Exponential moving average (EMA) of a model's weights: the copy to evaluate during training.
 
     ema = EMA(model, decay=0.999)
     for batch in batches:
@@ -9,29 +8,30 @@ keeps training.
 """
 
 import copy
-import operator
 
 import torch
 import torch.nn as nn
 
 
 def ema_decay(update, decay, warmup=True):
-    """Decay in force during an update; `update` counts the updates made before it, so the first is
-    0.
+    """Decay of one update. `update` counts the updates before it, so the first is 0.
 
-        min(decay, (1 + update) / (10 + update)), or `decay` throughout with warmup=False
+        warmup=True:     min(decay, (1 + update) / (10 + update))
+        warmup=False:    decay
 
-    Without the ramp the random initial weights still make up decay^n of the average after n
-    updates: 90 % after 100 updates at 0.999. With it they make up 0.001 % after 10.
+    Without warm-up the random initial weights have the share decay^n of the average after n
+    updates: 90 % after 100 updates at 0.999. With warm-up they have 0.001 % after 10 updates.
 
     Source: TensorFlow, tf.train.ExponentialMovingAverage(num_updates=...)
     Check:  0.1 at update 0, 0.5 at update 8
     """
-    return min(decay, (1 + update) / (10 + update)) if warmup else decay
+    if not warmup:
+        return decay
+    return min(decay, (1 + update) / (10 + update))
 
 
 class EMA:
-    """Shadow copy of a model, moved towards it at every update.
+    """Shadow copy of a model that moves towards the model at every update.
 
         shadow = d * shadow + (1 - d) * model        d = ema_decay(n)
 
@@ -46,16 +46,16 @@ class EMA:
     Averaged: parameters and floating-point buffers (batch-norm statistics).
     Copied:   integer and bool buffers.
     Tied weights are one tensor, averaged once. bfloat16 and float16 weights have a float32 shadow,
-    since in half precision a step of (1 - d) rounds away; give that shadow float32 inputs.
-    The model may arrive wrapped (DistributedDataParallel, DataParallel, torch.compile, in any
-    nesting) or not, here and in update: the shadow is the plain model, and names are compared
-    without `module.` and `_orig_mod.`. They are compared again when it is another model or anything
-    in it was replaced, which every update looks for; so the EMA, not its copies, refers to the last
-    model.
+    because a step of (1 - d) rounds away in half precision; give that shadow float32 inputs.
 
-    Errors: ValueError for a decay outside [0, 1); for a name or a shape that model and shadow do
-            not share
-    Needs:  ema_decay, _unwrap, _named_tensors, _Matched, import copy, import operator
+    The model may be plain or wrapped, here and in update: DistributedDataParallel, DataParallel,
+    torch.compile, in any nesting. The shadow is the plain model. Names are compared without
+    `module.` and `_orig_mod.`, and again when an update gets another model or a model with a
+    replaced part. For this the EMA refers to the last model; copies of the EMA do not.
+
+    Errors: ValueError for a decay outside [0, 1), a name or a shape that only the model or only
+            the shadow has
+    Needs:  ema_decay, _unwrap, _named_tensors, _Matched, import copy
     Check:  after the first update the shadow is 0.1 * initial + 0.9 * model
     """
 
@@ -63,7 +63,8 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}: a decay of 1 never leaves the "
                              "initial weights")
-        self.decay, self.warmup, self.updates, self._matched = decay, warmup, 0, None
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self._matched = None
         self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
         for tensor in _named_tensors(self.module).values():
             if tensor.dtype in (torch.bfloat16, torch.float16):
@@ -76,7 +77,7 @@ class EMA:
         check_finite=True raises ValueError with the name of the first tensor that holds NaN or inf.
         It reads every weight: for loops that do not already skip non-finite steps.
         """
-        if self._matched is None or not self._matched.holds_for(self.module, model):
+        if self._matched is None or not self._matched.still_holds(self.module, model):
             self._matched = _Matched(self.module, model)
         matched = self._matched
         for name, shadow, tensor in matched.pairs:
@@ -87,25 +88,24 @@ class EMA:
                 raise ValueError(f"{name} holds NaN or inf; the average was not updated")
 
         if matched.averaged:
-            torch._foreach_lerp_([shadow for _, shadow, _ in matched.averaged],
-                                 [tensor.to(shadow) for _, shadow, tensor in matched.averaged],
-                                 1 - ema_decay(self.updates, self.decay, self.warmup))
+            shadows = [shadow for _, shadow, _ in matched.averaged]
+            tensors = [tensor.to(shadow) for _, shadow, tensor in matched.averaged]
+            decay = ema_decay(self.updates, self.decay, self.warmup)
+            torch._foreach_lerp_(shadows, tensors, 1 - decay)
         for _, shadow, tensor in matched.copied:
             shadow.copy_(tensor)
         self.updates += 1
 
-    def __getstate__(self):  # what copy and pickle take: not the model
+    def __getstate__(self):  # copy and pickle take the shadow, not the model
         return self.__dict__ | {"_matched": None}
 
     def state_dict(self):
-        """Tensors and plain numbers, all that an exact resume needs. The tensors are the shadow's
-        own, as in nn.Module."""
+        """State of an exact resume: plain numbers, and the shadow's own tensors as in nn.Module."""
         return {"module": self.module.state_dict(), "updates": self.updates, "decay": self.decay,
                 "warmup": self.warmup}
 
     def load_state_dict(self, state):
-        """Continue from `state`, its decay and warm-up included. A missing or an unexpected name is
-        an error."""
+        """Continue from `state`, its decay and warm-up too. A missing or extra name is an error."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"an EMA state has the keys {list(self.state_dict())}, got "
                              f"{list(state)}")
@@ -114,55 +114,65 @@ class EMA:
 
 
 class _Matched:
-    """The tensors of the shadow and of a model, paired by name once: finding names takes several
-    times as long as averaging.
+    """Tensors of a shadow and of a model, paired by name.
 
-    Parameters, buffers and parts of a module hang in three dictionaries of it. As long as those of
-    all modules hold the same objects under the same names and no others, nothing was replaced,
-    added or removed. What changes in place, values, shapes, types, devices, the update reads anew
-    each time. A dictionary that is itself exchanged, which torch does not do, is not seen.
+    Pairing takes several times as long as averaging, so it is done once. A module keeps its
+    parameters, buffers and submodules in three dictionaries. While those of all modules hold the
+    same objects under the same names, nothing was replaced, added or removed. Values, shapes,
+    types and devices change in place; each update reads them. A dictionary that is itself
+    replaced, which torch does not do, is not noticed.
 
-    Needs:  _named_tensors, import operator
+    Needs:  _named_tensors
     """
 
     def __init__(self, module, model):
-        shadow, source = _named_tensors(module), _named_tensors(model)
-        if shadow.keys() != source.keys():
+        shadows, tensors = _named_tensors(module), _named_tensors(model)
+        if shadows.keys() != tensors.keys():
             raise ValueError("the model is not the one averaged: missing "
-                             f"{sorted(shadow.keys() - source.keys())}, unexpected "
-                             f"{sorted(source.keys() - shadow.keys())}")
-        self.pairs = [(name, tensor, source[name]) for name, tensor in shadow.items()]
-        averaged = [tensor.is_floating_point() or tensor.is_complex() for tensor in shadow.values()]
-        self.averaged = [pair for pair, yes in zip(self.pairs, averaged) if yes]
-        self.copied = [pair for pair, yes in zip(self.pairs, averaged) if not yes]
-        self.models = module, model
-        self.places = [place for each in self.models for part in each.modules()
-                       for place in (part._parameters, part._buffers, part._modules)]
-        self.holders = [place for place in self.places for _ in place]
-        self.names = [name for place in self.places for name in place]
-        self.objects = [each for place in self.places for each in place.values()]
+                             f"{sorted(shadows.keys() - tensors.keys())}, unexpected "
+                             f"{sorted(tensors.keys() - shadows.keys())}")
+        self.pairs = [(name, shadow, tensors[name]) for name, shadow in shadows.items()]
+        self.averaged, self.copied = [], []
+        for pair in self.pairs:
+            _, shadow, _ = pair
+            if shadow.is_floating_point() or shadow.is_complex():
+                self.averaged.append(pair)
+            else:
+                self.copied.append(pair)
 
-    def holds_for(self, *models):
-        # a name that is gone finds the dictionary, not None
-        found = map(dict.get, self.holders, self.names, self.holders)
-        return (all(map(operator.is_, models, self.models))
-                and sum(map(len, self.places)) == len(self.objects)
-                and all(map(operator.is_, found, self.objects)))
+        self.module, self.model, self.dictionaries = module, model, []
+        for part in [*module.modules(), *model.modules()]:
+            self.dictionaries += [part._parameters, part._buffers, part._modules]
+        self.entries = [(dictionary, name, value) for dictionary in self.dictionaries
+                        for name, value in dictionary.items()]
+
+    def still_holds(self, module, model):
+        if module is not self.module or model is not self.model:
+            return False
+        if sum(map(len, self.dictionaries)) != len(self.entries):
+            return False
+        for dictionary, name, value in self.entries:
+            # not get(name): None is also a value, that of an absent bias
+            if name not in dictionary or dictionary[name] is not value:
+                return False
+        return True
 
 
 def _unwrap(model):
-    """The plain model inside any nesting of DistributedDataParallel, DataParallel and
-    torch.compile."""
+    """The plain model in any nesting of DistributedDataParallel, DataParallel, torch.compile."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrap(model.module)
-    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
+    if hasattr(model, "_orig_mod"):
+        return _unwrap(model._orig_mod)
+    return model
 
 
 def _named_tensors(model):
     """Parameters and buffers by name, tied ones once, without the prefixes that wrappers add."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
-    # a wrapper's prefix is on every name
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensors[name.replace("_orig_mod.", "")] = tensor
+    # the prefix of a wrapper is on every name
     while tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name[len("module."):]: tensor for name, tensor in tensors.items()}
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
