@@ -182,10 +182,6 @@ def read_columns(path, names):
         raise ValueError(f"{path} is cut off or no such table ({error}): copy it again") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Windows and their labels
-
-
 class Windows:
     """Windows of signals, cut on demand: windows[rows] is a float32 tensor (b, length // reduce).
 
@@ -339,10 +335,6 @@ def mean_inside(time, values, starts, seconds):
     return np.where(count > 0, inside @ np.nan_to_num(values) / np.maximum(count, 1), np.nan)
 
 
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
 def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
     """Inputs of the encoder (n, channels, length) from a batch of windows (n, t).
 
@@ -434,10 +426,6 @@ def quantisation_cost(seconds):
     Check:   quantisation_cost(10) == (2.0, 1.5)
     """
     return 20 / seconds, 15 / seconds
-
-
-# --------------------------------------------------------------------------------------------------
-# Drawn recordings
 
 
 def synthetic_ppg(n_recordings=53, *, seconds=480, seed=0):

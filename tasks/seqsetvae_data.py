@@ -294,10 +294,6 @@ def read_outcomes(file):
     return table
 
 
-# --------------------------------------------------------------------------------------------------
-# Compressed rows, scaling, statistics
-
-
 def pack_stays(owner, minutes, variables, values):
     """Events in any order as the compressed rows of read_stays: sorted, and without repetitions.
 
@@ -404,10 +400,6 @@ def stay_statistics(stays, rows, scaler):
     return np.concatenate([total / np.maximum(count, 1), count == 0, np.log1p(count)], axis=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
 class StaySplit:
     """The stays of one split: `labels`, `ids`, `lengths`, and `batch(rows)` to train on.
 
@@ -485,10 +477,6 @@ class StaySplit:
         return {"variables": inputs["variables"][keep], "values": inputs["values"][keep],
                 "sizes": sizes[sizes > 0], "minutes": inputs["minutes"][sizes > 0],
                 "lengths": np.bincount(stay[sizes > 0])}
-
-
-# --------------------------------------------------------------------------------------------------
-# Drawn stays
 
 
 def synthetic_stays(n=1000, *, seed=0):
