@@ -4,42 +4,41 @@ import hashlib
 import lzma
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
+from tasks.common import UNREADABLE
 
 
 BIDMC_HZ = 125  # samples per second of the PPG
-# recording numbers, the rest trains
+# numbers of the recordings that the original run held out; all others train
 ORIGINAL_SPLIT = {"validation": (11, 19, 21, 23, 53), "test": (8, 15, 29, 39, 43, 52)}
 
 
 def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
-    """Read PhysioNet's bidmc_csv folder as it is: a list of one dict per recording, in the order of
-    their names.
+    """Read PhysioNet's folder bidmc_csv as a list of one dict per recording, sorted by name.
 
-        bidmc_NN_Signals.csv   the column PLETH, 125 per second        bidmc_NN_Breaths.csv   ann1
-                               and ann2
-        bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second    bidmc_NN_Fix.txt       the
-                               patient
+        bidmc_NN_Signals.csv   the column PLETH, 125 per second
+        bidmc_NN_Breaths.csv   the breath marks of two annotators
+        bidmc_NN_Numerics.csv  Time [s], HR and PULSE, 1 per second
+        bidmc_NN_Fix.txt       the patient
 
     Any .csv may be a .csv.xz. 53 recordings come from 46 patients: split by patient, never by
     recording.
 
-    cache        a folder: what was parsed is kept there, parsed once per content of the files, and
-                 the signals are memory-mapped
-    progress     progress(text) is called before each recording that is parsed
-    need_labels  False: the signals are enough; number, patient (the name of the recording where
-                 _Fix.txt is missing) and ppg
-    returns   a list of dicts: number int, patient str, ppg float32 (t,), breaths and breaths_2
-              int64, the marks of the annotators (1-based samples, sorted, as they are otherwise),
-              time, hr, pulse float64 (one a second, NaN = none)
-    Errors: ValueError naming the file for whatever is missing, cut off, without a column, without a
-            number, NaN in PLETH.
+    cache        a folder: recordings are parsed once per content of the files and kept there; the
+                 signals are memory-mapped
+    progress     progress(text) is called before each recording is parsed
+    need_labels  False: read number, patient and ppg only; the patient is the name of the recording
+                 if there is no _Fix.txt
+    returns      a list of dicts: number int, patient str, ppg float32 (t,);
+                 breaths and breaths_2 int64, sorted marks, which count samples from 1;
+                 time, hr, pulse float64, one per second, NaN = none
+    Errors:      ValueError with the file that is missing or cut off, lacks a column or a number, or
+                 has NaN in PLETH
     """
     folder = Path(folder)
     files, names = list_bidmc_files(folder)
@@ -58,7 +57,7 @@ def read_bidmc(folder, *, cache="", progress=None, need_labels=True):
     if kept.exists():
         try:
             return read_bidmc_cache(kept)
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             warnings.warn(f"{kept} cannot be read ({error}): the recordings are parsed again")
     try:
         write_bidmc_cache(kept, parse())
@@ -80,9 +79,7 @@ def list_bidmc_files(folder):
 
 
 def write_bidmc_cache(file, recordings):
-    """Write recordings one at a time: the signals end to end into an .npy, the rest into an .npz.
-
-    """
+    """Write recordings one at a time: all signals into one .npy, the rest into an .npz."""
     rest = {}
 
     def signals():
@@ -97,14 +94,15 @@ def write_bidmc_cache(file, recordings):
 
 
 def read_bidmc_cache(file):
-    """The recordings of write_bidmc_cache, whose signals are memory-mapped."""
-    recordings, start = {}, 0
+    """The recordings of write_bidmc_cache; their signals are memory-mapped."""
+    recordings = {}
     with np.load(file, allow_pickle=False) as archive:
         for entry in archive.files:
             i, field = entry.split("/")
             value = archive[entry]
             recordings.setdefault(i, {})[field] = value if value.ndim else value.item()
     signals = np.asarray(data.map_npy(file.with_suffix(".ppg.npy")))
+    start = 0
     for recording in recordings.values():
         stop = start + recording["ppg"]  # so far the number of samples
         recording["ppg"] = signals[start:stop]
@@ -115,32 +113,35 @@ def read_bidmc_cache(file):
 
 
 def read_bidmc_recording(folder, name, *, need_labels=True):
-    """The files of one recording, checked against each other; see read_bidmc."""
+    """Read the files of one recording and check them against each other; see read_bidmc."""
     fix = folder / f"{name}_Fix.txt"
-    patient = re.search(r"matched wdb ID: *(\w+)", fix.read_text(encoding="utf-8") if fix.is_file()
-                        else "")
+    text = fix.read_text(encoding="utf-8") if fix.is_file() else ""
+    patient = re.search(r"matched wdb ID: *(\w+)", text)
     if not patient and need_labels:
         raise ValueError(f"{fix} is missing or has no line 'MIMIC II matched wdb ID: sNNNNN': no "
                          "patient, no safe split")
-    [ppg] = read_columns(folder / f"{name}_Signals.csv", ["PLETH"])
-    if not np.isfinite(ppg).all():
-        what = "NaN" if np.isnan(ppg).any() else "infinite values"
-        raise ValueError(f"{folder / name}_Signals.csv: PLETH holds {(~np.isfinite(ppg)).sum()} "
-                         f"{what} in {len(ppg)} rows: cut them out or remove the recording")
+    signals = folder / f"{name}_Signals.csv"
+    [ppg] = read_columns(signals, ["PLETH"])
+    wrong = int((~np.isfinite(ppg)).sum())
+    if wrong:
+        kind = "NaN" if np.isnan(ppg).any() else "infinite values"
+        raise ValueError(f"{signals}: PLETH holds {wrong} {kind} in {len(ppg)} rows: cut them out "
+                         "or remove the recording")
     recording = {"number": int(name.partition("_")[2]), "patient": patient[1] if patient else name,
                  "ppg": ppg.astype(np.float32)}
     if not need_labels:
         return recording
-    time, hr, pulse = read_columns(folder / f"{name}_Numerics.csv", ["Time [s]", "HR", "PULSE"])
-    breaths = read_columns(folder / f"{name}_Breaths.csv",
-                           [f"breaths ann{k} [signal sample no]" for k in (1, 2)])
+
+    numerics = folder / f"{name}_Numerics.csv"
+    time, hr, pulse = read_columns(numerics, ["Time [s]", "HR", "PULSE"])
+    annotators = ["breaths ann1 [signal sample no]", "breaths ann2 [signal sample no]"]
+    breaths = read_columns(folder / f"{name}_Breaths.csv", annotators)
     for column, values in {"Time [s]": time, "HR": hr, "PULSE": pulse}.items():
         if np.isinf(values).any():
-            raise ValueError(f"{folder / name}_Numerics.csv: {column} holds "
-                             f"{np.isinf(values).sum()} infinite values: empty those cells")
+            raise ValueError(f"{numerics}: {column} holds {np.isinf(values).sum()} infinite "
+                             "values: empty those cells")
         if np.isnan(values).all():
-            raise ValueError(f"{folder / name}_Numerics.csv: {column} holds no number: remove the "
-                             "recording")
+            raise ValueError(f"{numerics}: {column} holds no number: remove the recording")
     seconds, last = len(ppg) / BIDMC_HZ, np.nanmax(time)
     if abs(seconds - last) > 2:  # bidmc_23 starts and ends a second early
         raise ValueError(f"{folder / name}: the signals last {seconds:.1f} s, the numerics "
@@ -152,40 +153,43 @@ def read_bidmc_recording(folder, name, *, need_labels=True):
 
 
 def read_columns(path, names):
-    """Columns of a CSV (or CSV.xz) by their stripped names, as float64 (len(names), rows); an empty
-    cell is NaN.
+    """Columns of a CSV or CSV.xz by their names, float64 (len(names), rows); empty cells are NaN.
 
-    Errors: ValueError naming the file for a missing file or column, a short row, a cell that is no
-            number, a cut-off .xz.
+    Errors: ValueError with the file that is missing or cut off, lacks a column, or has a short row
+            or a cell that is no number
     """
     packed = path.with_name(path.name + ".xz")
-    path = path if path.is_file() or not packed.is_file() else packed
-    if not path.is_file():
+    if not path.is_file() and not packed.is_file():
         raise ValueError(f"{path} is missing (and so is {packed.name}): copy the whole folder "
                          "bidmc_csv")
+    if not path.is_file():
+        path = packed
+    open_text = lzma.open if path == packed else open
+
+    def number(cell):
+        return float(cell.strip() or "nan")
+
     try:
-        with (lzma.open if path == packed else open)(path, "rt", encoding="utf-8-sig") as file:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
             absent = [name for name in names if name not in header]
             if absent:
                 raise ValueError(f"no column {absent[0]!r} among {header}")
             columns = [header.index(name) for name in names]
             return np.loadtxt(file, delimiter=",", comments=None, usecols=columns, ndmin=2,
-                              encoding="utf-8",
-                              converters=lambda cell: float(cell.strip() or "nan")).T
+                              encoding="utf-8", converters=number).T
     except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{path} is cut off or no such table ({error}): copy it again") from error
 
 
 class Windows:
-    """Windows of recorded signals, cut when they are asked for: windows[rows] is a float32 tensor
-    (b, t), len() their number.
+    """Windows of signals, cut on demand: windows[rows] is a float32 tensor (b, length // reduce).
 
-    They overlap, and the signals may be memory-mapped: neither is ever copied as a whole.
+    Windows overlap and signals may be memory-mapped: neither is ever copied as a whole.
 
-    signals  list of float32 arrays (t_i,); of window k the signal index[k] from sample starts[k]
-             on, for `length` samples
-    reduce   each is given at a `reduce`-th of its rate, see reduce_rate
+    signals  list of float32 arrays (t_i,); window k is samples starts[k] to starts[k] + length of
+             signals[index[k]]
+    reduce   factor by which the sampling rate falls, see reduce_rate
     Check:   Windows([np.arange(9.0)], [0, 0], [1, 5], 4)[[1]].tolist() == [[5, 6, 7, 8]]
     """
 
@@ -205,58 +209,57 @@ class Windows:
 
 
 def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0, reduce=1):
-    """Labelled windows: breaths per minute from the intervals between breath marks, or the
-    monitor's mean heart rate.
+    """Windows labelled by the intervals between breath marks, or by the monitor's heart rate.
 
-        rr = 60 (m - 1) / (t_last - t_first)    of annotator 1's m >= 4 marks inside; ceiling:
-        annotator 2's
-        hr = mean of HR inside, without NaN     ceiling: the mean of PULSE, the same monitor's rate
-        from the PPG
+        rr = 60 (m - 1) / (t_last - t_first)    from the m >= 4 marks of annotator 1 in the window
+        hr = mean of HR in the window           NaN left out
 
-    Windows without a label are left out, and so are, for rr, those that overlap more than 10 s
-    without a mark.
+    The ceiling is the same from annotator 2 (rr), or from PULSE, the same monitor's rate from the
+    PPG (hr). Windows without a label are left out. For rr, so are windows that overlap more than
+    10 s without a mark.
 
     rate     "rr" or "hr"; None: every window, labels and ceiling NaN
-    seconds  of a window; stride: seconds from one start to the next; reduce: factor by which the
-             rate of its samples falls
-    returns  a dict: inputs Windows, whose inputs[rows] is a float32 tensor (b, t), as recorded;
-             labels and ceiling float64 (n,), per minute, ceiling NaN where there is none; groups
-             str (n,), the patients; recording int (n,), an index; starts float64 (n,), seconds
-    Errors: ValueError for another rate, no length or stride, a window longer than a recording, no
-            window with a label.
+    seconds  length of a window; stride: seconds from one start to the next
+    reduce   factor by which the sampling rate of the windows falls
+    returns  a dict: inputs Windows, as recorded; labels and ceiling float64 (n,), per minute,
+             ceiling NaN if there is none; groups str (n,), the patients; recording int (n,), an
+             index into recordings; starts float64 (n,), seconds
+    Errors:  ValueError for another rate, no length or stride, a window longer than a recording, or
+             no window with a label
     """
     return cut_windows(recordings, rate, breath_rate, length=round(seconds * BIDMC_HZ),
                        stride=round(stride * BIDMC_HZ), reduce=reduce)
 
 
 def bidmc_original(recordings, *, rate, reduce=1):
-    """The windows, labels and split of the original run: 10 s every 2 s, breaths counted,
-    recordings held out.
+    """The windows, labels and split of the original run, for comparison only.
 
-        rr = 6 x marks of annotator 1 in [start, start + 1250), the 1-based marks taken as 0-based;
-        hr as in bidmc_windows
+        rr = 6 x marks of annotator 1 in [start, start + 1250);  hr as in bidmc_windows
 
-    For comparison only: 60 % of the rr labels are exactly 18, so a constant 18 has a mean absolute
-    error of 2.222 (validation) and 2.352 (test); and patients of validation and test recordings are
-    in training.
+    Windows last 10 s, one every 2 s. The marks count from 1 and are taken as if they counted from
+    0. 60 % of the rr labels are exactly 18: a constant 18 has a mean absolute error of 2.222
+    (validation) and 2.352 (test). The split is by recording: patients of validation and test are in
+    training too.
 
-    returns windows as bidmc_windows does, and rows: a dict of index arrays train, validation, test
-    Check:  9,912 / 1,180 / 1,416 windows; training labels 17.216 (sd 4.430) breaths, 88.12 (11.76)
-            beats per minute
+    returns  windows as bidmc_windows does, and a dict of row numbers: train, validation, test
+    Check:   9,912 / 1,180 / 1,416 windows; training labels 17.216 (sd 4.430) breaths, 88.12 (11.76)
+             beats per minute
     """
     windows = cut_windows(recordings, rate, breath_count, length=10 * BIDMC_HZ, stride=2 * BIDMC_HZ,
                           reduce=reduce)
     numbers = np.array([recording["number"] for recording in recordings])[windows["recording"]]
-    held_out = {name: np.isin(numbers, members) for name, members in ORIGINAL_SPLIT.items()}
-    rows = {"train": ~(held_out["validation"] | held_out["test"])} | held_out
-    return windows, {name: np.flatnonzero(chosen) for name, chosen in rows.items()}
+    validation = np.isin(numbers, ORIGINAL_SPLIT["validation"])
+    test = np.isin(numbers, ORIGINAL_SPLIT["test"])
+    rows = {"train": np.flatnonzero(~(validation | test)),
+            "validation": np.flatnonzero(validation), "test": np.flatnonzero(test)}
+    return windows, rows
 
 
 def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
-    """The windows of bidmc_windows and bidmc_original, which see; length and stride in samples.
+    """The windows of bidmc_windows and bidmc_original; length and stride in samples.
 
-    breaths_to_rate  (marks, starts, length, total length), all in samples -> breaths per minute
-                     like starts, NaN = no label
+    breaths_to_rate  (marks, starts, length, total), all in samples -> breaths per minute like
+                     starts, NaN = no label
     """
     if rate not in ("rr", "hr", None):
         raise ValueError(f"rate {rate!r} must be 'rr' (breathing) or 'hr' (heart), or None for "
@@ -264,22 +267,23 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
     if length < 1 or stride < 1:
         raise ValueError(f"windows of {length} samples every {stride}: both must be at least 1, "
                          f"{BIDMC_HZ} are a second")
-    seconds, parts = length / BIDMC_HZ, []
+    seconds = length / BIDMC_HZ
+    parts = []
     for index, recording in enumerate(recordings):
-        ppg = recording["ppg"]
-        if len(ppg) < length:
-            raise ValueError(f"recording {recording['number']} lasts {len(ppg) / BIDMC_HZ:.1f} s, "
-                             f"a window {seconds:g} s")
-        starts = np.arange(0, len(ppg) - length + 1, stride)
+        total = len(recording["ppg"])
+        if total < length:
+            raise ValueError(f"recording {recording['number']} lasts {total / BIDMC_HZ:.1f} s, a "
+                             f"window {seconds:g} s")
+        starts = np.arange(0, total - length + 1, stride)
         if rate == "rr":
-            labels, ceiling = (breaths_to_rate(recording[name], starts, length, len(ppg))
-                               for name in ("breaths", "breaths_2"))
-        elif rate is None:
-            labels = ceiling = np.full(len(starts), np.nan)
-        else:
+            labels = breaths_to_rate(recording["breaths"], starts, length, total)
+            ceiling = breaths_to_rate(recording["breaths_2"], starts, length, total)
+        elif rate == "hr":
             time, since = recording["time"], starts / BIDMC_HZ
-            labels, ceiling = (mean_inside(time, recording[name], since, seconds)
-                               for name in ("hr", "pulse"))
+            labels = mean_inside(time, recording["hr"], since, seconds)
+            ceiling = mean_inside(time, recording["pulse"], since, seconds)
+        else:
+            labels = ceiling = np.full(len(starts), np.nan)
         keep = ~np.isnan(labels) | (rate is None)
         count = np.count_nonzero(keep)
         parts.append({"labels": labels[keep], "ceiling": ceiling[keep], "starts": starts[keep],
@@ -295,17 +299,17 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
 
 
 def breath_rate(marks, starts, length, total):
-    """Breaths per minute (n,) from the intervals between the marks in each window; see
-    bidmc_windows.
+    """Breaths per minute (n,) from the intervals between the marks of each window.
 
-    A stretch of more than 10 s without a mark is missing annotation; start and end of a recording
-    count as marks there.
+    A stretch of more than 10 s without a mark is missing annotation. Start and end of a recording
+    count as marks there. The formula is in bidmc_windows.
 
-    marks   1-based samples; starts (n,), length of a window and total of the recording in samples
-    returns NaN for fewer than 4 marks and for a window that overlaps such a stretch
-    Check:  marks every 500 samples are 15 per minute
+    marks    samples, which count from 1; starts (n,), length of a window and total of the recording
+             in samples
+    returns  NaN for fewer than 4 marks and for a window that overlaps such a stretch
+    Check:   marks every 500 samples are 15 per minute
     """
-    marks = np.unique(marks) - 1  # a few marks stand twice
+    marks = np.unique(marks) - 1  # a few marks occur twice
     edges = np.concatenate([[0], marks, [total]])
     gap = np.flatnonzero(np.diff(edges) > 10 * BIDMC_HZ)
     in_gap = ((edges[gap] < starts[:, None] + length) & (edges[gap + 1] > starts[:, None])).any(1)
@@ -318,15 +322,13 @@ def breath_rate(marks, starts, length, total):
 
 
 def breath_count(marks, starts, length, total):
-    """Breaths per minute (n,) as a count: the marks with start <= mark < start + length; see
-    bidmc_original."""
-    return 60 * BIDMC_HZ / length * (np.searchsorted(marks, starts + length)
-                                     - np.searchsorted(marks, starts))
+    """Breaths per minute (n,) from the number of marks with start <= mark < start + length."""
+    count = np.searchsorted(marks, starts + length) - np.searchsorted(marks, starts)
+    return 60 * BIDMC_HZ / length * count
 
 
 def mean_inside(time, values, starts, seconds):
-    """Mean (n,) of the values with start <= time < start + seconds, without NaN; NaN where there is
-    none."""
+    """Mean (n,) of the values with start <= time < start + seconds and not NaN; NaN without any."""
     since = time - starts[:, None]
     inside = (since >= 0) & (since < seconds) & ~np.isnan(values)
     count = inside.sum(1)
@@ -334,19 +336,17 @@ def mean_inside(time, values, starts, seconds):
 
 
 def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
-    """What the encoder sees of a batch of windows: (n, t) -> (n, channels, length), one of two
-    kinds.
+    """Inputs of the encoder (n, channels, length) from a batch of windows (n, t).
 
-        waveform   the window, standardised: 1 channel of t samples
-        spectrum   log power in the band of the task, a quarter wider at both ends: hr 1 channel,
-                   the window's; rr 3 channels, of the baseline, the amplitude and the frequency of
-                   the pulse
+        waveform  the standardised window: 1 channel of t samples
+        spectrum  log power in the band of the task, a quarter wider at both ends; for hr 1 channel,
+                  of the window; for rr 3: of the pulse's baseline, amplitude and frequency
 
-    The spectrum has no phase to overfit to: of some thirty patients, breathing was learnt from it
-    and not from the waveform.
+    A spectrum has no phase to overfit to. With about thirty patients, breathing could be learned
+    from the spectrum but not from the waveform.
 
-    Errors: ValueError for another kind or rate.
-    Check:  4 * x + 1 gives what x gives, but for rounding
+    Errors:  ValueError for another kind or rate
+    Check:   4 * x + 1 gives the inputs of x, up to rounding
     """
     if kind not in ("waveform", "spectrum") or rate not in data.RATE_BANDS:
         raise ValueError(f"kind {kind!r} and rate {rate!r} must be 'waveform' or 'spectrum', 'rr' "
@@ -359,17 +359,15 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
 
 
 class PPGSplit:
-    """Some rows of a set of PPG windows as a training loop sees them: `labels`, and `batch(rows)`
-    to train on.
+    """The PPG windows of one split: `labels`, and `batch(rows)` to train on.
 
-    windows   the dict of bidmc_windows, its inputs at any reduced rate (never copied as a whole);
-              rows (m,) of this split
+    windows   the dict of bidmc_windows, with inputs at any reduced rate (never copied as a whole)
+    rows      (m,), the rows of this split
     prepare   (windows (b, t)) -> inputs of the network, such as ppg_inputs
     scaler    a fitted LabelScaler for the targets, or None for windows without labels
     stretch   limit of time_stretch, 1 is off
-    features  set it to a tensor (m, width), and batches hold its rows instead of inputs: what a
-              frozen encoder made of them
-    masks     set it to a tensor bool (m, patches): batches that are not augmented hold them as
+    features  None, or a tensor (m, width) of a frozen encoder: batches hold its rows, not inputs
+    masks     None, or a tensor bool (m, patches): batches without augmentation hold its rows as
               `mask`
     """
 
@@ -378,10 +376,11 @@ class PPGSplit:
     def __init__(self, windows, rows, prepare, *, scaler=None, stretch=1.0, device="cpu",
                  names=None):
         self.inputs, self.rows, self.prepare = windows["inputs"], np.asarray(rows), prepare
-        self.scaler, self.names, self.masks = scaler, names, None
-        self.labels, self.ceiling, self.groups = (windows[name][self.rows]
-                                                  for name in ("labels", "ceiling", "groups"))
-        self.stretch, self.device, self.features = stretch, torch.device(device), None
+        self.labels = windows["labels"][self.rows]
+        self.ceiling = windows["ceiling"][self.rows]
+        self.groups = windows["groups"][self.rows]
+        self.scaler, self.stretch, self.names = scaler, stretch, names
+        self.device, self.features, self.masks = torch.device(device), None, None
 
     def __len__(self):
         return len(self.rows)
@@ -391,11 +390,14 @@ class PPGSplit:
         return self.inputs[self.rows[rows]].to(self.device, non_blocking=True)
 
     def batch(self, rows, generator=None):
-        """inputs (b, c, n) or features (b, width), and targets float (b,), scaled. Stretches time
-        if given a generator."""
+        """Gather rows of this split; stretch their time if a generator is given.
+
+        inputs (b, c, n) or features (b, width); targets float (b,), scaled
+        """
         labels = torch.from_numpy(self.labels[rows])
+        index = torch.from_numpy(np.asarray(rows))
         if self.features is not None:
-            batch = {"features": self.features[torch.from_numpy(np.asarray(rows))]}
+            batch = {"features": self.features[index]}
         else:
             windows = self.signals(rows)
             if generator is not None and self.stretch > 1:
@@ -403,63 +405,75 @@ class PPGSplit:
                                                     generator=generator)
             batch = {"inputs": self.prepare(windows)}
             if generator is None and self.masks is not None:
-                batch["mask"] = self.masks[torch.from_numpy(np.asarray(rows))].to(self.device)
+                batch["mask"] = self.masks[index].to(self.device)
         if self.scaler is None:
             return batch
         return batch | {"targets": self.scaler.transform(labels).float().to(self.device)}
 
 
 def quantisation_cost(seconds):
-    """What the true rate itself costs where labels are counts in T seconds: mean absolute errors
-    per minute.
+    """Mean absolute errors of the true rate where labels are counts in T seconds, per minute.
 
-    Even events at a rate r, a window anywhere: it holds r T / 60 = k + f of them on average, 0 <= f
-    < 1, which is k + 1 in a share f of the windows and k in the others. Predicting always
+    Events at an even rate r: a window holds r T / 60 = k + f of them on average, 0 <= f < 1. It has
+    k + 1 in a share f of the windows and k in the others. Always predicting
 
-        k + f, the true rate        costs f (1 - f) + (1 - f) f = 2 f (1 - f) counts, over all f
-                                    1/3: 20 / T per minute
-        the nearer of k and k + 1   costs min(f, 1 - f) counts, the least there is, over all f 1/4:
-                                    15 / T per minute
+        k + f, the true rate        costs f (1 - f) + (1 - f) f = 2 f (1 - f) counts
+                                    1/3 over all f: 20 / T per minute
+        the nearer of k and k + 1   costs min(f, 1 - f) counts, the least there is
+                                    1/4 over all f: 15 / T per minute
 
-    returns (cost of the true rate, cost of its best rounding)
-    Check:  quantisation_cost(10) == (2.0, 1.5)
+    returns  (cost of the true rate, cost of its best rounding)
+    Check:   quantisation_cost(10) == (2.0, 1.5)
     """
     return 20 / seconds, 15 / seconds
 
 
 def synthetic_ppg(n_recordings=53, *, seconds=480, seed=0):
-    """Made-up recordings as read_bidmc returns them, for running and teaching, never for a result.
+    """Drawn recordings, as read_bidmc returns them: for running and teaching, never for a result.
 
-    A pulse of three harmonics, modulated by breathing in baseline, amplitude and (by 2 %)
-    frequency; both rates wander by 8 %. Each recording has its own strength of noise, of drift and
-    of each modulation, in some too weak for the baseline alone to tell the rate, and a scale of
-    0..1 or 0..4. Annotators miss a breath by 0.06 s (sd), PULSE misses HR by 1. Every fifth
-    recording is of the same patient as the one before.
+    A pulse of three harmonics is modulated by breathing in baseline, amplitude and (by 2 %)
+    frequency. Both rates wander by 8 %. Each recording has its own scale (0..1 or 0..4) and its own
+    strength of noise, of drift and of each modulation; in some recordings the baseline alone is too
+    weak to show the rate. Annotators miss a breath by 0.06 s (sd), PULSE misses HR by 1. Every
+    fifth recording has the patient of the one before.
 
-    Check:  recording i is the same for every n_recordings
+    Check:   recording i is the same for every n_recordings
     """
     t = np.arange(round(seconds * BIDMC_HZ) + 1) / BIDMC_HZ
     recordings = []
     for i in range(n_recordings):
         rng = np.random.default_rng([seed, i])
-        wave = lambda period: np.sin(2 * np.pi * (t / period + rng.uniform()))
-        breath_hz = rng.uniform(10, 25) / 60 * (1 + 0.08 * wave(rng.uniform(60, 240)))
-        heart_hz = rng.uniform(60, 120) / 60 * (1 + 0.08 * wave(rng.uniform(60, 240)))
-        breath = np.cumsum(breath_hz) / BIDMC_HZ + rng.uniform()  # in turns
+
+        def wave(shortest, longest):
+            """A sine of a random period in seconds and a random phase."""
+            return np.sin(2 * np.pi * (t / rng.uniform(shortest, longest) + rng.uniform()))
+
+        def modulation(weakest, strongest):
+            """A sine in step with breathing, of a random strength and a random phase."""
+            strength = rng.uniform(weakest, strongest)
+            return strength * np.sin(2 * np.pi * (breath + rng.uniform()))
+
+        def annotated():
+            """Breath marks as an annotator sets them, samples that count from 1."""
+            marks = breath_starts + rng.normal(0, 0.06 * BIDMC_HZ, len(breath_starts)).round()
+            return np.sort(np.clip(marks, 0, len(t) - 1)).astype(np.int64) + 1
+
+        breath_hz = rng.uniform(10, 25) / 60 * (1 + 0.08 * wave(60, 240))
+        heart_hz = rng.uniform(60, 120) / 60 * (1 + 0.08 * wave(60, 240))
+        breath = np.cumsum(breath_hz) / BIDMC_HZ + rng.uniform()  # number of breaths so far
+        breath_starts = np.flatnonzero(np.diff(np.floor(breath))) + 1
         heart = 2 * np.pi * np.cumsum(heart_hz * (1 + 0.02 * np.sin(2 * np.pi * breath))) / BIDMC_HZ
         pulse = np.cos(heart) + 0.4 * np.cos(2 * heart - 1) + 0.1 * np.cos(3 * heart - 2)
-        baseline, amplitude = (rng.uniform(low, high) * np.sin(2 * np.pi * (breath + rng.uniform()))
-                               for low, high in ((0, 0.5), (0.05, 0.3)))
+        baseline = modulation(0, 0.5)
+        amplitude = modulation(0.05, 0.3)
         noise = rng.uniform(0.05, 0.3) * rng.normal(size=len(t))
-        noise = noise + rng.uniform(0, 0.6) * wave(rng.uniform(8, 40))
+        noise = noise + rng.uniform(0, 0.6) * wave(8, 40)
         ppg = (1 + amplitude) * pulse + baseline + noise
         ppg = rng.choice([1, 4]) * (ppg - ppg.min()) / np.ptp(ppg)
-        mark = np.flatnonzero(np.diff(np.floor(breath))) + 1
-        marks = [np.sort(np.clip(mark + rng.normal(0, 0.06 * BIDMC_HZ, len(mark)).round(), 0, len(t)
-                                 - 1)).astype(np.int64) + 1 for _ in range(2)]
+        first, second = annotated(), annotated()
         hr = 60 * heart_hz[::BIDMC_HZ]
         recordings.append({"number": i + 1, "patient": f"patient{i * 4 // 5:03d}",
-                           "ppg": ppg.astype(np.float32), "breaths": marks[0],
-                           "breaths_2": marks[1], "time": t[::BIDMC_HZ], "hr": hr.round(),
+                           "ppg": ppg.astype(np.float32), "breaths": first, "breaths_2": second,
+                           "time": t[::BIDMC_HZ], "hr": hr.round(),
                            "pulse": (hr + rng.normal(size=len(hr))).round()})
     return recordings

@@ -1,4 +1,4 @@
-"""bidmc --mode pretrain: guess hidden patches of a PPG or of its spectrum, without labels.
+"""bidmc --mode pretrain: predict hidden patches of a PPG or of its spectrum, without labels.
 
     python train.py --task bidmc_rr --mode pretrain --out runs/rr-pretrain
     python train.py --task bidmc_rr --mode probe --pretrained runs/rr-pretrain
@@ -22,14 +22,14 @@ def network(args, facts):
 
 
 def loss(model, batch, args, facts):
-    """Mean squared error of the hidden patches; other ones are hidden in every batch."""
+    """Mean squared error of the hidden patches, which are drawn anew for every batch."""
     patches = model.encoder.patches(batch["inputs"])
     mask = models.random_patch_mask(*patches.shape[:2], args.mask_ratio).to(patches.device)
     return F.mse_loss(model(batch["inputs"], mask)[mask].float(), patches[mask]), {}
 
 
 def outputs(model, batch, args, facts):
-    """Guesses of the hidden samples or bins of each window, and what was hidden: (b, hidden)."""
+    """Guesses and targets of the hidden samples or bins of each window, both (b, hidden)."""
     inputs, mask = batch["inputs"], batch["mask"]
     guesses = model(inputs, mask)[mask].float()
     targets = model.encoder.patches(inputs)[mask].float()
@@ -38,44 +38,49 @@ def outputs(model, batch, args, facts):
 
 
 def scores(outputs, split, args, facts):
-    """Of the hidden samples or bins, in the unit of the input."""
+    """Errors over all hidden samples or bins, in the unit of the input."""
     return patch_scores(outputs["guesses"].flatten(), outputs["targets"].flatten())
 
 
 def patch_scores(guesses, targets):
+    """The scores of guesses (n,) for targets (n,), of the network or of a baseline."""
     report = losses.regression_report(guesses, targets)
     return {"loss": report["rmse"] ** 2, "mae": report["mae"], "rmse": report["rmse"],
             "r2": report["r2"]}
 
 
 def floors(split, args, facts):
-    """Without learning: the mean of a window's visible patches, the mean of these rows, and a line
-    between visible neighbours."""
-    chunks = np.array_split(np.arange(len(split)), -(-len(split) // split.chunk))
-    windows = torch.cat([split.batch(rows)["inputs"].cpu() for rows in chunks]).double().numpy()
+    """Baselines: mean of the visible patches, mean of these rows, line between visible neighbours.
+    """
+    windows = []
+    for start in range(0, len(split), split.chunk):
+        rows = np.arange(start, min(start + split.chunk, len(split)))
+        windows.append(split.batch(rows)["inputs"].cpu())
+    windows = torch.cat(windows).double().numpy()
     masks = split.masks.numpy().repeat(args.patch, 1)
     windows = windows[..., : masks.shape[1]]
     shape, place = windows.mean(0), np.arange(masks.shape[1])
-    guesses, targets = {"constant mean": [], "constant shape": [], "interpolation": []}, []
-    for signals, hidden in zip(windows, masks):
-        for channel, signal in enumerate(signals):
-            targets.append(signal[hidden])
+    means, shapes, lines, targets = [], [], [], []
+    for window, hidden in zip(windows, masks):
+        for signal, mean_signal in zip(window, shape):
             visible = signal[~hidden]
-            guesses["constant mean"].append(np.full(hidden.sum(), visible.mean()))
-            guesses["constant shape"].append(shape[channel][hidden])
-            line = np.interp(place[hidden], place[~hidden], visible)
-            guesses["interpolation"].append(line)
+            targets.append(signal[hidden])
+            means.append(np.full(hidden.sum(), visible.mean()))
+            shapes.append(mean_signal[hidden])
+            lines.append(np.interp(place[hidden], place[~hidden], visible))
     targets = np.concatenate(targets)
+    guesses = {"constant mean": means, "constant shape": shapes, "interpolation": lines}
     return {name: patch_scores(np.concatenate(parts), targets) for name, parts in guesses.items()}
 
 
 def examples(outputs, split, args, facts):
-    """The worst is the window whose hidden patches are guessed with the largest squared error."""
+    """The worst window has the largest mean squared error over its hidden patches."""
     error = (outputs["guesses"] - outputs["targets"]).square().mean(1)
     return error.numpy(), {}
 
 
 def task(parent):
+    """The pretraining task of bidmc_rr or bidmc_hr."""
     refuse = functools.partial(no_predictions, "rate")
     return dataclasses.replace(
         parent, network=network, loss=loss, outputs=outputs, scores=scores, floors=floors,

@@ -3,8 +3,10 @@
 A task is one module with one TASK = Task(...). README lists the steps to add one.
 """
 
+import contextlib
 import dataclasses
 import math
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Callable
@@ -287,6 +289,26 @@ def split_note(groups, parts):
                 "excluded")
     counts = [f"{len(np.unique(groups[rows]))} {name}" for name, rows in parts.items()]
     return f"split: by group, {', '.join(counts)}, none on two sides"
+
+
+# numpy.load and reading its arrays raise these for a file that is damaged, cut off or holds objects
+UNREADABLE = (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError,
+              zipfile.BadZipFile, zlib.error)
+
+
+@contextlib.contextmanager
+def open_npz(path, arguments):
+    """The open archive of an .npz of plain arrays, to be read inside the `with` block.
+
+    arguments  of numpy.savez in the message: "images=..., labels=..."
+    Errors:    ValueError with path and remedy for a file or an array that cannot be read
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            yield archive
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "
+                         f"numpy.savez(path, {arguments}), no objects") from error
 
 
 def count_or_names(items, most=5):

@@ -1,7 +1,5 @@
 """The data of faceparse: images and masks of faces, drawn faces, batches."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from tasks.common import open_npz
 
 FACE_CLASSES = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow",
                 "l_ear", "r_ear", "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l",
@@ -23,28 +22,27 @@ FACE_COLOURS = ((0, 0, 0), (204, 0, 0), (76, 153, 0), (204, 204, 0), (51, 51, 25
 
 
 def read_faces(path, *, size, cache=""):
-    """Read a face-parsing set: a folder with images/ and masks/ of the same stems, or an .npz with
-    `images` and `masks`.
+    """Read images and masks of faces from a folder or an .npz.
 
-        folder/images/*.jpg|png|...  RGB or grey            folder/masks/*.png  palette or grey,
-                                     holding class ids
+        folder/images/*.jpg|png|...  RGB or grey
+        folder/masks/*.png           palette or grey class ids, same stems as the images
         file.npz                     images uint8 (n, h, w, 3) or (n, h, w), masks uint8 (n, h, w)
 
     An id is 0..18, or 255 for pixels that do not count. Images are resized to `size` (bilinear with
-    antialiasing); masks are kept as they are, so that a prediction can be scored at their own
-    resolution.
+    antialiasing). Masks keep their size, so that a prediction can be scored at it.
 
-    cache   a folder: images and masks are kept there in .npy files and memory-mapped, decoded once
-    returns images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
-    Errors: ValueError naming the file for an image without a mask or the reverse, another size than
-            that of its image or of the other masks, an RGB mask, an id of 19 or more other than
-            255, a file that cannot be read; ImportError with the install command when image files
-            need Pillow and it is missing.
+    cache    a folder: images and masks are decoded once into .npy files there, and memory-mapped
+    returns  images uint8 tensor (n, 3, *size), masks uint8 tensor (n, h, w), names: list of n str
+    Errors:  ValueError with the file for an image without a mask or the reverse, a size that
+             differs from that of its image or of the other masks, an RGB mask, an id of 19 or more
+             other than 255, a file that cannot be read; ImportError with the install command if
+             image files need Pillow and it is missing
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a folder with images/ and masks/, or an "
                          ".npz file")
+    options = {"cache": cache, "chunk": 16}
     if path.is_file():
         arrays, masks = read_faces_npz(path, cache=cache)
         names = [f"{path.stem}-{i:05d}" for i in range(len(arrays))]
@@ -54,32 +52,35 @@ def read_faces(path, *, size, cache=""):
 
         key = data.file_stamps([path], path.parent)
         shape = (len(names), 3, *size)
-        images = data.decode_once(resized, shape, key=key, cache=cache, kind="faces", chunk=16)
+        images = data.decode_once(resized, shape, key=key, kind="faces", **options)
         return images, masks, names
 
     files, mask_files = list_face_files(path)
-    load = lambda start, stop: torch.cat([data.resize_uint8(data.read_image(file)[None], size)
-                                          for file in files[start:stop]])
+
+    def load_images(start, stop):
+        images = [data.read_image(file) for file in files[start:stop]]
+        return torch.cat([data.resize_uint8(image[None], size) for image in images])
+
+    def load_masks(start, stop):
+        pairs = zip(mask_files[start:stop], files[start:stop])
+        masks = [read_mask(mask_file, file, shape) for mask_file, file in pairs]
+        return torch.from_numpy(np.stack(masks))
+
     key = data.file_stamps(files, path)
-    images = data.decode_once(load, (len(files), 3, *size), key=key, cache=cache, kind="faces",
-                              chunk=16)
-    shape = read_mask(mask_files[0], files[0]).shape
-    load = lambda start, stop: torch.stack([torch.from_numpy(read_mask(*pair, shape))
-                                            for pair in zip(mask_files[start:stop],
-                                                            files[start:stop])])
+    images = data.decode_once(load_images, (len(files), 3, *size), key=key, kind="faces", **options)
+    shape = read_mask(mask_files[0], files[0]).shape  # of all masks
     key = data.file_stamps(mask_files + files, path)
-    masks = data.decode_once(load, (len(files), *shape), key=key, cache=cache, kind="masks",
-                             chunk=16)
+    masks = data.decode_once(load_masks, (len(files), *shape), key=key, kind="masks", **options)
     return images, masks, [file.stem for file in files]
 
 
 def list_face_files(folder, *, need_masks=True):
-    """Image files of a face-parsing folder and their mask files (or None), by stem. ValueError for
-    a stem that occurs once, or twice.
+    """Image files of a face-parsing folder and their mask files (or None), sorted by name.
 
+    Errors: ValueError for a stem that occurs twice, or without its image or mask
     """
 
-    def listed(place, suffixes):
+    def by_stem(place, suffixes):
         files = {}
         for file in sorted(place.iterdir()):
             if file.suffix.lower() in suffixes and files.setdefault(file.stem, file) != file:
@@ -88,31 +89,31 @@ def list_face_files(folder, *, need_masks=True):
         return files
 
     place = folder / "images" if need_masks or (folder / "images").is_dir() else folder
-    for each in [place] + [folder / "masks"] * need_masks:
-        if not each.is_dir():
-            raise ValueError(f"{each} does not exist: a face-parsing folder holds images/ and "
+    for needed in (place, folder / "masks") if need_masks else (place,):
+        if not needed.is_dir():
+            raise ValueError(f"{needed} does not exist: a face-parsing folder holds images/ and "
                              "masks/ with files of the same stems")
-    images = listed(place, data.IMAGE_SUFFIXES)
+    images = by_stem(place, data.IMAGE_SUFFIXES)
     if not images:
         raise ValueError(f"{place} holds no image files ({', '.join(data.IMAGE_SUFFIXES)})")
     if not need_masks:
         return list(images.values()), None
-    masks = listed(folder / "masks", (".png",))
-    for have, lack, what in (images, masks, "mask"), (masks, images, "image"):
-        alone = [file for stem, file in have.items() if stem not in lack]
+    masks = by_stem(folder / "masks", (".png",))
+    for files, partners, partner in ((images, masks, "mask"), (masks, images, "image")):
+        alone = [file for stem, file in files.items() if stem not in partners]
         if alone:
-            raise ValueError(f"{alone[0]} has no {what} of the same stem, {len(alone)} of "
-                             f"{len(have)} files are alone: add the {what}s, or take the files "
+            raise ValueError(f"{alone[0]} has no {partner} of the same stem, {len(alone)} of "
+                             f"{len(files)} files are alone: add the {partner}s, or take the files "
                              "away")
     return list(images.values()), [masks[stem] for stem in images]
 
 
 def read_mask(path, image=None, shape=None):
-    """Class ids of a palette or grey PNG as uint8 (h, w), checked against its image file and the
-    shape of the other masks.
+    """Class ids uint8 (h, w) of a palette or grey PNG, checked against its image and other masks.
 
-    With Pillow; ValueError names a file that cannot be read, that is not palette or grey 8 bit
-    (Pillow would stretch the ids of fewer bits to 0..255), or whose ids or size are wrong.
+    image   the image file, of the same size; shape: (h, w) of the other masks
+    Errors: ValueError with the file if it cannot be read, is not palette or grey 8 bit, or has
+            wrong ids or a wrong size; ImportError if Pillow is missing
     """
     try:
         from PIL import Image
@@ -121,7 +122,7 @@ def read_mask(path, image=None, shape=None):
             "reading image files needs Pillow: pip install pillow (or pass an .npz)") from error
     try:
         with Image.open(path) as file:
-            mode, mask = file.mode, np.array(file)
+            mode, mask = file.mode, np.array(file)  # Pillow stretches ids of fewer bits to 0..255
         with open(path, "rb") as file:
             bits = file.read(25)[24]  # of a PNG's first chunk, IHDR
         image_size = mask.shape[1::-1]
@@ -148,84 +149,83 @@ def read_mask(path, image=None, shape=None):
 
 def check_face_ids(masks, where):
     """ValueError for an id other than 0..18 and 255."""
-    # 64 at a time: masks that are memory-mapped may not fit into memory
-    chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
-    wrong = np.concatenate([chunk[(chunk > 18) & (chunk != 255)] for chunk in chunks])
+    wrong = []
+    for start in range(0, len(masks), 64):  # memory-mapped masks may not fit into memory
+        chunk = masks[start : start + 64]
+        wrong.append(chunk[(chunk > 18) & (chunk != 255)])
+    wrong = np.concatenate(wrong)
     if wrong.size:
         raise ValueError(f"{where}: class ids must be 0 to 18, or 255 for pixels that do not "
                          f"count; got {wrong.max()} in {wrong.size} pixels")
 
 
 def read_faces_npz(path, *, cache="", need_masks=True):
-    """Images and masks (None without need_masks) of an .npz file, checked.
-
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            present = [name for name in ("images", "masks") if name in file]
-            content = {} if cache else {name: file[name] for name in present}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error,
-            EOFError) as error:
-        raise ValueError(f"{path} is not a readable .npz file ({error})") from error
-    for name in present if cache else ():
-        content[name] = data.unpack_once(path, name, cache)
+    """Checked images and masks (None without need_masks) of an .npz file; see read_faces."""
+    with open_npz(path, "images=..., masks=...") as archive:
+        present = [name for name in ("images", "masks") if name in archive]
+        content = {} if cache else {name: archive[name] for name in present}
+    if cache:
+        content = {name: data.unpack_once(path, name, cache) for name in present}
     images, masks = content.get("images"), content.get("masks")
+
+    def described(array):
+        return "none" if array is None else f"{array.dtype} {array.shape}"
+
     shape_ok = images is not None and (images.ndim == 3 or images.shape[3:] == (3,))
     if not shape_ok or images.dtype != np.uint8 or 0 in images.shape:
         raise ValueError(f"{path}: images must be uint8 (n, h, w) or (n, h, w, 3), got "
-                         f"{'none' if images is None else f'{images.dtype} {images.shape}'}")
+                         f"{described(images)}")
     if not need_masks:
         return images, None
     if masks is None or masks.dtype != np.uint8 or masks.shape != images.shape[:3]:
         raise ValueError(f"{path}: masks must be uint8 class ids {images.shape[:3]}, the size of "
-                         "the images, got "
-                         f"{'none' if masks is None else f'{masks.dtype} {masks.shape}'}")
+                         f"the images, got {described(masks)}")
     check_face_ids(masks, path)
     return images, torch.from_numpy(masks)
 
 
 def sides_reversed(masks, pairs, *, chunk=64):
-    """Which masks have the person's left and right labelled the wrong way round, told by where the
-    parts lie.
+    """Find masks in which the person's left and right are labelled the wrong way round.
 
-    (left, right) are labels of the person's own left and right, and the left one lies further right
-    in the image. Each pair whose two parts are there has a vote, by the mean column of either; a
-    mask is reversed if most votes say so. Of large masks every (w // 128)-th row and column is
-    looked at.
+    In a pair (left, right), left is the label of the person's own left, which is further right in
+    the image. Each pair with both parts votes by their mean columns, and the majority decides. Of
+    large masks every (w // 128)-th row and column is read.
 
-    masks   (n, h, w) uint8
-    returns int8 array (n,): 1 reversed, 0 in order, -1 cannot be told (no pair is complete, or a
-    tie)
-    Check:  label 5 left of label 4 is in order for pairs ((4, 5),)
+    masks    (n, h, w) uint8
+    returns  int8 array (n,): 1 reversed, 0 in order, -1 unknown (no pair is complete, or a tie)
+    Check:   label 5 left of label 4 is in order for pairs ((4, 5),)
     """
     votes, counts = np.zeros(len(masks), dtype=int), np.zeros(len(masks), dtype=int)
     step = max(1, masks.shape[2] // 128)
     columns = torch.arange(0, masks.shape[2], step, dtype=torch.float64)
+
+    def mean_column(part, label):
+        """(n,), NaN where the label is absent."""
+        pixels_of_column = (part == label).sum(1).double()
+        return pixels_of_column @ columns / pixels_of_column.sum(1)
+
     for start in range(0, len(masks), chunk):
-        part, rows = masks[start : start + chunk, ::step, ::step], slice(start, start + chunk)
+        rows = slice(start, start + chunk)
+        part = masks[rows, ::step, ::step]
         for left, right in pairs:
-            # pixels of each column
-            sums = [(part == label).sum(1).double() for label in (left, right)]
-            # NaN where the part is absent
-            x_left, x_right = (each @ columns / each.sum(1) for each in sums)
-            apart = x_right - x_left
+            apart = mean_column(part, right) - mean_column(part, left)
             votes[rows] += apart.nan_to_num().sign().int().numpy()
             counts[rows] += (~apart.isnan()).numpy()
     return np.where((counts == 0) | (votes == 0), -1, votes > 0).astype(np.int8)
 
 
 def synthetic_faces(n=200, *, size=(128, 128), seed=0):
-    """Drawn faces and the class of each pixel. For running and teaching, never for a result.
+    """Drawn faces and the class of each pixel: for running and teaching, never for a result.
 
     A face is a pile of ellipses. Place, size, tilt and turn of the head, every part, its colour,
     light and noise vary by face. Skin, nose, ears and neck have nearly one colour, hair and brows
-    another, any colour can be that of a hat or of the background, and both sides of a pair are
-    painted alike: place and shape tell the classes apart. Glasses, hats, jewellery, open mouths and
-    ears are in some images only. Parts narrower than a pixel of a small `size` are missing.
+    another; hat and background have any colour; both sides of a pair are painted alike. So place
+    and shape separate the classes. Glasses, hats, jewellery, open mouths and ears are in a share of
+    the images only. Parts narrower than a pixel of a small `size` are missing.
 
-    returns images uint8 tensor (n, 3, h, w), masks uint8 tensor (n, h, w) of ids in FACE_CLASSES,
-            names: list of n str
-    Check:  200 faces hold all 19 classes, one face 14 of them on average
+    returns  images uint8 tensor (n, 3, h, w), masks uint8 tensor (n, h, w) of ids in FACE_CLASSES,
+             names: list of n str
+    Check:   200 faces hold all 19 classes, one face 14 of them on average
     """
     # back to front: class, x, y, half width, half height, shift when the head turns, share of faces
     parts = (
@@ -272,24 +272,23 @@ def synthetic_faces(n=200, *, size=(128, 128), seed=0):
 
 
 class FaceSplit:
-    """Some rows of a face-parsing set as a training loop sees them: `batch(rows)` to train on, with
-    masks to score by.
+    """The faces of one split: `batch(rows)` to train on, with masks to score by.
 
-    images  uint8 (n, 3, h, w), masks uint8 (n, H, W) or None, of the whole set (never copied); rows
-            (m,) of this split
-    augment {} or all of degrees, zoom, crop, flip ("swap", "naive", "none"), jitter, photometric,
-    mixup, cutmix
-    pairs   labels that change places when a face is mirrored
-    wrong   (n,) bool or None: masks whose paired labels change places in augmented batches; what is
-            scored keeps them
+    images   uint8 (n, 3, h, w) and masks uint8 (n, H, W) or None, the whole set (never copied)
+    rows     (m,), the rows of this split
+    augment  {} or all of degrees, zoom, crop, flip ("swap", "naive", "none"), jitter, photometric,
+             mixup, cutmix
+    pairs    labels that change places when a face is mirrored
+    wrong    bool (n,) or None: masks whose paired labels change places in augmented batches; masks
+             that are scored stay as they are
     """
 
     chunk = 16
 
     def __init__(self, images, masks, rows, *, device="cpu", augment=None, pairs=(), wrong=None,
                  classes=19, names=None):
-        self.images, self.masks, self.rows, self.wrong = images, masks, np.asarray(rows), wrong
-        self.names = names
+        self.images, self.masks, self.rows = images, masks, np.asarray(rows)
+        self.names, self.wrong = names, wrong
         self.device, self.augment = torch.device(device), augment or {}
         self.pairs, self.classes = pairs, classes
 
@@ -297,28 +296,29 @@ class FaceSplit:
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """Gather rows: inputs float (b, 3, h, w) in [-1, 1], targets at the same size: ids (b, h,
-        w), or after mixup probabilities.
+        """Gather rows of this split; augment them if a generator is given.
 
-        Not augmented without a generator, and then `masks` (b, H, W) holds the ids as they are, at
-        their own resolution. """
+        inputs float (b, 3, h, w) in [-1, 1]; targets at that size: ids (b, h, w), after mixup
+        probabilities (b, classes, h, w); without augmentation masks (b, H, W), the ids at their own
+        size
+        """
         index = torch.from_numpy(self.rows[rows])
-        # much faster than images[index]
+        # index_select is much faster than images[index]
         images = self.images.index_select(0, index).to(self.device, non_blocking=True)
-        masks = None
-        if self.masks is not None:
-            masks = self.masks.index_select(0, index).to(self.device, non_blocking=True)
-        scale = lambda images: images.float().sub_(127.5).div_(127.5)
+        if self.masks is None:
+            return {"inputs": unit_range(images)}
+        masks = self.masks.index_select(0, index).to(self.device, non_blocking=True)
         if generator is None or not self.augment:
-            batch = {"inputs": scale(images)}
-            if masks is not None:
-                batch["masks"] = masks
-                batch["targets"] = resize_ids(masks, images.shape[2:]).long()
-            return batch
-        on = self.augment
+            targets = resize_ids(masks, images.shape[2:]).long()
+            return {"inputs": unit_range(images), "masks": masks, "targets": targets}
         if self.wrong is not None:
             wrong = torch.from_numpy(self.wrong[index.numpy()]).to(self.device)
             masks = torch.where(wrong[:, None, None], data.swap_labels(masks, self.pairs), masks)
+        return self.augmented(images, masks, generator)
+
+    def augmented(self, images, masks, generator):
+        """inputs and targets after all of `augment`, in this order."""
+        on = self.augment
         images, masks = data.random_affine(images, degrees=on["degrees"], zoom=on["zoom"],
                                            generator=generator, masks=masks)
         if on["crop"]:
@@ -332,14 +332,19 @@ class FaceSplit:
             images = data.color_jitter(images, strength=on["jitter"], generator=generator)
         if on["photometric"]:
             images = data.photometric_distort(images, p=on["photometric"], generator=generator)
-        inputs, targets = scale(images), masks
+        inputs, targets = unit_range(images), masks
         if on["mixup"]:
-            inputs, targets = data.mixup(inputs, data.soft_targets(masks, self.classes),
-                                         alpha=on["mixup"], generator=generator)
-            # where one of the two is ignored, the other counts
+            targets = data.soft_targets(masks, self.classes)
+            inputs, targets = data.mixup(inputs, targets, alpha=on["mixup"], generator=generator)
+            # if one of the two pixels is ignored, the other counts
             targets = targets / targets.sum(1, keepdim=True).clamp_min(1e-6)
         inputs, targets = data.cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
         return {"inputs": inputs, "targets": targets if on["mixup"] else targets.long()}
+
+
+def unit_range(images):
+    """uint8 images as float in [-1, 1]."""
+    return images.float().sub_(127.5).div_(127.5)
 
 
 def resize_ids(masks, size):

@@ -1,4 +1,4 @@
-"""ocec: is the eye open?
+"""ocec: is the eye open or closed?
 
     python train.py --task ocec --lr 2e-4                      # drawn eyes, no data needed
     python train.py --task ocec --lr 2e-4 --data eyes/         # eyes/open/*.png, eyes/closed/*.png
@@ -7,8 +7,8 @@ Files, drawn eyes, batches; then the recipe: load, network, loss, scores, floors
 """
 
 import csv
+import math
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,31 +20,30 @@ import data
 import losses
 import models
 from tasks.common import (
-    Exported, Flag, Rows, Splits, Task, check_crop, joined, refuse_folder, shared_flags, show,
-    split_checksum, split_note, split_rows, unit_images)
+    Exported, Flag, Rows, Splits, Task, check_crop, joined, open_npz, refuse_folder, shared_flags,
+    show, split_checksum, split_note, split_rows, unit_images)
 
 
 EYE_FOLDERS = {"closed": 0, "close": 0, "0": 0, "open": 1, "opened": 1, "1": 1}
 
 
 def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
-    """Read a set of eye crops: a folder per class, a folder with annotation.csv, or an .npz; label
-    1 = open.
+    """Read eye crops and their labels, 1 = open and 0 = closed, from a folder or an .npz.
 
-        folder/open/*.png, folder/closed/*.png          (also 1/ and 0/)
-        folder/annotation.csv  rows `path,label`; optional groups.csv with rows `path,group`; no
-                               headers
-        file.npz               images uint8 (n, h, w) or (n, h, w, 3), labels (n,) of 0 and 1,
-                               optional groups (n,)
-        folder of images       only with need_labels=False, for prediction
+        folder/open/*.png, folder/closed/*.png    also 1/ and 0/
+        folder/annotation.csv                     rows `path,label` without a header
+        folder/groups.csv                         optional rows `path,group` without a header
+        file.npz                                  images uint8 (n, h, w) or (n, h, w, 3),
+                                                  labels (n,) of 0 and 1, optional groups (n,)
+        folder of images                          only with need_labels=False, for prediction
 
-    size    (height, width) every image is resized to (bilinear with antialiasing)
-    cache   a folder: the images are kept there in .npy files and memory-mapped, decoded once
-    returns images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups (n,) str or None,
-    names: list of n str
-    Errors: ValueError naming the file or row for whatever is missing, unreadable, of a wrong shape,
-            NaN, or not 0 / 1; ImportError with the install command when image files need Pillow and
-            it is missing.
+    size     (height, width) of the returned images: bilinear resizing with antialiasing
+    cache    a folder: images are decoded once into .npy files there, and memory-mapped
+    returns  images uint8 tensor (n, 3, h, w), labels int64 (n,) or None, groups str (n,) or None,
+             names: list of n str
+    Errors:  ValueError with the file or row for data that are missing, unreadable, of a wrong
+             shape, NaN, or not 0 / 1; ImportError with the install command if image files need
+             Pillow and it is missing
     """
     path = Path(path)
     if not path.exists():
@@ -52,36 +51,35 @@ def read_eyes(path, *, size=(32, 64), cache="", need_labels=True):
     if path.is_file():
         arrays, labels, groups = read_eyes_npz(path, cache=cache, need_labels=need_labels)
         names = [f"{path.name}#{i}" for i in range(len(arrays))]
-        load = lambda start, stop: data.resize_uint8(arrays[start:stop], size)
+        files = [path]
+
+        def load(start, stop):
+            return data.resize_uint8(arrays[start:stop], size)
     else:
         names, labels, groups = list_eye_files(path, need_labels=need_labels)
-        load = lambda start, stop: torch.cat(
-            [data.resize_uint8(data.read_image(path / name)[None], size)
-             for name in names[start:stop]])
-    files = [path] if path.is_file() else (path / name for name in names)
+        files = [path / name for name in names]
+
+        def load(start, stop):
+            images = [data.read_image(file) for file in files[start:stop]]
+            return torch.cat([data.resize_uint8(image[None], size) for image in images])
+
     key = data.file_stamps(files, path.parent)
     images = data.decode_once(load, (len(names), 3, *size), key=key, cache=cache)
     return images, labels, groups, names
 
 
 def read_eyes_npz(path, *, cache="", need_labels=True):
-    """images (n, h, w[, 3]) uint8, labels, groups of an .npz file, checked; see read_eyes.
-
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            present = archive.files
-            names = ("labels", "groups") if cache else ("images", "labels", "groups")
-            arrays = {name: archive[name] for name in names if name in present}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "
-                         "numpy.savez(path, images=..., labels=...), no objects") from error
+    """Checked images uint8 (n, h, w[, 3]), labels and groups of an .npz file; see read_eyes."""
+    with open_npz(path, "images=..., labels=...") as archive:
+        present = archive.files
+        in_memory = ("labels", "groups") if cache else ("images", "labels", "groups")
+        arrays = {name: archive[name] for name in in_memory if name in present}
     if cache and "images" in present:
         arrays["images"] = data.unpack_once(path, "images", cache)
     for name in ("images", "labels") if need_labels else ("images",):
         if name not in arrays:
             raise ValueError(f"{path} has no array {name!r}, it holds {present}")
+
     images, labels, groups = (arrays.get(name) for name in ("images", "labels", "groups"))
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
@@ -95,63 +93,70 @@ def read_eyes_npz(path, *, cache="", need_labels=True):
         raise ValueError(f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (n, "
                          "h, w) or (n, h, w, 3)")
     if labels is not None:
-        labels = check_eye_labels(labels, lambda row: f"{path}: row {row}")
-    return images, labels, None if groups is None else groups.astype(str)
+        labels = check_eye_labels(labels, [f"{path}: row {row}" for row in range(len(labels))])
+    if groups is not None:
+        groups = groups.astype(str)
+    return images, labels, groups
 
 
 def list_eye_files(folder, *, need_labels=True):
-    """names (relative paths), labels, groups of a folder of images; see read_eyes.
-
-    """
+    """Names (relative paths), labels and groups of a folder of images; see read_eyes."""
     annotation = folder / "annotation.csv"
     if annotation.is_file():
         label_of = read_pairs(annotation)
         names = list(label_of)
-        labels = check_eye_labels(list(label_of.values()), lambda row: f"{annotation}, "
-                                  f"{names[row]}")
+        places = [f"{annotation}, {name}" for name in names]
+        labels = check_eye_labels(list(label_of.values()), places)
+        problem = "is listed in annotation.csv but does not exist"
     else:
-        files = sorted(file for file in folder.rglob("*")
-                       if file.suffix.lower() in data.IMAGE_SUFFIXES)
-        names, labels = [file.relative_to(folder).as_posix() for file in files], None
-        top = [Path(name).parts[0].lower() for name in names]
-        if need_labels and names:
-            unknown = sorted({part for part in top if part not in EYE_FOLDERS})
-            if unknown:
-                raise ValueError(f"{folder}: {unknown[0]!r} is no class folder; expected "
-                                 "sub-folders named open and closed (or 1 and 0), or an "
-                                 "annotation.csv with rows path,label")
-            labels = np.array([EYE_FOLDERS[part] for part in top], dtype=np.int64)
+        files = [file for file in folder.rglob("*") if file.suffix.lower() in data.IMAGE_SUFFIXES]
+        names = [file.relative_to(folder).as_posix() for file in sorted(files)]
+        labels = labels_of_folders(folder, names) if need_labels else None
+        problem = "is no file, but a folder or a broken link: remove it"
     if not names:
         raise ValueError(f"{folder} holds no images ({', '.join(data.IMAGE_SUFFIXES)}) and no "
                          "annotation.csv")
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} " + ("is listed in annotation.csv but does not exist"
-                                                    if annotation.is_file()
-                                                    else "is no file, but a folder or a broken "
-                                                    "link: remove it"))
-    groups = None
-    if (folder / "groups.csv").is_file():
-        group_of = read_pairs(folder / "groups.csv")
-        missing = [name for name in names if name not in group_of]
-        if missing:
-            raise ValueError(f"{folder / 'groups.csv'} has no group for {len(missing)} of "
-                             f"{len(names)} images, the first is {missing[0]}")
-        groups = np.array([group_of[name] for name in names])
-    return names, labels, groups
+            raise ValueError(f"{folder / name} {problem}")
+    return names, labels, read_groups(folder / "groups.csv", names)
+
+
+def labels_of_folders(folder, names):
+    """Labels int64 (n,) of images by the class folder at the top of their relative paths."""
+    top = [Path(name).parts[0].lower() for name in names]
+    unknown = sorted(set(top) - EYE_FOLDERS.keys())
+    if unknown:
+        raise ValueError(f"{folder}: {unknown[0]!r} is no class folder; expected sub-folders named "
+                         "open and closed (or 1 and 0), or an annotation.csv with rows path,label")
+    return np.array([EYE_FOLDERS[part] for part in top], dtype=np.int64)
+
+
+def read_groups(path, names):
+    """The group of each image, str (n,), from groups.csv; None if there is no such file."""
+    if not path.is_file():
+        return None
+    group_of = read_pairs(path)
+    missing = [name for name in names if name not in group_of]
+    if missing:
+        raise ValueError(f"{path} has no group for {len(missing)} of {len(names)} images, the "
+                         f"first is {missing[0]}")
+    return np.array([group_of[name] for name in names])
 
 
 def read_pairs(path):
-    """A two-column CSV without a header as {first: second}; ValueError with the line of whatever is
-    not, or comes twice."""
-    pairs = {}
+    """A CSV of two columns without a header as {first: second}.
+
+    Errors: ValueError with the line for another number of columns or a first that comes twice
+    """
     try:
-        # -sig: spreadsheets write a byte order mark
+        # utf-8-sig: spreadsheets write a byte order mark
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV in UTF-8 ({error}): save it as such, and look for a "
                          "stray quotation mark") from error
+    pairs = {}
     for i, row in enumerate(rows, start=1):
         if not row:
             continue
@@ -165,134 +170,173 @@ def read_pairs(path):
     return pairs
 
 
-def check_eye_labels(labels, where):
-    """Labels as int64, or ValueError with where(row) for the first that is not 0 (closed) or 1
-    (open)."""
+def check_eye_labels(labels, places):
+    """Labels (n,) as int64; ValueError with the place of the first that is not 0 or 1."""
     text = np.asarray(labels).astype(str)
-    is_open, is_closed = np.isin(text, ("1", "1.0", "True")), np.isin(text, ("0", "0.0", "False"))
-    bad = np.argwhere(~(is_open | is_closed))
-    if text.ndim != 1 or len(bad):
-        row = bad[0][0] if len(bad) else 0
-        raise ValueError(f"{where(row)}: label {text[row]} is not 0 (closed) or 1 (open)")
+    is_open = np.isin(text, ("1", "1.0", "True"))
+    is_closed = np.isin(text, ("0", "0.0", "False"))
+    wrong = np.flatnonzero(~(is_open | is_closed))
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(f"{places[row]}: label {text[row]} is not 0 (closed) or 1 (open)")
     return is_open.astype(np.int64)
 
 
-def synthetic_eyes(n=1000, *, size=(32, 64), seed=0, chunk=256):
-    """Drawn eyes, 53 % open: two per face, alike in skin, light and iris. For running and teaching,
-    never for a result.
+# --------------------------------------------------------------------------------------------------
+# Drawn eyes
 
-    An open eye is a pale almond between two lids with an iris in it, often nearly shut; a closed
-    one is a dark arc with lashes. Brightness, blur, noise, pose, brows and bars of hair vary alike
-    in both, so no mean or histogram tells them apart. Returns like read_eyes: images uint8 (n, 3,
-    h, w), labels (n,), groups (n,), names.
-    Check:  a constant scores F1 0.69 (always open: 2 * 0.53 / 1.53)
+
+def synthetic_eyes(n=1000, *, size=(32, 64), seed=0, chunk=256):
+    """Drawn eyes, 53 % open: for running and teaching, never for a result.
+
+    A face has two eyes of the same skin, light and iris. An open eye is a pale almond between two
+    lids with an iris in it, often nearly shut. A closed eye is a dark arc with lashes. Brightness,
+    blur, noise, pose, brows and bars of hair vary in the same way in both classes, so no mean or
+    histogram separates them.
+
+    returns  as read_eyes: images uint8 (n, 3, h, w), labels (n,), groups (n,), names
+    Check:   a constant scores F1 0.69 (always open: 2 * 0.53 / 1.53)
     """
     rng = np.random.default_rng(seed)
-    faces = -(-n // 2)
+    faces = math.ceil(n / 2)
     face_of_eye = np.arange(n) // 2
     is_open = rng.permutation(np.arange(faces) < round(0.53 * faces))[face_of_eye]
-    ranges = {"skin": (70, 210), "warmth": (0.05, 0.3), "iris": (10, 110), "light": (-60, 60),
-              "gain": (0.5, 1.2), "half_width": (0.5, 0.85), "height": (0.12, 0.6),
-              "gaze": (-0.25, 0.25), "brow": (-1.4, -0.7)}
-    face = {name: rng.uniform(*bounds, faces)[face_of_eye] for name, bounds in ranges.items()}
-    ranges = {"dx": (-0.15, 0.15), "dy": (-0.25, 0.25), "tilt": (-0.3, 0.3), "sag": (0.0, 0.35),
+    of_face = {"skin": (70, 210), "warmth": (0.05, 0.3), "iris": (10, 110), "light": (-60, 60),
+               "gain": (0.5, 1.2), "half_width": (0.5, 0.85), "height": (0.12, 0.6),
+               "gaze": (-0.25, 0.25), "brow": (-1.4, -0.7)}
+    of_eye = {"dx": (-0.15, 0.15), "dy": (-0.25, 0.25), "tilt": (-0.3, 0.3), "sag": (0.0, 0.35),
               "bar": (-4, 1.5), "bar_slope": (-1, 1), "noise": (2, 14), "lash": (6, 14)}
-    eye = {name: rng.uniform(*bounds, n) for name, bounds in ranges.items()}
+    parameters = {}
+    for name, (low, high) in of_face.items():
+        parameters[name] = rng.uniform(low, high, faces)[face_of_eye]
+    for name, (low, high) in of_eye.items():
+        parameters[name] = rng.uniform(low, high, n)
+
     images = torch.empty((n, 3, *size), dtype=torch.uint8)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        parameters = {name: values[rows, None, None] for name, values in (face | eye).items()}
-        images[rows] = torch.from_numpy(draw_eyes(is_open[rows, None, None], parameters, size, rng))
+        chunk_parameters = {name: values[rows, None, None] for name, values in parameters.items()}
+        drawn = draw_eyes(is_open[rows, None, None], chunk_parameters, size, rng)
+        images[rows] = torch.from_numpy(drawn)
     groups = np.array([f"face{i:05d}" for i in face_of_eye])
     names = [f"synthetic/{i:05d}_{'LR'[i % 2]}" for i in range(n)]
     return images, is_open.astype(np.int64), groups, names
 
 
 def draw_eyes(is_open, p, size, rng):
-    """Render one chunk for synthetic_eyes: is_open and every entry of p have shape (n, 1, 1);
-    returns uint8 (n, 3, h, w)."""
+    """Draw one chunk of synthetic_eyes as uint8 (n, 3, h, w).
+
+    is_open  bool (n, 1, 1); p: {name of a parameter: (n, 1, 1)}
+    """
+
+    def soft(distance):
+        """1 inside (distance > 0), 0 outside, blurred over about 3 pixels."""
+        return 1 / (1 + np.exp(np.clip(-distance * size[0] / 3, -30, 30)))
+
+    def stroke(distance, width):
+        """A line where the distance is 0."""
+        return soft(width - np.abs(distance))
+
     v, u = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]), indexing="ij")
     x = (u - p["dx"]) + p["tilt"] * 0.5 * v
     y = (v - p["dy"]) - p["tilt"] * u
-    # 1 inside, blurred over ~3 pixels
-    soft = lambda distance: 1 / (1 + np.exp(np.clip(-distance * size[0] / 3, -30, 30)))
-    stroke = lambda distance, width: soft(width - np.abs(distance))
     arch = 1 - (x / p["half_width"]) ** 2
+    between_corners = soft(arch * 0.5)
     upper = np.where(is_open, -p["height"], p["sag"]) * arch
     lower = np.where(is_open, 0.6 * p["height"], p["sag"]) * arch
     inside = soft(np.minimum(y - upper, lower - y)) * is_open
-    lid = stroke(y - upper, 0.07) * soft(arch * 0.5)
-    lashes = stroke(y - upper - np.where(is_open, -0.1, 0.1),
-                    0.12) * (np.sin(x * p["lash"] * 3) > 0.3) * soft(arch * 0.5)
-    crease = stroke(y - upper + 0.3, 0.05) * soft(arch * 0.5)
+
+    lid = stroke(y - upper, 0.07) * between_corners
+    lash_band = stroke(y - upper - np.where(is_open, -0.1, 0.1), 0.12)
+    lashes = lash_band * (np.sin(x * p["lash"] * 3) > 0.3) * between_corners
+    crease = stroke(y - upper + 0.3, 0.05) * between_corners
     brow = stroke(y - p["brow"] - 0.2 * x**2, 0.16)
     bar = stroke(u - p["bar"] - p["bar_slope"] * v, 0.08)
-    radius = np.hypot(x - p["gaze"], (y + 0.2 * p["height"]) * size[0] / size[1] * 1.6)
+
     grey = p["skin"] + p["light"] * u + 12 * np.sin(3 * v + p["tilt"] * 9)
+    radius = np.hypot(x - p["gaze"], (y + 0.2 * p["height"]) * size[0] / size[1] * 1.6)
     eyeball = p["skin"] * 0.4 + 120
     eyeball = eyeball + (p["iris"] - eyeball) * soft(0.26 - radius)
     glint = soft(0.05 - np.hypot(x - p["gaze"] - 0.06, y + 0.1))
-    eyeball = eyeball * (1 - soft(0.1 - radius)) + 90 * glint
+    eyeball = eyeball * (1 - soft(0.1 - radius)) + 90 * glint  # the pupil is black
     grey = grey + (eyeball - grey) * inside
     for ink, strength in ((lid, 0.75), (lashes, 0.4), (crease, 0.25), (brow, 0.6), (bar, 0.8)):
         grey = grey * (1 - strength * ink)
+
     warm = np.stack([1 + p["warmth"], np.ones_like(p["warmth"]), 1 - p["warmth"]], axis=1)
-    rgb = 128 + (grey[:, None] * (warm + (1 - warm) * inside[:, None]) - 128) * p["gain"][:, None]
-    return np.clip(rgb + rng.normal(size=rgb.shape) * p["noise"][:, None], 0, 255).astype(np.uint8)
+    colour = warm + (1 - warm) * inside[:, None]  # skin is warm, the eyeball grey
+    rgb = 128 + (grey[:, None] * colour - 128) * p["gain"][:, None]
+    rgb = rgb + rng.normal(size=rgb.shape) * p["noise"][:, None]
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 
 class EyeSplit:
-    """Some rows of a set of eyes as a training loop sees them: `labels` to plan batches by,
-    `batch(rows)` to train on.
+    """The eyes of one split: `labels` to plan batches by, `batch(rows)` to train on.
 
-    images   uint8 (n, 3, h, w), the whole set (never copied); labels (n,) or None; rows (m,) of
-             this split
-    augment  {} or shares and strengths: flip, photometric, clahe, crop, mixup, cutmix; 0 is off
+    images   uint8 (n, 3, h, w), the whole set (never copied)
+    labels   (n,) or None; groups (n,) or None; names: list of n str or None
+    rows     (m,), the rows of this split
+    augment  {name: probability, pixels or alpha} of flip, photometric, clahe, crop, mixup, cutmix;
+             0 or absent is off
     """
 
     chunk = 512
 
     def __init__(self, images, labels, rows, *, groups=None, names=None, device="cpu",
                  augment=None):
-        self.images, self.rows, self.names = images, np.asarray(rows), names
+        self.images = images
+        self.rows = np.asarray(rows)
+        self.names = names
         self.labels = None if labels is None else labels[self.rows]
         self.groups = None if groups is None else groups[self.rows]
-        self.device, self.augment = torch.device(device), augment or {}
+        self.device = torch.device(device)
+        self.augment = augment or {}
 
     def __len__(self):
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """Gather rows of this split: inputs float (b, 3, h, w) in [-1, 1], targets float (b,).
-        Augments if given a generator."""
-        on = self.augment if generator is not None else {}
-        # index_select copies image by image, images[rows] number by number: 15 times slower for
-        # bytes on CPU
+        """Gather rows of this split; augment them if a generator is given.
+
+        inputs float (b, 3, h, w) in [-1, 1]; targets float (b,), if there are labels
+        """
+        augment = self.augment if generator is not None else {}
+        # index_select copies whole images; images[rows] copies byte by byte: 15 times slower on CPU
         images = self.images.index_select(0, torch.from_numpy(self.rows[rows]))
         images = images.to(self.device, non_blocking=True)
-        if on.get("crop"):
-            images = data.random_crop(images, padding=on["crop"], generator=generator)
-        if on.get("flip"):
-            images = data.horizontal_flip(images, p=on["flip"], generator=generator)
-        if on.get("photometric"):
-            images = data.photometric_distort(images, p=on["photometric"], generator=generator)
-        if on.get("clahe"):
-            chosen = torch.rand(len(images), generator=generator) < on["clahe"]
+        if augment.get("crop"):
+            images = data.random_crop(images, padding=augment["crop"], generator=generator)
+        if augment.get("flip"):
+            images = data.horizontal_flip(images, p=augment["flip"], generator=generator)
+        if augment.get("photometric"):
+            images = data.photometric_distort(images, p=augment["photometric"],
+                                              generator=generator)
+        if augment.get("clahe"):
+            chosen = torch.rand(len(images), generator=generator) < augment["clahe"]
             if chosen.any():
                 images[chosen] = data.clahe(images[chosen])
         inputs = images.float().sub_(127.5).div_(127.5)
         if self.labels is None:
             return {"inputs": inputs}
+
         targets = torch.from_numpy(self.labels[rows]).float().to(self.device)
-        if on.get("mixup"):
-            inputs, targets = data.mixup(inputs, targets, alpha=on["mixup"], generator=generator)
-        if on.get("cutmix"):
-            inputs, targets = data.cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
+        if augment.get("mixup"):
+            inputs, targets = data.mixup(inputs, targets, alpha=augment["mixup"],
+                                         generator=generator)
+        if augment.get("cutmix"):
+            inputs, targets = data.cutmix(inputs, targets, alpha=augment["cutmix"],
+                                          generator=generator)
         return {"inputs": inputs, "targets": targets}
 
 
 # --------------------------------------------------------------------------------------------------
 # The recipe
+
+AUGMENTATIONS = ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")
 
 
 def load(path, args):
@@ -311,8 +355,8 @@ def load(path, args):
     balanced = args.loss == "focal" or args.sampler == "stratified"
     training_weight = 1.0 if balanced else losses.auto_pos_weight(labels[parts["training"]])
     facts["pos_weight"] = args.pos_weight or training_weight
-    augmentations = ("flip", "photometric", "clahe", "crop", "mixup", "cutmix")
-    augment = {name: getattr(args, name) for name in augmentations}
+
+    augment = {name: getattr(args, name) for name in AUGMENTATIONS}
     splits = []
     for rows in parts.values():
         split = EyeSplit(images, labels, rows, groups=groups, names=names, device=args.device,
@@ -323,6 +367,7 @@ def load(path, args):
 
 
 def rows(path, args, facts, need_labels):
+    """All eyes of a file, for --eval and --predict."""
     images, labels, groups, names = read(path, args, need_labels)
     split = EyeSplit(images, labels, np.arange(len(names)), groups=groups, names=names,
                      device=args.device)
@@ -332,22 +377,26 @@ def rows(path, args, facts, need_labels):
 
 
 def read(path, args, need_labels=True):
+    """The eyes of --data, or drawn ones."""
     if path:
         return read_eyes(path, size=args.size, cache=args.cache, need_labels=need_labels)
     return synthetic_eyes(size=args.size, seed=10)  # about 53 % open in each of the default splits
 
 
 def checksum(images, labels):
-    sample = images[:: max(1, len(images) // 1000)]  # enough pixels to tell this set from another
+    """A number that tells this set from another, by its labels and about 1,000 images."""
+    sample = images[:: max(1, len(images) // 1000)]
     return zlib.crc32(labels.tobytes() + sample.numpy().tobytes())
 
 
 def data_note(path, labels):
+    """The line that says what was read."""
     source = path or "SYNTHETIC eyes, drawn by the script: a score on them is no result"
     return f"data: {source}, {len(labels):,} images, {np.mean(labels):.1%} open"
 
 
 def network(args, facts):
+    """EyeNet with the settings of the flags."""
     model = models.EyeNet(
         args.size, block=args.block, channels=args.channels, blocks=args.blocks, head=args.head,
         token_grid=args.token_grid, token_layers=args.token_layers, dropout=args.dropout,
@@ -359,6 +408,7 @@ def network(args, facts):
 
 
 def criterion(logits, targets, args, facts):
+    """The loss of --loss for logits (b,) and targets (b,) in [0, 1]; mixup makes soft ones."""
     if args.loss == "focal":
         return losses.focal_label_smooth_ce(logits, targets, gamma=args.gamma,
                                             smoothing=args.smoothing)
@@ -367,86 +417,98 @@ def criterion(logits, targets, args, facts):
 
 
 def loss(model, batch, args, facts):
+    """The loss of one batch; it has no parts to report."""
     return criterion(model(batch["inputs"]), batch["targets"], args, facts), {}
 
 
 def outputs(model, batch, args, facts):
+    """One logit per eye, float (b,): P(open) = sigmoid(logit)."""
     return {"logits": model(batch["inputs"]).float()}
 
 
 def scores(outputs, split, args, facts):
+    """Loss and binary metrics over the whole split."""
     logits = outputs["logits"]
     report = losses.binary_report(logits.numpy(), split.labels)
+    value = criterion(logits, torch.from_numpy(split.labels).float(), args, facts)
     names = ("f1", "accuracy", "precision", "recall", "auroc", "auprc")
-    loss = criterion(logits, torch.from_numpy(split.labels).float(), args, facts)
-    return {"loss": float(loss)} | {name: report[name] for name in names}
+    return {"loss": float(value)} | {name: report[name] for name in names}
 
 
 def floors(split, args, facts):
     """The best constants on these rows: always open for F1, the majority for accuracy."""
     targets = torch.from_numpy(split.labels).float()
     constant = losses.binary_floor(split.labels)
-    constant["loss"] = min(float(criterion(torch.full_like(targets, logit), targets, args, facts))
-                           for logit in np.linspace(-6, 6, 241))
+    constant["loss"] = math.inf
+    for logit in np.linspace(-6, 6, 241):
+        value = criterion(torch.full_like(targets, logit), targets, args, facts)
+        constant["loss"] = min(constant["loss"], float(value))
     ceiling = {name: 0.0 if name == "loss" else 1.0 for name in constant}
     return {"constant": constant, "ceiling": ceiling}
 
 
 def predictions(batches, split, out, args, facts):
-    """A CSV with a row per image."""
+    """Write a CSV with a row per image; return the number of rows."""
     refuse_folder(out)
     logits = joined(batches)["logits"]
-    table = zip(split.names, logits.tolist(), torch.sigmoid(logits).tolist())
-    data.write_csv(out, ["path", "logit", "prob_open"],
-                   ([name, f"{logit:.6f}", f"{prob:.6f}"] for name, logit, prob in table))
+    table = []
+    for name, logit, prob in zip(split.names, logits.tolist(), torch.sigmoid(logits).tolist()):
+        table.append([name, f"{logit:.6f}", f"{prob:.6f}"])
+    data.write_csv(out, ["path", "logit", "prob_open"], table)
     return len(split)
 
 
 def examples(outputs, split, args, facts):
-    """The worst is the probability that is furthest from its label."""
+    """The worst eye has the probability that is furthest from its label."""
     probability = torch.sigmoid(outputs["logits"]).numpy()
     return np.abs(probability - split.labels), {"true": split.labels, "predicted": probability}
 
 
 def export(model, args, facts):
-    return Exported(forward=lambda inputs: torch.sigmoid(model(unit_images(inputs["images"]))),
-                    inputs={"images": ("uint8", ("rows", *args.size, 3), "crops of eyes, RGB or "
-                                       "grey repeated three times, resized to this size")},
-                    output=("prob_open", ("rows",), "probability that the eye is open"),
-                    facts={"pos_weight": facts["pos_weight"]})
+    """The network from uint8 crops to P(open)."""
+
+    def forward(inputs):
+        return torch.sigmoid(model(unit_images(inputs["images"])))
+
+    crops = "crops of eyes, RGB or grey repeated three times, resized to this size"
+    return Exported(
+        forward,
+        inputs={"images": ("uint8", ("rows", *args.size, 3), crops)},
+        output=("prob_open", ("rows",), "probability that the eye is open"),
+        facts={"pos_weight": facts["pos_weight"]})
 
 
-FLAGS = shared_flags(epochs=100, lr=2e-4, ema_decay=0.998, cyclic_steps_up=2000) | dict(
+FLAGS = shared_flags(epochs=100, lr=2e-4, ema_decay=0.998, cyclic_steps_up=2000)
+FLAGS.update(
     sampler=Flag("shuffled", "shuffled: each row once an epoch; stratified: as many rows of each "
-                 "class "
-                 "in every batch", choices=("shuffled", "stratified")),
+                 "class in every batch", choices=("shuffled", "stratified")),
     channels_last=Flag(True, "memory format of images; faster for wide networks, slower for tiny "
                        "ones"),
     monitor=Flag("f1", "validation score that picks the best epoch, and raw or EMA weights",
                  choices=("f1", "auroc", "loss")),
+    # the network
     size=Flag((32, 64), "height x width the eyes are resized to", low=8),
     block=Flag("baseline", "kind of block", choices=("baseline", "inverted_se", "convnext")),
     channels=Flag(64, "channels of the stem; blocks 2, 4, 6 double them", low=1),
     blocks=Flag(6, "number of blocks", low=1),
     head=Flag("auto", "auto: avg for baseline, avgmax_mlp for inverted_se, transformer for "
-              "convnext",
-              choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
+              "convnext", choices=("auto", "avg", "avgmax_mlp", "transformer", "mlp_mixer")),
     token_grid=Flag((2, 3), "rows x columns of tokens of the transformer and mlp_mixer heads",
-                    low=1,
-                    when={"head": ("auto", "transformer", "mlp_mixer")}),
-    token_layers=Flag(2, "layers of those heads", low=1,
-                      when={"head": ("auto", "transformer", "mlp_mixer")}),
+                    low=1, when={"head": ("auto", "transformer", "mlp_mixer")}),
+    token_layers=Flag(2, "layers of those heads",
+                      low=1, when={"head": ("auto", "transformer", "mlp_mixer")}),
     dropout=Flag(0.3, "in the head", low=0, high=0.95),
     stochastic_depth=Flag(0.0, "probability to skip the last block, linear from 0 at the first",
-                          low=0,
-                          high=0.95),
+                          low=0, high=0.95),
+    # the loss
     loss=Flag("bce", "bce with pos_weight, or focal loss with label smoothing",
               choices=("bce", "focal")),
     pos_weight=Flag(0.0, "weight of open eyes (0 = closed / open of the training rows; 1 with the "
                     "stratified sampler, which balances already)", low=0, when={"loss": ("bce",)}),
-    smoothing=Flag(0.05, "label smoothing of the focal loss", low=0, high=0.99,
-                   when={"loss": ("focal",)}),
+    smoothing=Flag(0.05, "label smoothing of the focal loss",
+                   low=0, high=0.99, when={"loss": ("focal",)}),
     gamma=Flag(2.0, "exponent of the focal loss", low=0, when={"loss": ("focal",)}),
+    # the augmentation
     flip=Flag(0.5, "probability of a horizontal flip", low=0, high=1),
     photometric=Flag(0.5, "probability of each of the five photometric operations", low=0, high=1),
     clahe=Flag(0.01, "probability of CLAHE", low=0, high=1),

@@ -8,7 +8,6 @@ Files, drawn modalities, batches; then the recipe: load, network, loss, scores, 
 
 import math
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -20,33 +19,30 @@ import data
 import losses
 import models
 from tasks.common import (
-    Exported, Flag, Rows, Splits, Task, finite, joined, plan_batches, refuse_folder, shared_flags,
-    show, split_checksum, split_note, split_rows)
+    Exported, Flag, Rows, Splits, Task, finite, joined, open_npz, plan_batches, refuse_folder,
+    shared_flags, show, split_checksum, split_note, split_rows)
 
 
 def read_modalities(path, *, cache="", need_labels=True):
-    """Read samples that several sensors saw: an .npz with one array per modality, as many as there
-    are and of any names.
+    """Read samples of several sensors: an .npz with one array per modality, of any names.
 
         NAME          (n, F) features, (n, T, C) sequences, (n, C, H, W) images or (n, T, C, H, W)
                       videos; integers or floats
-        present_NAME  optional, bool (n,): False where a sample lacks it; what NAME holds in those
-                      rows is never looked at
+        present_NAME  optional, bool (n,): False where a sample lacks it; the values of NAME in
+                      those rows are never read
         labels        (n,) integers from 0, or strings, which are numbered in the order of
                       label_names or else sorted
-        label_names   optional, one string per class        groups  optional, (n,): the person or
-                      recording of each sample
+        label_names   optional, one string per class
+        groups        optional, (n,): the person or recording of each sample
 
-    cache        a folder: the modalities are kept there in .npy files and memory-mapped
+    cache        a folder: modalities are unpacked once into .npy files there, and memory-mapped
     need_labels  False: labels and label_names are not read, for prediction
-    returns arrays {NAME: (n, ...)} in the types they have in the file, labels int64 (n,) or None,
-    groups (n,) or None,
-            label_names: list of str, present {NAME: bool (n,)}, all True where the file does not
-            say
-    Errors: ValueError naming array and row: a missing or unreadable file, objects, no modality,
-            another rank or length, NaN or infinity in a present row, a row without any modality,
-            labels that are missing, negative, not whole or without a name, a class of one sample.
-            Warns of images that seem to have their channels last.
+    returns      arrays {NAME: (n, ...)} in the types of the file, labels int64 (n,) or None, groups
+                 (n,) or None, label_names: list of str, present {NAME: bool (n,)}
+    Errors:      ValueError with array and row: a missing or unreadable file, objects, no modality,
+                 another rank or length, NaN or infinity in a present row, a row without any
+                 modality, labels that are missing, negative, not whole or without a name, a class
+                 of one sample. Warns of images that seem to have their channels last.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,21 +50,17 @@ def read_modalities(path, *, cache="", need_labels=True):
                          "and optionally label_names, groups")
     small = ("labels", "label_names", "groups")
     unread = () if need_labels else ("labels", "label_names")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            stored = [name for name in archive.files if name not in unread]
-            read = {name: archive[name] for name in stored if not cache or name in small
-                    or name.startswith("present_")}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "
-                         "numpy.savez(path, NAME=..., labels=...), no objects") from error
     content = {}
-    for name in stored:
-        content[name] = np.asarray(read[name] if name in read
-                                   else data.unpack_once(path, name, cache))
-    labels, names, groups = (content.pop(name, None)
-                             for name in ("labels", "label_names", "groups"))
+    with open_npz(path, "NAME=..., labels=...") as archive:
+        for name in archive.files:
+            if name not in unread:
+                in_memory = not cache or name in small or name.startswith("present_")
+                content[name] = archive[name] if in_memory else None
+    for name, array in content.items():
+        # outside the block above: an error of the cache folder is not one of the file
+        array = data.unpack_once(path, name, cache) if array is None else array
+        content[name] = np.asarray(array)
+    labels, names, groups = (content.pop(name, None) for name in small)
     masks = {name: content.pop(name) for name in list(content) if name.startswith("present_")}
     if not content:
         raise ValueError(f"{path} holds no modality beside labels, label_names, groups and "
@@ -91,9 +83,10 @@ def read_modalities(path, *, cache="", need_labels=True):
 
 
 def check_modalities(arrays, masks, where):
-    """The present rows {name: bool (n,)} of modalities, by masks {present_name: bool (n,)}; see
-    read_modalities for the checks."""
-    first, rows = next((name, len(array) if array.ndim else 0) for name, array in arrays.items())
+    """Check modalities and their masks {present_NAME: bool (n,)}; see read_modalities.
+
+    returns  {NAME: bool (n,)}, all True without a mask
+    """
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
             raise ValueError(f"{where}: modality {name!r} is {array.dtype}, numbers of at most 64 "
@@ -106,6 +99,8 @@ def check_modalities(arrays, masks, where):
             warnings.warn(f"{where}: modality {name!r} of shape {array.shape} is read as "
                           f"{array.shape[-3]} channels of {array.shape[-2]}x{array.shape[-1]}: if "
                           "its channels come last, move them before height and width")
+    first = next(iter(arrays))
+    rows = len(arrays[first])
     for name, array in (arrays | masks).items():
         if array.shape[:1] != (rows,):
             raise ValueError(f"{where}: {name!r} has shape {array.shape}, {first!r} has {rows} "
@@ -117,16 +112,12 @@ def check_modalities(arrays, masks, where):
             raise ValueError(f"{where}: {name!r} is {mask.dtype} {mask.shape}, expected bool "
                              f"({rows},): True where the row has it")
     present = {name: masks.get(f"present_{name}", np.ones(rows, dtype=bool)) for name in arrays}
-    nothing = ~np.any(list(present.values()), axis=0)
-    if nothing.any():
-        raise ValueError(f"{where}: {nothing.sum()} rows have no modality at all, the first is "
-                         f"{nothing.argmax()}: remove them")
+    absent = ~np.any(list(present.values()), axis=0)
+    if absent.any():
+        raise ValueError(f"{where}: {absent.sum()} rows have no modality at all, the first is "
+                         f"{absent.argmax()}: remove them")
     for name, array in arrays.items():
-        parts = [array[start : start + 256]
-                 for start in range(0, rows, 256)] if array.dtype.kind == "f" else []
-        wrong = np.concatenate([(~np.isfinite(part)).reshape(len(part), -1).sum(1)
-                                for part in parts] or [np.zeros(rows, int)])
-        wrong *= present[name]
+        wrong = count_non_finite(array) * present[name]
         if wrong.any():
             raise ValueError(f"{where}: modality {name!r} holds {wrong.sum()} NaN or infinite "
                              f"values, the first in row {(wrong > 0).argmax()}: remove those "
@@ -134,11 +125,21 @@ def check_modalities(arrays, masks, where):
     return present
 
 
-def check_class_labels(labels, names, where):
-    """Labels (n,), integers or strings, as int64, and the list of class names; see read_modalities
-    for the checks.
+def count_non_finite(array, *, chunk=256):
+    """NaN and infinite values in each row, int (n,); memory-mapped arrays are read in chunks."""
+    counts = np.zeros(len(array), int)
+    if array.dtype.kind == "f":
+        for start in range(0, len(array), chunk):
+            rows = slice(start, start + chunk)
+            counts[rows] = (~np.isfinite(array[rows])).sum(tuple(range(1, array.ndim)))
+    return counts
 
-    names  (k,) or None: the sorted strings, or the numbers from 0 as strings
+
+def check_class_labels(labels, names, where):
+    """Labels (n,), integers or strings, as int64, and the list of class names.
+
+    names   (k,) or None: the sorted strings, or the numbers from 0 as strings
+    Errors: see read_modalities
     """
     text = labels.dtype.kind in "US"
     if not text and labels.dtype.kind not in "iub":
@@ -146,29 +147,34 @@ def check_class_labels(labels, names, where):
                          "needed: convert them, if they are whole")
     if text:
         labels = np.char.strip(labels.astype(str))
-        if np.isin(labels, ("", "nan")).any():
-            raise ValueError(f"{where}: row {np.isin(labels, ('', 'nan')).argmax()} has no label: "
-                             "remove such rows, or name their class")
+        empty = np.isin(labels, ("", "nan"))
+        if empty.any():
+            raise ValueError(f"{where}: row {empty.argmax()} has no label: remove such rows, or "
+                             "name their class")
     elif labels.min() < 0:
-        raise ValueError(f"{where}: row {(labels < 0).argmax()} has the label "
-                         f"{labels[labels < 0][0]}: classes are numbered from 0; remove the "
-                         f"{(labels < 0).sum()} rows without a class")
+        row, count = (labels < 0).argmax(), (labels < 0).sum()
+        raise ValueError(f"{where}: row {row} has the label {labels[row]}: classes are numbered "
+                         f"from 0; remove the {count} rows without a class")
     elif names is None and labels.max() >= len(labels):
         raise ValueError(f"{where}: label {labels.max()} in {len(labels)} rows: number the classes "
                          "from 0 without gaps, or save strings")
+
     if names is None:
         names = np.unique(labels) if text else np.arange(int(labels.max()) + 1)
     names = np.char.strip(names.astype(str)).reshape(-1).tolist()
     if len(set(names)) < len(names):
         raise ValueError(f"{where}: label_names {names} must differ from each other")
-    number = {name: i for i, name in enumerate(names)}
-    numbers = np.array([number.get(label, -1)
-                        for label in labels.tolist()]) if text else labels.astype(np.int64)
+    if text:
+        number = {name: i for i, name in enumerate(names)}
+        numbers = np.array([number.get(label, -1) for label in labels.tolist()])
+    else:
+        numbers = labels.astype(np.int64)
     unknown = (numbers < 0) | (numbers >= len(names))
     if unknown.any():
-        raise ValueError(f"{where}: row {unknown.argmax()} has the label "
-                         f"{labels[unknown.argmax()]}, which is none of the {len(names)} "
-                         f"label_names {names}: name the class, or remove its {unknown.sum()} rows")
+        row = unknown.argmax()
+        raise ValueError(f"{where}: row {row} has the label {labels[row]}, which is none of the "
+                         f"{len(names)} label_names {names}: name the class, or remove its "
+                         f"{unknown.sum()} rows")
     alone = np.flatnonzero(np.bincount(numbers) == 1)
     if len(alone):
         raise ValueError(f"{where}: class {names[alone[0]]!r} has 1 sample, as have {len(alone)} "
@@ -178,31 +184,26 @@ def check_class_labels(labels, names, where):
 
 
 def broadcast_channels(values, x):
-    """Values of the channels (C,) shaped so that they apply to x: (b, C), (b, T, C), or (..., C, h,
-    w)."""
+    """Values of channels (C,), shaped to apply to x: (b, C), (b, T, C), or (..., C, h, w)."""
     return values.reshape(-1, 1, 1) if x.ndim > 3 else values
 
 
 class ModalSplit:
-    """Some rows of a set of modalities as a training loop sees them: `labels`, and `batch(rows)` to
-    train on.
+    """The samples of one split: `labels`, and `batch(rows)` to train on.
 
-    arrays   {name: (n, ...)} of the whole set in any numeric type (never copied); labels (n,) or
-             None; rows (m,) of this split
-    present  {name: bool (n,)}: where False the inputs are 0, and the batch says so; a name that is
-             not in it is always present
-    scaler   {name: (mean, sd)} of channel_statistics over the training rows; None: values as they
-             are
-    features set it to {name: tensor (m, T, width)}, and batches hold its rows as `encoded` instead
-    of these inputs: what frozen
-             encoders made of them
+    arrays    {name: (n, ...)}, the whole set in any numeric type (never copied)
+    labels    (n,) or None; groups (n,) or None
+    rows      (m,), the rows of this split
+    present   {name: bool (n,)}: inputs of rows that lack it are 0; True for absent names
+    scaler    {name: (mean, sd)} of channel_statistics over the training rows; None: no scaling
+    features  {name: tensor (m, T, width)} of frozen encoders: batches hold its rows as `encoded`
+              instead of these inputs
     In batches with a generator, in units of the scaled values, 0 is off:
-    noise    sd of Gaussian noise, added to every value
-    scale    each modality of each row is multiplied by one factor from U(1 - scale, 1 + scale), its
-             channels alike
-    shift    sequences (n, T, C) are rolled by up to so many steps, all those of a row alike:
-             streams of one rate stay in step
-    Errors:  ValueError for noise or shift below 0, scale outside [0, 1)
+    noise     sd of Gaussian noise, added to every value
+    scale     a modality of a row is multiplied by one factor from U(1 - scale, 1 + scale)
+    shift     sequences (n, T, C) are rolled by up to so many steps; all those of a row by the same
+              number, so that streams of one rate stay synchronous
+    Errors:   ValueError for noise or shift below 0, scale outside [0, 1)
     """
 
     chunk = 512
@@ -214,8 +215,8 @@ class ModalSplit:
                              f"{shift} a whole number from 0; 0 is off")
         self.arrays, self.present = arrays, present or {}
         self.rows, self.scaler = np.asarray(rows), scaler
-        self.labels, self.groups = (None if each is None else np.asarray(each)[self.rows]
-                                    for each in (labels, groups))
+        self.labels = None if labels is None else np.asarray(labels)[self.rows]
+        self.groups = None if groups is None else np.asarray(groups)[self.rows]
         self.noise, self.scale, self.shift = noise, scale, int(shift)
         self.device, self.features = torch.device(device), {}
 
@@ -223,21 +224,25 @@ class ModalSplit:
         return len(self.rows)
 
     def batch(self, rows, generator=None):
-        """inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features,
-        present {name: bool (b,)}, and with labels targets int64 (b,). Augments inputs if given a
-        generator."""
+        """Gather rows of this split; augment the inputs if a generator is given.
+
+        inputs {name: float32 (b, ...)}, encoded {name: (b, T, width)} of those in features,
+        present {name: bool (b,)}, and with labels targets int64 (b,)
+        """
         rows = np.asarray(rows)
         index = self.rows[rows]
-        inputs = {name: self.scaled(name, index) for name in self.arrays
-                  if name not in self.features}
-        present = {name: torch.from_numpy(self.present[name][index] if name in self.present
-                                          else np.ones(len(index), dtype=bool)).to(self.device)
-                   for name in self.arrays}
+        inputs, encoded, present = {}, {}, {}
+        for name in self.arrays:
+            here = self.present[name][index] if name in self.present else np.ones(len(index), bool)
+            present[name] = torch.from_numpy(here).to(self.device)
+            if name not in self.features:
+                inputs[name] = self.scaled(name, index)
+        for name, tokens in self.features.items():
+            encoded[name] = tokens[torch.from_numpy(rows)]
         if generator is not None:
             inputs = self.augmented(inputs, generator)
         for name, x in inputs.items():
             x[~present[name]] = 0  # not times 0: an absent row may hold NaN
-        encoded = {name: each[torch.from_numpy(rows)] for name, each in self.features.items()}
         batch = {"inputs": inputs, "encoded": encoded, "present": present}
         if self.labels is not None:
             batch["targets"] = torch.from_numpy(self.labels[rows]).long().to(self.device)
@@ -246,10 +251,9 @@ class ModalSplit:
     def scaled(self, name, index):
         """Rows of the whole set as float32 (b, ...), each channel by its mean and sd."""
         array = self.arrays[name]
-        # float32 for all that fits into it; a clock of 1.7e9 s, float64, must lose its mean before
-        # it loses its digits
-        x = torch.from_numpy(
-            array[index].astype(np.result_type(array.dtype, np.float32))).to(self.device)
+        # float64 stays: a clock of 1.7e9 s loses its mean before float32 cuts its digits
+        values = array[index].astype(np.result_type(array.dtype, np.float32))
+        x = torch.from_numpy(values).to(self.device)
         if self.scaler is not None:
             mean, sd = (broadcast_channels(values.to(x), x) for values in self.scaler[name])
             x = (x - mean) / sd
@@ -258,8 +262,8 @@ class ModalSplit:
     def augmented(self, inputs, generator):
         """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
         b = max(map(len, inputs.values()), default=0)
-        steps = torch.randint(-self.shift, self.shift + 1, (b, 1),
-                              generator=generator).to(self.device)
+        steps = torch.randint(-self.shift, self.shift + 1, (b, 1), generator=generator)
+        steps = steps.to(self.device)
         changed = {}
         for name, x in inputs.items():
             if self.shift and x.ndim == 3:
@@ -275,30 +279,25 @@ class ModalSplit:
 
 
 def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
-    """Made-up samples of four modalities, returned as read_modalities does. For running and
-    teaching, never for a result.
+    """Drawn samples of four modalities: for running and teaching, never for a result.
 
-        video   uint8 (n, 4, 3, 16, 16)   a blob of which one colour blinks              sign  c % 3
-        image   uint8 (n, 3, 24, 24)      a blob in which one colour is stronger               c //
-                3
-        audio   float32 (n, 24, 16)       log spectrogram, a burst in one of three bands       (c +
-                c // 3) % 3
-        sensor  float32 (n, 64, 6)        a vibration in one of three pairs of channels        (c +
-                2 (c // 3)) % 3
+        video   uint8 (n, 4, 3, 16, 16)  one of three colours blinks       sign c % 3
+        image   uint8 (n, 3, 24, 24)     one of three colours is stronger  c // 3
+        audio   float32 (n, 24, 16)      a burst in one of three bands     (c + c // 3) % 3
+        sensor  float32 (n, 64, 6)       1 of 3 channel pairs vibrates     (c + 2 (c // 3)) % 3
 
-    Which of the three it is, the sign, is all that class c decides: one modality tells groups of
-    classes apart and no more, any two tell all of them (the nine points of the plane over the
-    integers modulo 3; two points have one line in common). Some signs are too weak to be seen.
-    Recordings of about 25 rows (`groups`) have their own brightness, gain and offset; the first
-    class is twice as frequent as the last.
+    Class c decides only the sign: which of the three it is. Video and image show a blob, audio is a
+    log spectrogram. One modality separates groups of classes only; any two separate all classes
+    (nine points of the plane over the integers modulo 3: two lines meet in one). A share of the
+    signs is too weak to be seen. Recordings of about 25 rows (`groups`) have their own brightness,
+    gain and offset. The first class is twice as frequent as the last.
 
     classes  2 to 9; missing: the share of rows that lack one modality, whose values there are NaN
              or 0
-    returns  arrays, labels, groups, label_names, present
-    Errors:  ValueError for another number of classes, fewer than 4 rows per class, missing outside
-             [0, 1]
-    Check:   recordings held out, ridge regression on mean and sd of each channel has an accuracy of
-             0.3 to 0.5 alone and 0.9 on all four, the commonest class 0.2; test_all.py computes it
+    returns  as read_modalities: arrays, labels, groups, label_names, present
+    Errors:  ValueError for other classes, fewer than 4 rows per class, missing outside [0, 1]
+    Check:   on held-out recordings, ridge regression on mean and sd of each channel has an accuracy
+             of 0.3 to 0.5 alone and 0.9 on all four, the most frequent class 0.2
     """
     if not 2 <= classes <= 9 or n < 4 * classes or not 0 <= missing <= 1:
         raise ValueError(f"classes {classes} must be 2 to 9, n {n} at least 4 per class, missing "
@@ -320,13 +319,12 @@ def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
 
 
 def draw_modalities(signs, recording, rng):
-    """The four arrays of synthetic_modalities, by the sign (n,) that each shows and the recording
-    (n,) of each row."""
+    """The arrays of synthetic_modalities from the signs {name: (n,)} and recordings (n,)."""
     n = len(recording)
-    of_recording = lambda low, high: rng.uniform(low, high, recording.max() + 1)[recording]
-    # (n, 3): how strongly each of the three places shows the sign, 0 but at its own
-    strength = {name: np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None]
-                for name, sign in signs.items()}
+
+    def of_recording(low, high):
+        """(n,), one number per recording."""
+        return rng.uniform(low, high, recording.max() + 1)[recording]
 
     def blob(side, frames):
         """A soft spot (n, frames, side, side) that drifts over the frames."""
@@ -336,30 +334,33 @@ def draw_modalities(signs, recording, rng):
         return np.exp(-((row - y) ** 2 + (column - x) ** 2) / 0.03)
 
     def camera(light, colour):
-        """uint8 of the blob in its colours (n, frames, 3), on a grey ground, under the light of the
-        recording."""
+        """uint8 images of light (n, frames, h, w) in colour (n, frames, 3) on a grey ground."""
         grey = of_recording(40, 110)[:, None, None, None, None]
         gain = of_recording(0.6, 1.2)[:, None, None, None, None]
         picture = gain * (grey + 90 * light[:, :, None] * colour[..., None, None])
         return np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
 
+    strength = {}  # {name: (n, 3)}: how strong each colour, band or pair is; 0 for all but the sign
+    for name, sign in signs.items():
+        strength[name] = np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None]
+
     cast = rng.uniform(0.6, 1.2, (2, n, 1, 3))
     blink = np.array([1, -1, 1, -1])[:, None]
     video = camera(blob(16, 4), cast[0] * (1 + 0.9 * strength["video"][:, None] * blink))
     image = camera(blob(24, 1), cast[1] + strength["image"][:, None])[:, 0]
+
     time, band = np.arange(24)[:, None], np.arange(16)
     burst = np.exp(-((time - rng.uniform(4, 20, (n, 1, 1))) ** 2) / 18)
-    # (n, 3, 16)
-    in_band = np.exp(-((band - (np.array([3, 8, 13])[:, None]
-                                + rng.uniform(-1, 1, (n, 1, 1)))) ** 2) / 4)
+    centre = np.array([3, 8, 13])[:, None] + rng.uniform(-1, 1, (n, 1, 1))
+    in_band = np.exp(-((band - centre) ** 2) / 4)  # (n, 3, 16)
     audio = of_recording(-1, 1)[:, None, None] + of_recording(-0.1, 0.1)[:, None, None] * band
     audio = audio + rng.normal(0, 1, (n, 24, 16))
     audio += 3 * burst * (strength["audio"][:, :, None] * in_band).sum(1)[:, None]
-    wave = np.sin(2 * np.pi * (np.arange(64)[:, None] * rng.uniform(0.05, 0.2, (n, 1, 1))
-                               + rng.uniform(size=(n, 1, 6))))
+
+    turns = np.arange(64)[:, None] * rng.uniform(0.05, 0.2, (n, 1, 1)) + rng.uniform(size=(n, 1, 6))
     loud = rng.uniform(0.2, 0.8, (n, 6)) + np.repeat(strength["sensor"], 2, axis=1)
-    sensor = of_recording(0.5, 2)[:, None, None] * (wave * loud[:, None]
-                                                    + rng.normal(0, 0.3, (n, 64, 6)))
+    gain = of_recording(0.5, 2)[:, None, None]
+    sensor = gain * (np.sin(2 * np.pi * turns) * loud[:, None] + rng.normal(0, 0.3, (n, 64, 6)))
     sensor += np.stack([of_recording(-1, 1) for _ in range(6)], 1)[:, None]
     return {"video": video, "image": image, "audio": audio.astype(np.float32),
             "sensor": sensor.astype(np.float32)}
@@ -376,25 +377,24 @@ def load(path, args):
     parts = dict(zip(("train", "validation", "test"), split_rows(groups_or_rows, args)))
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
     notes = [data_note(path, labels, shapes), split_note(groups, parts)]
-    for part, rows in parts.items():
-        if len(rows):
-            counts = np.bincount(labels[rows], minlength=len(names))
-            classes = [f"{count:,} {name}" for count, name in zip(counts, names)]
-            notes.append(f"{part}: {', '.join(classes)}")
-
     train = parts["train"]
-    scaler = {name: data.channel_statistics(array, train, present[name])
-              for name, array in arrays.items()}
+    scaler, plain_scaler = {}, {}
+    for name, array in arrays.items():
+        mean, sd = data.channel_statistics(array, train, present[name])
+        scaler[name] = mean, sd
+        plain_scaler[name] = [mean.tolist(), sd.tolist()]
+    complete = [name for name in arrays if present[name][train].all()]
     facts = {"data": checksum(arrays, labels), "split": split_checksum(parts.values()),
-             "names": list(names), "shapes": shapes,
-             "complete": [name for name in arrays if present[name][train].all()],
-             "scaler": {name: [mean.tolist(), sd.tolist()] for name, (mean, sd) in scaler.items()}}
+             "names": list(names), "shapes": shapes, "complete": complete, "scaler": plain_scaler}
+    options = dict(noise=args.noise, scale=args.scale, shift=args.shift, device=args.device)
     splits = {}
     for part, rows in parts.items():
         if len(rows):
-            splits[part] = ModalSplit(
-                arrays, labels, rows, present=present, groups=groups, scaler=scaler,
-                device=args.device, noise=args.noise, scale=args.scale, shift=args.shift)
+            splits[part] = ModalSplit(arrays, labels, rows, present=present, groups=groups,
+                                      scaler=scaler, **options)
+            counts = np.bincount(labels[rows], minlength=len(names))
+            classes = [f"{count:,} {name}" for count, name in zip(counts, names)]
+            notes.append(f"{part}: {', '.join(classes)}")
     check_training_rows(splits["train"], args)
     for part, split in splits.items():
         split.reference = splits["train"]  # k-NN looks for neighbours there
@@ -405,7 +405,7 @@ def load(path, args):
 
 
 def read(path, args):
-    """The arrays of --modalities, or all; labels, groups, names of the classes, who lacks what."""
+    """What read_modalities returns, with the arrays of --modalities only."""
     if path:
         arrays, labels, groups, names, present = read_modalities(path, cache=args.cache)
     else:
@@ -419,24 +419,26 @@ def read(path, args):
 
 
 def checksum(arrays, labels):
+    """A number that tells this set from another, by its labels and about 100 rows."""
     parts = [labels.tobytes()]
     for array in arrays.values():
-        parts.append(array[:: max(1, len(array) // 100)].tobytes())  # enough to tell this set
+        parts.append(array[:: max(1, len(array) // 100)].tobytes())
     return zlib.crc32(b"".join(parts))
 
 
 def data_note(path, labels, shapes):
+    """The line that says what was read."""
     source = path or "SYNTHETIC modalities, drawn by the script: a score on them is no result"
     arrays = [f"{name} {show(tuple(shape))}" for name, shape in shapes.items()]
     return f"data: {source}, {len(labels):,} rows of {', '.join(arrays)}"
 
 
 def check_training_rows(train, args):
-    """Refuse training rows and batches from which SupCon learns nothing."""
+    """Refuse training rows and batches from which SupCon cannot learn."""
     classes = np.unique(train.labels)
     if args.neighbours > len(train):
-        raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the "
-                         "training rows there are")
+        raise ValueError(f"--neighbours {args.neighbours} must be at most {len(train)}, the number "
+                         "of training rows")
     if len(classes) < 2 and not args.allow_single_class:
         bound = math.log(max(args.batch_size - 1, 1))
         raise ValueError(f"all {len(train):,} training rows are of class {classes[0]}: the loss "
@@ -456,6 +458,7 @@ def check_training_rows(train, args):
 
 
 def rows(path, args, facts, need_labels):
+    """All rows of a file without labels, for --predict."""
     if need_labels:
         raise ValueError("--split all: k-NN compares with the run's own training rows: give "
                          "--split train, validation or test, and no other --data")
@@ -481,6 +484,7 @@ def scaler_of(facts):
 
 
 def network(args, facts):
+    """QuadModal with the settings of the flags, and --freeze applied."""
     shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
     model = models.QuadModal(
         shapes, width=args.width, tokens=args.tokens, heads=args.heads, depth=args.depth,
@@ -496,8 +500,8 @@ def network(args, facts):
 def loss(model, batch, args, facts):
     """SupCon over the rows of all processes.
 
-    Beside it what to read it by: its bounds for these labels, the mean cosine of the embeddings,
-    and the number of classes in the batch.
+    Its parts: the bounds of the loss for these labels, the mean cosine of the embeddings, and the
+    number of classes in the batch.
     """
     labels = batch["targets"]
     if args.mixup:
@@ -512,28 +516,34 @@ def loss(model, batch, args, facts):
 
 
 def mixup_loss(model, batch, args):
-    """Each row's features mixed with another's: contrasted as either class, by these shares."""
+    """Mix the features of each row with another row's; weight the losses for both classes.
+
+        x = lam x_i + (1 - lam) x_j;  loss = lam SupCon(x, y_i) + (1 - lam) SupCon(x, y_j)
+    """
     present, labels = batch["present"], batch["targets"]
     draw = torch.distributions.Beta(args.mixup, args.mixup).sample()
     shares, _, _ = losses.all_rows(draw.view(1, 1).to(labels.device), labels[:1])
-    lam = float(shares[0, 0])  # the batch is that of all processes: one lam, that of the first
+    lam = float(shares[0, 0])  # all processes share one batch, so they take the lam of the first
     other = torch.randperm(len(labels), device=labels.device)
-    tokens = {name: model.encode_present(name, x, present[name])
-              for name, x in batch["inputs"].items()}
+    tokens = {}
+    for name, x in batch["inputs"].items():
+        tokens[name] = model.encode_present(name, x, present[name])
     tokens |= batch["encoded"]
-    tokens = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
-    z = finite(model.fuse(tokens, {name: here & here[other] for name, here in present.items()}))
+    mixed = {name: lam * x + (1 - lam) * x[other] for name, x in tokens.items()}
+    both_present = {name: here & here[other] for name, here in present.items()}
+    z = finite(model.fuse(mixed, both_present))
     as_first = losses.supcon_loss(z, labels, temperature=args.temperature)
     as_other = losses.supcon_loss(z, labels[other], temperature=args.temperature)
     return lam * as_first + (1 - lam) * as_other, z
 
 
 def outputs(model, batch, args, facts):
+    """The embedding of each row, float (b, embed)."""
     return {"embedding": model(batch["inputs"], batch["present"], encoded=batch["encoded"]).float()}
 
 
 def scored_batches(labels, args):
-    """The same stratified batches in every epoch: a contrastive loss depends on who is compared."""
+    """The stratified batches that the loss is scored in: the same after every epoch."""
     batches = data.stratified_batches(labels, args.batch_size, seed=0, epoch=0)
     return [rows for rows in batches if np.bincount(labels[rows]).max() > 1]
 
@@ -548,8 +558,7 @@ def label_scores(predicted, split, facts):
 
 
 def scores(outputs, split, args, facts):
-    """k-NN among the embedded training rows, a linear probe on them, SupCon in stratified
-    batches."""
+    """k-NN and a linear probe on embedded training rows; SupCon in stratified batches."""
     z, reference = outputs["embedding"], outputs["reference"]["embedding"]
     known = split.reference.labels
     nearest = losses.knn_predict(reference, known, z, k=args.neighbours)
@@ -572,19 +581,16 @@ def channel_features(split):
             x = split.scaled(name, rows)
             x[torch.from_numpy(~split.present[name][rows])] = 0
             if x.ndim == 2:  # each feature is a channel
-                channels = x[:, None]
-            elif x.ndim == 3:
-                channels = x
-            else:
-                channels = x.movedim(-3, -1).flatten(1, -2)
-            statistics = torch.cat([channels.mean(1), channels.std(1, correction=0)], 1)
+                x = x[:, None]
+            elif x.ndim > 3:
+                x = x.movedim(-3, -1).flatten(1, -2)
+            statistics = torch.cat([x.mean(1), x.std(1, correction=0)], 1)
             parts[name].append(statistics.cpu())
     return {name: torch.cat(chunks).double().numpy() for name, chunks in parts.items()}
 
 
 def floors(split, args, facts):
-    """The majority class, ridge regressions on mean and sd of the channels, the bounds of the
-    loss."""
+    """The majority class, ridge regressions on channel_features, and the bounds of the loss."""
     train = split.reference
     bounds = []
     for rows in scored_batches(split.labels, args):
@@ -613,7 +619,7 @@ def predictions(batches, split, out, args, facts):
 
 
 def examples(outputs, split, args, facts):
-    """The worst is the row with the fewest of its class among the training rows nearest to it."""
+    """The worst row has the fewest of its class among the training rows nearest to it."""
     names, known = np.array(facts["names"]), split.reference.labels
     z, reference = outputs["embedding"], outputs["reference"]["embedding"]
     predicted = losses.knn_predict(reference, known, z, k=args.neighbours)
@@ -622,12 +628,12 @@ def examples(outputs, split, args, facts):
     for part in z.split(512):
         cosine = F.normalize(part, dim=1) @ unit.T
         nearest.append(known[cosine.topk(args.neighbours).indices.numpy()])
-    strangers = (np.concatenate(nearest) != split.labels[:, None]).mean(1)
-    return strangers, {"true": names[split.labels], "predicted": names[predicted]}
+    share_of_others = (np.concatenate(nearest) != split.labels[:, None]).mean(1)
+    return share_of_others, {"true": names[split.labels], "predicted": names[predicted]}
 
 
 def export(model, args, facts):
-    """The embedding, and no class: neighbours among embedded training rows tell it."""
+    """The network from recorded values to the embedding; k-NN on it gives the class."""
     shapes, scaler = facts["shapes"], scaler_of(facts)
 
     def forward(inputs):
@@ -644,17 +650,15 @@ def export(model, args, facts):
         arrays[name] = ("float32", ("rows", *shape),
                         "as recorded, or of another numeric type; anything where it is absent")
         masks[f"present_{name}"] = ("bool", ("rows",), f"whether the row has {name}")
-    return Exported(
-        forward, arrays | masks,
-        ("embedding", ("rows", args.embed), "of length 1: rows are alike by their cosine"),
-        {"scaler": facts["scaler"], "classes_of_training": facts["names"]})
+    output = ("embedding", ("rows", args.embed), "of length 1: rows are alike by their cosine")
+    return Exported(forward, arrays | masks, output,
+                    {"scaler": facts["scaler"], "classes_of_training": facts["names"]})
 
 
-FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0.65,
-                     val_ratio=0.15) | dict(
+FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0.65, val_ratio=0.15)
+FLAGS.update(
     sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: "
-                 "each "
-                 "row once an epoch", choices=("shuffled", "stratified")),
+                 "each row once an epoch", choices=("shuffled", "stratified")),
     monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights",
                  choices=("accuracy", "macro_f1", "loss")),
     modalities=Flag("", "which ones to use, names with commas between (default: all)"),
@@ -669,26 +673,24 @@ FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0
     patch=Flag(16, "steps of a sequence that make a token", low=1),
     dropout=Flag(0.2, "in transformer layers, attention and head", low=0, high=0.95),
     modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, "
-                          "never "
-                          "its last", low=0, high=0.95),
+                          "never its last", low=0, high=0.95),
     freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run "
-                "once "
-                "on rows that are not augmented"),
+                "once on rows that are not augmented"),
     noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
     scale=Flag(0.4, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
     shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6),
     mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
     allow_single_class=Flag(False, "train although there is one class, to see the loss stand at "
-                            "its "
-                            "bound"),
+                            "its bound"),
 )
 
-# The recipe as its team ran it, and what they tried later. Its sizes are here; its data, 12 classes
-# of which training saw one, are not public.
-ORIGINAL = dict(width=512, tokens=4, heads=8, hidden=1024, embed=512, patch=8, dropout=0.1,
-                modality_dropout=0.0, epochs=100, batch_size=32, clip=1.0, temperature=0.07,
-                lr=1e-4, warmup_epochs=10.0, warmup_start_lr=1e-7, min_lr=1e-6, weight_decay=1e-4,
-                ema_decay=0.0, noise=0.0, scale=0.0, shift=0,)
+# The recipe as its team ran it, and their later settings. Their data are not public: 12 classes, of
+# which training saw one.
+ORIGINAL = dict(
+    width=512, tokens=4, heads=8, hidden=1024, embed=512, patch=8, dropout=0.1,
+    modality_dropout=0.0, epochs=100, batch_size=32, clip=1.0, temperature=0.07, lr=1e-4,
+    warmup_epochs=10.0, warmup_start_lr=1e-7, min_lr=1e-6, weight_decay=1e-4, ema_decay=0.0,
+    noise=0.0, scale=0.0, shift=0)
 LATER = ORIGINAL | dict(lr=5e-5, weight_decay=1e-2, warmup_epochs=5.0, warmup_start_lr=1e-6,
                         temperature=0.1, clip=0.5, mixup=0.2)
 

@@ -4,13 +4,13 @@ import hashlib
 import math
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
+from tasks.common import UNREADABLE
 
 
 STAY_VARIABLES = (
@@ -19,110 +19,123 @@ STAY_VARIABLES = (
     "RespRate", "FiO2", "MechVent", "pH", "PaCO2", "PaO2", "HCT", "K", "Platelets", "Creatinine",
     "BUN", "HCO3", "Mg", "Na", "Glucose", "WBC", "SaO2", "Lactate", "Bilirubin", "AST", "ALT",
     "ALP", "Albumin", "TroponinT", "TroponinI", "Cholesterol")
-# 48:00, the last minute of a stay that is read: what lies later tells of the outcome
-STAY_MINUTES = 2880
-# float() would read 1_0 as 10
-STAY_LINE = re.compile(r"^([0-9]{1,4}):([0-5][0-9]),([^,\n]*),([^,_\n]*)$", re.MULTILINE)
+STAY_MINUTES = 2880  # 48:00, the last minute that is read: later events would leak the outcome
+STAY_LINE = re.compile("([0-9]{1,4}):([0-5][0-9]),([^,\n]*),([^,_\n]*)")  # float() reads 1_0 as 10
 
 
 def read_stays(path, *, cache="", need_outcomes=True):
-    """Read the folder of the PhysioNet/CinC Challenge 2012 as it is: stays of sets of events, as
-    compressed rows.
+    """Read the folder of the PhysioNet/CinC Challenge 2012: stays of sets of events.
 
-        set-?/<RecordID>.txt   Time,Parameter,Value: HH:MM since admission, one of STAY_VARIABLES
-                               (or RecordID), a number
-        Outcomes-?.txt         beside it: RecordID, SAPS-I, SOFA, In-hospital_death; other columns
-                               are not read
+        set-?/<RecordID>.txt  Time,Parameter,Value: HH:MM since admission, one of STAY_VARIABLES (or
+                              RecordID), a number
+        Outcomes-?.txt        RecordID, SAPS-I, SOFA, In-hospital_death; other columns are ignored
 
     A set is all events of one minute of one stay. Of n stays, S sets and E events, stay i holds the
     sets first_set[i] : first_set[i + 1], and set j the events first_event[j] : first_event[j + 1].
 
     path           the folder that holds set-a (and set-b, ...) or one of those
-    cache          a folder: what was parsed is kept there as one .npz, parsed once per content of
-                   the files
-    need_outcomes  False: a set may lack its Outcomes-?.txt, and a bare folder of <RecordID>.txt
-                   will do; what outcomes there are are read
-    returns   a dict, stays by set, then RecordID; sets by minute; events by variable, then value
-              ids int64 (n,), labels int64 (n,): 1 died in hospital, 0 did not, -1 unknown;
-              first_set int64 (n + 1,) first_event int64 (S + 1,), minutes float32 (S,) since
-              admission variables uint8 (E,) index into STAY_VARIABLES, values float32 (E,)
-              severity {"SAPS-I", "SOFA": float64 (n,)}: scores of the first day, NaN where unknown
-              (-1) left_out {reason: a count, or a list of short names}: everything that was not
-              taken as it stands
-    Left out: -1, which means not recorded; other negative values (Temp -17.8 is 0 F); what is later
-    than 48:00; parameters that are
-              unknown or empty, with or without a number; a variable with the same value twice in a
-              minute, once; stays without any event; outcomes without a stay; files that are no
-              <RecordID>.txt.
-    Kept:     two values of a variable in one minute; descriptors, in one set with what is measured
-              at 00:00; stays of descriptors only; stays without an outcome, with the label -1;
-              values out of any range (a pH of 735), see event_scaler. Lines may be in any order,
-              end in CRLF, and the last one may lack its end.
-    Errors: ValueError naming file, line and remedy for a wrong header, a line that is cut off, a
-            time or value that is no number (or NaN, or infinite), an outcome other than 0 and 1, a
-            RecordID that is not that of the file or comes twice, a missing Outcomes-?.txt; or for a
-            path without stays.
-    Source: Silva et al. 2012, Computing in Cardiology 39:245; physionet.org/content/challenge-2012
-    Check:  set a holds 4,000 stays, 554 died, 3 have descriptors only, and 24 temperatures are
-            below 0
+    cache          a folder: stays are parsed once per content of the files and kept there as .npz
+    need_outcomes  False: Outcomes-?.txt is read if there is one, and a folder of <RecordID>.txt
+                   with any name will do
+    returns        a dict; stays are sorted by set, then RecordID; sets by minute; events by
+                   variable, then value
+        ids          int64 (n,)
+        labels       int64 (n,): 1 died in hospital, 0 did not, -1 unknown
+        first_set    int64 (n + 1,)
+        first_event  int64 (S + 1,)
+        minutes      float32 (S,) since admission
+        variables    uint8 (E,), index into STAY_VARIABLES
+        values       float32 (E,)
+        severity     {"SAPS-I", "SOFA": float64 (n,)}, scores of the first day, NaN if unknown (-1)
+        left_out     {reason: a count, or a list of short names} of all that was not taken
+    Left out: the value -1, which means not recorded; other negative values (Temp -17.8 is 0 F);
+              events later than 48:00; parameters that are unknown or empty; the second of two equal
+              values of a variable in one minute; stays without any event; outcomes without a stay;
+              files other than <RecordID>.txt
+    Kept:     two values of a variable in one minute; descriptors, in one set with the measurements
+              of 00:00; stays of descriptors only; stays without an outcome, with the label -1;
+              values out of any range (a pH of 735), see event_scaler. Lines may be in any order and
+              end in CRLF, and the last one may have no end.
+    Errors:   ValueError with file, line and remedy for a wrong header, a line that is cut off, a
+              time or value that is not a finite number, an outcome other than 0 and 1, a RecordID
+              that differs from the file name or occurs twice, a missing Outcomes-?.txt, no stays
+    Source:   Silva et al. 2012, Computing in Cardiology 39:245;
+              physionet.org/content/challenge-2012
+    Check:    set a holds 4,000 stays, 554 died, 3 have descriptors only, and 24 temperatures are
+              below 0
     """
     files, outcomes, other = list_stays(path, need_outcomes=need_outcomes)
     if not cache:
         return parse_stays(files, outcomes, other)
-    digest = hashlib.sha256(repr((1, other)).encode())  # 1: raise it when the parsing changes
-    for file in (*files, *filter(None, outcomes.values())):
+    digest = hashlib.sha256(repr((1, other)).encode())  # raise the 1 when the parsing changes
+    tables = [table for table in outcomes.values() if table is not None]
+    for file in files + tables:
         content = hashlib.sha256(file.read_bytes()).hexdigest()
         digest.update(f"{file.parent.name}/{file.name}:{content}".encode())
     kept = Path(cache) / f"stays-{digest.hexdigest()[:16]}.npz"
     if kept.exists():
         try:
-            stays = {"severity": {}, "left_out": {}}
-            with np.load(kept, allow_pickle=False) as archive:
-                for entry in archive.files:
-                    name, _, key = entry.partition("/")
-                    if name == "left_out":
-                        stays[name][key] = archive[entry].tolist()
-                    elif key:
-                        stays[name][key] = archive[entry]
-                    else:
-                        stays[name] = archive[entry]
-            return {name: stays[name] for name in ("ids", "labels", "first_set", "first_event",
-                                                   "minutes", "variables", "values", "severity",
-                                                   "left_out")}
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            return read_stays_cache(kept)
+        except UNREADABLE as error:
             warnings.warn(f"{kept} cannot be read ({error}): the stays are parsed again")
     stays = parse_stays(files, outcomes, other)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with data.atomic_write(kept) as stream:
-            nested = {f"{name}/{key}": value for name in ("severity", "left_out")
-                      for key, value in stays[name].items()}
-            np.savez(stream, **nested, **{name: value for name, value in stays.items()
-                                          if not isinstance(value, dict)})
+        write_stays_cache(kept, stays)
     except OSError as error:
         warnings.warn(f"the parsed stays cannot be kept in {cache} ({error}): they will be parsed "
                       "again")
     return stays
 
 
+def write_stays_cache(file, stays):
+    """Write the dict of read_stays as one .npz; an entry of a nested dict is named name/key."""
+    arrays = {}
+    for name, value in stays.items():
+        if isinstance(value, dict):
+            for key, nested in value.items():
+                arrays[f"{name}/{key}"] = nested
+        else:
+            arrays[name] = value
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with data.atomic_write(file) as stream:
+        np.savez(stream, **arrays)
+
+
+def read_stays_cache(file):
+    """The dict of write_stays_cache."""
+    names = ("ids", "labels", "first_set", "first_event", "minutes", "variables", "values")
+    with np.load(file, allow_pickle=False) as archive:
+        stays = {name: archive[name] for name in names} | {"severity": {}, "left_out": {}}
+        for entry in archive.files:
+            name, _, key = entry.partition("/")
+            if name == "severity":
+                stays[name][key] = archive[entry]
+            elif name == "left_out":
+                stays[name][key] = archive[entry].tolist()
+    return stays
+
+
 def list_stays(path, *, need_outcomes=True):
-    """The files of read_stays: stays in their order, {folder of a set: its outcomes or None}, names
-    of other files."""
+    """Files of the stays in order, {folder of a set: its outcomes or None}, names of other files.
+
+    Errors: ValueError for no stays, missing outcomes, or two files of one RecordID
+    """
     path = Path(path)
     folders = sorted(folder for folder in path.glob("set-?") if folder.is_dir())
     if not folders and path.is_dir():
         folders = [path]
     files, outcomes, other = [], {}, []
     for folder in folders:
-        mine = [file for file in folder.iterdir() if file.is_file()
-                and not file.name.startswith(".")]
-        stays = [file for file in mine if re.fullmatch(r"[0-9]{1,18}\.txt", file.name)]
+        visible = [file for file in folder.iterdir()
+                   if file.is_file() and not file.name.startswith(".")]
+        stays = [file for file in visible if re.fullmatch(r"[0-9]{1,18}\.txt", file.name)]
         files += sorted(stays, key=lambda file: int(file.stem))
-        other += sorted(f"{folder.name}/{file.name}" for file in set(mine) - set(stays))
+        other += sorted(f"{folder.name}/{file.name}" for file in set(visible) - set(stays))
         table = folder.parent / f"Outcomes-{folder.name[-1]}.txt"
-        outcomes[folder] = table if re.fullmatch("set-.", folder.name) and table.is_file() else None
+        is_set = re.fullmatch("set-.", folder.name)
+        outcomes[folder] = table if is_set and table.is_file() else None
         if stays and need_outcomes and outcomes[folder] is None:
-            if not re.fullmatch("set-.", folder.name):
+            if not is_set:
                 raise ValueError(f"{folder} holds stays but is no folder set-?: which "
                                  "Outcomes-?.txt is theirs cannot be told; move them into set-a, "
                                  "with Outcomes-a.txt beside it")
@@ -131,9 +144,9 @@ def list_stays(path, *, need_outcomes=True):
     if not files:
         raise ValueError(f"{path} holds no stays: give the folder with set-a/<RecordID>.txt and "
                          "Outcomes-a.txt of the challenge")
-    seen = {}
+    file_of_record = {}
     for file in files:
-        twin = seen.setdefault(int(file.stem), file)
+        twin = file_of_record.setdefault(int(file.stem), file)
         if twin is not file:
             raise ValueError(f"{twin} and {file} have the same RecordID: one stay must not be on "
                              "two sides of a split, remove one")
@@ -141,35 +154,30 @@ def list_stays(path, *, need_outcomes=True):
 
 
 def parse_stays(files, outcomes, other=()):
-    """What read_stays returns, from the files that list_stays found. Needs: STAY_VARIABLES,
-    STAY_MINUTES, read_stay, read_outcomes, pack_stays"""
+    """The dict of read_stays from the files that list_stays lists."""
     unknown, events = {}, []
     for file in files:
-        *columns, strange = read_stay(file)
+        *columns, other_parameters = read_stay(file)
         events.append(columns)
-        for name in strange:
+        for name in other_parameters:
             unknown[name] = unknown.get(name, 0) + 1
     ids = np.array([int(file.stem) for file in files])
     owner = np.repeat(np.arange(len(files)), [len(columns[0]) for columns in events])
     minutes, variables, values = map(np.concatenate, zip(*events))
+
     missing, late = values == -1, minutes > STAY_MINUTES
     negative = (values < 0) & ~missing & ~late
-    count_late = np.bincount(owner[late], minlength=len(ids))
     take = ~(missing | late | negative)
     has_events = np.bincount(owner[take], minlength=len(ids)) > 0
     owner_taken = (np.cumsum(has_events) - 1)[owner[take]]
     packed = pack_stays(owner_taken, minutes[take], variables[take], values[take])
-    known = {}
-    for table in filter(None, outcomes.values()):
-        for record, line in read_outcomes(table).items():
-            if record in known:
-                raise ValueError(f"{table}: RecordID {record} has an outcome in another table too: "
-                                 "remove one of the lines")
-            known[record] = line
-    labelled_set = np.array([outcomes.get(file.parent) is not None for file in files])
-    with_line = np.array([record in known for record in ids.tolist()])
-    lines = np.array([known.get(record, (-1, np.nan, np.nan))
-                      for record in ids[has_events].tolist()], dtype=np.float64).reshape(-1, 3)
+    table = all_outcomes(outcomes)
+
+    count_late = np.bincount(owner[late], minlength=len(ids))
+    in_labelled_set = np.array([outcomes.get(file.parent) is not None for file in files])
+    in_table = np.array([record in table for record in ids.tolist()])
+    without_outcome = ids[has_events & in_labelled_set & ~in_table]
+    without_stay = sorted(table.keys() - set(ids.tolist()))
     left_out = {
         "not recorded (-1)": int((missing & ~late).sum()),
         "negative value": [f"{ids[owner[i]]} {STAY_VARIABLES[variables[i]]} {values[i]:g}"
@@ -178,24 +186,41 @@ def parse_stays(files, outcomes, other=()):
         "unknown parameter": [f"{name!r} ({count})" for name, count in sorted(unknown.items())],
         "same value twice in a minute": int(take.sum()) - len(packed["values"]),
         "stay without an event": [str(record) for record in ids[~has_events]],
-        "stay without an outcome": [str(record)
-                                    for record in ids[has_events & labelled_set & ~with_line]],
-        "set without outcomes": [folder.name for folder, table in outcomes.items()
-                                 if table is None],
-        "outcome without a stay": [str(record)
-                                   for record in sorted(known.keys() - set(ids.tolist()))],
+        "stay without an outcome": [str(record) for record in without_outcome],
+        "set without outcomes": [folder.name for folder in outcomes if outcomes[folder] is None],
+        "outcome without a stay": [str(record) for record in without_stay],
         "file that is no stay": list(other)}
     if not has_events.any():
         raise ValueError(f"none of the {len(files)} stays from {files[0]} on holds an event: "
                          f"{left_out}")
-    return {"ids": ids[has_events], "labels": lines[:, 0].astype(np.int64), **packed,
-            "severity": {"SAPS-I": lines[:, 1].copy(), "SOFA": lines[:, 2].copy()},
-            "left_out": {reason: what for reason, what in left_out.items() if what}}
+
+    unknown_outcome = (-1, np.nan, np.nan)
+    lines = [table.get(record, unknown_outcome) for record in ids[has_events].tolist()]
+    died, saps, sofa = np.array(lines, dtype=np.float64).T.copy()
+    return {"ids": ids[has_events], "labels": died.astype(np.int64), **packed,
+            "severity": {"SAPS-I": saps, "SOFA": sofa},
+            "left_out": {reason: items for reason, items in left_out.items() if items}}
+
+
+def all_outcomes(outcomes):
+    """{RecordID: (died, SAPS-I, SOFA)} of all sets, from {folder of a set: its file or None}."""
+    table = {}
+    for file in outcomes.values():
+        lines = {} if file is None else read_outcomes(file)
+        for record, line in lines.items():
+            if record in table:
+                raise ValueError(f"{file}: RecordID {record} has an outcome in another table too: "
+                                 "remove one of the lines")
+            table[record] = line
+    return table
 
 
 def read_stay(file):
-    """One <RecordID>.txt: minutes int64, variables uint8, values float64 of its events, and the
-    other parameters' names, in the order of the file."""
+    """Read one <RecordID>.txt: its events in the order of the file, and its unknown parameters.
+
+    returns  minutes int64, variables uint8, values float64, a list of names
+    Errors:  ValueError with file, line and remedy, see read_stays
+    """
     text = file.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     header, _, body = text.partition("\n")
     if header != "Time,Parameter,Value":
@@ -203,43 +228,41 @@ def read_stay(file):
                          "file again")
     body = body.rstrip("\n")
     code = {name: i for i, name in enumerate((*STAY_VARIABLES, "RecordID"))}
-    cells = STAY_LINE.findall(body)
-    try:
-        if len(cells) != (body.count("\n") + 1 if body else 0):
-            raise ValueError
-        known = [cell for cell in cells if cell[2] in code]
-        hours, minutes, names, values = zip(*known) if known else ((),) * 4
-        hours = np.array(list(map(int, hours)), dtype=np.int64)
-        minutes = 60 * hours + np.array(list(map(int, minutes)), dtype=np.int64)
-        variables = np.array([code[name] for name in names], dtype=np.uint8)
-        values = np.array(list(map(float, values)), dtype=np.float64)
-        if not (np.abs(values) < 3e38).all():  # NaN, infinite, or so once it is float32
-            raise ValueError
-    except ValueError:
-        for number, line in enumerate(body.split("\n"), 2):
-            found = STAY_LINE.fullmatch(line)
-            try:
-                good = found and (found[3] not in code or abs(float(found[4])) < 3e38)
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(f"{file} line {number}: {line[:80]!r} must be HH:MM, a parameter "
-                                 "and a finite number: the file is cut off or damaged, copy it "
-                                 "again") from None
+    minutes, variables, values, unknown = [], [], [], []
+    for number, line in enumerate(body.split("\n") if body else (), 2):
+        cells = STAY_LINE.fullmatch(line)
+        try:
+            if cells is None:
+                raise ValueError
+            hour, minute, name, value = cells.groups()
+            if name not in code:
+                unknown.append(name)
+                continue
+            value = float(value)
+            if not abs(value) < 3e38:  # NaN, infinite, or infinite as float32
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{file} line {number}: {line[:80]!r} must be HH:MM, a parameter and "
+                             "a finite number: the file is cut off or damaged, copy it again"
+                             ) from None
+        minutes.append(60 * int(hour) + int(minute))
+        variables.append(code[name])
+        values.append(value)
+    minutes = np.array(minutes, dtype=np.int64)
+    variables = np.array(variables, dtype=np.uint8)
+    values = np.array(values, dtype=np.float64)
     is_id = variables == len(STAY_VARIABLES)
     for record in values[is_id]:
         if record != int(file.stem):
             raise ValueError(f"{file} says RecordID {record:.0f}: its name and its content are of "
                              "two stays, copy it again")
-    return minutes[~is_id], variables[~is_id], values[~is_id], [cell[2] for cell in cells
-                                                                if cell[2] not in code]
+    return minutes[~is_id], variables[~is_id], values[~is_id], unknown
 
 
 def read_outcomes(file):
-    """{RecordID: (died 0 or 1, SAPS-I, SOFA)} of an Outcomes-?.txt, NaN for a score of -1; columns
-    by their names.
+    """{RecordID: (died 0 or 1, SAPS-I, SOFA)} of an Outcomes-?.txt; a score of -1 is NaN.
 
-    Errors: ValueError naming the file, line and remedy, see read_stays.
+    Errors: ValueError with file, line and remedy, see read_stays
     """
     lines = file.read_bytes().decode("utf-8-sig", errors="replace").splitlines()
     header = [name.strip() for name in lines[0].split(",")] if lines else []
@@ -252,9 +275,12 @@ def read_outcomes(file):
         cells = [cell.strip() for cell in line.split(",")]
         if cells == [""]:
             continue
-        record, died, *scores = [cells[header.index(name)]
-                                 for name in names] if len(cells) == len(header) else [""] * 4
-        if not record.isdecimal() or not all(re.fullmatch(r"-1|[0-9]+", score) for score in scores):
+        if len(cells) == len(header):
+            record, died, *scores = [cells[header.index(name)] for name in names]
+        else:
+            record, died, scores = "", "", []
+        numbers = all(re.fullmatch(r"-1|[0-9]+", score) for score in scores)
+        if not record.isdecimal() or not numbers:
             raise ValueError(f"{file} line {number}: {line[:80]!r} must hold {len(header)} "
                              "numbers: copy the file again")
         if died not in ("0", "1"):
@@ -263,39 +289,40 @@ def read_outcomes(file):
         if int(record) in table:
             raise ValueError(f"{file} line {number}: RecordID {record} has a line already: remove "
                              "one of them")
-        table[int(record)] = (int(died), *(math.nan if score == "-1" else float(score)
-                                           for score in scores))
+        saps, sofa = (math.nan if score == "-1" else float(score) for score in scores)
+        table[int(record)] = int(died), saps, sofa
     return table
 
 
 def pack_stays(owner, minutes, variables, values):
-    """Events in any order as the compressed rows of read_stays: sorted, and each (stay, minute,
-    variable, value) once.
+    """Events in any order as the compressed rows of read_stays: sorted, and without repetitions.
 
-    owner  int (E,): 0 .. n - 1, the stay of each event; every stay has one
-    Check: pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])["first_event"].tolist() == [0, 1,
-           2]
+    owner   int (E,): 0 .. n - 1, the stay of each event; every stay has one
+    Check:  pack_stays([0, 0, 0], [5, 5, 2], [1, 1, 0], [7, 7, 9])["first_event"].tolist()
+            == [0, 1, 2]
     """
-    owner, minutes, variables, values = (np.asarray(each)
-                                         for each in (owner, minutes, variables, values))
-    values = values.astype(np.float32)
-    order = np.lexsort((values, variables, minutes, owner))
-    owner, minutes, variables, values = (each[order]
-                                         for each in (owner, minutes, variables, values))
-    differs = lambda each: np.concatenate([[True], each[1:] != each[:-1]])[: len(each)]
+    columns = [np.asarray(column) for column in (owner, minutes, variables)]
+    columns.append(np.asarray(values).astype(np.float32))
+    order = np.lexsort(columns[::-1])  # the last key is the first to sort by
+    owner, minutes, variables, values = (column[order] for column in columns)
+
+    def differs(column):
+        """Whether an entry differs from the one before; the first one does."""
+        return np.concatenate([[True], column[1:] != column[:-1]])[: len(column)]
+
     opens_set = differs(owner) | differs(minutes)
     once = opens_set | differs(variables) | differs(values)
     sets = np.flatnonzero(opens_set)
-    return {"first_set": np.searchsorted(owner[sets],
-                                         np.arange(owner.max(initial=-1) + 2)).astype(np.int64),
-            "first_event": np.append(np.flatnonzero(opens_set[once]), once.sum()).astype(np.int64),
+    stays = np.arange(owner.max(initial=-1) + 2)
+    first_event = np.append(np.flatnonzero(opens_set[once]), once.sum())
+    return {"first_set": np.searchsorted(owner[sets], stays).astype(np.int64),
+            "first_event": first_event.astype(np.int64),
             "minutes": minutes[sets].astype(np.float32),
             "variables": variables[once].astype(np.uint8), "values": values[once]}
 
 
 def gather_ranges(first, rows):
-    """The elements of some rows of compressed rows, one row after the other: of each r those from
-    first[r] to first[r + 1].
+    """Indices of the elements of rows: first[r] to first[r + 1] - 1 for each r, one after another.
 
     Check:  gather_ranges(np.array([0, 2, 2, 5]), [2, 0]).tolist() == [2, 3, 4, 0, 1]
     """
@@ -306,19 +333,19 @@ def gather_ranges(first, rows):
 
 
 def event_scaler(stays, rows, *, tail=0.005):
-    """Mean and sd of each variable over the events of the training stays, robust to slips of the
-    pen.
+    """Mean and sd of each variable over the events of the training stays, robust to typing errors.
 
-        low, high = quantiles tail and 1 - tail of its values x;  mean, sd of clip(x, low, high)
+        low, high = quantiles tail and 1 - tail of the values x of a variable
+        mean, sd  = those of clip(x, low, high)
 
-    A pH of 735 among 7.35 would otherwise be the sd. A variable with one value has sd 1; one
-    without any event in these stays has low = high = mean = 0 and sd 1, so that its z is 0 and not
-    in raw units: it was seen, its size means nothing.
+    Without clipping, one pH of 735 among 7.35 would dominate the sd. A variable with one value has
+    sd 1. A variable without any event in these stays has low = high = mean = 0 and sd 1: its z is
+    always 0, because the size of its values is unknown.
 
     stays    the dict of read_stays; rows (m,) of the training stays, of nothing else
     returns  {"mean", "sd", "low", "high": float64 (V,)}, V = len(STAY_VARIABLES)
     Errors:  ValueError for no rows, or tail outside [0, 0.5)
-    Check:   of 7.3 and 7.5, 500 times each, and one 735 the sd is 0.1, and 23 with tail 0
+    Check:   7.3 and 7.5, 500 times each, and one 735 have sd 0.1, and 23 with tail 0
     """
     if not 0 <= tail < 0.5 or len(rows) == 0:
         raise ValueError(f"tail {tail:g} must be at least 0 (no clipping) and below 0.5, and "
@@ -340,8 +367,9 @@ def event_scaler(stays, rows, *, tail=0.005):
 
 
 def scale_events(variables, values, scaler):
-    """z = (clip(x, low, high) - mean) / sd, each event by its variable, as float32; see
-    event_scaler.
+    """Scale each event by the event_scaler of its variable, as float32.
+
+        z = (clip(x, low, high) - mean) / sd
 
     Check:  an event of a variable that no training stay had is 0
     """
@@ -351,12 +379,13 @@ def scale_events(variables, values, scaler):
 
 
 def stay_statistics(stays, rows, scaler):
-    """What a logistic regression can be given of a stay, float64 (m, 3 V): the floor for anything
-    that knows time.
+    """Features of a stay for a logistic regression, the baseline for models that know time.
 
-        columns 0 .. V - 1  mean z of the variable, 0 if never measured     V .. 2 V - 1  1 if never
-                            measured, else 0
-        2 V .. 3 V - 1      log(1 + number of events)
+        columns 0 .. V - 1      mean z of the variable, 0 if never measured
+                V .. 2 V - 1    1 if never measured, else 0
+                2 V .. 3 V - 1  log(1 + number of events)
+
+    returns float64 (m, 3 V)
 
     stays   the dict of read_stays; rows (m,); scaler of event_scaler
     """
@@ -372,20 +401,17 @@ def stay_statistics(stays, rows, scaler):
 
 
 class StaySplit:
-    """Some rows of a set of stays as a training loop sees them: `labels`, `ids`, `lengths`, and
-    `batch(rows)` to train on.
+    """The stays of one split: `labels`, `ids`, `lengths`, and `batch(rows)` to train on.
 
-    stays        the dict of read_stays; rows (m,) of this split, whose events are scaled and kept
-                 here, once
+    stays        the dict of read_stays
+    rows         (m,), the rows of this split; their events are scaled and copied once
     scaler       of event_scaler over the training stays, the same for every split
-    drop_events  probability with which an event is left out of a batch with a generator; a set that
-                 loses all its events goes with them, and a stay that would lose all keeps the one
-                 with the largest draw
-    labels       int64 (m,), -1 = unknown; lengths int64 (m,), sets of each stay: for
-                 bucketed_batches
-    features     set it to a tensor (m, width), and batches hold its rows instead of inputs: what a
-                 frozen encoder made of them
-    Errors: ValueError for drop_events outside [0, 1)
+    drop_events  probability to leave an event out of a batch with a generator; a set without any
+                 event left is dropped too; a stay always keeps its event with the largest draw
+    labels       int64 (m,), -1 = unknown
+    lengths      int64 (m,), sets of each stay: for bucketed_batches
+    features     None, or a tensor (m, width) of a frozen encoder: batches hold its rows, not inputs
+    Errors:      ValueError for drop_events outside [0, 1)
     """
 
     chunk = 64
@@ -414,11 +440,13 @@ class StaySplit:
         return stay_statistics(self.stays, self.rows, self.scaler)
 
     def batch(self, rows, generator=None):
-        """inputs, the events of b stays one after the other, or features (b, width); and targets
-        float (b,) unless a label of this split is unknown. Drops events if given a generator.
+        """Gather rows of this split; drop events if a generator is given.
 
-        inputs  variables int64 (E,), values float32 (E,) scaled; sizes int64 (S,), the events of
-                each set, and minutes float32 (S,); lengths int64 (b,), the sets of each stay
+        inputs    the events of b stays, one stay after the other: variables int64 (E,), values
+                  float32 (E,) scaled; sizes int64 (S,), events of each set; minutes float32 (S,);
+                  lengths int64 (b,), sets of each stay
+        features  (b, width), instead of inputs
+        targets   float (b,), unless a label of this split is unknown
         """
         rows = np.asarray(rows, dtype=np.int64)
         if self.features is not None:
@@ -430,9 +458,10 @@ class StaySplit:
                       "values": self.values[events], "sizes": self.sizes[sets],
                       "minutes": self.minutes[sets], "lengths": self.lengths[rows]}
             if generator is not None and self.drop_events > 0:
-                inputs = self.dropped(inputs, torch.rand(len(events), generator=generator).numpy())
-            batch = {"inputs": {name: torch.from_numpy(each).to(self.device)
-                                for name, each in inputs.items()}}
+                draw = torch.rand(len(events), generator=generator).numpy()
+                inputs = self.dropped(inputs, draw)
+            inputs = {name: torch.from_numpy(x).to(self.device) for name, x in inputs.items()}
+            batch = {"inputs": inputs}
         if (self.labels >= 0).all():
             batch["targets"] = torch.from_numpy(self.labels[rows]).float().to(self.device)
         return batch
@@ -451,36 +480,41 @@ class StaySplit:
 
 
 def synthetic_stays(n=1000, *, seed=0):
-    """Made-up stays as read_stays returns them, for running and teaching, never for a result.
+    """Drawn stays, as read_stays returns them: for running and teaching, never for a result.
 
-    A hidden severity with a trend over 48 hours moves vitals and labs away from their usual values,
-    and brings the labs more often: every 4 hours instead of every 12. Death is drawn from a
-    logistic curve of the severity at the end, so no model can know it. Vitals come at one rate per
-    stay, every 1 to 2.5 hours, several of them in a minute; the descriptors at minute 0.
+    A hidden severity with a trend over 48 hours moves vitals and labs away from their usual values.
+    It also makes labs more frequent: every 4 hours instead of every 12. Death is drawn from a
+    logistic curve of the severity at the end, so no model can be perfect. Vitals come at one rate
+    per stay, every 1 to 2.5 hours, several in one minute; descriptors come at minute 0.
 
-    returns the dict of read_stays, ids 1 .. n, about 20 to 60 sets a stay; SAPS-I and SOFA tell
-    something of the severity at the start
-    Errors: ValueError for n < 1
-    Check:  of the default 1,000 stays, 14 to 20 % died; a logistic regression on stay_statistics
-            has an AUROC of about 0.8
+    returns  the dict of read_stays: ids 1 .. n, 20 to 60 sets per stay; SAPS-I and SOFA depend on
+             the severity at the start
+    Errors:  ValueError for n < 1
+    Check:   of the default 1,000 stays, 14 to 20 % died; a logistic regression on stay_statistics
+             has an AUROC of about 0.8
     """
     if n < 1:
         raise ValueError(f"n {n} must be at least 1")
     rng = np.random.default_rng(seed)
-    column = lambda *each: np.array(each)[:, None, None]
     start, trend = rng.normal(size=(2, n, 1))
-    # (n, k): the trend is the news of the end
-    severity = lambda minutes: start + trend * (minutes / STAY_MINUTES - 0.3)
+
+    def severity(minutes):
+        """(n, k) at times (n, k): the end of a stay shows more of the trend than its start."""
+        return start + trend * (minutes / STAY_MINUTES - 0.3)
+
     died = rng.random(n) < 1 / (1 + np.exp(2.5 - 1.5 * severity(np.array(STAY_MINUTES))[:, 0]))
     events = []
 
     def measure(names, usual, sd, effect, times, p):
-        """Events of (names, n, k): each at each of the times (n, k) up to 48:00 with probability p,
-        moved by effect * severity."""
+        """Append events: every name at every time (n, k) up to 48:00, with probability p.
+
+        value = usual + sd (effect * severity + 0.7 person + 0.7 noise), at least usual / 10
+        """
+        usual, sd, effect = (np.array(x)[:, None, None] for x in (usual, sd, effect))
         person = rng.normal(size=(len(names), n, 1))
-        z = column(*effect) * severity(times) + 0.7 * person
+        z = effect * severity(times) + 0.7 * person
         z = z + 0.7 * rng.normal(size=(len(names), *times.shape))
-        x = np.maximum(column(*usual) + column(*sd) * z, column(*usual) / 10).round(2)
+        x = np.maximum(usual + sd * z, usual / 10).round(2)
         v, i, k = np.nonzero((rng.random(x.shape) < p) & (times <= STAY_MINUTES))
         codes = np.array([STAY_VARIABLES.index(name) for name in names])
         events.append((i, times[i, k], codes[v], x[v, i, k]))

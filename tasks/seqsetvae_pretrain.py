@@ -1,5 +1,4 @@
-"""seqsetvae --mode pretrain: rebuild the sets of a stay from its history, a set VAE without
-outcomes.
+"""seqsetvae --mode pretrain: a set VAE that rebuilds the sets of a stay from its history.
 
     python train.py --task seqsetvae --variant pretrain --out runs/stays-pretrain
     python train.py --task seqsetvae --mode finetune --pretrained runs/stays-pretrain
@@ -24,8 +23,11 @@ def network(args, facts):
 
 
 def per_stay(output, inputs, args):
-    """Of each stay (b,): reconstruction and KL divergence, means over its sets; how many of its
-    events have their variable decoded, and how many events it has."""
+    """Errors of each stay: {name: (b,)}.
+
+    recon    mean Chamfer distance of its sets; kl: mean KL divergence of its sets
+    decoded  number of events whose variable is decoded; events: number of its events
+    """
     lengths = inputs["lengths"]
     recon, decoded, order = [], [], []
     for chunk in output["sets"]:
@@ -46,13 +48,14 @@ def per_stay(output, inputs, args):
 
 
 def decoded_events(guess, target, mask):
-    """Of each set the number of events whose nearest guess points to their variable most of all."""
+    """Number of events of each set whose nearest guess has their variable as its largest entry."""
     costs = losses.set_costs(guess.float(), target).masked_fill(~mask[:, :, None], math.inf)
-    pointed = guess[..., VARIABLES:].argmax(-1).gather(1, costs.argmin(1))
-    return ((pointed == target[..., VARIABLES:].argmax(-1)) & mask).sum(1)
+    decoded = guess[..., VARIABLES:].argmax(-1).gather(1, costs.argmin(1))
+    return ((decoded == target[..., VARIABLES:].argmax(-1)) & mask).sum(1)
 
 
 def loss(model, batch, args, facts):
+    """recon + beta min(1, step / beta_steps) kl, means over the stays of the batch."""
     stays = per_stay(model(batch["inputs"]), batch["inputs"], args)
     recon, kl = stays["recon"].mean(), stays["kl"].mean()
     warmed_up = min(1.0, batch["step"] / args.beta_steps) if args.beta_steps else 1.0
@@ -66,39 +69,40 @@ def outputs(model, batch, args, facts):
 
 
 def scores(outputs, split, args, facts):
-    """The loss at the full beta, without noise; `decoded`: share of the events whose variable is
-    told."""
+    """The loss at the full beta, without noise; `decoded`: decoded variables / events."""
     recon, kl = (float(outputs[name].double().mean()) for name in ("recon", "kl"))
     decoded = int(outputs["decoded"].sum()) / int(outputs["events"].sum())
     return {"loss": recon + args.beta * kl, "recon": recon, "kl": kl, "decoded": decoded}
 
 
 def floors(split, args, facts):
-    """The same guess for all sets, and a code that costs its free bits.
+    """Constants: the same guess for all sets, the mean event or one of each frequent variable.
 
-    The guess is the mean event, or one event of each of the most frequent variables.
+    Their code has mu = logvar = 0, so its KL divergence is the free bits.
     """
     encoder = seqsetvae.encoder(args)
     share = torch.tensor(facts["frequency"], device=args.device)
     unit = torch.eye(VARIABLES, device=args.device)
     frequent = unit[share.argsort(descending=True, stable=True)]
-    frequent = frequent.repeat(-(-facts["largest_set"] // VARIABLES), 1)
+    frequent = frequent.repeat(math.ceil(facts["largest_set"] / VARIABLES), 1)
     rows = {}
     for name, directions in (("constant mean", share.expand(len(frequent), -1)),
                              ("constant frequent", frequent)):
         # scaled values have mean 0
         guesses = torch.cat([torch.zeros_like(directions), directions], 1)
-        constant = functools.partial(constant_output, guesses, encoder, args)
-        found = outputs_over(split, lambda batch: per_stay(constant(batch["inputs"]),
-                                                           batch["inputs"], args))
-        rows[name] = scores(found, split, args, facts)
+
+        def constant(batch):
+            output = constant_output(guesses, encoder, args, batch["inputs"])
+            return per_stay(output, batch["inputs"], args)
+
+        rows[name] = scores(outputs_over(split, constant), split, args, facts)
     free = args.free_bits * args.width
     rows["ceiling"] = {"loss": args.beta * free, "recon": 0.0, "kl": free, "decoded": 1.0}
     return rows
 
 
 def constant_output(guesses, encoder, args, inputs):
-    """What SeqSetVAE returns, with the same guesses (seeds, 2 variables) for every set."""
+    """The output of SeqSetVAE, with the same guesses (seeds, 2 variables) for every set."""
     events = encoder.events(inputs)
     code = inputs["values"].new_zeros(len(inputs["sizes"]), args.width)
     chunks = []
@@ -109,7 +113,7 @@ def constant_output(guesses, encoder, args, inputs):
 
 
 def examples(outputs, split, args, facts):
-    """The worst is the stay that is rebuilt with the largest error."""
+    """The worst stay has the largest reconstruction error."""
     return outputs["recon"].numpy(), {}
 
 
