@@ -61,6 +61,27 @@ def assert_near(got, want, within=1e-5):
     assert near(got, want, within), f"{float((got - want).abs().max()):.3g} apart, of {float(want.abs().max()):.3g}"
 
 
+def with_gradient(loss_fn, inputs, *targets, **options):
+    """The loss, and the gradient of its sum."""
+    inputs = inputs.detach().clone().requires_grad_()
+    loss = loss_fn(inputs, *targets, **options)
+    loss.sum().backward()
+    return loss.detach(), inputs.grad
+
+
+def check_precision(loss_fn, inputs, *targets, **options):
+    """Half precision is computed in float32, also under autocast; float64 stays float64."""
+    for dtype in torch.bfloat16, torch.float16, torch.float32:
+        rounded = inputs.to(dtype)
+        want = loss_fn(rounded.float(), *targets, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+            inside = loss_fn(rounded, *targets, **options)
+        for got in inside, loss_fn(rounded, *targets, **options):
+            assert same_bits(got, want) and got.dtype == torch.float32
+    assert loss_fn(inputs.double(), *targets, **options).dtype == torch.float64
+
+
 def need_pillow():
     try:
         from PIL import Image
@@ -110,7 +131,7 @@ def lived_in(model):
 
 
 def signals_of(n, channels=3, length=24, seed=0):
-    return torch.randn(n, channels, length, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, channels, length, generator=seeded(seed))
 
 
 def small_encoder(**changes):
@@ -129,7 +150,7 @@ def quad(shapes=None, **changes):
 
 
 def quad_rows(n, shapes=QUAD, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
 
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from tests.helpers import (
-    assert_near, near, raises, random_images, seeded)
+from tests.helpers import (assert_near, near, raises, random_images, seeded)
 
 
 def test_data_flip_twice_is_the_identity():

@@ -21,7 +21,7 @@ def test_data_evaluation_batches_are_never_augmented():
     split = ocec.EyeSplit(images, labels, np.arange(5, 15), augment={"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0})
     batch = split.batch(np.array([0, 3]))
     assert torch.equal(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5) and batch["targets"].tolist() == labels[[5, 8]].tolist()
-    augmented = split.batch(np.array([0, 3]), torch.Generator().manual_seed(0))
+    augmented = split.batch(np.array([0, 3]), seeded())
     assert not torch.equal(augmented["inputs"], batch["inputs"])
     assert torch.equal(images, ocec.synthetic_eyes(20, size=(12, 20))[0])  # the store is never written to
 
@@ -276,7 +276,7 @@ def test_data_original_windows_count_breaths_and_split_by_recording():
 
 
 def test_data_standardised_windows_forget_scale_and_offset():
-    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 400, generator=seeded())
     z = data.standardise(x)
     assert z.mean(1).abs().max() < 1e-6 and near(z.std(1, correction=0), 1, 1e-6)
     assert near(data.standardise(4 * x + 1), z, 1e-5)
@@ -307,7 +307,7 @@ def test_data_spectral_rate_finds_a_sine_at_any_rate_scale_and_phase():
 
 
 def test_data_spectral_rate_equals_the_peak_of_the_padded_fft():
-    x = torch.randn(20, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, 1024, dtype=torch.float64, generator=seeded())
     power = torch.fft.rfft(data.standardise(x) * torch.hann_window(1024, periodic=False, dtype=x.dtype), n=4096).abs().square()
     grid = torch.fft.rfftfreq(4096, 1 / 32, dtype=x.dtype)  # 32 Hz, 32 s: steps of 1/128 Hz
     inside = (grid >= 0.25) & (grid <= 1.25)

@@ -9,8 +9,7 @@ import torch
 import torch.nn as nn
 
 import ema
-from tests.helpers import (
-    assert_near, near, raises)
+from tests.helpers import (assert_near, near, raises)
 
 
 def small_net(seed=0):
@@ -20,7 +19,7 @@ def small_net(seed=0):
 
 def training_step(model, step):
     """Change weights and buffers as a training step would: a pure function of the step."""
-    generator = torch.Generator().manual_seed(step)
+    generator = seeded(step)
     model.train()(torch.randn(8, 3, generator=generator))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import data
 from tasks import faceparse
-from tests.helpers import (
-    assert_near, folder, near, need_pillow, raises, seeded, write_faces)
+from tests.helpers import (assert_near, folder, near, need_pillow, raises, seeded, write_faces)
 
 
 def test_data_face_pairs_are_the_left_and_the_right_of_one_part():

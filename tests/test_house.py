@@ -148,7 +148,7 @@ def test_house_lines_have_at_most_100_columns():
 
 SGD = "torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)"
 
-GEN = "generator=torch.Generator().manual_seed(0)"
+GEN = "generator=seeded()"
 
 THREE_SETS = ("dict(variables=torch.tensor([0, 3, 3, 1]), values=torch.ones(4), sizes=torch.tensor([1, 2, 1]), "
               "minutes=torch.tensor([0.0, 5, 9]), lengths=torch.tensor([2, 1]))")

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from tests.helpers import (
-    near, raises)
+from tests.helpers import (near, raises)
 
 
 def test_losses_bootstrap_interval_covers_the_mean_as_often_as_it_says():

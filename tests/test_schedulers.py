@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 import schedulers
-from tests.helpers import (
-    near, raises, same_bits, sgd)
+from tests.helpers import (near, raises, same_bits, sgd)
 
 
 def trajectory(schedule, steps):
