@@ -40,6 +40,11 @@ def raises(kind, text, call):
         raise AssertionError(f"no {kind.__name__}")
 
 
+def refuses(call, text, *arguments, **options):
+    """call(*arguments, **options) must raise ValueError with `text` in its message."""
+    raises(ValueError, text, lambda: call(*arguments, **options))
+
+
 def near(got, want, within):
     """The largest difference is at most `within` times the largest wanted value: processors differ in the last bits."""
     kind = torch.complex128 if torch.is_tensor(want) and want.is_complex() else torch.float64

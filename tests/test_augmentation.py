@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from tests.helpers import (assert_near, near, raises, random_images, seeded)
+from tests.helpers import assert_near, near, random_images, refuses, seeded
 
 
 def test_data_flip_twice_is_the_identity():
@@ -50,9 +50,10 @@ def test_data_flip_without_pairs_keeps_any_label():
 def test_data_flip_refuses_what_it_cannot_do():
     images = random_images(2, 3, 4, 6)
     for p in (-0.1, 1.1, float("nan")):
-        raises(ValueError, "[0, 1]", lambda: data.horizontal_flip(images, p=p, generator=seeded()))
+        refuses(data.horizontal_flip, "[0, 1]", images, p=p, generator=seeded())
     for pairs in (((4, 5), (5, 6)), ((4, 4),), ((4, 256),), ((-1, 4),)):
-        raises(ValueError, "pairs", lambda: data.horizontal_flip(images, generator=seeded(), masks=images[:, 0], pairs=pairs))
+        refuses(data.horizontal_flip, "pairs",
+                images, generator=seeded(), masks=images[:, 0], pairs=pairs)
 
 
 def photometric_oracle(image, brightness, contrast_before, saturation, hue, contrast_after, order):
@@ -141,8 +142,8 @@ def test_data_photometric_distort_at_the_limits_of_p():
 def test_data_photometric_distort_refuses_normalised_input():
     normalised = torch.rand(2, 3, 4, 4)
     for images in (normalised, normalised.half(), random_images(2, 1, 4, 4), random_images(3, 4, 4)):
-        raises(ValueError, "before you normalise", lambda: data.photometric_distort(images, generator=seeded()))
-    raises(ValueError, "p 1.5", lambda: data.photometric_distort(random_images(2, 3, 4, 4), p=1.5, generator=seeded()))
+        refuses(data.photometric_distort, "before you normalise", images, generator=seeded())
+    refuses(data.photometric_distort, "p 1.5", random_images(2, 3, 4, 4), p=1.5, generator=seeded())
 
 
 def test_data_turn_hue_keeps_value_and_chroma():
@@ -260,11 +261,11 @@ def test_data_clahe_of_an_image_is_independent_of_its_batch():
 
 
 def test_data_clahe_refuses_what_it_cannot_do():
-    raises(ValueError, "before you normalise", lambda: data.clahe(torch.rand(2, 8, 8)))
+    refuses(data.clahe, "before you normalise", torch.rand(2, 8, 8))
     for shape in ((2, 4, 8, 8), (2, 0, 8), (2, 3, 8, 0)):
-        raises(ValueError, str(shape), lambda: data.clahe(random_images(*shape)))
+        refuses(data.clahe, str(shape), random_images(*shape))
     for options in ({"clip_limit": -1}, {"clip_limit": float("nan")}, {"clip_limit": float("inf")}, {"grid": (0, 4)}):
-        raises(ValueError, "at least 0", lambda: data.clahe(random_images(8, 8), **options))
+        refuses(data.clahe, "at least 0", random_images(8, 8), **options)
 
 
 def test_data_random_crop_moves_image_and_mask_alike_and_fills_with_ignore():
@@ -289,7 +290,7 @@ def test_data_random_crop_keeps_types_and_refuses_too_much_padding():
     assert cropped.dtype == torch.float32 and moved.dtype == torch.uint8 and (moved == 19).any()
     assert torch.equal(data.random_crop(images, padding=0, generator=seeded()), images)
     for padding in (-1, 6):
-        raises(ValueError, "shorter side, 6", lambda: data.random_crop(images, padding=padding, generator=seeded()))
+        refuses(data.random_crop, "shorter side, 6", images, padding=padding, generator=seeded())
 
 
 def test_data_mixup_mixes_targets_as_inputs_for_every_lambda_and_odd_batches():
@@ -353,11 +354,11 @@ def test_data_mixup_and_cutmix_off_at_alpha_zero_and_refuse_class_indices():
     for mix in (data.mixup, data.cutmix):
         same = mix(inputs, targets, alpha=0, generator=seeded())
         assert same[0] is inputs and same[1] is targets
-        raises(ValueError, "one_hot", lambda: mix(inputs, torch.tensor([0, 1, 2]), alpha=1.0, generator=seeded()))
+        refuses(mix, "one_hot", inputs, torch.tensor([0, 1, 2]), alpha=1.0, generator=seeded())
         for alpha in (-0.1, float("nan"), float("inf")):
-            raises(ValueError, "alpha", lambda: mix(inputs, targets, alpha=alpha, generator=seeded()))
-    raises(ValueError, "inputs.float()", lambda: data.mixup(inputs.byte(), targets, alpha=1.0, generator=seeded()))
-    raises(ValueError, "masks of 4x4", lambda: data.cutmix(inputs, torch.rand(3, 2, 2), alpha=1.0, generator=seeded()))
+            refuses(mix, "alpha", inputs, targets, alpha=alpha, generator=seeded())
+    refuses(data.mixup, "inputs.float()", inputs.byte(), targets, alpha=1.0, generator=seeded())
+    refuses(data.cutmix, "masks of 4x4", inputs, torch.rand(3, 2, 2), alpha=1.0, generator=seeded())
 
 
 def coordinates(height, width):
@@ -422,7 +423,7 @@ def test_data_random_affine_draws_within_its_limits_and_fills_them():
     assert scale.min() > 0.66 and scale.max() < 1.51 and scale.min() < 0.7 and scale.max() > 1.42
     assert abs(float(scale.log().mean())) < 0.04 and n == len(got)
     for options in (dict(degrees=-1), dict(degrees=181), dict(zoom=0.9), dict(degrees=float("nan"))):
-        raises(ValueError, "must be in", lambda: data.random_affine(image[:1], generator=seeded(), **options))
+        refuses(data.random_affine, "must be in", image[:1], generator=seeded(), **options)
 
 
 def test_data_swap_labels_twice_is_the_identity_and_leaves_the_others():
@@ -449,8 +450,8 @@ def test_data_color_jitter_multiplies_by_its_own_factors_within_the_strength():
     chroma = data.color_jitter(red, strength=0.2, generator=seeded())[:, :, 0, 0].float()
     assert (chroma[:, 1] == chroma[:, 2]).all() and (chroma[:, 0] / chroma[:, 1]).std() > 0.3
     assert torch.equal(data.color_jitter(two, strength=0, generator=seeded()), two)
-    raises(ValueError, "strength", lambda: data.color_jitter(two, strength=1.1, generator=seeded()))
-    raises(ValueError, "uint8 RGB", lambda: data.color_jitter(two.float(), strength=0.1, generator=seeded()))
+    refuses(data.color_jitter, "strength", two, strength=1.1, generator=seeded())
+    refuses(data.color_jitter, "uint8 RGB", two.float(), strength=0.1, generator=seeded())
 
 
 def augmentations():
@@ -514,8 +515,8 @@ def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
     assert (data.band_spectrum(sine(1.5), 31.25, (0.1, 0.6), 51) - spectrum).exp().sub(1).abs()[0, 22:29].max() < 0.05
     assert near(data.band_spectrum(torch.ones(1, 100), 31.25, (0.1, 0.6), 5), torch.tensor(1e-3).log().expand(1, 5), 1e-5)
     for band, bins in (((0.6, 0.1), 5), ((0.1, 20.0), 5), ((0.1, 0.6), 1)):
-        raises(ValueError, "must lie in order between 0 and half the rate, 15.625 Hz",
-               lambda: data.band_spectrum(sine(0), 31.25, band, bins))
+        refuses(data.band_spectrum, "must lie in order between 0 and half the rate, 15.625 Hz",
+                sine(0), 31.25, band, bins)
 
 
 def test_data_time_stretch_changes_the_rate_and_the_label_alike():
@@ -544,5 +545,5 @@ def test_data_time_stretch_at_its_seams():
         again = data.time_stretch(ramp, torch.ones(50, dtype=dtype), limit=1.9, generator=seeded())
         assert torch.equal(again[0], stretched) and torch.equal(again[1].float(), factor)
     for limit in (0.5, 2.0):
-        raises(ValueError, f"limit {limit:g} must be at least 1",
-               lambda: data.time_stretch(windows, labels, limit=limit, generator=seeded()))
+        refuses(data.time_stretch, f"limit {limit:g} must be at least 1",
+                windows, labels, limit=limit, generator=seeded())

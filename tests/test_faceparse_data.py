@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import data
 from tasks import faceparse
-from tests.helpers import (assert_near, folder, near, need_pillow, raises, seeded, write_faces)
+from tests.helpers import assert_near, folder, near, need_pillow, refuses, seeded, write_faces
 
 
 def test_data_face_pairs_are_the_left_and_the_right_of_one_part():
@@ -82,7 +82,8 @@ def test_data_read_faces_gives_the_same_from_folder_cache_and_npz():
         write_faces(f / "set", images[:1], masks[:1].flip(-1))
         assert torch.equal(faceparse.read_faces(f / "set", size=(8, 16), cache=str(f / "cache"))[1][0], masks[0].flip(-1))
         (f / "set" / "images" / "001.png").write_bytes(data.encode_png(np.zeros((9, 9, 3), np.uint8)))
-        raises(ValueError, "its image is 9x9", lambda: faceparse.read_faces(f / "set", size=(8, 16), cache=str(f / "cache")))
+        refuses(faceparse.read_faces, "its image is 9x9",
+                f / "set", size=(8, 16), cache=str(f / "cache"))
 
 
 AUGMENT = dict(degrees=0.0, zoom=1.0, crop=0, flip="none", jitter=0.0, photometric=0.0, mixup=0.0, cutmix=0.0)

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import unittest
 from itertools import product
-import unittest
-import warnings
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ import losses
 from losses import focal_label_smooth_ce as focal
 from losses import ce_dice_loss, dice_loss, supcon_bounds, supcon_loss
 from tests.helpers import (
-    assert_near, check_precision, folder, HERE, near, raises, same_bits, seeded, warned,
+    assert_near, check_precision, folder, HERE, near, raises, refuses, same_bits, seeded, warned,
     with_gradient)
 
 PER, ABSENT = ("image", "batch"), ("skip", "count", "zero")
@@ -159,13 +157,13 @@ def test_losses_focal_refuses_what_does_not_fit():
                             (zeros(4, 3), long(5)), (zeros(2, 1, 5), long(2, 5)),
                             (zeros(()), long(1)), (zeros(2, 3, 5, 5), long(2, 3, 5))):
         for shape in logits.shape, targets.shape:
-            raises(ValueError, str(tuple(shape)), lambda: focal(logits, targets))
+            refuses(focal, str(tuple(shape)), logits, targets)
     for labels, options, text in (
             ([0, 2], {}, "[0, 1], got 0 to 2"), ([0, -1], {}, "got -1 to 0"),
             ([0.0, math.nan], {}, "[0, 1]"), ([0, 0], {"class_weights": [1.0] * 3}, "(2,)"),
             ([0, 0], {"gamma": -1}, "gamma=-1"), ([0, 0], {"smoothing": 1.5}, "smoothing=1.5"),
             ([0, 0], {"reduction": "average"}, "'average'")):
-        raises(ValueError, text, lambda: focal(zeros(2), torch.tensor(labels), **options))
+        refuses(focal, text, zeros(2), torch.tensor(labels), **options)
 
 
 def test_losses_focal_of_equal_logits_is_the_number_in_its_docstring():
@@ -476,20 +474,20 @@ def test_losses_dice_refuses_what_does_not_fit():
                                 (zeros(4), long(4)), (long(2, 3, 5), long(2, 5))):
             for tensor in logits, targets:
                 for text in str(tuple(tensor.shape)), str(tensor.dtype):
-                    raises(ValueError, text, lambda: loss(logits, targets))
+                    refuses(loss, text, logits, targets)
         targets = torch.tensor([[0, 255, -1, 3, 7]])
-        raises(ValueError, "0..2 or ignore_index=7, got -1 to 255 in 3 pixels; for void pixels",
-               lambda: loss(zeros(1, 3, 5), targets, ignore_index=7))
-        raises(ValueError, "got 255 to 255 in 2 pixels", lambda: loss(small[0], small[1] + 255))
+        refuses(loss, "0..2 or ignore_index=7, got -1 to 255 in 3 pixels; for void pixels",
+                zeros(1, 3, 5), targets, ignore_index=7)
+        refuses(loss, "got 255 to 255 in 2 pixels", small[0], small[1] + 255)
         for option, text in ((dict(per="pixel"), "per='pixel'"),
                              (dict(absent="drop"), "absent='drop'"), (dict(smooth=0), "smooth=0"),
                              (dict(smooth=math.nan), "smooth=nan"),
                              (dict(class_weights=[1.0, 2.0]),
                               "class_weights must be (3,), one for each class, got (2,)")):
-            raises(ValueError, text, lambda: loss(*small, **option))
+            refuses(loss, text, *small, **option)
     for name, value in (("ce_weight", -1), ("dice_weight", -1), ("gamma", -1),
                         ("label_smoothing", 1.5)):
-        raises(ValueError, f"{name}={value}", lambda: ce_dice_loss(*small, **{name: value}))
+        refuses(ce_dice_loss, f"{name}={value}", *small, **{name: value})
 
 
 def test_losses_dice_of_one_pixel_is_the_number_in_its_docstring():
@@ -508,9 +506,9 @@ def test_losses_auto_pos_weight_is_negatives_over_positives_for_any_container():
     for given in (labels, array, array.astype(bool), array[::-1], array[:, None],
                   tensor, tensor.bfloat16(), tensor.bool()):
         assert losses.auto_pos_weight(given) == 2.5
-    raises(ValueError, "0 or 1, got [0 2]", lambda: losses.auto_pos_weight([0, 2]))
-    raises(ValueError, "0 or 1", lambda: losses.auto_pos_weight([0.0, math.nan]))
-    raises(ValueError, "(2, 2)", lambda: losses.auto_pos_weight(np.eye(2)))
+    refuses(losses.auto_pos_weight, "0 or 1, got [0 2]", [0, 2])
+    refuses(losses.auto_pos_weight, "0 or 1", [0.0, math.nan])
+    refuses(losses.auto_pos_weight, "(2, 2)", np.eye(2))
 
 
 def test_losses_auto_pos_weight_of_one_class_is_finite_with_a_warning():
@@ -646,13 +644,12 @@ def test_losses_supcon_refuses_what_it_cannot_compare():
             (x, [0, 0, 1], "got (4, 3) of torch.float32, labels (3,)"),
             (x, torch.zeros(4), "labels (4,) of torch.float32"),
             (torch.randn(4, 2, 3), y, "got (4, 2, 3)"), (x.long(), y, "(4, 3) of torch.int64")):
-        raises(ValueError, text, lambda: supcon_loss(features, labels))
+        refuses(supcon_loss, text, features, labels)
     for temperature in (0, -1, math.nan):
-        raises(ValueError, f"temperature > 0, got {temperature}",
-               lambda: supcon_loss(x, y, temperature=temperature))
-        raises(ValueError, f"temperature > 0, got (2,) and {temperature}",
-               lambda: supcon_bounds([0, 0], temperature=temperature))
-    raises(ValueError, "(2, 2)", lambda: supcon_bounds(np.zeros((2, 2))))
+        refuses(supcon_loss, f"temperature > 0, got {temperature}", x, y, temperature=temperature)
+        refuses(supcon_bounds, f"temperature > 0, got (2,) and {temperature}",
+                [0, 0], temperature=temperature)
+    refuses(supcon_bounds, "(2, 2)", np.zeros((2, 2)))
 
 
 TWO_PROCESSES = """

@@ -12,7 +12,7 @@ from tasks import faceparse
 from tasks import ocec
 from tasks import quadmodal
 from tests.helpers import (
-    folder, make_class_folder, make_npz, near, need_pillow, need_real, raises, warned)
+    folder, make_class_folder, make_npz, near, need_pillow, need_real, refuses, warned)
 
 
 def test_data_no_group_is_on_two_sides_of_a_split():
@@ -78,7 +78,7 @@ def test_data_read_pairs_names_the_file_that_is_no_csv():
     with folder() as f:
         for content in ("a.png,1\n".encode("utf-16"), "ä.png,1\n".encode("latin-1"), b'"a.png,1\n' + b"b.png,0\n" * 20_000):
             (f / "annotation.csv").write_bytes(content)
-            raises(ValueError, "annotation.csv is no CSV in UTF-8", lambda: ocec.read_pairs(f / "annotation.csv"))
+            refuses(ocec.read_pairs, "annotation.csv is no CSV in UTF-8", f / "annotation.csv")
 
 
 def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
@@ -147,4 +147,4 @@ def test_data_csv_with_a_byte_order_mark_is_read_and_a_path_listed_twice_is_refu
         (f / "a.csv").write_bytes("\ufeffx.png,1\n\ny.png, 0\n".encode())
         assert ocec.read_pairs(f / "a.csv") == {"x.png": "1", "y.png": "0"}
         (f / "b.csv").write_text("x.png,1\n\nx.png,0\n")
-        raises(ValueError, "line 3: x.png is listed twice", lambda: ocec.read_pairs(f / "b.csv"))
+        refuses(ocec.read_pairs, "line 3: x.png is listed twice", f / "b.csv")
