@@ -40,6 +40,11 @@ def raises(kind, text, call):
         raise AssertionError(f"no {kind.__name__}")
 
 
+def refuses(call, text, *arguments, **options):
+    """call(*arguments, **options) must raise ValueError with `text` in its message."""
+    raises(ValueError, text, lambda: call(*arguments, **options))
+
+
 def near(got, want, within):
     """The largest difference is at most `within` times the largest wanted value: processors differ in the last bits."""
     kind = torch.complex128 if torch.is_tensor(want) and want.is_complex() else torch.float64
@@ -59,6 +64,27 @@ def assert_near(got, want, within=1e-5):
         return
     assert (got.dtype, got.shape) == (want.dtype, want.shape), (got.dtype, got.shape, want.dtype, want.shape)
     assert near(got, want, within), f"{float((got - want).abs().max()):.3g} apart, of {float(want.abs().max()):.3g}"
+
+
+def with_gradient(loss_fn, inputs, *targets, **options):
+    """The loss, and the gradient of its sum."""
+    inputs = inputs.detach().clone().requires_grad_()
+    loss = loss_fn(inputs, *targets, **options)
+    loss.sum().backward()
+    return loss.detach(), inputs.grad
+
+
+def check_precision(loss_fn, inputs, *targets, **options):
+    """Half precision is computed in float32, also under autocast; float64 stays float64."""
+    for dtype in torch.bfloat16, torch.float16, torch.float32:
+        rounded = inputs.to(dtype)
+        want = loss_fn(rounded.float(), *targets, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+            inside = loss_fn(rounded, *targets, **options)
+        for got in inside, loss_fn(rounded, *targets, **options):
+            assert same_bits(got, want) and got.dtype == torch.float32
+    assert loss_fn(inputs.double(), *targets, **options).dtype == torch.float64
 
 
 def need_pillow():
@@ -110,7 +136,7 @@ def lived_in(model):
 
 
 def signals_of(n, channels=3, length=24, seed=0):
-    return torch.randn(n, channels, length, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, channels, length, generator=seeded(seed))
 
 
 def small_encoder(**changes):
@@ -129,7 +155,7 @@ def quad(shapes=None, **changes):
 
 
 def quad_rows(n, shapes=QUAD, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
 
 

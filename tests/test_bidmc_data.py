@@ -9,11 +9,16 @@ import weakref
 import numpy as np
 import torch
 
-import data
+from data import (
+    LabelScaler, RATE_BANDS, band_spectrum, reduce_rate, respiratory_signals, spectral_rate,
+    standardise)
 from tasks import bidmc_data
+from tasks.bidmc_data import (
+    PPGSplit, bidmc_original, bidmc_windows, breath_count, breath_rate, mean_inside, ppg_inputs,
+    quantisation_cost, read_bidmc, read_bidmc_recording, synthetic_ppg)
 from tasks import ocec
 from tests.helpers import (
-    edit, folder, is_mapped, near, need_real, raises, replaced, seeded, warned, write_bidmc)
+    edit, folder, is_mapped, near, need_real, refuses, replaced, seeded, warned, write_bidmc)
 
 
 def test_data_evaluation_batches_are_never_augmented():
@@ -21,7 +26,7 @@ def test_data_evaluation_batches_are_never_augmented():
     split = ocec.EyeSplit(images, labels, np.arange(5, 15), augment={"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0})
     batch = split.batch(np.array([0, 3]))
     assert torch.equal(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5) and batch["targets"].tolist() == labels[[5, 8]].tolist()
-    augmented = split.batch(np.array([0, 3]), torch.Generator().manual_seed(0))
+    augmented = split.batch(np.array([0, 3]), seeded())
     assert not torch.equal(augmented["inputs"], batch["inputs"])
     assert torch.equal(images, ocec.synthetic_eyes(20, size=(12, 20))[0])  # the store is never written to
 
@@ -36,28 +41,28 @@ def assert_same(recordings, expected):
 
 
 def test_data_bidmc_reads_what_was_written_whatever_the_column_order():
-    recordings = bidmc_data.synthetic_ppg(3, seconds=130)  # Time repeats after 100 s: it is never read
+    recordings = synthetic_ppg(3, seconds=130)  # Time repeats after 100 s: it is never read
     recordings[1]["breaths"] = recordings[1]["breaths"][:-3]
     with folder() as f:
         for each, columns in zip(recordings, (("RESP", "PLETH", "V"), ("PLETH", "II"), ("II", "V", "RESP", "PLETH"))):
             write_bidmc(f / "bidmc", [each], columns=("Time [s]", *columns))
-        assert_same(bidmc_data.read_bidmc(f / "bidmc"), recordings)
+        assert_same(read_bidmc(f / "bidmc"), recordings)
 
 
 def test_data_bidmc_reads_packed_files_and_prefers_plain_ones():
-    recordings = bidmc_data.synthetic_ppg(2, seconds=12)
+    recordings = synthetic_ppg(2, seconds=12)
     with folder() as f:
         write_bidmc(f, recordings)
         for name in ("bidmc_01_Signals.csv", "bidmc_02_Signals.csv", "bidmc_02_Numerics.csv"):
             (f / f"{name}.xz").write_bytes(lzma.compress((f / name).read_bytes()))
             (f / name).unlink()
-        assert_same(bidmc_data.read_bidmc(f), recordings)
+        assert_same(read_bidmc(f), recordings)
         (f / "bidmc_01_Numerics.csv.xz").write_bytes(b"")
-        assert_same(bidmc_data.read_bidmc(f), recordings)
+        assert_same(read_bidmc(f), recordings)
 
 
 def test_data_bidmc_survives_the_quirks_of_the_files():
-    recordings = bidmc_data.synthetic_ppg(2, seconds=60)
+    recordings = synthetic_ppg(2, seconds=60)
     with folder() as f:
         write_bidmc(f, recordings, newline="\r\n")
         first, second = recordings
@@ -75,39 +80,39 @@ def test_data_bidmc_survives_the_quirks_of_the_files():
         (f / "bidmc_01_Breaths.csv").write_text("\n".join(marks + [marks[-1], "NaN, "]))  # and one mark stands twice
         for name in ("breaths", "breaths_2"):
             first[name] = np.append(first[name], first[name][-1])
-        assert_same(bidmc_data.read_bidmc(f), recordings)
+        assert_same(read_bidmc(f), recordings)
 
 
 def test_data_bidmc_cache_parses_once_per_content():
-    recordings, told = bidmc_data.synthetic_ppg(2, seconds=12), []
+    recordings, told = synthetic_ppg(2, seconds=12), []
     recordings[0]["hr"][3] = np.nan
     with folder() as f:
         write_bidmc(f / "bidmc", recordings)
         for _ in range(2):
-            assert_same(bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+            assert_same(read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert told == ["reading bidmc_01 (1 of 2)", "reading bidmc_02 (2 of 2)"]
         kept, signals = sorted((f / "cache").iterdir())
         assert kept.suffix == ".npz" and signals.suffix == ".npy"
         for file in (f / "bidmc").iterdir():
             os.utime(file, (1, 1))  # another time, the same content
-        assert_same(bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert_same(read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert len(told) == 2
         for file, said in ((kept, 4), (signals, 6)):
             file.write_bytes(file.read_bytes()[:-100])
-            read, message = warned(lambda: bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache",
+            read, message = warned(lambda: read_bidmc(f / "bidmc", cache=f / "cache",
                                                            progress=told.append))
             assert_same(read, recordings)
             assert "cannot be read" in message and len(told) == said
-        assert_same(bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert_same(read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert len(told) == 6
         recordings[1]["patient"] = "patient009"  # as long as the old one
         write_bidmc(f / "bidmc", recordings[1:])
-        assert_same(bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
+        assert_same(read_bidmc(f / "bidmc", cache=f / "cache", progress=told.append), recordings)
         assert len(told) == 8
 
 
 def test_data_bidmc_cache_is_written_one_recording_at_a_time_and_mapped():
-    recordings, read, signals = bidmc_data.synthetic_ppg(5, seconds=12), bidmc_data.read_bidmc_recording, []
+    recordings, read, signals = synthetic_ppg(5, seconds=12), read_bidmc_recording, []
 
     def read_and_look(*words, **options):
         assert all(signal() is None for signal in signals[:-1])  # the last one may just be written
@@ -118,16 +123,16 @@ def test_data_bidmc_cache_is_written_one_recording_at_a_time_and_mapped():
     with folder() as f:
         write_bidmc(f / "bidmc", recordings)
         with replaced(bidmc_data, "read_bidmc_recording", read_and_look):
-            first = bidmc_data.read_bidmc(f / "bidmc", cache=f / "cache")
+            first = read_bidmc(f / "bidmc", cache=f / "cache")
         assert len(signals) == 5 and all(is_mapped(recording["ppg"]) for recording in first)
         (f / "file").write_text("")
-        again, message = warned(lambda: bidmc_data.read_bidmc(f / "bidmc", cache=f / "file" / "cache"))
+        again, message = warned(lambda: read_bidmc(f / "bidmc", cache=f / "file" / "cache"))
         assert_same(again, recordings)
         assert "cannot be kept" in message
 
 
 def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
-    recordings = bidmc_data.synthetic_ppg(2, seconds=12)
+    recordings = synthetic_ppg(2, seconds=12)
     half = lambda text: "".join(text.splitlines(keepends=True)[: text.count("\n") // 2])
     cases = (
         ("Numerics.csv", None, "bidmc_02_Numerics.csv is missing"),
@@ -155,37 +160,37 @@ def test_data_bidmc_names_the_file_that_is_missing_cut_off_or_empty():
             file = f / f"bidmc_02_{table}"
             edit(file, change) if change else file.unlink()
             with warnings.catch_warnings(action="ignore"):  # numpy's, for a table without rows
-                raises(ValueError, message, lambda: bidmc_data.read_bidmc(f, cache=f / "cache"))
+                refuses(read_bidmc, message, f, cache=f / "cache")
             assert not list((f / "cache").iterdir())
     with folder() as f:
-        raises(ValueError, "holds no bidmc_NN_Signals.csv", lambda: bidmc_data.read_bidmc(f))
+        refuses(read_bidmc, "holds no bidmc_NN_Signals.csv", f)
         write_bidmc(f, recordings)
         packed = lzma.compress((f / "bidmc_01_Signals.csv").read_bytes())
         (f / "bidmc_01_Signals.csv").unlink()
         for damaged in (packed[: len(packed) // 2], b"no xz at all"):
             (f / "bidmc_01_Signals.csv.xz").write_bytes(damaged)
-            raises(ValueError, "bidmc_01_Signals.csv.xz is cut off", lambda: bidmc_data.read_bidmc(f))
+            refuses(read_bidmc, "bidmc_01_Signals.csv.xz is cut off", f)
 
 
 def test_data_bidmc_signals_alone_are_enough_to_predict_on():
-    recordings = bidmc_data.synthetic_ppg(2, seconds=12)
+    recordings = synthetic_ppg(2, seconds=12)
     with folder() as f:
         write_bidmc(f, recordings)
         for file in (*f.glob("*Numerics*"), *f.glob("*Breaths*"), f / "bidmc_02_Fix.txt"):
             file.unlink()
         for _ in range(2):  # parsed, then from the cache
-            read = bidmc_data.read_bidmc(f, cache=f / "cache", need_labels=False)
+            read = read_bidmc(f, cache=f / "cache", need_labels=False)
             assert [each["patient"] for each in read] == [recordings[0]["patient"], "bidmc_02"]
             assert list(read[0]) == ["number", "patient", "ppg"]
             assert all(np.array_equal(one["ppg"], other["ppg"]) for one, other in zip(read, recordings))
-        raises(ValueError, "bidmc_01_Numerics.csv is missing", lambda: bidmc_data.read_bidmc(f, cache=f / "cache"))
-    windows = bidmc_data.bidmc_windows(read, rate=None, seconds=10, stride=1)
+        refuses(read_bidmc, "bidmc_01_Numerics.csv is missing", f, cache=f / "cache")
+    windows = bidmc_windows(read, rate=None, seconds=10, stride=1)
     assert windows["inputs"].shape == (6, 1250) and np.isnan(windows["labels"]).all() and np.isnan(windows["ceiling"]).all()
 
 
 def test_data_bidmc_windows_are_slices_with_patient_and_start():
-    recordings = bidmc_data.synthetic_ppg(5, seconds=60)
-    windows = bidmc_data.bidmc_windows(recordings, rate="hr", seconds=20, stride=5)
+    recordings = synthetic_ppg(5, seconds=60)
+    windows = bidmc_windows(recordings, rate="hr", seconds=20, stride=5)
     assert windows["inputs"].shape == windows["inputs"][:].shape == (5 * 9, 2500) and windows["inputs"][:2].dtype == torch.float32
     assert windows["starts"][:10].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40, 0]
     assert all(windows[name].dtype == np.float64 for name in ("labels", "ceiling", "starts"))
@@ -196,24 +201,25 @@ def test_data_bidmc_windows_are_slices_with_patient_and_start():
         assert windows["labels"][row] == recording["hr"][start : start + 20].mean()
         assert np.isclose(windows["ceiling"][row], recording["pulse"][start : start + 20].mean())
     exact = [recordings[0] | {"ppg": recordings[0]["ppg"][:2500]}]
-    assert torch.equal(bidmc_data.bidmc_windows(exact, rate="hr", seconds=20)["inputs"][:], windows["inputs"][:1])
-    default = bidmc_data.bidmc_windows(bidmc_data.synthetic_ppg(1, seconds=40), rate="rr")
+    assert torch.equal(bidmc_windows(exact, rate="hr", seconds=20)["inputs"][:], windows["inputs"][:1])
+    default = bidmc_windows(synthetic_ppg(1, seconds=40), rate="rr")
     assert default["inputs"].shape == (3, 4000) and default["starts"].tolist() == [0, 4, 8]
 
 
 def test_data_bidmc_windows_without_a_label_are_left_out_and_ceilings_may_be_nan():
-    [recording] = bidmc_data.synthetic_ppg(1, seconds=60)
+    [recording] = synthetic_ppg(1, seconds=60)
     recording["hr"][10:30] = np.nan
     recording["pulse"][30:60] = np.nan
-    windows = bidmc_data.bidmc_windows([recording], rate="hr", seconds=10, stride=10)
+    windows = bidmc_windows([recording], rate="hr", seconds=10, stride=10)
     assert windows["starts"].tolist() == [0, 30, 40, 50] and np.isnan(windows["ceiling"]).tolist() == [False, True, True, True]
     recording["breaths"] = recording["breaths"][:3]
-    raises(ValueError, "no window of 32 s has a label", lambda: bidmc_data.bidmc_windows([recording], rate="rr"))
-    raises(ValueError, "recording 1 lasts 60.0 s, a window 80 s", lambda: bidmc_data.bidmc_windows([recording], rate="rr", seconds=80))
-    raises(ValueError, "rate 'bpm' must be", lambda: bidmc_data.bidmc_windows([recording], rate="bpm"))
-    raises(ValueError, "4000 samples every 0", lambda: bidmc_data.bidmc_windows([recording], rate="rr", stride=0))
-    raises(ValueError, "0 samples every 500", lambda: bidmc_data.bidmc_windows([recording], rate="hr", seconds=0))
-    raises(ValueError, "rate 'bpm' must be", lambda: bidmc_data.bidmc_original([recording], rate="bpm"))
+    refuses(bidmc_windows, "no window of 32 s has a label", [recording], rate="rr")
+    refuses(bidmc_windows, "recording 1 lasts 60.0 s, a window 80 s",
+            [recording], rate="rr", seconds=80)
+    refuses(bidmc_windows, "rate 'bpm' must be", [recording], rate="bpm")
+    refuses(bidmc_windows, "4000 samples every 0", [recording], rate="rr", stride=0)
+    refuses(bidmc_windows, "0 samples every 500", [recording], rate="hr", seconds=0)
+    refuses(bidmc_original, "rate 'bpm' must be", [recording], rate="bpm")
 
 
 def test_data_breath_rate_equals_the_oracle():
@@ -230,11 +236,11 @@ def test_data_breath_rate_equals_the_oracle():
         marks = np.sort(rng.integers(1, 20001, rng.integers(4, 60)))
         starts = np.arange(0, 20001 - 4000, 125)
         expected = [slow(marks, start, 4000, 20001) for start in starts]
-        assert np.allclose(bidmc_data.breath_rate(marks, starts, 4000, 20001), expected, equal_nan=True)
+        assert np.allclose(breath_rate(marks, starts, 4000, 20001), expected, equal_nan=True)
 
 
 def test_data_breath_rate_at_its_seams():
-    rate = lambda marks, start, length=1000, total=5000: bidmc_data.breath_rate(np.array(marks), np.array([start]), length, total)[0]
+    rate = lambda marks, start, length=1000, total=5000: breath_rate(np.array(marks), np.array([start]), length, total)[0]
     even = np.arange(1, 5000, 250)  # 1-based: 0-based 0, 250, ... and 30 per minute
     assert rate(even, 0) == rate(even, 250) == rate(even, 251, 1001) == 30
     assert np.isnan(rate(even, 251, 999))  # holds 500, 750 and 1000 only
@@ -251,18 +257,18 @@ def test_data_breath_rate_at_its_seams():
 
 def test_data_breath_count_takes_the_marks_as_they_stand():
     marks = np.array([0, 100, 1249, 1250, 1250, 1251])
-    assert bidmc_data.breath_count(marks, np.array([0, 1, 101, 1250]), 1250, 9999).tolist() == [18, 12 + 12, 24, 18]
+    assert breath_count(marks, np.array([0, 1, 101, 1250]), 1250, 9999).tolist() == [18, 12 + 12, 24, 18]
 
 
 def test_data_mean_inside_leaves_nan_out():
     time, values = np.array([-1.0, 0, 1, 2, 3, 4]), np.array([50.0, 60, np.nan, 80, np.nan, np.nan])
-    means = bidmc_data.mean_inside(time, values, np.array([-1.0, 0, 1, 2, 3]), 2)
+    means = mean_inside(time, values, np.array([-1.0, 0, 1, 2, 3]), 2)
     assert np.array_equal(means, [55, 60, 80, 80, np.nan], equal_nan=True)
 
 
 def test_data_original_windows_count_breaths_and_split_by_recording():
-    recordings = bidmc_data.synthetic_ppg(16, seconds=30)
-    windows, rows = bidmc_data.bidmc_original(recordings, rate="rr")
+    recordings = synthetic_ppg(16, seconds=30)
+    windows, rows = bidmc_original(recordings, rate="rr")
     assert windows["inputs"].shape == (16 * 11, 1250) and windows["starts"][:3].tolist() == [0, 2, 4]
     assert {name: sorted({recordings[i]["number"] for i in windows["recording"][rows[name]]}) for name in rows} == {
         "train": [1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 13, 14, 16], "validation": [11], "test": [8, 15]}
@@ -271,24 +277,24 @@ def test_data_original_windows_count_breaths_and_split_by_recording():
         recording, start = recordings[windows["recording"][row]], 125 * int(windows["starts"][row])
         for name, key in (("labels", "breaths"), ("ceiling", "breaths_2")):
             assert windows[name][row] == 6 * sum(start <= mark < start + 1250 for mark in recording[key])
-    hr, _ = bidmc_data.bidmc_original(recordings, rate="hr")
+    hr, _ = bidmc_original(recordings, rate="hr")
     assert hr["labels"][12] == recordings[1]["hr"][2:12].mean()
 
 
 def test_data_standardised_windows_forget_scale_and_offset():
-    x = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
-    z = data.standardise(x)
+    x = torch.randn(5, 400, generator=seeded())
+    z = standardise(x)
     assert z.mean(1).abs().max() < 1e-6 and near(z.std(1, correction=0), 1, 1e-6)
-    assert near(data.standardise(4 * x + 1), z, 1e-5)
-    assert near(data.standardise(x[2]), z[2], 1e-5) and near(data.standardise(x.double()), z.double(), 1e-6)
-    assert torch.equal(data.standardise(torch.full((2, 999), 0.1)), torch.zeros(2, 999))
+    assert near(standardise(4 * x + 1), z, 1e-5)
+    assert near(standardise(x[2]), z[2], 1e-5) and near(standardise(x.double()), z.double(), 1e-6)
+    assert torch.equal(standardise(torch.full((2, 999), 0.1)), torch.zeros(2, 999))
 
 
 def test_data_reduced_rate_is_the_mean_of_each_block():
     x = torch.arange(11.0)[None].repeat(2, 1)
-    assert data.reduce_rate(x, 4).tolist() == [[1.5, 5.5]] * 2 and torch.equal(data.reduce_rate(x, 1), x)
+    assert reduce_rate(x, 4).tolist() == [[1.5, 5.5]] * 2 and torch.equal(reduce_rate(x, 1), x)
     t = torch.arange(4000, dtype=torch.float64) / 125
-    shares = [data.reduce_rate(torch.sin(2 * torch.pi * hz * t), 4).square().mean().sqrt() * 2**0.5 for hz in (2.0, 5.5, 29.25)]
+    shares = [reduce_rate(torch.sin(2 * torch.pi * hz * t), 4).square().mean().sqrt() * 2**0.5 for hz in (2.0, 5.5, 29.25)]
     assert near(shares, [0.99, 0.95, 0.07], 0.006), shares  # as the docstring claims
 
 
@@ -296,27 +302,27 @@ def test_data_spectral_rate_finds_a_sine_at_any_rate_scale_and_phase():
     t = torch.arange(1000) / 31.25
     for name, hz in (("rr", torch.linspace(0.12, 0.58, 40)), ("hr", torch.linspace(0.8, 2.45, 40))):
         x = torch.sin(2 * torch.pi * hz[:, None] * t + torch.arange(40.0)[:, None])
-        rate = data.spectral_rate(0.01 * x + 3, 31.25, data.RATE_BANDS[name])
+        rate = spectral_rate(0.01 * x + 3, 31.25, RATE_BANDS[name])
         assert near(rate, 60 * hz, 0.003), (rate - 60 * hz).abs().max()
     mixed = 3 * torch.sin(2 * torch.pi * 1.5 * t) + torch.sin(2 * torch.pi * 0.3 * t)
-    assert abs(data.spectral_rate(mixed[None], 31.25, (0.1, 0.6)) - 18) < 0.15  # what is outside the band does not count
-    assert abs(data.spectral_rate(mixed[None], 31.25, (0.75, 2.5)) - 90) < 0.15
-    below = data.spectral_rate(torch.sin(2 * torch.pi * 0.08 * t)[None], 31.25, (0.1, 0.6))
+    assert abs(spectral_rate(mixed[None], 31.25, (0.1, 0.6)) - 18) < 0.15  # what is outside the band does not count
+    assert abs(spectral_rate(mixed[None], 31.25, (0.75, 2.5)) - 90) < 0.15
+    below = spectral_rate(torch.sin(2 * torch.pi * 0.08 * t)[None], 31.25, (0.1, 0.6))
     assert 6 <= below < 6.5  # the flank of a peak below the band stays inside it
-    assert data.spectral_rate(torch.full((1, 1000), 0.7), 31.25, (0.1, 0.6)).isnan().all()
+    assert spectral_rate(torch.full((1, 1000), 0.7), 31.25, (0.1, 0.6)).isnan().all()
 
 
 def test_data_spectral_rate_equals_the_peak_of_the_padded_fft():
-    x = torch.randn(20, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    power = torch.fft.rfft(data.standardise(x) * torch.hann_window(1024, periodic=False, dtype=x.dtype), n=4096).abs().square()
+    x = torch.randn(20, 1024, dtype=torch.float64, generator=seeded())
+    power = torch.fft.rfft(standardise(x) * torch.hann_window(1024, periodic=False, dtype=x.dtype), n=4096).abs().square()
     grid = torch.fft.rfftfreq(4096, 1 / 32, dtype=x.dtype)  # 32 Hz, 32 s: steps of 1/128 Hz
     inside = (grid >= 0.25) & (grid <= 1.25)
     peak = 60 * grid[inside][power[:, inside].argmax(1)]
-    rate = data.spectral_rate(x, 32, (0.25, 1.25))
+    rate = spectral_rate(x, 32, (0.25, 1.25))
     assert (rate - peak).abs().max() <= 60 / 128 / 2 + 1e-9 and (rate - peak).abs().max() > 0.05
-    raises(ValueError, "band 0.6 to 0.1 Hz must lie in order", lambda: data.spectral_rate(x, 32, (0.6, 0.1)))
-    raises(ValueError, "half the rate, 16 Hz", lambda: data.spectral_rate(x, 32, (0.6, 17)))
-    raises(ValueError, "band 0 to 1", lambda: data.spectral_rate(x, 32, (0, 1)))
+    refuses(spectral_rate, "band 0.6 to 0.1 Hz must lie in order", x, 32, (0.6, 0.1))
+    refuses(spectral_rate, "half the rate, 16 Hz", x, 32, (0.6, 17))
+    refuses(spectral_rate, "band 0 to 1", x, 32, (0, 1))
 
 
 def breathing_pulse(where, *, breath_hz=0.3, pulse_hz=1.3, rate_hz=31.25, seconds=32):
@@ -330,33 +336,33 @@ def breathing_pulse(where, *, breath_hz=0.3, pulse_hz=1.3, rate_hz=31.25, second
 
 def test_data_respiratory_signals_show_breathing_where_it_is():
     for place, where in enumerate(("baseline", "amplitude", "frequency")):
-        signals = data.respiratory_signals(breathing_pulse(where), 31.25)
+        signals = respiratory_signals(breathing_pulse(where), 31.25)
         assert signals.shape == (1, 3, 1000) and signals.mean(-1).abs().max() < 1e-5 and near(signals.std(-1), 1, 1e-3)
-        spectrum = data.band_spectrum(signals, 31.25, (0.1, 0.6), 51)  # bin 20 is 0.3 Hz
+        spectrum = band_spectrum(signals, 31.25, (0.1, 0.6), 51)  # bin 20 is 0.3 Hz
         assert abs(int(spectrum[0, place].argmax()) - 20) <= 1, where
         power = spectrum.exp()[0, :, 18:23].sum(-1) / spectrum.exp()[0].sum(-1)
         assert power[place] > 0.6, (where, power)
-    scaled = data.respiratory_signals(4 * breathing_pulse("amplitude") + 1, 31.25)
-    assert near(scaled, data.respiratory_signals(breathing_pulse("amplitude"), 31.25), 1e-3)
-    assert torch.isfinite(data.respiratory_signals(torch.ones(2, 1000), 31.25)).all()
+    scaled = respiratory_signals(4 * breathing_pulse("amplitude") + 1, 31.25)
+    assert near(scaled, respiratory_signals(breathing_pulse("amplitude"), 31.25), 1e-3)
+    assert torch.isfinite(respiratory_signals(torch.ones(2, 1000), 31.25)).all()
 
 
 def test_data_ppg_inputs_are_the_window_or_the_spectra_of_its_task():
     windows = breathing_pulse("baseline").repeat(2, 1)
-    assert torch.equal(bidmc_data.ppg_inputs(windows, 31.25, kind="waveform", rate="hr"), data.standardise(windows)[:, None])
-    rr, hr = (bidmc_data.ppg_inputs(windows, 31.25, kind="spectrum", rate=rate, bins=40) for rate in ("rr", "hr"))
+    assert torch.equal(ppg_inputs(windows, 31.25, kind="waveform", rate="hr"), standardise(windows)[:, None])
+    rr, hr = (ppg_inputs(windows, 31.25, kind="spectrum", rate=rate, bins=40) for rate in ("rr", "hr"))
     assert rr.shape == (2, 3, 40) and hr.shape == (2, 1, 40)
-    assert torch.equal(rr, data.band_spectrum(data.respiratory_signals(windows, 31.25), 31.25, (0.08, 0.75), 40))
-    assert torch.equal(hr[:, 0], data.band_spectrum(windows, 31.25, (0.6, 3.125), 40))
-    raises(ValueError, "kind 'cepstrum'", lambda: bidmc_data.ppg_inputs(windows, 31.25, kind="cepstrum", rate="rr"))
-    raises(ValueError, "rate 'bpm'", lambda: bidmc_data.ppg_inputs(windows, 31.25, kind="waveform", rate="bpm"))
+    assert torch.equal(rr, band_spectrum(respiratory_signals(windows, 31.25), 31.25, (0.08, 0.75), 40))
+    assert torch.equal(hr[:, 0], band_spectrum(windows, 31.25, (0.6, 3.125), 40))
+    refuses(ppg_inputs, "kind 'cepstrum'", windows, 31.25, kind="cepstrum", rate="rr")
+    refuses(ppg_inputs, "rate 'bpm'", windows, 31.25, kind="waveform", rate="bpm")
 
 
 def test_data_ppg_split_stretches_in_training_only_and_scales_its_targets():
-    windows = bidmc_data.bidmc_windows(bidmc_data.synthetic_ppg(2, seconds=60), rate="hr", seconds=10)
-    scaler = data.LabelScaler().fit(windows["labels"])
+    windows = bidmc_windows(synthetic_ppg(2, seconds=60), rate="hr", seconds=10)
+    scaler = LabelScaler().fit(windows["labels"])
     rows = np.arange(3, 15)
-    split = bidmc_data.PPGSplit(windows, rows, lambda x: x[:, None], scaler=scaler, stretch=1.2)
+    split = PPGSplit(windows, rows, lambda x: x[:, None], scaler=scaler, stretch=1.2)
     plain, stretched = split.batch(np.array([4, 0])), split.batch(np.array([4, 0]), seeded())
     assert len(split) == 12 and torch.equal(plain["inputs"][:, 0], windows["inputs"][[7, 3]])
     assert near(scaler.inverse(plain["targets"].double()), windows["labels"][[7, 3]], 1e-4)
@@ -367,7 +373,7 @@ def test_data_ppg_split_stretches_in_training_only_and_scales_its_targets():
     split.features = torch.arange(12.0)[:, None]
     batch = split.batch(np.array([4, 0]), seeded())
     assert batch["features"].tolist() == [[4], [0]] and "inputs" not in batch and torch.equal(batch["targets"], plain["targets"])
-    assert "targets" not in bidmc_data.PPGSplit(windows, rows, lambda x: x).batch(np.array([0]))
+    assert "targets" not in PPGSplit(windows, rows, lambda x: x).batch(np.array([0]))
 
 
 def test_data_quantisation_cost_is_what_even_breathing_shows():
@@ -376,24 +382,24 @@ def test_data_quantisation_cost_is_what_even_breathing_shows():
         mean = rng.uniform(2, 9, 200_000)  # breaths in a window
         phase = rng.uniform(size=len(mean))
         counts = np.floor(mean + phase) - np.floor(phase)
-        truth, rounded = bidmc_data.quantisation_cost(seconds)
+        truth, rounded = quantisation_cost(seconds)
         assert near(60 / seconds * np.abs(mean - counts).mean() / truth, 1, 0.02)
         assert near(60 / seconds * np.abs(np.round(mean) - counts).mean() / rounded, 1, 0.02)
-    assert bidmc_data.quantisation_cost(10) == (2.0, 1.5)
+    assert quantisation_cost(10) == (2.0, 1.5)
 
 
 def test_data_synthetic_ppg_is_fixed_by_its_seed_and_holds_its_rates():
-    recordings = bidmc_data.synthetic_ppg(8, seconds=160)
-    assert_same(bidmc_data.synthetic_ppg(3, seconds=160), recordings[:3])
-    assert not np.array_equal(bidmc_data.synthetic_ppg(1, seconds=160, seed=1)[0]["ppg"], recordings[0]["ppg"])
+    recordings = synthetic_ppg(8, seconds=160)
+    assert_same(synthetic_ppg(3, seconds=160), recordings[:3])
+    assert not np.array_equal(synthetic_ppg(1, seconds=160, seed=1)[0]["ppg"], recordings[0]["ppg"])
     assert [each["number"] for each in recordings] == list(range(1, 9))
     assert len({each["patient"] for each in recordings}) == 6
     assert len(recordings[0]["ppg"]) == 160 * 125 + 1 and len(recordings[0]["hr"]) == 161
     assert {float(each["ppg"].max()) for each in recordings} == {1, 4} and {float(each["ppg"].min()) for each in recordings} == {0}
     for rate, bound in (("rr", 0.15), ("hr", 0.4)):  # known to annotator 2 and to PULSE, and to be found in the PPG
-        windows = bidmc_data.bidmc_windows(recordings, rate=rate)
+        windows = bidmc_windows(recordings, rate=rate)
         labels = windows["labels"]
-        spectral = data.spectral_rate(data.reduce_rate(windows["inputs"][:], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        spectral = spectral_rate(reduce_rate(windows["inputs"][:], 4), 31.25, RATE_BANDS[rate]).numpy()
         assert np.abs(windows["ceiling"] - labels).mean() < bound and np.median(np.abs(spectral - labels)) < 0.5
         assert np.abs(labels - np.median(labels)).mean() > 2
 
@@ -403,7 +409,7 @@ REAL_RECORDINGS = []
 
 def real_recordings():
     if not REAL_RECORDINGS:
-        REAL_RECORDINGS.extend(bidmc_data.read_bidmc(need_real("bidmc_csv")))
+        REAL_RECORDINGS.extend(read_bidmc(need_real("bidmc_csv")))
     return REAL_RECORDINGS
 
 
@@ -421,13 +427,13 @@ def test_data_real_bidmc_is_read_whole():
 
 
 def test_data_real_bidmc_gives_the_original_statistics_to_the_digit():
-    windows, rows = bidmc_data.bidmc_original(real_recordings(), rate="rr")
+    windows, rows = bidmc_original(real_recordings(), rate="rr")
     train, validation, test = (windows["labels"][rows[name]] for name in ("train", "validation", "test"))
     assert (len(train), len(validation), len(test)) == (9912, 1180, 1416) and (train.min(), train.max()) == (0, 36)
     assert f"{train.mean():.3f} {train.std(ddof=1):.3f} {validation.std(ddof=1):.3f}" == "17.216 4.430 3.859"
     assert f"{np.abs(validation - 18).mean():.3f} {np.abs(test - 18).mean():.3f}" == "2.222 2.352"
     assert round(float((windows["labels"] == 18).mean()), 1) == 0.6
-    windows, rows = bidmc_data.bidmc_original(real_recordings(), rate="hr")
+    windows, rows = bidmc_original(real_recordings(), rate="hr")
     train = windows["labels"][rows["train"]]
     assert [len(rows[name]) for name in ("train", "validation", "test")] == [9912, 1180, 1416]
     assert f"{train.mean():.2f} {train.std(ddof=1):.2f} {train.min():.1f} {train.max():.1f}" == "88.12 11.76 52.2 131.2"
@@ -435,9 +441,9 @@ def test_data_real_bidmc_gives_the_original_statistics_to_the_digit():
 
 def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
     for rate, count, floor, ceiling, spectral in (("rr", 5730, 2.10, 0.28, 2.87), ("hr", 5989, 9.77, 0.99, 1.26)):
-        windows = bidmc_data.bidmc_windows(real_recordings(), rate=rate)
+        windows = bidmc_windows(real_recordings(), rate=rate)
         labels = windows["labels"]
         assert len(labels) == count and len(set(windows["groups"])) == 46 and not np.isnan(windows["ceiling"]).any()
-        estimate = data.spectral_rate(data.reduce_rate(windows["inputs"][:], 4), 31.25, data.RATE_BANDS[rate]).numpy()
+        estimate = spectral_rate(reduce_rate(windows["inputs"][:], 4), 31.25, RATE_BANDS[rate]).numpy()
         for prediction, expected in ((np.median(labels), floor), (windows["ceiling"], ceiling), (estimate, spectral)):
             assert near(np.abs(prediction - labels).mean(), expected, 0.01), (rate, np.abs(prediction - labels).mean())

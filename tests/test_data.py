@@ -9,31 +9,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+from data import (
+    LabelScaler, ShuffledBatchSampler, StratifiedBatchSampler, bucketed_batches, encode_png,
+    map_npy, resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
+    write_npy)
 from tasks import faceparse
 from tasks import ocec
 from tasks import quadmodal
 from tests.helpers import (
     folder, make_npz, near, need_pillow, need_real, padding, png_content, raises, random_images,
-    ridge_accuracy)
+    refuses, ridge_accuracy)
 
 
 def test_data_split_is_fixed_by_its_seed_and_refuses_what_cannot_be_met():
-    first, again, other = (data.split_by_group(np.arange(50), (0.8, 0.2), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (split_by_group(np.arange(50), (0.8, 0.2), seed=seed) for seed in (1, 1, 2))
     assert [len(rows) for rows in first] == [40, 10]
     assert np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
-    assert [len(rows) for rows in data.split_by_group(np.arange(9), (1.0, 0.0, 0.0), seed=0)] == [9, 0, 0]
-    raises(ValueError, "add up to 1", lambda: data.split_by_group(np.arange(9), (0.8, 0.3), seed=0))
-    raises(ValueError, "none of the 1 groups", lambda: data.split_by_group(np.zeros(9), (0.5, 0.5), seed=0))
+    assert [len(rows) for rows in split_by_group(np.arange(9), (1.0, 0.0, 0.0), seed=0)] == [9, 0, 0]
+    refuses(split_by_group, "add up to 1", np.arange(9), (0.8, 0.3), seed=0)
+    refuses(split_by_group, "none of the 1 groups", np.zeros(9), (0.5, 0.5), seed=0)
 
 
 def test_data_shuffled_batches_hold_every_row_once():
     for n, size in ((10, 4), (12, 4), (7, 7), (5, 1)):
-        batches = data.shuffled_batches(n, size, seed=0, epoch=0)
+        batches = shuffled_batches(n, size, seed=0, epoch=0)
         assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
         assert all(len(rows) == size for rows in batches[:-1])
     for rank in range(2):  # of 5 rows 2 each
-        assert [len(rows) for rows in data.shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)] == [2]
+        assert [len(rows) for rows in shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)] == [2]
 
 
 def balanced(plan, labels):
@@ -43,7 +46,7 @@ def balanced(plan, labels):
 def test_data_stratified_batches_keep_quota_and_length():
     labels = np.repeat([0, 1, 2], [97, 13, 5])
     for size in (6, 7, 31):
-        plan = data.stratified_batches(labels, size, seed=1, epoch=0)
+        plan = stratified_batches(labels, size, seed=1, epoch=0)
         assert len(plan) == -(-len(labels) // size) and all(len(rows) == size for rows in plan)
         for counts in balanced(plan, labels):
             assert counts.min() >= size // 3 and counts.max() <= size // 3 + 1
@@ -56,7 +59,7 @@ def test_data_stratified_batches_repeat_a_row_only_when_they_must():
                          *(((550, 10, 8, 6, 5, 4), size) for size in (32, 31, 37, 5))):
         labels = np.repeat(np.arange(len(counts)), counts)
         for epoch in range(4):
-            plan = data.stratified_batches(labels, size, seed=5, epoch=epoch)
+            plan = stratified_batches(labels, size, seed=5, epoch=epoch)
             for rows in plan:
                 for c, n in enumerate(counts):
                     mine = rows[labels[rows] == c]
@@ -75,17 +78,17 @@ def test_data_stratified_batches_hold_two_classes_whatever_their_size():
         for size in (2, 3, 5, 7, 13, 31, 32, 37):  # a size below the number of classes as well
             for ranks in (1, 2):
                 full = min(size, len(labels) // ranks)
-                plans = [data.stratified_batches(labels, full, seed=1, epoch=2, rank=rank, world_size=ranks) for rank in range(ranks)]
+                plans = [stratified_batches(labels, full, seed=1, epoch=2, rank=rank, world_size=ranks) for rank in range(ranks)]
                 for rows in itertools.chain(*plans):
                     assert len(rows) == full and len(set(labels[rows])) == min(full, len(counts)), (counts, size, ranks)
     labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))  # the note's sampler: 16 of its 18 batches held one class
-    present = [len(set(labels[rows])) for epoch in range(3) for rows in data.stratified_batches(labels, 32, seed=0, epoch=epoch)]
+    present = [len(set(labels[rows])) for epoch in range(3) for rows in stratified_batches(labels, 32, seed=0, epoch=epoch)]
     assert len(present) == 3 * 19 and min(present) == np.mean(present) == 6
 
 
 def test_data_stratified_batches_of_one_class_are_shuffled_batches_that_are_full():
     for labels in (np.zeros(23, int), np.full(23, 4), np.array(["walk"] * 23)):  # all classes but one are empty
-        plan = data.stratified_batches(labels, 7, seed=0, epoch=0)
+        plan = stratified_batches(labels, 7, seed=0, epoch=0)
         assert [len(rows) for rows in plan] == [7] * 4 and all(len(set(rows)) == 7 for rows in plan)
         assert set(np.concatenate(plan)) == set(range(23))
 
@@ -111,36 +114,36 @@ def test_data_stratified_batches_equal_the_slow_version():
         labels = rng.choice(rng.integers(1, 9), size=rng.integers(40, 120)) ** 2
         size, seed, epoch = (int(x) for x in rng.integers(1, 40, 3))
         for labels in (labels, labels - 3, labels * 70000, labels.astype(str)):  # the first takes the faster sort
-            plan = data.stratified_batches(labels, size, seed=seed, epoch=epoch)
+            plan = stratified_batches(labels, size, seed=seed, epoch=epoch)
             assert np.array_equal(plan, slow_stratified(labels, size, seed, epoch)), (labels, size)
 
 
 def test_data_sampler_report_equals_counting_by_hand():
     labels = ["a", "b", "b", "c", "d"]
-    assert data.sampler_report([[0, 1], torch.tensor([2, 2]), np.array([1, 2, 3, 1])], labels) == {
+    assert sampler_report([[0, 1], torch.tensor([2, 2]), np.array([1, 2, 3, 1])], labels) == {
         "batches": 3, "rows": 8, "class_counts": {"a": 1, "b": 6, "c": 1, "d": 0}, "largest_share": 0.75, "largest_batch_share": 1.0,
         "classes_min": 1, "classes_mean": 5 / 3, "single_class": 1, "repeats": 2, "never_drawn": 1}
     for batches in ([], [[0], []]):
-        raises(ValueError, "nothing to report", lambda: data.sampler_report(batches, labels))
+        refuses(sampler_report, "nothing to report", batches, labels)
 
 
 def test_data_sampler_report_sees_a_sorted_epoch_and_a_tail_of_one_class():
     labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))
-    balanced = data.sampler_report(data.stratified_batches(labels, 32, seed=0, epoch=0), labels)
+    balanced = sampler_report(stratified_batches(labels, 32, seed=0, epoch=0), labels)
     assert balanced["single_class"] == 0 and balanced["classes_min"] == balanced["classes_mean"] == 6
     assert balanced["rows"] == 19 * 32 and 0.16 < balanced["largest_share"] < 0.17 and balanced["largest_batch_share"] == 6 / 32
     # quotas of 5 and 6 of classes of 5 and 4: the last repeats one or two rows in every batch, the last but one in some
     assert 19 <= balanced["repeats"] <= 3 * 19 and balanced["never_drawn"] == 550 - balanced["class_counts"][0]
     in_order = [np.arange(start, min(start + 32, 583)) for start in range(0, 583, 32)]
-    report = data.sampler_report(in_order, labels)
+    report = sampler_report(in_order, labels)
     assert report["single_class"] == 17 and report["classes_min"] == 1 and report["repeats"] == report["never_drawn"] == 0
     assert report["largest_share"] == 550 / 583 and report["class_counts"] == dict(enumerate((550, 10, 8, 6, 5, 4)))
 
 
 def test_data_order_is_fixed_by_seed_and_epoch():
     labels = np.repeat([0, 1], [30, 20])
-    for plan in (lambda s, e: data.stratified_batches(labels, 8, seed=s, epoch=e),
-                 lambda s, e: data.shuffled_batches(50, 8, seed=s, epoch=e)):
+    for plan in (lambda s, e: stratified_batches(labels, 8, seed=s, epoch=e),
+                 lambda s, e: shuffled_batches(50, 8, seed=s, epoch=e)):
         flat = lambda s, e: np.concatenate(plan(s, e)).tolist()
         assert flat(0, 0) == flat(0, 0)
         assert len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
@@ -148,8 +151,8 @@ def test_data_order_is_fixed_by_seed_and_epoch():
 
 def test_data_ranks_together_are_one_process_with_the_whole_batch():
     labels = np.repeat([0, 1, 2], [70, 31, 22])
-    for plan in (lambda size, **kw: data.stratified_batches(labels, size, seed=0, epoch=1, **kw),
-                 lambda size, **kw: data.shuffled_batches(120, size, seed=0, epoch=1, **kw)):
+    for plan in (lambda size, **kw: stratified_batches(labels, size, seed=0, epoch=1, **kw),
+                 lambda size, **kw: shuffled_batches(120, size, seed=0, epoch=1, **kw)):
         ranks = [plan(6, rank=rank, world_size=2) for rank in (0, 1)]
         whole = plan(12)
         assert len(ranks[0]) == len(ranks[1]) == len(whole)
@@ -159,7 +162,7 @@ def test_data_ranks_together_are_one_process_with_the_whole_batch():
 
 def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
     labels = np.repeat([0, 1], [30, 21])
-    for sampler in (data.ShuffledBatchSampler(51, 8, seed=2), data.StratifiedBatchSampler(labels, 8, seed=2)):
+    for sampler in (ShuffledBatchSampler(51, 8, seed=2), StratifiedBatchSampler(labels, 8, seed=2)):
         first = list(sampler)
         assert len(sampler) == len(first) == 7 and first == list(sampler)
         sampler.set_epoch(1)
@@ -169,8 +172,8 @@ def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
 
 
 def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
-    for plan in (lambda: data.shuffled_batches(5, 8, seed=0, epoch=0),
-                 lambda: data.stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
+    for plan in (lambda: shuffled_batches(5, 8, seed=0, epoch=0),
+                 lambda: stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert [len(rows) for rows in plan()] == [5]
@@ -183,12 +186,11 @@ def test_data_cache_of_a_damaged_npz_is_not_kept():
         middle = len(whole) // 4  # inside the images
         flipped = bytes([whole[middle] ^ 1])
         (f / "eyes.npz").write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
-        raises(ValueError, "eyes.npz is not a readable .npz",
-               lambda: ocec.read_eyes(f / "eyes.npz", cache=f / "cache"))
+        refuses(ocec.read_eyes, "eyes.npz is not a readable .npz",
+                f / "eyes.npz", cache=f / "cache")
         assert not list((f / "cache").iterdir())
         np.savez(f / "objects.npz", images=np.array([None, 1]))
-        raises(ValueError, "not a readable .npz",
-               lambda: ocec.read_eyes(f / "objects.npz", cache=f / "cache"))
+        refuses(ocec.read_eyes, "not a readable .npz", f / "objects.npz", cache=f / "cache")
 
 
 def test_data_write_npy_writes_pieces_of_any_length_that_numpy_reads():
@@ -196,8 +198,8 @@ def test_data_write_npy_writes_pieces_of_any_length_that_numpy_reads():
         for rows, row_shape, kind in (((3, 0, 40), (2, 5), "uint8"), ((0,), (), "float64"),
                                       ((7,) * 200, (), "int64")):
             parts = [np.random.default_rng(0).integers(0, 99, (n, *row_shape)) for n in rows]
-            data.write_npy(f / "a.npy", kind, row_shape, iter(parts))
-            for read in (np.load(f / "a.npy", allow_pickle=False), data.map_npy(f / "a.npy")):
+            write_npy(f / "a.npy", kind, row_shape, iter(parts))
+            for read in (np.load(f / "a.npy", allow_pickle=False), map_npy(f / "a.npy")):
                 assert read.dtype == kind and np.array_equal(read, np.concatenate(parts))
             assert (f / "a.npy").stat().st_size == 128 + read.nbytes and len(list(f.iterdir())) == 1
 
@@ -208,66 +210,66 @@ def test_data_write_npy_that_breaks_off_leaves_the_old_file():
         raise OSError("no more")
 
     with folder() as f:
-        data.write_npy(f / "a.npy", "float64", (), [np.ones(2)])
-        raises(OSError, "no more", lambda: data.write_npy(f / "a.npy", "float64", (), pieces()))
+        write_npy(f / "a.npy", "float64", (), [np.ones(2)])
+        raises(OSError, "no more", lambda: write_npy(f / "a.npy", "float64", (), pieces()))
         assert np.load(f / "a.npy").tolist() == [1, 1] and len(list(f.iterdir())) == 1
 
 
 def test_data_resize_is_a_mean_over_blocks_when_it_halves():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8) * 3
-    small = data.resize_uint8(image, (4, 4))
+    small = resize_uint8(image, (4, 4))
     padded = F.interpolate(torch.from_numpy(image[:, None]).float(), size=(4, 4), mode="bilinear", antialias=True)
     assert small.shape == (1, 3, 4, 4) and (small[:, 0].float() - padded[:, 0]).abs().max() <= 0.5
-    assert torch.equal(data.resize_uint8(image, (8, 8))[:, 1], torch.from_numpy(image))
+    assert torch.equal(resize_uint8(image, (8, 8))[:, 1], torch.from_numpy(image))
 
 
 def test_data_encode_png_writes_what_the_specification_says():
     ids, rgb = np.array([[0, 1, 2], [2, 1, 0]], np.uint8), random_images(2, 3, 3).numpy()
     palette = np.array([[0, 0, 0], [255, 0, 0], [1, 2, 3]])
     for pixels, colours, kind in ((ids, None, 0), (ids, palette, 3), (rgb, None, 2)):
-        header, chunks = png_content(data.encode_png(pixels, colours))
+        header, chunks = png_content(encode_png(pixels, colours))
         assert header == (3, 2, 8, kind, 0, 0, 0) and list(chunks)[-1] == b"IEND"
         rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(2, -1)
         assert (rows[:, 0] == 0).all() and (rows[:, 1:] == pixels.reshape(2, -1)).all()
-    assert png_content(data.encode_png(ids, palette))[1][b"PLTE"] == bytes([0, 0, 0, 255, 0, 0, 1, 2, 3])
-    raises(ValueError, "id 2 has no colour", lambda: data.encode_png(ids, palette[:2]))
+    assert png_content(encode_png(ids, palette))[1][b"PLTE"] == bytes([0, 0, 0, 255, 0, 0, 1, 2, 3])
+    refuses(encode_png, "id 2 has no colour", ids, palette[:2])
     for pixels in (ids.astype(float), ids[0], rgb[:, :, :2]):
-        raises(ValueError, "written from uint8", lambda: data.encode_png(pixels))
+        refuses(encode_png, "written from uint8", pixels)
 
 
 def test_data_encode_png_is_read_back_by_pillow():
     image = need_pillow()
     ids, palette = random_images(9, 7).numpy() % 19, np.array(faceparse.FACE_COLOURS, np.uint8)
-    with image.open(io.BytesIO(data.encode_png(ids, palette))) as file:
+    with image.open(io.BytesIO(encode_png(ids, palette))) as file:
         assert file.mode == "P" and (np.array(file) == ids).all() and (np.array(file.convert("RGB")) == palette[ids]).all()
 
 
 def test_data_label_scaler_is_exact_for_arrays_and_tensors():
     labels = np.random.default_rng(0).normal(17, 4, 1000)
-    scaler = data.LabelScaler().fit(labels.astype(np.float32))
+    scaler = LabelScaler().fit(labels.astype(np.float32))
     z = scaler.transform(labels.astype(np.float32).astype(np.float64))
     assert abs(z.mean()) < 1e-12 and near(z.std(), 1, 1e-12) and near(scaler.inverse(scaler.transform(labels)), labels, 1e-5)
     tensor = torch.from_numpy(labels).float().requires_grad_()
     back = scaler.inverse(scaler.transform(tensor))
     assert back.dtype == torch.float32 and back.requires_grad and near(back, tensor, 1e-5)
     large = 1e8 + np.array([0.0, 1, 2, 3])
-    assert near(data.LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], 1e-4)
-    simple = data.LabelScaler().fit([10, 20])
+    assert near(LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], 1e-4)
+    simple = LabelScaler().fit([10, 20])
     assert simple.state_dict() == {"mean": 15.0, "scale": 5.0} and {type(v) for v in simple.state_dict().values()} == {float}
-    loaded = data.LabelScaler()
+    loaded = LabelScaler()
     loaded.load_state_dict(simple.state_dict())
     assert loaded.transform(20) == 1.0 and loaded.inverse(-1) == 10.0
 
 
 def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():
-    scaler = data.LabelScaler().fit(np.full(7, 0.1))
+    scaler = LabelScaler().fit(np.full(7, 0.1))
     assert scaler.scale == 1.0 and np.abs(scaler.transform(np.full(7, 0.1))).max() < 1e-15
     assert near(scaler.inverse(0.0), 0.1, 1e-15)
-    raises(ValueError, "0 labels", lambda: data.LabelScaler().fit([]))
-    raises(ValueError, "3 labels, 1 of them NaN", lambda: data.LabelScaler().fit([1, np.nan, 2]))
-    raises(ValueError, "1 of them NaN or infinite", lambda: data.LabelScaler().fit([1, np.inf]))
-    raises(RuntimeError, "fit it on the training labels", lambda: data.LabelScaler().transform(np.ones(2)))
-    raises(RuntimeError, "load its state", lambda: data.LabelScaler().inverse(np.ones(2)))
+    refuses(LabelScaler().fit, "0 labels", [])
+    refuses(LabelScaler().fit, "3 labels, 1 of them NaN", [1, np.nan, 2])
+    refuses(LabelScaler().fit, "1 of them NaN or infinite", [1, np.inf])
+    raises(RuntimeError, "fit it on the training labels", lambda: LabelScaler().transform(np.ones(2)))
+    raises(RuntimeError, "load its state", lambda: LabelScaler().inverse(np.ones(2)))
 
 
 def test_data_real_motionsense_is_read_whole_and_one_stream_tells_half():
@@ -276,7 +278,7 @@ def test_data_real_motionsense_is_read_whole_and_one_stream_tells_half():
         ("attitude", "gravity", "rotation", "acceleration"), ((8106, 128, 3), "float16"))
     assert names == ["dws", "ups", "wlk", "jog", "sit", "std"] and np.bincount(labels).tolist() == [747, 875, 1983, 758, 2026, 1717]
     assert len(set(groups)) == 18 and all(each.all() for each in present.values())
-    train, validation, test = data.split_by_group(groups, (12 / 18, 3 / 18, 3 / 18), seed=0)
+    train, validation, test = split_by_group(groups, (12 / 18, 3 / 18, 3 / 18), seed=0)
     alone = [ridge_accuracy([array], labels, train, test) for array in arrays.values()]
     together = ridge_accuracy(arrays.values(), labels, train, test)
     assert max(alone) < 0.7 and together > max(alone) + 0.1, (alone, together)
@@ -287,39 +289,40 @@ def test_data_bucketed_batches_hold_every_row_once_and_as_many_batches_as_shuffl
     for n, size, ranks, pool in ((10, 4, 1, 16), (12, 4, 1, 1), (7, 7, 1, 2), (5, 1, 1, 2), (1000, 32, 1, 16), (1000, 31, 3, 4),
                                  (131, 8, 2, 3)):
         lengths = rng.integers(1, 90, n)
-        plans = [data.bucketed_batches(lengths, size, seed=1, epoch=2, rank=rank, world_size=ranks, pool=pool) for rank in range(ranks)]
-        shuffled = data.shuffled_batches(n, size, seed=1, epoch=2, world_size=ranks)
+        plans = [bucketed_batches(lengths, size, seed=1, epoch=2, rank=rank, world_size=ranks, pool=pool) for rank in range(ranks)]
+        shuffled = shuffled_batches(n, size, seed=1, epoch=2, world_size=ranks)
         assert all([len(rows) for rows in plan] == [len(rows) for rows in shuffled] for plan in plans), (n, size, ranks)
         rows = np.concatenate([rows for plan in plans for rows in plan])
         assert rows.dtype == np.int64 and len(set(rows.tolist())) == len(rows) == n - n % ranks
     lengths = rng.integers(1, 90, 50)
-    flat = lambda s, e: np.concatenate(data.bucketed_batches(lengths, 8, seed=s, epoch=e)).tolist()
+    flat = lambda s, e: np.concatenate(bucketed_batches(lengths, 8, seed=s, epoch=e)).tolist()
     assert flat(0, 0) == flat(0, 0) and len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
     lengths = rng.integers(1, 90, 120)
-    ranks = [data.bucketed_batches(lengths, 6, seed=0, epoch=1, rank=rank, world_size=2, pool=3) for rank in (0, 1)]
-    for a, b, rows in zip(*ranks, data.bucketed_batches(lengths, 12, seed=0, epoch=1, pool=3), strict=True):
+    ranks = [bucketed_batches(lengths, 6, seed=0, epoch=1, rank=rank, world_size=2, pool=3) for rank in (0, 1)]
+    for a, b, rows in zip(*ranks, bucketed_batches(lengths, 12, seed=0, epoch=1, pool=3), strict=True):
         assert not set(a) & set(b) and sorted([*a, *b]) == sorted(rows)
         assert abs(lengths[a].mean() - lengths[b].mean()) < 12  # dealt in turn: no rank waits for the other
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert [len(rows) for rows in data.bucketed_batches([3, 1, 2], 8, seed=0, epoch=0)] == [3]
+        assert [len(rows) for rows in bucketed_batches([3, 1, 2], 8, seed=0, epoch=0)] == [3]
     assert "3 rows are fewer than a batch of 8" in str(caught[0].message)
     for wrong, message in (({"batch_size": 0}, "batch_size 0 must be"), ({"world_size": 4}, "3 rows at least one per rank (4)"),
                            ({"pool": 0}, "pool 0 must be")):
-        raises(ValueError, message, lambda: data.bucketed_batches([3, 1, 2], **({"batch_size": 2, "seed": 0, "epoch": 0} | wrong)))
+        refuses(bucketed_batches, message,
+                [3, 1, 2], **{"batch_size": 2, "seed": 0, "epoch": 0} | wrong)
 
 
 def test_data_bucketed_batches_are_padded_less_in_an_order_that_tells_nothing_of_length():
     lengths = np.random.default_rng(0).gamma(4, 18, 3210).astype(int) + 1
-    shuffled = padding(data.shuffled_batches(3210, 32, seed=0, epoch=0), lengths)
-    pads = [padding(data.bucketed_batches(lengths, 32, seed=0, epoch=0, pool=pool), lengths) for pool in (1, 4, 16, 1000)]
+    shuffled = padding(shuffled_batches(3210, 32, seed=0, epoch=0), lengths)
+    pads = [padding(bucketed_batches(lengths, 32, seed=0, epoch=0, pool=pool), lengths) for pool in (1, 4, 16, 1000)]
     assert 1.6 < shuffled and shuffled + 0.1 > pads[0] > shuffled - 0.1 > pads[1] > pads[2] > pads[3] and pads[2] < 1.15, (shuffled, pads)
-    plan = data.bucketed_batches(lengths, 32, seed=0, epoch=0)
+    plan = bucketed_batches(lengths, 32, seed=0, epoch=0)
     means = np.array([lengths[rows].mean() for rows in plan[:-1]])
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3 and abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
-    rests = [lengths[data.bucketed_batches(lengths, 32, seed=0, epoch=epoch)[-1]].mean() for epoch in range(40)]
+    rests = [lengths[bucketed_batches(lengths, 32, seed=0, epoch=epoch)[-1]].mean() for epoch in range(40)]
     assert abs(np.mean(rests) / lengths.mean() - 1) < 0.1  # the smaller batch is no batch of the longest rows
-    same = [set(rows.tolist()) for rows in data.bucketed_batches(np.ones(3210), 32, seed=0, epoch=0)]
+    same = [set(rows.tolist()) for rows in bucketed_batches(np.ones(3210), 32, seed=0, epoch=0)]
     assert same != [set(range(start, min(start + 32, 3210))) for start in range(0, 3210, 32)]  # ties stay shuffled
-    again = {frozenset(rows.tolist()) for epoch in range(2) for rows in data.bucketed_batches(lengths, 32, seed=0, epoch=epoch)}
+    again = {frozenset(rows.tolist()) for epoch in range(2) for rows in bucketed_batches(lengths, 32, seed=0, epoch=epoch)}
     assert len(again) == 2 * len(plan)  # a row meets others in the next epoch

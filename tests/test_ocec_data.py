@@ -9,10 +9,10 @@ import torch
 import data
 import losses
 from tasks import faceparse
-from tasks import ocec
+from tasks.ocec import read_eyes, read_pairs, synthetic_eyes
 from tasks import quadmodal
 from tests.helpers import (
-    folder, make_class_folder, make_npz, near, need_pillow, need_real, raises, warned)
+    folder, make_class_folder, make_npz, near, need_pillow, need_real, refuses, warned)
 
 
 def test_data_no_group_is_on_two_sides_of_a_split():
@@ -27,26 +27,26 @@ def test_data_no_group_is_on_two_sides_of_a_split():
 
 def test_data_npz_of_colour_or_grey_eyes_is_read_as_it_is():
     with folder() as f:
-        images, labels, groups, names = ocec.read_eyes(make_npz(f / "eyes.npz"), size=(12, 20))
-        source = ocec.synthetic_eyes(60, size=(12, 20), seed=1)
+        images, labels, groups, names = read_eyes(make_npz(f / "eyes.npz"), size=(12, 20))
+        source = synthetic_eyes(60, size=(12, 20), seed=1)
         assert torch.equal(images, source[0]) and np.array_equal(labels, source[1]) and np.array_equal(groups, source[2])
         assert names[:2] == ["eyes.npz#0", "eyes.npz#1"] and images.is_contiguous()
         grey = source[0][:, 0].numpy()
-        images, _, groups, _ = ocec.read_eyes(make_npz(f / "grey.npz", images=grey, groups=None), size=(12, 20))
+        images, _, groups, _ = read_eyes(make_npz(f / "grey.npz", images=grey, groups=None), size=(12, 20))
         assert groups is None and all(np.array_equal(images[:, c].numpy(), grey) for c in range(3))
 
 
 def test_data_class_folder_and_annotation_give_the_same_eyes():
     with folder() as f:
         source, labels = make_class_folder(f / "eyes")
-        images, read, groups, names = ocec.read_eyes(f / "eyes", size=(12, 20))
+        images, read, groups, names = read_eyes(f / "eyes", size=(12, 20))
         order = [int(Path(name).stem) for name in names]
         assert torch.equal(images, source[order]) and np.array_equal(read, labels[order]) and groups is None
         with open(f / "eyes" / "annotation.csv", "w") as file:
             csv.writer(file).writerows(zip(names, read))
         with open(f / "eyes" / "groups.csv", "w") as file:
             csv.writer(file).writerows((name, f"face{int(Path(name).stem) // 2}") for name in reversed(names))
-        again, labels_again, groups, _ = ocec.read_eyes(f / "eyes", size=(12, 20))
+        again, labels_again, groups, _ = read_eyes(f / "eyes", size=(12, 20))
         assert torch.equal(again, images) and np.array_equal(labels_again, read)
         assert groups.tolist() == [f"face{i // 2}" for i in order]
 
@@ -54,10 +54,10 @@ def test_data_class_folder_and_annotation_give_the_same_eyes():
 def test_data_cache_maps_the_same_pixels_and_is_keyed_by_the_file():
     with folder() as f:
         path = make_npz(f / "eyes.npz")
-        plain = ocec.read_eyes(path, size=(16, 24))[0]
+        plain = read_eyes(path, size=(16, 24))[0]
 
         def read():
-            return ocec.read_eyes(path, size=(16, 24), cache=f / "cache")[0]
+            return read_eyes(path, size=(16, 24), cache=f / "cache")[0]
 
         for _ in range(2):
             assert torch.equal(read(), plain)
@@ -71,20 +71,20 @@ def test_data_cache_maps_the_same_pixels_and_is_keyed_by_the_file():
         read()[0] = 3  # memory-mapped, and copied where it is written to
         assert decoded.read_bytes() == before
         make_npz(path, n=58)
-        assert len(ocec.read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
+        assert len(read_eyes(path, size=(16, 24), cache=f / "cache")[0]) == 58
 
 
 def test_data_read_pairs_names_the_file_that_is_no_csv():
     with folder() as f:
         for content in ("a.png,1\n".encode("utf-16"), "ä.png,1\n".encode("latin-1"), b'"a.png,1\n' + b"b.png,0\n" * 20_000):
             (f / "annotation.csv").write_bytes(content)
-            raises(ValueError, "annotation.csv is no CSV in UTF-8", lambda: ocec.read_pairs(f / "annotation.csv"))
+            refuses(read_pairs, "annotation.csv is no CSV in UTF-8", f / "annotation.csv")
 
 
 def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
-    images, labels, groups, _ = ocec.synthetic_eyes(400)
+    images, labels, groups, _ = synthetic_eyes(400)
     assert near(losses.binary_report(np.ones(400), labels)["f1"], 0.69, 0.01)
-    assert torch.equal(images, ocec.synthetic_eyes(400)[0]) and not torch.equal(images, ocec.synthetic_eyes(400, seed=1)[0])
+    assert torch.equal(images, synthetic_eyes(400)[0]) and not torch.equal(images, synthetic_eyes(400, seed=1)[0])
     assert all(len(set(labels[groups == face])) == 1 for face in np.unique(groups))
     for statistic in (images.float().mean((1, 2, 3)), images.float().std((1, 2, 3))):  # brightness and contrast give little away
         area = losses.auroc(statistic.numpy(), labels)
@@ -93,9 +93,9 @@ def test_data_synthetic_eyes_are_balanced_varied_and_fixed_by_the_seed():
 
 def test_data_real_eyes_are_read_whole():
     need_pillow()
-    images, labels, groups, names = ocec.read_eyes(need_real("eyes_cew"))
+    images, labels, groups, names = read_eyes(need_real("eyes_cew"))
     assert images.shape == (4846, 3, 32, 64) and int(labels.sum()) == 2462 and len(set(groups)) == 2423
-    images, labels, groups, _ = ocec.read_eyes(need_real("eyes_mrl/mrl_29_subjects.npz"), size=(48, 48))
+    images, labels, groups, _ = read_eyes(need_real("eyes_mrl/mrl_29_subjects.npz"), size=(48, 48))
     assert images.shape == (10949, 3, 48, 48) and len(set(groups)) == 29
 
 
@@ -145,6 +145,6 @@ def test_data_synthetic_recordings_differ_more_than_their_rows():
 def test_data_csv_with_a_byte_order_mark_is_read_and_a_path_listed_twice_is_refused():
     with folder() as f:
         (f / "a.csv").write_bytes("\ufeffx.png,1\n\ny.png, 0\n".encode())
-        assert ocec.read_pairs(f / "a.csv") == {"x.png": "1", "y.png": "0"}
+        assert read_pairs(f / "a.csv") == {"x.png": "1", "y.png": "0"}
         (f / "b.csv").write_text("x.png,1\n\nx.png,0\n")
-        raises(ValueError, "line 3: x.png is listed twice", lambda: ocec.read_pairs(f / "b.csv"))
+        refuses(read_pairs, "line 3: x.png is listed twice", f / "b.csv")

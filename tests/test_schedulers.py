@@ -7,9 +7,8 @@ import math
 import numpy as np
 import torch
 
-import schedulers
-from tests.helpers import (
-    near, raises, same_bits, sgd)
+from schedulers import Cyclic, Plateau, WarmRestarts, WarmupCosine, find_lr
+from tests.helpers import near, raises, refuses, same_bits, sgd
 
 
 def trajectory(schedule, steps):
@@ -31,17 +30,22 @@ def torch_trajectory(schedule, optimizer, steps):
 
 
 CLOSED = [
-    lambda o: schedulers.WarmupCosine(o, 25, warmup_steps=6, warmup_start_lr=1e-4, min_lr=1e-3),
-    lambda o: schedulers.WarmRestarts(o, 4, cycle_mult=2, peak_decay=0.7, warmup_steps=5, min_lr=1e-3),
-    lambda o: schedulers.Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=3, steps_down=5, mode="triangular2"),
-    lambda o: schedulers.Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=4, mode="exp_range", gamma=0.9),
+    lambda o: WarmupCosine(o, 25, warmup_steps=6, warmup_start_lr=1e-4, min_lr=1e-3),
+    lambda o: WarmRestarts(o, 4, cycle_mult=2, peak_decay=0.7, warmup_steps=5, min_lr=1e-3),
+    lambda o: Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=3, steps_down=5, mode="triangular2"),
+    lambda o: Cyclic(o, base_lr=0.01, max_lr=0.1, steps_up=4, mode="exp_range", gamma=0.9),
 ]
 
 METRICS = [3, 2, 2, 2, 2, 2, 2, 1.5, 1.5, 1.5, 1.5, 1.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 1, 1, 1, 1]
 
 
 def plateau(o, **options):
-    return schedulers.Plateau(o, **{**dict(factor=0.5, patience=1, cooldown=2, warmup_steps=9, min_lr=0.01), **options})
+    defaults = dict(factor=0.5, patience=1, cooldown=2, warmup_steps=9, min_lr=0.01)
+    return Plateau(o, **defaults | options)
+
+
+def squared_error(model, batch):
+    return (model(batch[0]) - batch[1]).pow(2).mean()
 
 
 def drive(schedule, start, stop):
@@ -49,7 +53,7 @@ def drive(schedule, start, stop):
     rates = []
     for k in range(start, stop):
         schedule.step()
-        if isinstance(schedule, schedulers.Plateau):
+        if isinstance(schedule, Plateau):
             schedule.step(METRICS[k])
         rates.append([group["lr"] for group in schedule.optimizer.param_groups])
         assert rates[-1] == schedule.get_last_lr()
@@ -58,7 +62,8 @@ def drive(schedule, start, stop):
 
 def test_schedulers_warmup_cosine_is_the_formula_at_every_step():
     W, T, start, low, base = 5, 20, 0.01, 0.002, 0.3
-    rates = trajectory(schedulers.WarmupCosine(sgd(base), T, warmup_steps=W, warmup_start_lr=start, min_lr=low), 30)
+    schedule = WarmupCosine(sgd(base), T, warmup_steps=W, warmup_start_lr=start, min_lr=low)
+    rates = trajectory(schedule, 30)
     for t, rate in enumerate(rates):
         cosine = low + (base - low) * (1 + math.cos(math.pi * (t - W) / (T - W))) / 2
         want = start + (base - start) * t / W if t < W else cosine if t < T else low
@@ -67,14 +72,14 @@ def test_schedulers_warmup_cosine_is_the_formula_at_every_step():
 
 def test_schedulers_warmup_cosine_equals_torch():
     optimizer = sgd(0.3)
-    ours = trajectory(schedulers.WarmupCosine(sgd(0.3), 20, min_lr=0.01), 21)
-    theirs = torch_trajectory(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.01), optimizer, 21)
-    assert near(ours, theirs, 1e-9)
+    ours = trajectory(WarmupCosine(sgd(0.3), 20, min_lr=0.01), 21)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.01)
+    assert near(ours, torch_trajectory(theirs, optimizer, 21), 1e-9)
 
 
 def test_schedulers_warmup_cosine_peaks_once_and_never_rises_after():
     for W in 0, 1, 7, 19:
-        rates = np.array(trajectory(schedulers.WarmupCosine(sgd(0.3), 20, warmup_steps=W, min_lr=0.01), 60))
+        rates = np.array(trajectory(WarmupCosine(sgd(0.3), 20, warmup_steps=W, min_lr=0.01), 60))
         assert rates[W] == 0.3 and (np.delete(rates, W) < 0.3).all()
         assert (np.diff(rates[:W + 1]) > 0).all() and (np.diff(rates[W:20]) < 0).all()
         assert (rates[20:] == 0.01).all()
@@ -84,19 +89,20 @@ def test_schedulers_construction_puts_the_first_rate_into_the_optimizer():
     for build in CLOSED:
         optimizer = sgd(0.1)
         schedule = build(optimizer)
-        first = schedule.base_lrs[0]
-        assert optimizer.param_groups[0]["lr"] == schedule.lr_at(0, first) == schedule.get_last_lr()[0]
+        [rate] = schedule.get_last_lr()
+        assert rate == optimizer.param_groups[0]["lr"] == schedule.lr_at(0, schedule.base_lrs[0])
     optimizer = sgd(0.1)
-    schedulers.Plateau(optimizer, warmup_steps=4, warmup_start_lr=0.02)
+    Plateau(optimizer, warmup_steps=4, warmup_start_lr=0.02)
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.02)
 
 
 def test_schedulers_closed_forms_are_plotted_without_an_optimizer():
-    plot = schedulers.WarmupCosine(None, total_steps=1000, warmup_steps=100)
-    assert [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 550, 1000)] == [0.0, 0.0005, 0.001, 0.0005, 0.0]
-    plot = schedulers.Cyclic(None, base_lr=0.1, max_lr=0.5, steps_up=4, mode="triangular2")
+    plot = WarmupCosine(None, total_steps=1000, warmup_steps=100)
+    rates = [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 550, 1000)]
+    assert rates == [0.0, 0.0005, 0.001, 0.0005, 0.0]
+    plot = Cyclic(None, base_lr=0.1, max_lr=0.5, steps_up=4, mode="triangular2")
     assert near([plot.lr_at(t, 0.1) for t in (0, 4, 8, 12, 16)], [0.1, 0.5, 0.1, 0.3, 0.1], 1e-5)
-    plot = schedulers.WarmRestarts(None, 10, cycle_mult=2)
+    plot = WarmRestarts(None, 10, cycle_mult=2)
     assert [t for t in range(151) if plot.lr_at(t, 1.0) == 1.0] == [0, 10, 30, 70, 150]
 
 
@@ -109,32 +115,35 @@ def test_schedulers_closed_forms_are_functions_of_the_step_alone():
 
 
 def test_schedulers_restarts_hit_the_peak_on_every_boundary():
-    for length, mult, decay in (1, 3, 1.0), (10, 1, 0.9), (7, 2, 0.8), (1, 10, 1.0), (3, 10, 0.5), (100, 1, 1.0):
-        schedule = schedulers.WarmRestarts(None, length, cycle_mult=mult, peak_decay=decay, warmup_steps=4)
+    for length, mult, decay in (
+            (1, 3, 1.0), (10, 1, 0.9), (7, 2, 0.8), (1, 10, 1.0), (3, 10, 0.5), (100, 1, 1.0)):
+        schedule = WarmRestarts(None, length, cycle_mult=mult, peak_decay=decay, warmup_steps=4)
         boundary, size = 4, length
         for cycle in range(40):
-            assert math.isclose(schedule.lr_at(boundary, 0.3), 0.3 * decay**cycle), (length, mult, cycle)
+            peak = 0.3 * decay**cycle
+            assert math.isclose(schedule.lr_at(boundary, 0.3), peak), (length, mult, cycle)
             if size > 1:  # one step before a boundary is the lowest rate of the cycle
                 low = 0.3 * decay**cycle * (1 + math.cos(math.pi * (size - 1) / size)) / 2
                 assert math.isclose(schedule.lr_at(boundary + size - 1, 0.3), low, rel_tol=1e-6)
             boundary, size = boundary + size, size * mult
-    assert schedulers.WarmRestarts(None, 1, cycle_mult=3).lr_at(121, 1.0) == 1.0
-    assert schedulers.WarmRestarts(None, 10).lr_at(10**12, 1.0) == 1.0  # in one division, not in 1e11 rounds
+    assert WarmRestarts(None, 1, cycle_mult=3).lr_at(121, 1.0) == 1.0
+    assert WarmRestarts(None, 10).lr_at(10**12, 1.0) == 1.0  # in one division, not in 1e11 rounds
 
 
 def test_schedulers_restarts_equal_torch():
     for mult in 1, 2, 3:
         optimizer = sgd(0.3)
-        ours = trajectory(schedulers.WarmRestarts(sgd(0.3), 5, cycle_mult=mult, min_lr=0.01), 120)
+        ours = trajectory(WarmRestarts(sgd(0.3), 5, cycle_mult=mult, min_lr=0.01), 120)
         theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, mult, 0.01)
         assert near(ours, torch_trajectory(theirs, optimizer, 120), 1e-9)
 
 
 def test_schedulers_restarts_warm_up_once_and_stay_above_min_lr():
-    rates = trajectory(schedulers.WarmRestarts(sgd(0.3), 6, peak_decay=0.1, warmup_steps=3, warmup_start_lr=0.03,
-                                               min_lr=0.02), 40)
-    assert near(rates[:4], [0.03, 0.12, 0.21, 0.3], 1e-5)
-    assert math.isclose(rates[9], 0.03) and near(rates[15:], 0.02, 1e-5) and min(rates) >= 0.02 - 1e-15
+    schedule = WarmRestarts(sgd(0.3), 6, peak_decay=0.1, warmup_steps=3, warmup_start_lr=0.03,
+                            min_lr=0.02)
+    rates = trajectory(schedule, 40)
+    assert near(rates[:4], [0.03, 0.12, 0.21, 0.3], 1e-5) and min(rates) >= 0.02 - 1e-15
+    assert math.isclose(rates[9], 0.03) and near(rates[15:], 0.02, 1e-5)
 
 
 def test_schedulers_cyclic_equals_torch():
@@ -142,29 +151,32 @@ def test_schedulers_cyclic_equals_torch():
         for up, down in (4, None), (3, 7), (6, 1), (1, 1):
             optimizer, mine = sgd(0.3), sgd(0.3)
             options = dict(base_lr=0.01, max_lr=0.2, mode=mode, gamma=gamma)
-            theirs = torch.optim.lr_scheduler.CyclicLR(optimizer, step_size_up=up, step_size_down=down,
-                                                       cycle_momentum=False, **options)
-            ours = schedulers.Cyclic(mine, steps_up=up, steps_down=down, **options)
-            assert near(trajectory(ours, 60), torch_trajectory(theirs, optimizer, 60), 1e-9), (mode, up)
+            theirs = torch.optim.lr_scheduler.CyclicLR(
+                optimizer, step_size_up=up, step_size_down=down, cycle_momentum=False, **options)
+            theirs = torch_trajectory(theirs, optimizer, 60)
+            ours = trajectory(Cyclic(mine, steps_up=up, steps_down=down, **options), 60)
+            assert near(ours, theirs, 1e-9), (mode, up)
 
 
 def test_schedulers_plateau_equals_torch():
     rng = np.random.default_rng(0)
     for trial in range(150):
         mode, threshold_mode = ("min", "max")[trial % 2], ("rel", "abs")[trial // 2 % 2]
-        options = dict(mode=mode, threshold_mode=threshold_mode, threshold=[0, 0.01, 0.1][trial % 3],
-                       factor=[0.1, 0.5, 0.9][trial % 3], patience=trial % 4, cooldown=trial % 5, min_lr=0.003)
-        ours, optimizer = schedulers.Plateau(sgd(0.3), **options), sgd(0.3)
+        options = dict(mode=mode, threshold_mode=threshold_mode, min_lr=0.003,
+                       threshold=[0, 0.01, 0.1][trial % 3], factor=[0.1, 0.5, 0.9][trial % 3],
+                       patience=trial % 4, cooldown=trial % 5)
+        ours, optimizer = Plateau(sgd(0.3), **options), sgd(0.3)
         theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, eps=0, **options)
         for metric in rng.integers(8, 20, 40) / 8 + 1e-3 * rng.random(40):
             ours.step(metric)
             theirs.step(metric)
-            assert math.isclose(ours.get_last_lr()[0], optimizer.param_groups[0]["lr"], rel_tol=1e-12), options
+            rates = ours.get_last_lr()[0], optimizer.param_groups[0]["lr"]
+            assert math.isclose(*rates, rel_tol=1e-12), options
 
 
 def test_schedulers_plateau_tolerates_patience_bad_evaluations():
     for threshold in 1e-4, 0:  # as good as the best is bad, also with threshold 0
-        schedule, rates = schedulers.Plateau(sgd(1.0), patience=2, factor=0.5, threshold=threshold), []
+        schedule, rates = Plateau(sgd(1.0), patience=2, factor=0.5, threshold=threshold), []
         for metric in 3, 3, 3, 3, 3, 3, 3:
             schedule.step(metric)
             rates += schedule.get_last_lr()
@@ -173,15 +185,15 @@ def test_schedulers_plateau_tolerates_patience_bad_evaluations():
 
 def test_schedulers_plateau_threshold_is_right_for_a_negative_best():
     for mode, sign in ("min", 1), ("max", -1):
-        for threshold_mode in "rel", "abs":  # the margin is 0.1 * 10 = 1, or 1
-            schedule = schedulers.Plateau(sgd(1.0), mode=mode, threshold=0.1 if threshold_mode == "rel" else 1.0,
-                                          threshold_mode=threshold_mode, patience=0)
+        for threshold_mode, threshold in ("rel", 0.1), ("abs", 1.0):  # a margin of 1 below 10
+            schedule = Plateau(sgd(1.0), mode=mode, threshold=threshold,
+                               threshold_mode=threshold_mode, patience=0)
             for metric, best in (-10, -10), (-9.5, -10), (-10.5, -10), (-11.5, -11.5):
                 schedule.step(sign * metric)
                 assert schedule.best == sign * best
             assert schedule.get_last_lr() == [0.25]  # -9.5 and -10.5 were bad
     for threshold, best in (0.1, 2.0), (0.0, 2.0 - 1e-9):  # and for a positive one
-        schedule = schedulers.Plateau(sgd(1.0), threshold=threshold)
+        schedule = Plateau(sgd(1.0), threshold=threshold)
         schedule.step(2.0)
         schedule.step(2.0 - 1e-9)
         assert schedule.best == best
@@ -189,15 +201,15 @@ def test_schedulers_plateau_threshold_is_right_for_a_negative_best():
 
 def test_schedulers_plateau_refuses_a_metric_that_is_not_finite_and_keeps_its_state():
     for bad in math.nan, math.inf, -math.inf, torch.tensor(math.nan):
-        schedule = schedulers.Plateau(sgd(1.0), patience=0)
+        schedule = Plateau(sgd(1.0), patience=0)
         schedule.step(2.0)
         before = schedule.state_dict()
-        raises(ValueError, "metric=", lambda: schedule.step(bad))
+        refuses(schedule.step, "metric=", bad)
         assert schedule.state_dict() == before
 
 
 def test_schedulers_plateau_and_its_warm_up_advance_apart():
-    schedule = schedulers.Plateau(sgd(1.0), patience=0, factor=0.5, warmup_steps=4, warmup_start_lr=0.2)
+    schedule = Plateau(sgd(1.0), patience=0, factor=0.5, warmup_steps=4, warmup_start_lr=0.2)
     plain = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
     schedule.step(1.0)
     assert near(trajectory(schedule, 2), plain[:2], 1e-5)
@@ -207,12 +219,13 @@ def test_schedulers_plateau_and_its_warm_up_advance_apart():
 
 
 def test_schedulers_plateau_never_goes_below_min_lr_nor_rises():
-    schedule = schedulers.Plateau(sgd(1.0, 0.1), patience=0, factor=0.3, min_lr=0.05)
+    schedule = Plateau(sgd(1.0, 0.1), patience=0, factor=0.3, min_lr=0.05)
     rates = []
     for _ in range(9):
         schedule.step(1.0)
         rates.append(schedule.get_last_lr()[0])
-    assert near(rates, [1, 0.3, 0.09] + 6 * [0.05], 1e-5) and near(schedule.get_last_lr()[1], 0.005, 1e-5)
+    assert near(rates, [1, 0.3, 0.09] + 6 * [0.05], 1e-5)
+    assert near(schedule.get_last_lr()[1], 0.005, 1e-5)
 
 
 def test_schedulers_groups_keep_their_ratio():
@@ -245,12 +258,12 @@ def test_schedulers_resume_is_exact_at_every_step_in_either_order():
 
 def test_schedulers_resume_when_the_schedule_is_built_on_a_loaded_optimizer():
     optimizer = sgd(0.1)
-    schedule = schedulers.WarmupCosine(optimizer, 20, warmup_steps=5)
+    schedule = WarmupCosine(optimizer, 20, warmup_steps=5)
     trajectory(schedule, 7)
     straight = trajectory(copy.deepcopy(schedule), 20)
     other = sgd(0.3)
     other.load_state_dict(optimizer.state_dict())
-    resumed = schedulers.WarmupCosine(other, 20, warmup_steps=5)
+    resumed = WarmupCosine(other, 20, warmup_steps=5)
     resumed.load_state_dict(schedule.state_dict())
     assert trajectory(resumed, 20) == straight and max(straight) < 0.1
 
@@ -260,8 +273,9 @@ def test_schedulers_state_is_plain_numbers_and_not_aliased():
         schedule = build(sgd(0.1, 0.02))
         schedule.step()
         state = schedule.state_dict()
-        flat = [x for value in state.values() for x in (value if isinstance(value, list) else [value])]
-        assert all(type(x) in (int, float) for x in flat)
+        for value in state.values():
+            numbers = value if isinstance(value, list) else [value]
+            assert all(type(number) in (int, float) for number in numbers)
         before = schedule.get_last_lr()
         schedule.load_state_dict(state)
         state["base_lrs"][0] = schedule.state_dict()["base_lrs"][0] = 77.0
@@ -270,65 +284,74 @@ def test_schedulers_state_is_plain_numbers_and_not_aliased():
 
 
 def test_schedulers_refuse_a_foreign_state():
-    schedule = schedulers.WarmupCosine(sgd(0.1), 20)
+    schedule = WarmupCosine(sgd(0.1), 20)
     state = schedule.state_dict()
-    raises(ValueError, "expected ['base_lrs', 'steps_done']", lambda: schedule.load_state_dict({"steps_done": 3}))
-    raises(ValueError, "extra", lambda: schedule.load_state_dict({**state, "extra": 1}))
-    raises(ValueError, "WarmupCosine", lambda: schedule.load_state_dict(schedulers.Plateau(sgd(0.1)).state_dict()))
-    raises(ValueError, "2 param groups, the optimizer has 1",
-           lambda: schedule.load_state_dict(schedulers.WarmupCosine(sgd(0.1, 0.2), 20).state_dict()))
+    refuses(schedule.load_state_dict, "expected ['base_lrs', 'steps_done']", {"steps_done": 3})
+    refuses(schedule.load_state_dict, "extra", {**state, "extra": 1})
+    refuses(schedule.load_state_dict, "WarmupCosine", Plateau(sgd(0.1)).state_dict())
+    refuses(schedule.load_state_dict, "2 param groups, the optimizer has 1",
+            WarmupCosine(sgd(0.1, 0.2), 20).state_dict())
     assert schedule.state_dict() == state
     schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1})
-    raises(ValueError, "zip", schedule.step)  # a group added later has no base lr: never left behind in silence
+    raises(ValueError, "zip", schedule.step)  # a group added later has no base lr
 
 
 def test_schedulers_refuse_bad_settings_by_name():
-    cosine = lambda total=10, lr=0.1, **o: lambda: schedulers.WarmupCosine(sgd(lr), total, **o)
-    restarts = lambda length=10, **o: lambda: schedulers.WarmRestarts(sgd(0.1), length, **o)
-    cyclic = lambda **o: lambda: schedulers.Cyclic(sgd(0.1), **{**dict(base_lr=0.1, max_lr=0.2, steps_up=3), **o})
-    stuck = lambda **o: lambda: schedulers.Plateau(sgd(0.1), **o)
+    def cosine(total_steps=10, lr=0.1, **options):
+        return WarmupCosine(sgd(lr), total_steps, **options)
+
+    def restarts(cycle_steps=10, **options):
+        return WarmRestarts(sgd(0.1), cycle_steps, **options)
+
+    def cyclic(**options):
+        return Cyclic(sgd(0.1), **dict(base_lr=0.1, max_lr=0.2, steps_up=3) | options)
+
+    def reduce(**options):
+        return Plateau(sgd(0.1), **options)
+
     nan, inf = math.nan, math.inf
+    for lr in 0.0, inf:
+        refuses(cosine, "optimizer lr=", lr=lr)
     for build, name, values in [
-        (lambda v: cosine(v), "total_steps", [0, -1, 2.5, nan, inf, True]),
-        (lambda v: cosine(warmup_steps=v), "warmup_steps", [-1, 10, 11, 0.5, nan, True]),
-        (lambda v: cosine(min_lr=v), "min_lr", [-1e-9, 0.11, nan, inf, False]),
-        (lambda v: cosine(warmup_start_lr=v), "warmup_start_lr", [-1e-9, 0.11, nan]),
-        (lambda v: cosine(lr=v), "optimizer lr", [0.0, inf]),
-        (lambda v: restarts(v), "cycle_steps", [0, 1.5, nan, True]),
-        (lambda v: restarts(cycle_mult=v), "cycle_mult", [0, 1.5, -2, nan, True]),
-        (lambda v: restarts(peak_decay=v), "peak_decay", [0, -1, 1.01, nan, True]),
-        (lambda v: restarts(warmup_steps=v), "warmup_steps", [-1, inf]),
-        (lambda v: cyclic(base_lr=v), "base_lr", [0, -1, 0.21, nan, True]),
-        (lambda v: cyclic(max_lr=v), "max_lr", [0, -1, nan, inf, True]),
-        (lambda v: cyclic(steps_up=v), "steps_up", [0, -1, 1.5, nan, True]),
-        (lambda v: cyclic(steps_down=v), "steps_down", [0, -1, 1.5, nan, True]),
-        (lambda v: cyclic(mode=v), "mode", ["saw", None]),
-        (lambda v: cyclic(gamma=v), "gamma", [0, -1, 1.1, nan]),
-        (lambda v: stuck(factor=v), "factor", [0, 1, 1.5, -0.1, nan, True]),
-        (lambda v: stuck(patience=v), "patience", [-1, 0.5, nan, True]),
-        (lambda v: stuck(cooldown=v), "cooldown", [-1, 0.5, nan, True]),
-        (lambda v: stuck(threshold=v), "threshold", [-1e-9, nan, inf, True]),
-        (lambda v: stuck(mode=v), "mode", ["Min", None]),
-        (lambda v: stuck(threshold_mode=v), "threshold_mode", ["relative"]),
-        (lambda v: stuck(min_lr=v), "min_lr", [-1, 0.2, nan]),
+        (cosine, "total_steps", [0, -1, 2.5, nan, inf, True]),
+        (cosine, "warmup_steps", [-1, 10, 11, 0.5, nan, True]),
+        (cosine, "min_lr", [-1e-9, 0.11, nan, inf, False]),
+        (cosine, "warmup_start_lr", [-1e-9, 0.11, nan]),
+        (restarts, "cycle_steps", [0, 1.5, nan, True]),
+        (restarts, "cycle_mult", [0, 1.5, -2, nan, True]),
+        (restarts, "peak_decay", [0, -1, 1.01, nan, True]),
+        (restarts, "warmup_steps", [-1, inf]),
+        (cyclic, "base_lr", [0, -1, 0.21, nan, True]),
+        (cyclic, "max_lr", [0, -1, nan, inf, True]),
+        (cyclic, "steps_up", [0, -1, 1.5, nan, True]),
+        (cyclic, "steps_down", [0, -1, 1.5, nan, True]),
+        (cyclic, "mode", ["saw", None]),
+        (cyclic, "gamma", [0, -1, 1.1, nan]),
+        (reduce, "factor", [0, 1, 1.5, -0.1, nan, True]),
+        (reduce, "patience", [-1, 0.5, nan, True]),
+        (reduce, "cooldown", [-1, 0.5, nan, True]),
+        (reduce, "threshold", [-1e-9, nan, inf, True]),
+        (reduce, "mode", ["Min", None]),
+        (reduce, "threshold_mode", ["relative"]),
+        (reduce, "min_lr", [-1, 0.2, nan]),
     ]:
         for value in values:
-            raises(ValueError, f"{name}=", build(value))
+            refuses(build, f"{name}=", **{name: value})
 
 
 def test_schedulers_refuse_to_be_stacked_on_a_zeroed_optimizer():
     optimizer = sgd(0.1)
-    schedulers.WarmupCosine(optimizer, 10, warmup_steps=5)  # has set the lr to 0
-    raises(ValueError, "optimizer lr=[0.0]", lambda: schedulers.WarmupCosine(optimizer, 10, warmup_steps=5))
+    WarmupCosine(optimizer, 10, warmup_steps=5)  # has set the lr to 0
+    refuses(WarmupCosine, "optimizer lr=[0.0]", optimizer, 10, warmup_steps=5)
 
 
 class Noisy(torch.nn.Module):
-    """Everything find_lr has to put back: batch norm, dropout, a replaced and an unsaved buffer, a frozen part."""
+    """All that find_lr puts back: batch norm, dropout, replaced and unsaved buffers, eval mode."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.drop = torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2)
-        self.last = torch.nn.Linear(8, 1)
+        self.first, self.last = torch.nn.Linear(3, 8), torch.nn.Linear(8, 1)
+        self.norm, self.drop = torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2)
         self.register_buffer("centre", torch.zeros(1), persistent=False)
 
     def forward(self, x):
@@ -339,9 +362,11 @@ class Noisy(torch.nn.Module):
 
 def snapshot(model, optimizer):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return copy.deepcopy(([(n, t.detach(), t.grad) for n, t in tensors.items()], [m.training for m in model.modules()],
-                          optimizer.state_dict(), torch.get_rng_state(),
-                          torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
+    tensors = [(name, tensor.detach(), tensor.grad) for name, tensor in tensors.items()]
+    modes = [module.training for module in model.modules()]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = tensors, modes, optimizer.state_dict(), torch.get_rng_state(), cuda
+    return copy.deepcopy(state)
 
 
 def range_test_setup(device="cpu"):
@@ -351,18 +376,18 @@ def range_test_setup(device="cpu"):
     optimizer = torch.optim.AdamW([{"params": model.first.parameters(), "lr": 0.01},
                                    {"params": model.last.parameters()}], lr=0.1)
     batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(4, 16, 3).to(device)]
-    loss_fn = lambda model, batch: (model(batch[0]) - batch[1]).pow(2).mean()
-    loss_fn(model, batches[0]).backward()
+    squared_error(model, batches[0]).backward()
     optimizer.step()  # moments and gradients that must survive
-    return model, optimizer, loss_fn, batches
+    return model, optimizer, squared_error, batches
 
 
 def test_schedulers_find_lr_restores_everything_also_after_an_error():
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         model, optimizer, loss_fn, batches = range_test_setup(device)
         grads, before, calls = [p.grad for p in model.parameters()], snapshot(model, optimizer), []
-        first = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
-        assert len(first[0]) == len(first[1]) == 30 and same_bits(before, snapshot(model, optimizer))
+        first = find_lr(model, optimizer, loss_fn, batches, num_steps=30)
+        assert len(first[0]) == len(first[1]) == 30
+        assert same_bits(before, snapshot(model, optimizer))
         assert all(p.grad is g for p, g in zip(model.parameters(), grads))
 
         def breaks(model, batch):
@@ -370,18 +395,18 @@ def test_schedulers_find_lr_restores_everything_also_after_an_error():
             if len(calls) == 9:
                 raise RuntimeError("out of memory")
             return loss_fn(model, batch)
-        raises(RuntimeError, "out of memory", lambda: schedulers.find_lr(model, optimizer, breaks, batches))
+        raises(RuntimeError, "out of memory", lambda: find_lr(model, optimizer, breaks, batches))
         assert same_bits(before, snapshot(model, optimizer))
-        raises(ValueError, "ended after 4", lambda: schedulers.find_lr(model, optimizer, loss_fn, iter(batches)))
+        refuses(find_lr, "ended after 4", model, optimizer, loss_fn, iter(batches))
         assert same_bits(before, snapshot(model, optimizer))
-        again = schedulers.find_lr(model, optimizer, loss_fn, batches, num_steps=30)
+        again = find_lr(model, optimizer, loss_fn, batches, num_steps=30)
         assert near(again[:2], first[:2], 1e-5) and again[2] == first[2]
 
 
 def test_schedulers_find_lr_restores_a_fresh_optimizer_and_what_the_loss_learns():
     model, scale = torch.nn.Linear(1, 1), torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([*model.parameters(), scale], lr=1e-3)
-    schedulers.find_lr(model, optimizer, lambda m, x: (m(x) * scale).pow(2).sum(), [torch.ones(2, 1)])
+    find_lr(model, optimizer, lambda m, x: (m(x) * scale).pow(2).sum(), [torch.ones(2, 1)])
     assert not optimizer.state and scale.item() == 1 and scale.grad is None
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
@@ -394,7 +419,7 @@ def test_schedulers_find_lr_ramps_exponentially_with_the_groups_in_ratio():
         seen.append([group["lr"] for group in optimizer.param_groups])
         modes.append(model.norm.training)
         return loss_fn(model, batch)
-    rates, _, _ = schedulers.find_lr(model, optimizer, spy, batches, start_lr=1e-5, end_lr=1e-2, num_steps=7)
+    rates, _, _ = find_lr(model, optimizer, spy, batches, start_lr=1e-5, end_lr=1e-2, num_steps=7)
     assert near(rates, np.logspace(-5, -2, 7), 1e-5) and all(modes)
     assert near(seen, np.outer(rates, [0.1, 1.0]), 1e-5)
 
@@ -402,9 +427,11 @@ def test_schedulers_find_lr_ramps_exponentially_with_the_groups_in_ratio():
 def fed(losses, **options):
     """find_lr on a model whose loss is exactly this list."""
     w = torch.nn.Linear(1, 1)
-    loss_fn = lambda model, value: value + 0 * model.weight.sum()
+    def loss_fn(model, value):
+        return value + 0 * model.weight.sum()
+
     optimizer = torch.optim.SGD(w.parameters(), lr=1)
-    return schedulers.find_lr(w, optimizer, loss_fn, losses, num_steps=len(losses), **options)
+    return find_lr(w, optimizer, loss_fn, losses, num_steps=len(losses), **options)
 
 
 def test_schedulers_find_lr_smoothing_is_unbiased_from_the_first_step():
@@ -413,7 +440,8 @@ def test_schedulers_find_lr_smoothing_is_unbiased_from_the_first_step():
     _, smooth, _ = fed(values.tolist())
     for i in range(30):
         weights = 0.9 ** np.arange(i, -1, -1)
-        assert math.isclose(smooth[i], (weights * values[:i + 1]).sum() / weights.sum(), rel_tol=1e-6)
+        want = (weights * values[:i + 1]).sum() / weights.sum()
+        assert math.isclose(smooth[i], want, rel_tol=1e-6)
 
 
 def test_schedulers_find_lr_stops_when_the_loss_diverges_whatever_its_sign():
@@ -422,8 +450,9 @@ def test_schedulers_find_lr_stops_when_the_loss_diverges_whatever_its_sign():
     assert len(fed([-1.0] * 10 + [10.0] * 40)[1]) < 20
     assert len(fed([-1.0] * 10 + [1.9] * 40)[1]) == 50  # -1 + 3 * 1 = 2
     assert len(fed(np.linspace(-1, -5, 50).tolist())[1]) == 50
-    assert len(fed([1.0] * 5 + [0.0] * 40 + [0.5] * 9)[1]) == 54  # 0.05 is 4 times a best of 0.01, but no alarm
-    assert len(fed([1.0] * 9 + [math.nan] * 9)[1]) == 9 and len(fed([1.0] * 9 + [-math.inf] * 9)[1]) == 9
+    assert len(fed([1.0] * 5 + [0.0] * 40 + [0.5] * 9)[1]) == 54  # 0.05 is not above 4 * 0.01
+    for end in math.nan, -math.inf:
+        assert len(fed([1.0] * 9 + [end] * 9)[1]) == 9
 
 
 def test_schedulers_find_lr_suggests_the_start_of_the_steepest_fall():
@@ -431,7 +460,7 @@ def test_schedulers_find_lr_suggests_the_start_of_the_steepest_fall():
     rates, smooth, suggestion = fed(fall)
     assert 35 <= rates.index(suggestion) <= 42
     spike = [4.0] * 20 + np.linspace(4, 1, 40).tolist() + [1.0] * 10 + [5.3] * 20 + [1.2] * 20
-    rates, smooth, suggestion = fed(spike)  # the fall after the spike is steeper, but the minimum is past
+    rates, smooth, suggestion = fed(spike)  # the fall after the spike is steeper, but too late
     assert len(rates) == 110 and 20 <= rates.index(suggestion) < 60
     rates, _, suggestion = fed([4.0, 3.0, 2.0, 1.0, 9.0, 9.0])
     assert rates.index(suggestion) < 3
@@ -443,7 +472,8 @@ def test_schedulers_find_lr_suggests_the_start_of_the_steepest_fall():
 
 def test_schedulers_find_lr_suggestion_is_not_fooled_by_the_first_batch():
     for first in 0.5, 6.0:  # below all that follows, or a steeper fall than any later one
-        rates, _, suggestion = fed([first] + [2.0] * 29 + np.linspace(2, 1, 11).tolist() + [1.0] * 10)
+        later = [2.0] * 29 + np.linspace(2, 1, 11).tolist() + [1.0] * 10
+        rates, _, suggestion = fed([first] + later)
         assert 25 <= rates.index(suggestion) <= 35, first
 
 
@@ -451,29 +481,31 @@ def test_schedulers_find_lr_suggestion_trains_and_hundred_times_it_does_not():
     torch.manual_seed(0)
     x = torch.randn(512, 10)
     batches = list(zip(x.split(32), (x @ torch.randn(10, 1)).split(32)))
-    loss_fn = lambda model, batch: (model(batch[0]) - batch[1]).pow(2).mean()
 
-    def after_an_epoch(rate):
+    def start():
         torch.manual_seed(1)
         model = torch.nn.Linear(10, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate or 1.0)
-        if rate is None:
-            return schedulers.find_lr(model, optimizer, loss_fn, batches, end_lr=10.0)[2]
+        return model, torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def after_an_epoch(rate):
+        model, optimizer = start()
+        optimizer.param_groups[0]["lr"] = rate
         for batch in batches:
             optimizer.zero_grad()
-            loss_fn(model, batch).backward()
+            squared_error(model, batch).backward()
             optimizer.step()
-        return loss_fn(model, (x, torch.cat([b[1] for b in batches]))).item()
-    found = after_an_epoch(None)
-    assert after_an_epoch(found) < 0.5 * after_an_epoch(1e-9) < after_an_epoch(100 * found)
+        return squared_error(model, (x, torch.cat([batch[1] for batch in batches]))).item()
+
+    suggestion = find_lr(*start(), squared_error, batches, end_lr=10.0)[2]
+    start_loss = after_an_epoch(1e-9)
+    assert after_an_epoch(suggestion) < 0.5 * start_loss < after_an_epoch(100 * suggestion)
 
 
 def test_schedulers_find_lr_refuses_bad_input_by_name():
-    raises(ValueError, "the first loss is nan", lambda: fed([math.nan, 1.0]))
-    raises(ValueError, "start_lr=0, end_lr=1.0", lambda: fed([1.0, 1.0], start_lr=0))
-    raises(ValueError, "start_lr=2, end_lr=1.0", lambda: fed([1.0, 1.0], start_lr=2))
-    raises(ValueError, "end_lr=nan", lambda: fed([1.0, 1.0], end_lr=math.nan))
-    raises(ValueError, "num_steps=1 must", lambda: fed([1.0]))
-    raises(ValueError, "batches ended after 0", lambda: schedulers.find_lr(torch.nn.Linear(1, 1), sgd(0.1), None, []))
-    raises(ValueError, "before building a schedule",
-           lambda: schedulers.find_lr(torch.nn.Linear(1, 1), sgd(0.0), None, [1.0]))
+    refuses(fed, "the first loss is nan", [math.nan, 1.0])
+    refuses(fed, "start_lr=0, end_lr=1.0", [1.0, 1.0], start_lr=0)
+    refuses(fed, "start_lr=2, end_lr=1.0", [1.0, 1.0], start_lr=2)
+    refuses(fed, "end_lr=nan", [1.0, 1.0], end_lr=math.nan)
+    refuses(fed, "num_steps=1 must", [1.0])
+    refuses(find_lr, "batches ended after 0", torch.nn.Linear(1, 1), sgd(0.1), None, [])
+    refuses(find_lr, "before building a schedule", torch.nn.Linear(1, 1), sgd(0.0), None, [1.0])
