@@ -1,43 +1,14 @@
-"""What is minimised and what is reported: losses on logits or features, metrics on raw scores, and
-the floor under each of them.
+"""Losses on logits or features, metrics on raw scores, and baselines for both.
 
 Losses take logits, never probabilities. Metrics take the raw scores of a whole split at once, so
-they do not depend on the batch size; what is undefined is NaN, never 0.
+they do not depend on the batch size; an undefined value is NaN, never 0.
 
 Dimensions: b batch, c class, d feature, n flattened (all samples of a split); of sets: s set, n and
             m elements, f feature
 
-    scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]      # raw logits: 0 stands for P = 0.5
-    auroc(scores, labels)                                     # 0.875: of 4 pairs 3 are in order and
-    1 is tied
-    binary_report(scores, labels)["f1"]                       # 0.8
-    binary_floor(labels)["f1"]                                # 0.667: what "always 1" scores,
-    having learnt nothing
-    regression_report([12, 20], [14, 18])["mae"]              # 2.0, in the unit of the labels
-
-    confusion = confusion_matrix([0, 1, 1, 1], [0, 0, 1, 255], 2)      # [[1, 1], [0, 1]]: rows are
-    the truth, 255 is ignored
-    f_score_pooled(confusion)                                          # 0.667, 0.667: F of each
-    class
-    ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())  # 1.193, {"ce": 0.693,
-    "dice": 0.333}
-
-    supcon_loss(torch.ones(32, 8), torch.arange(32) % 4)               # 3.434: collapsed features,
-    whatever the labels
-    supcon_bounds(torch.arange(32) % 4)                                # 1.946, 3.434: the least it
-    can be, and collapsed
-    knn_predict([[1, 0], [0, 1]], [7, 9], [[3, 1]], k=1)               # [7]: the class of the
-    nearest by cosine
-    class_report([0, 1, 1], [0, 0, 1], 2)["macro_f1"]                  # 0.667
-
-    kl_to_standard_normal(torch.ones(2, 3), torch.zeros(2, 3))         # 1.5, 1.5: half a nat for
-    each dimension
-    chamfer(torch.tensor([[[1.0, 0]]]), torch.tensor([[[2.0, 0]]]))    # 8: of each side 0 direction
-    + 1 magnitude + 3 * 1
-    logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]])      # -0.89: the logit of the
-    floor, P = 0.29
-    ranking_interval(scores, labels, versus=[1, 0, 0, 1])              # of AUROC and AP, the 95 %
-    interval of the difference
+    >>> scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]    # logits: 0 is P = 0.5
+    >>> binary_report(scores, labels)["f1"], binary_floor(labels)["f1"]
+    (0.8, 0.6666666666666666)
 """
 
 import math
@@ -49,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+# --------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -56,8 +28,8 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
                           ignore_index=-100, reduction="mean"):
     """Cross-entropy with smoothed targets and a focal factor on the term of each class.
 
-        loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c      p = softmax(logits), q = (1 - smoothing)
-        * t + smoothing / C
+        loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c
+        p = softmax(logits), q = (1 - smoothing) * t + smoothing / C
 
     Binary logits z are the case C = 2 with P(1) = sigmoid(z). gamma = 0 is F.cross_entropy, in
     value and gradient. The usual single factor (1 - p_target)^gamma takes the loss to 0 as p_target
@@ -73,10 +45,8 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
             binary logits (B,) or (B, 1), targets (B,) or (B, 1) of any dtype in [0, 1]      ->
             scalar, or "none": (B,)
     Errors: ValueError for other shapes, a binary label outside [0, 1], an option out of range
-    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4; Szegedy et al. 2016, arXiv:1512.00567, section
-            7
-    Check:  equal logits cost (1 - 1/C)^gamma * ln C whatever the target: 0.7798 for C = 4, gamma =
-            2
+    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4; Szegedy et al. 2016, arXiv:1512.00567, sec. 7
+    Check:  equal logits cost (1 - 1/C)^gamma * ln C: 0.7798 for C = 4, gamma = 2, any target
     """
     if gamma < 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
         raise ValueError("need gamma >= 0, smoothing in [0, 1] and reduction mean, sum or none; "
@@ -110,14 +80,16 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
                          f"C, ...); {got}")
 
     classes = logits.shape[1]
-    weights = torch.as_tensor([1.0] * classes if class_weights is None
-                              else class_weights).to(logits)
+    weights = logits.new_ones(classes)
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights).to(logits)
     if weights.shape != (classes,):
         raise ValueError(f"class_weights must be ({classes},), one for each class, got "
                          f"{tuple(weights.shape)}")
     weights_c = weights.view(-1, *[1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
-    # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
+
     def focal(log_p):
+        # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
         return -(1 - log_p.exp()).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma * log_p
 
     log_p = F.log_softmax(logits, 1)
@@ -139,8 +111,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
 
 
 class FocalLabelSmoothCE(nn.Module):
-    """focal_label_smooth_ce with its options fixed; class_weights is a buffer and follows
-    .to(device).
+    """focal_label_smooth_ce with its options fixed; class_weights is a buffer.
 
     Needs:  focal_label_smooth_ce
     """
@@ -161,11 +132,10 @@ class FocalLabelSmoothCE(nn.Module):
 
 def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
               ignore_index=None):
-    """One minus the overlap of prediction and truth, class by class, so that a small class counts
-    as much as a large one.
+    """One minus the overlap of prediction and truth, a mean over classes: small ones count as much.
 
-        dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)      loss = 1 -
-        mean_c dice_c
+        dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)
+        loss = 1 - mean_c dice_c
 
     p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) is the usual p *
     t; for soft ones it makes p = t the minimum, 0; a pixel whose probabilities are all 0 is left
@@ -195,8 +165,10 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
 
 
 def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
-    """dice_loss of flat pixels; of class indices also the last three of _ClassSums, for a
-    cross-entropy from the same softmax."""
+    """dice_loss of flat pixels; for class indices also the last three sums of _ClassSums.
+
+    ce_dice_loss takes its cross-entropy from them, without a second softmax.
+    """
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
@@ -212,7 +184,9 @@ def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
     else:
         overlap, sum_p, *for_ce = _ClassSums.apply(logits, targets, kept)
         sums = overlap, sum_p, for_ce[0]
-    overlap, sum_p, sum_t = sums if per == "image" else (each.sum(0, keepdim=True) for each in sums)
+    if per == "batch":
+        sums = [image_sums.sum(0, keepdim=True) for image_sums in sums]
+    overlap, sum_p, sum_t = sums
 
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
     present = sum_t > 0
@@ -225,11 +199,10 @@ def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
 
 
 class _ClassSums(torch.autograd.Function):
-    """Five sums over the kept pixels of an image, of class indices t and p = softmax(logits); each
-    (b, c):
+    """Five sums over the kept pixels of an image, each (b, c), for class indices t.
 
-        where t = c, the sum of p_c    everywhere, of p_c    where t = c, of 1    where t = c, of
-                                       log p_c    everywhere, of log p_c
+        of p_c and of log p_c, over all pixels; of p_c, of log p_c and of 1, where t = c
+        p = softmax(logits)
 
     Dice and cross-entropy, with weights and smoothing, are functions of these. Let o, a, -, l, h be
     their gradients. Of a pixel it is
@@ -239,15 +212,16 @@ class _ClassSums(torch.autograd.Function):
     By hand because autograd passes and keeps several arrays of the size of the logits. This goes
     through the pixels in chunks that stay in the cache, and takes the softmax a second time in
     backward, so that the gradient is the only such array. The definition in plain torch is its
-    oracle in the tests. Differentiable once; a second time is an error. """
+    oracle in the tests. Differentiable once; a second time is an error.
+    """
 
     @staticmethod
     def forward(ctx, logits, targets, kept):
         ctx.save_for_backward(logits, targets, kept)
         ctx.set_materialize_grads(False)
         # float64: a running float32 sum of 2^18 terms rounds the last ones off
-        overlap, sum_p, sum_t, log_p_t, log_p_all = sums = logits.new_zeros(5, *logits.shape[:2],
-                                                                            dtype=torch.float64)
+        sums = logits.new_zeros(5, *logits.shape[:2], dtype=torch.float64)
+        overlap, sum_p, sum_t, log_p_t, log_p_all = sums
         for _, index, keep, p, log_p in _ClassSums.chunks(logits, targets, kept):
             overlap.scatter_add_(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
             sum_p += p.sum(2)
@@ -258,8 +232,10 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def chunks(logits, targets, kept):
-        """Slices of the pixels (m), and there: index and kept (b, m), p and log p (b, c, m), where
-        not kept all 0, whatever was there."""
+        """Slices of the pixels (m), and there index and kept (b, m), p and log p (b, c, m).
+
+        p and log p are 0 where a pixel is not kept.
+        """
         numbers = torch.get_num_threads() * 2**18 if logits.device.type == "cpu" else 2**24
         step = max(1, numbers // max(1, logits.shape[0] * logits.shape[1]))
         for start in range(0, logits.shape[2], step):
@@ -278,7 +254,7 @@ class _ClassSums(torch.autograd.Function):
     def backward(ctx, o, a, _, l, h):
         logits, targets, kept = ctx.saved_tensors
         smoothed, zeros = h is not None, logits.new_zeros(logits.shape[:2])
-        o, a, l, h = (zeros if each is None else each for each in (o, a, l, h))
+        o, a, l, h = (zeros if gradient is None else gradient for gradient in (o, a, l, h))
         a, h, sum_h = a.unsqueeze(2), h.unsqueeze(2), h.sum(1)[:, None, None]
         grad = torch.empty_like(logits)
         for pixels, index, keep, p, _ in _ClassSums.chunks(logits, targets, kept):
@@ -291,7 +267,7 @@ class _ClassSums(torch.autograd.Function):
 
 
 class DiceLoss(nn.Module):
-    """dice_loss with its options fixed; class_weights is a buffer and follows .to(device).
+    """dice_loss with its options fixed; class_weights is a buffer.
 
     Needs:  dice_loss, _dice_and_sums, _flat_pixels, _ClassSums
     """
@@ -357,8 +333,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 
 
 class CEDiceLoss(nn.Module):
-    """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer and follows
-    .to(device).
+    """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer.
 
     Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
     """
@@ -380,8 +355,10 @@ class CEDiceLoss(nn.Module):
 
 
 def _flat_pixels(logits, targets, ignore_index):
-    """Checked logits (b, c, n) in float32 or 64, targets int64 (b, n) or probabilities (b, c, n),
-    kept (b, n)."""
+    """Checked and flattened: logits (b, c, n) float32 or 64, targets, and which pixels are kept.
+
+    targets int64 (b, n) or probabilities (b, c, n); kept bool (b, n)
+    """
     got = (f"got logits {tuple(logits.shape)} of {logits.dtype}, targets {tuple(targets.shape)} of "
            f"{targets.dtype}")
     if logits.ndim < 2 or logits.shape[1] < 2 or not logits.is_floating_point():
@@ -409,8 +386,7 @@ def _flat_pixels(logits, targets, ignore_index):
 
 
 def supcon_loss(features, labels, *, temperature=0.07, gather=True):
-    """Supervised contrastive loss: of all other samples in the batch, those of the same class
-    should be the most similar.
+    """Supervised contrastive loss: pull the samples of a class together, push the others away.
 
         loss = mean_i  mean_{p in P_i}  -log( exp(s_ip / T) / sum_{a != i} exp(s_ia / T) )
 
@@ -462,14 +438,16 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
         # log_softmax subtracts the maximum: any temperature is stable
         log_p = logits.log_softmax(1).masked_fill(~positive, 0)
         loss = -(log_p.sum(1) / positives.clamp_min(1)).sum() / anchor.sum()
-    # Each process has the gradient through its own rows alone. What is wanted is their sum, what
-    # DDP takes is their mean.
+    # Each process has the gradient through its own rows alone. Their sum is needed, and DDP takes
+    # their mean.
     return loss if processes == 1 else loss.detach() + processes * (loss - loss.detach())
 
 
 def all_rows(features, labels):
-    """Features and labels of all processes, one after the other, of which the own rows keep their
-    graph; number of processes."""
+    """Features and labels of all processes, in the order of the ranks, and the number of processes.
+
+    This process's own rows keep their graph.
+    """
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if processes == 1:
@@ -492,8 +470,7 @@ def all_rows(features, labels):
 
 
 def supcon_bounds(labels, *, temperature=0.07):
-    """Between what the supervised contrastive loss of a batch lies, by its labels alone: print both
-    beside supcon_loss.
+    """Bounds of supcon_loss from the labels alone: print both beside the loss.
 
         lower = mean_i ln((n_i - 1) + (B - n_i) exp(-2 / T))      collapsed = ln(B - 1)
 
@@ -523,8 +500,7 @@ def supcon_bounds(labels, *, temperature=0.07):
 
 
 def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
-    """KL divergence of a diagonal Gaussian from N(0, I), one number per row: what a VAE pays for
-    its code, in nats.
+    """KL divergence of a diagonal Gaussian from N(0, I) in nats, one number per row.
 
         KL = sum_d max(free_bits, (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2)
 
@@ -559,11 +535,10 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
 
 
 def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
-    """What it costs to take each element of one set for each element of another, where elements are
-    vectors.
+    """Cost of taking each vector of one set for each vector of another.
 
-        cost_ij = direction * (1 - cos(x_i, y_j)) + magnitude * | |x_i| - |y_j| | + distance * |x_i
-        - y_j|^2
+        cost_ij = direction * (1 - cos(x_i, y_j)) + magnitude * | |x_i| - |y_j| |
+                  + distance * |x_i - y_j|^2
 
     argmin(1) is the nearest x of each y, argmin(2) the nearest y of each x. Padding is for the
     caller to mask, as chamfer does. A vector shorter than 1e-12 has no direction: cosine 0 with
@@ -601,11 +576,10 @@ def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
 
 
 def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, distance=3.0):
-    """Symmetric Chamfer distance of padded sets: every element pays for the nearest one of the
-    other set, in either direction.
+    """Symmetric Chamfer distance of padded sets: each element pays for its nearest in the other.
 
-        loss = mean_i min_j cost_ij + mean_j min_i cost_ij      cost as in set_costs; i, j run over
-        the elements, not the padding
+        loss = mean_i min_j cost_ij + mean_j min_i cost_ij
+        cost as in set_costs; i, j run over the elements, not the padding
 
     The order of elements does not matter, nor the padding, which may hold NaN and gets gradient 0.
     Small and large sets weigh the same. Several elements may share one nearest: it is no matching.
@@ -626,16 +600,16 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
     Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
     """
 
-    def checked(name, each, mask):
+    def checked(name, sets, mask):
         if mask is None:
-            return each, torch.ones(each.shape[:2], dtype=torch.bool, device=each.device)
-        if each.ndim != 3 or mask.shape != each.shape[:2] or mask.dtype != torch.bool:
+            return sets, torch.ones(sets.shape[:2], dtype=torch.bool, device=sets.device)
+        if sets.ndim != 3 or mask.shape != sets.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(f"{name} (S, N, F) needs a mask (S, N) of bool, True where it holds "
                              f"an element (of a padding mask take its ~); got {name} "
-                             f"{tuple(each.shape)} and {name}_mask {tuple(mask.shape)} of "
+                             f"{tuple(sets.shape)} and {name}_mask {tuple(mask.shape)} of "
                              f"{mask.dtype}")
         # before use: in a gradient 0 * NaN is NaN
-        return each.masked_fill(~mask.unsqueeze(2), 0), mask
+        return sets.masked_fill(~mask.unsqueeze(2), 0), mask
 
     (x, x_mask), (y, y_mask) = checked("x", x, x_mask), checked("y", y, y_mask)
     costs = set_costs(x, y, direction=direction, magnitude=magnitude, distance=distance)
@@ -652,8 +626,7 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
 
 
 def auto_pos_weight(labels):
-    """Weight of the positive class that balances binary labels, for
-    F.binary_cross_entropy_with_logits(pos_weight=...).
+    """pos_weight of F.binary_cross_entropy_with_logits that balances binary labels.
 
         pos_weight = negatives / positives
 
@@ -706,7 +679,8 @@ def median_frequency_weights(counts):
     return torch.tensor(weights, dtype=torch.float32)
 
 
-# Metrics
+# --------------------------------------------------------------------------------------------------
+# Metrics, and baselines on the same rows
 
 
 def auroc(scores, labels):
@@ -717,8 +691,7 @@ def auroc(scores, labels):
     NaN when either class is missing. Any increasing function of the scores gives the same, so pass
     logits: a sigmoid in float32 is 1 from 17 on and makes ties of different scores.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float in [0,
-            1]
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
     Needs:  _counts_by_score, _scores_and_labels, _is_positive
@@ -731,22 +704,19 @@ def auroc(scores, labels):
 
 
 def average_precision(scores, labels):
-    """Area under the precision-recall curve (AUPRC): precision at the score of each positive,
-    averaged over the positives.
+    """Area under the precision-recall curve (AUPRC): mean precision at the scores of the positives.
 
-        AP = mean over positives i of  TP_i / (TP_i + FP_i),   counted among the samples that score
-                                       at least s_i
+        AP = mean over positives i of  TP_i / (TP_i + FP_i)
+        TP_i, FP_i count the samples that score at least s_i
 
     Tied scores share one threshold, so their order does not matter, and nothing is interpolated
     between thresholds. NaN without positives.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float in [0,
-            1]
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
     Needs:  _counts_by_score, _scores_and_labels, _is_positive
-    Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give (1 +
-            2/3) / 2
+    Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 5/6
     """
     tied, below, _, negatives = _counts_by_score(scores, labels)
     if not tied.size:
@@ -756,10 +726,10 @@ def average_precision(scores, labels):
 
 
 def binary_report(scores, labels, *, threshold=0.0):
-    """What a binary classifier is judged by, over a whole split.
+    """Scores of a binary classifier over a whole split.
 
-        precision = TP / (TP + FP)   recall = TP / (TP + FN)   F1 = 2 TP / (2 TP + FP + FN)
-                                     accuracy = (TP + TN) / n
+        precision = TP / (TP + FP)        recall = TP / (TP + FN)
+        F1 = 2 TP / (2 TP + FP + FN)      accuracy = (TP + TN) / n
 
     A score equal to the threshold is a positive: 0.0 on logits is P >= 0.5, and probabilities take
     threshold=0.5. Undefined is NaN: precision without predicted positives; recall, F1, AUPRC
@@ -772,8 +742,8 @@ def binary_report(scores, labels, *, threshold=0.0):
     Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
     """
-    given, positive = _scores_and_labels(scores, labels)
-    predicted = given >= threshold
+    checked_scores, positive = _scores_and_labels(scores, labels)
+    predicted = checked_scores >= threshold
     tp, fp = int((predicted & positive).sum()), int((predicted & ~positive).sum())
     fn, tn = int(positive.sum()) - tp, int((~positive).sum()) - fp
 
@@ -789,12 +759,12 @@ def binary_report(scores, labels, *, threshold=0.0):
 
 
 def binary_floor(labels):
-    """What a constant classifier scores, having learnt nothing: print it beside binary_report.
+    """Scores of the best constant classifiers: print them beside binary_report.
 
-        F1 = 2 pi / (1 + pi) of "always 1"   accuracy = max(pi, 1 - pi) of the majority   AUROC =
-        0.5   AUPRC = pi
+        F1 = 2 pi / (1 + pi)   of "always 1"; pi is the share of positives
+        accuracy = max(pi, 1 - pi)   of the majority        AUROC = 0.5        AUPRC = pi
 
-    with pi the share of positives. NaN where binary_report has NaN.
+    NaN where binary_report has NaN.
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  {"accuracy", "f1", "auroc", "auprc"}
             floats
@@ -811,10 +781,10 @@ def binary_floor(labels):
 
 
 def regression_report(predictions, targets, groups=None):
-    """What a regressor is judged by, over a whole split, in the unit of the labels.
+    """Scores of a regressor over a whole split, in the unit of the labels.
 
-        MAE = mean |p - t|   RMSE = sqrt(mean (p - t)^2)   R2 = 1 - sum (p - t)^2 / sum (t - mean
-                             t)^2
+        MAE = mean |p - t|        RMSE = sqrt(mean (p - t)^2)
+        R2 = 1 - sum (p - t)^2 / sum (t - mean t)^2
 
     R2 has no unit, so different labels compare; the mean of these very targets scores 0, and below
     0 is worse than it. None of the three follows from another: an MAE cannot be had from a squared
@@ -828,15 +798,17 @@ def regression_report(predictions, targets, groups=None):
     Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
     Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
     """
-    values = [np.asarray(each.detach().cpu().double() if torch.is_tensor(each) else each,
-                         dtype=np.float64) for each in (predictions, targets)]
-    n = values[1].size
-    for name, each in zip(("predictions", "targets"), values):
-        if each.shape not in [(n,), (n, 1)]:
-            raise ValueError(f"{name} must be ({n},) or ({n}, 1), got {each.shape}")
-        if not np.isfinite(each).all():
-            raise ValueError(f"{(~np.isfinite(each)).sum()} of {n} {name} are NaN or infinite")
-    prediction, target = (each.reshape(-1) for each in values)
+    n = targets.numel() if torch.is_tensor(targets) else np.size(targets)
+    flat = []
+    for name, values in ("predictions", predictions), ("targets", targets):
+        values = np.asarray(values.detach().cpu().double() if torch.is_tensor(values) else values,
+                            dtype=np.float64)
+        if values.shape not in [(n,), (n, 1)]:
+            raise ValueError(f"{name} must be ({n},) or ({n}, 1), got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{(~np.isfinite(values)).sum()} of {n} {name} are NaN or infinite")
+        flat.append(values.reshape(-1))
+    prediction, target = flat
     error = prediction - target
 
     def mean(x):
@@ -844,8 +816,8 @@ def regression_report(predictions, targets, groups=None):
 
     spread = mean(np.square(target - target.mean())) if n and target.min() < target.max() else 0.0
     square = mean(np.square(error))
-    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(square), "r2": 1
-              - square / (spread or math.nan)}
+    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(square),
+              "r2": 1 - square / (spread or math.nan)}
     if groups is None:
         return report
     names, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -853,12 +825,12 @@ def regression_report(predictions, targets, groups=None):
         raise ValueError(f"{n} targets need one group each, got {member.size}")
     counts = np.bincount(member, minlength=len(names))
     group_mae = np.bincount(member, np.abs(error), len(names)) / counts
-    return report | {"group_mae": mean(group_mae), "group_sd": float(group_mae.std(ddof=1))
-                     if len(names) > 1 else math.nan}
+    group_sd = float(group_mae.std(ddof=1)) if len(names) > 1 else math.nan
+    return report | {"group_mae": mean(group_mae), "group_sd": group_sd}
 
 
 def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
-    """How many pixels of each true class (row) were predicted as each class (column).
+    """Number of pixels of each true class (row) that were predicted as each class (column).
 
         confusion[t, p] = number of kept pixels with target t and prediction p
 
@@ -872,8 +844,8 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
-    predictions, targets = (np.asarray(each.detach().cpu() if torch.is_tensor(each) else each)
-                            for each in (predictions, targets))
+    predictions, targets = (np.asarray(ids.detach().cpu() if torch.is_tensor(ids) else ids)
+                            for ids in (predictions, targets))
     whole = {predictions.dtype.kind, targets.dtype.kind} <= set("biu")
     if predictions.shape != targets.shape or predictions.size and not whole:
         raise ValueError("predictions and targets must be class indices of equal shapes (of "
@@ -882,10 +854,10 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     kept = targets != ignore_index
     # ignored pixels go to cell 0: faster than to leave them out
     predictions, targets = predictions * kept, targets * kept
-    for name, each in ("predictions", predictions), ("targets", targets):
-        if each.size and not 0 <= each.min() <= each.max() < classes:
-            raise ValueError(f"{name} must be in 0..{classes - 1}, got {each[kept].min()} to "
-                             f"{each[kept].max()}; ignore_index is {ignore_index}")
+    for name, ids in ("predictions", predictions), ("targets", targets):
+        if ids.size and not 0 <= ids.min() <= ids.max() < classes:
+            raise ValueError(f"{name} must be in 0..{classes - 1}, got {ids[kept].min()} to "
+                             f"{ids[kept].max()}; ignore_index is {ignore_index}")
     # the smallest signed type that numbers the cells: 2 bytes move faster than 8
     cell = np.min_scalar_type(-classes * classes)
     cells = targets.astype(cell) * cell.type(classes) + predictions.astype(cell)
@@ -895,8 +867,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
 
 
 def f_score_per_image(confusions):
-    """The face-parsing challenge's own score, one number per image: the mean F over the classes
-    that the truth holds.
+    """The face-parsing challenge's own score: per image, the mean F over the classes of the truth.
 
         P = TP / (TP + FP + e)   R = TP / (TP + FN + e)   F_c = 2 P R / (P + R + e)   e = 1e-7
         score = mean of F_c over the classes with target pixels
@@ -905,8 +876,7 @@ def f_score_per_image(confusions):
     official number is the mean over images; the scores are returned singly, so that an interval can
     be had too. NaN for an image without target pixels.
 
-    Shape:  confusions (n, C, C) counts, rows the truth, one matrix per image  ->  float64 array
-            (n,), in [0, 1)
+    Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 array (n,)
     Errors: ValueError for other shapes
     Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
     Needs:  _counts
@@ -940,8 +910,7 @@ def f_score_pooled(confusion):
 
 
 def mean_iou(confusion):
-    """Intersection over union, the mean over the classes that truth or prediction holds, from one
-    pooled confusion matrix.
+    """Mean intersection over union of the classes that occur, from one pooled confusion matrix.
 
         IoU_c = TP / (TP + FP + FN) = F_c / (2 - F_c)
 
@@ -954,16 +923,15 @@ def mean_iou(confusion):
     """
     tp, predicted, truth = _counts(confusion, 2)
     union = predicted + truth - tp
-    held = union > 0
-    return float((tp[held] / union[held]).mean()) if held.any() else math.nan
+    occurs = union > 0
+    return float((tp[occurs] / union[occurs]).mean()) if occurs.any() else math.nan
 
 
 def class_report(predictions, labels, classes):
-    """What a classifier of several classes is judged by, over a whole split, with every class on
-    its own.
+    """Scores of a classifier of several classes over a whole split, also class by class.
 
-        accuracy = share of right rows   F1_c = 2 TP / (2 TP + FP + FN)   recall_c = TP / (TP + FN)
-        macro_f1 = mean of F1_c over the classes that occur in labels
+        accuracy = share of right rows        macro_f1 = mean of F1_c over the classes in labels
+        F1_c = 2 TP / (2 TP + FP + FN)        recall_c = TP / (TP + FN)
 
     Macro F1 counts a class of 5 rows as much as one of 500. NaN where undefined: recall of a class
     without rows, F1 of a class that is neither there nor predicted, accuracy and macro F1 without
@@ -981,18 +949,17 @@ def class_report(predictions, labels, classes):
     """
     confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
     tp, _, rows = _counts(confusion, 2)
-    f1, held = f_score_pooled(confusion), rows > 0
+    f1, occurs = f_score_pooled(confusion), rows > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
         recall = tp / rows
-    return {"accuracy": float(tp.sum() / rows.sum()) if held.any() else math.nan,
-            "macro_f1": float(f1[held].mean()) if held.any() else math.nan,
+    return {"accuracy": float(tp.sum() / rows.sum()) if occurs.any() else math.nan,
+            "macro_f1": float(f1[occurs].mean()) if occurs.any() else math.nan,
             "classes": [{"rows": int(n), "f1": float(f), "recall": float(r)}
                         for n, f, r in zip(rows, f1, recall)]}
 
 
 def mean_cosine(features):
-    """Mean cosine of all pairs of different rows: 1 for collapsed features, close to 0 for well
-    spread ones.
+    """Mean cosine of all pairs of different rows: 1 if collapsed, near 0 if well spread.
 
         mean_{i != j} u_i . u_j = (|sum_i u_i|^2 - n) / (n (n - 1))      u_i = x_i / |x_i|
 
@@ -1011,8 +978,9 @@ def mean_cosine(features):
 
 
 def knn_predict(train_features, train_labels, features, *, k=5):
-    """Class of each row by the vote of the k training rows with the largest cosine: judges an
-    embedding without training on it.
+    """Class of each row by the vote of the k training rows with the largest cosine.
+
+    It judges an embedding without training on it.
 
     The class with most votes wins; of several, the one whose votes have the largest sum of cosines;
     then the smallest label. Training rows tied with the k-th all vote, so the order of the rows
@@ -1035,7 +1003,7 @@ def knn_predict(train_features, train_labels, features, *, k=5):
                          f"and {features.shape}")
     if not 1 <= k <= len(train):
         raise ValueError(f"need 1 <= k <= {len(train)}, the number of training rows; got k={k}")
-    found, step = np.empty(len(features), dtype=np.int64), max(1, 2**20 // len(train))
+    predicted, step = np.empty(len(features), dtype=np.int64), max(1, 2**20 // len(train))
     for start in range(0, len(features), step):
         # the last bits depend on the shape of the product
         cosine = np.round(features[start : start + step] @ train.T, 12)
@@ -1045,8 +1013,8 @@ def knn_predict(train_features, train_labels, features, *, k=5):
         votes = np.bincount(cell, minlength=cells).reshape(-1, len(names))
         summed = np.bincount(cell, cosine[near], cells).reshape(-1, len(names)).round(9)
         best = np.where(votes == votes.max(1, keepdims=True), summed, -np.inf).argmax(1)
-        found[start : start + step] = names[best]
-    return found
+        predicted[start : start + step] = names[best]
+    return predicted
 
 
 def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
@@ -1061,14 +1029,13 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
     Check:  training rows asked for themselves with k = 1 score 1, if no two of different classes
             point the same way
     """
-    found = knn_predict(train_features, train_labels, features, k=k)
-    right = found == _integer_labels(labels, len(found), "labels")
+    predicted = knn_predict(train_features, train_labels, features, k=k)
+    right = predicted == _integer_labels(labels, len(predicted), "labels")
     return float(right.mean()) if right.size else math.nan
 
 
 def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Class of each row by ridge regression of one target per class: the floor that needs no deep
-    learning.
+    """Class of each row by ridge regression of one target per class: a baseline of several classes.
 
         W = (Z^T Z + penalty I)^-1 Z^T Y     class = argmax_c (z W + mean Y)_c
 
@@ -1102,11 +1069,10 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
 
 
 def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Logit of each row by logistic regression with an L2 penalty: the floor of a binary task that
-    needs no deep learning.
+    """Logit of each row by logistic regression with an L2 penalty: a baseline of a binary task.
 
-        minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2      s = 1 for label 1,
-                  -1 for label 0
+        minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2
+        s = 1 for label 1, -1 for label 0
 
     z = the columns standardised by mean and sd of the training rows; the intercept b is not
     penalised. Columns that are constant in training are left out; without any other the logit is
@@ -1140,8 +1106,11 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
     varies = train.min(0) < train.max(0)
     train, x = train[:, varies], x[:, varies]
     mean, sd = train.mean(0), train.std(0)
-    # the last column: intercept
-    z, rows = (np.hstack([(each - mean) / sd, np.ones((len(each), 1))]) for each in (train, x))
+
+    def scaled(columns):  # and a last column for the intercept
+        return np.hstack([(columns - mean) / sd, np.ones((len(columns), 1))])
+
+    z, rows = scaled(train), scaled(x)
     sign, ridge = np.where(positive, 1.0, -1.0), np.append(np.full(len(mean), float(penalty)), 0.0)
 
     def objective(weights):
@@ -1156,10 +1125,11 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             break
         step = np.linalg.solve((z.T * (miss * (1 - miss))) @ z + np.diag(ridge), gradient)
         size, loss, slope = 1.0, objective(weights), gradient @ step
-        # last: rounding
-        while size > 1e-9 and (objective(weights - size * step)
-                               > loss - 1e-4 * size * slope + 1e-13 * loss):
+        rounding = 1e-13 * loss
+        while objective(weights - size * step) > loss - 1e-4 * size * slope + rounding:
             size /= 2
+            if size <= 1e-9:
+                break
         weights = weights - size * step
     else:
         warnings.warn(f"logistic_predict: the gradient is still {np.abs(gradient).max():.2g} after "
@@ -1168,8 +1138,7 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
 
 
 def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
-    """Percentile bootstrap interval of the mean of n values, such as one score per image: how far n
-    cases can tell.
+    """Percentile bootstrap interval of the mean of n values, such as one score per image.
 
     Draws n of the n values with replacement, `resamples` times, and takes the middle `level` of the
     means. NaN are left out.
@@ -1189,8 +1158,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
 
 def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
-    """AUROC and average precision of bootstrap samples of the rows: how far n rows can tell, and
-    whether one model beats another.
+    """AUROC and average precision of bootstrap samples of the rows.
 
     Each resample draws n of the n rows with replacement. The draws depend on n and seed alone, so
     two models scored on the same rows are resampled alike, and the difference of their arrays is
@@ -1209,17 +1177,18 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
     scores, positive = _scores_and_labels(scores, labels)
     if resamples < 1:
         raise ValueError(f"need resamples >= 1, got {resamples}; 1000 for an interval")
-    found, n, rng = np.full((2, resamples), math.nan), scores.size, np.random.default_rng(seed)
+    n, rng = scores.size, np.random.default_rng(seed)
+    aurocs, auprcs = np.full(resamples, math.nan), np.full(resamples, math.nan)
     if not n:
-        return {"auroc": found[0], "auprc": found[1]}
+        return {"auroc": aurocs, "auprc": auprcs}
     # tied scores are one group; the largest come first
     distinct, group = np.unique(-scores, return_inverse=True)
     cell, cells, step = 2 * group + positive, 2 * distinct.size, max(1, 2**20 // n)
     for start in range(0, resamples, step):
         drawn = cell[rng.integers(n, size=(min(step, resamples - start), n))]
         drawn += cells * np.arange(len(drawn))[:, None]
-        counts = np.bincount(drawn.reshape(-1),
-                             minlength=cells * len(drawn)).reshape(len(drawn), distinct.size, 2)
+        counts = np.bincount(drawn.reshape(-1), minlength=cells * len(drawn))
+        counts = counts.reshape(len(drawn), distinct.size, 2)
         negatives, positives = counts[:, :, 0], counts[:, :, 1]
         fp, tp = negatives.cumsum(1), positives.cumsum(1)
         n_negative, n_positive = fp[:, -1], tp[:, -1]
@@ -1227,15 +1196,14 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
         in_order = (positives * (2 * n_negative[:, None] - 2 * fp + negatives)).sum(1)
         precision = (positives * tp / (tp + fp).clip(1)).sum(1)
         with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
-            found[0, start : start + step] = in_order / (2 * n_negative * n_positive)
+            aurocs[start : start + step] = in_order / (2 * n_negative * n_positive)
             precision = np.where(n_negative > 0, precision, math.nan)
-            found[1, start : start + step] = precision / n_positive
-    return {"auroc": found[0], "auprc": found[1]}
+            auprcs[start : start + step] = precision / n_positive
+    return {"auroc": aurocs, "auprc": auprcs}
 
 
 def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000, seed=0):
-    """Percentile bootstrap intervals of AUROC and average precision, or of what one model has over
-    another on the same rows.
+    """Percentile bootstrap intervals of AUROC and average precision, or of a paired difference.
 
     With versus, the scores of the other model, the interval is that of the difference, scores minus
     versus, by resampling rows in pairs: if it leaves out 0, the models differ by more than the
@@ -1253,12 +1221,12 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
     """
     if not 0 < level < 1:
         raise ValueError(f"need 0 < level < 1, got {level}; 0.95 leaves out 2.5 % on either side")
-    found = bootstrap_ranking(scores, labels, resamples=resamples, seed=seed)
+    samples = bootstrap_ranking(scores, labels, resamples=resamples, seed=seed)
     if versus is not None:
         other = bootstrap_ranking(versus, labels, resamples=resamples, seed=seed)
-        found = {name: found[name] - other[name] for name in found}
+        samples = {name: samples[name] - other[name] for name in samples}
     interval = {}
-    for name, values in found.items():
+    for name, values in samples.items():
         values = values[~np.isnan(values)]
         ends = (math.nan, math.nan)
         if values.size:
@@ -1268,13 +1236,11 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
 
 
 def _counts(confusion, ndim):
-    """Of each class of (..., C, C) counts, rows the truth: true positives, pixels predicted, pixels
-    in the truth; float64."""
+    """True positives, predicted pixels and true pixels of each class of (..., C, C) counts."""
     confusion = np.asarray(confusion, dtype=np.float64)
     if confusion.ndim != ndim or confusion.shape[-1] != confusion.shape[-2]:
-        raise ValueError("confusion counts must be "
-                         f"{'(n, C, C), one per image' if ndim == 3 else '(C, C)'}; got "
-                         f"{confusion.shape}")
+        needed = "(n, C, C), one per image" if ndim == 3 else "(C, C)"
+        raise ValueError(f"confusion counts must be {needed}; got {confusion.shape}")
     return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-2), confusion.sum(-1)
 
 
@@ -1329,8 +1295,10 @@ def _scores_and_labels(scores, labels):
 
 
 def _counts_by_score(scores, labels):
-    """Of each distinct score of a positive, ascending: the positives that have it, the negatives
-    below it, and those not above it, int64 (m,); and the number of all negatives."""
+    """Counts at each distinct score of a positive, ascending, and the number of all negatives.
+
+    Three arrays int64 (m,): positives with that score, negatives below it, negatives not above it.
+    """
     scores, positive = _scores_and_labels(scores, labels)
     distinct, tied = np.unique(scores[positive], return_counts=True)
     negatives = np.sort(scores[~positive])

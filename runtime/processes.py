@@ -63,11 +63,14 @@ def process_group():
     with contextlib.suppress(RuntimeError):  # one that has died has been dealt with
         # torchrun ends the others when the first one fails: not before rank 0 has said why
         gather_objects(None)
-    dist.destroy_process_group()
 
 
 def leave(code):
-    """End this process; at once where there were others: gloo's threads may abort it at its end."""
+    """End this process, at once if there were others.
+
+    The group is not destroyed, nor Python shut down: in torch 2.4 either can wait for ever for a
+    thread of gloo that waits for Python's lock.
+    """
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
