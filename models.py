@@ -33,8 +33,7 @@ import torch.nn.functional as F
 
 
 def count_parameters(model, *, trainable_only=False):
-    """Number of scalar parameters. Tied weights count once, buffers (running statistics) do not
-    count.
+    """Number of scalar parameters; tied weights count once, buffers do not count.
 
     Check: count_parameters(nn.Linear(3, 2)) == 8
     """
@@ -42,8 +41,7 @@ def count_parameters(model, *, trainable_only=False):
 
 
 def init_kaiming_xavier(module):
-    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform
-    with bias 0.
+    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform.
 
     Norms and convolution biases keep torch's own start.
 
@@ -71,8 +69,7 @@ def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.I
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the channels of each pixel: (B, C, H, W) -> the same shape, in
-    channels_last layout.
+    """nn.LayerNorm over the channels of each pixel, (B, C, H, W) -> the same, channels_last.
 
     Check: ChannelLayerNorm(32) has 64 parameters
     """
@@ -140,8 +137,7 @@ class SqueezeExcite(nn.Module):
 
 
 def load_backbone(backbone, state, *, prefix="encoder."):
-    """Copy a backbone's tensors out of the state of the network that it was pretrained in; all of
-    them or none.
+    """Copy a backbone's tensors out of the state of its pretrained network; all of them or none.
 
     Only names under `prefix` are taken. What else the state holds (the pretraining head) is left
     out by name, never silently.
@@ -194,12 +190,12 @@ def freeze_backbone(backbone, *, unfreeze_last=0):
 
 
 def train_mode(model):
-    """model.train(), but modules all of whose parameters are frozen stay in eval mode, with
-    everything inside them.
+    """model.train(), but modules whose parameters are all frozen stay in eval mode.
 
     So dropout in a frozen backbone is off and its running statistics stay as they are, which
     `model.train()` would undo. A dropout between frozen modules, with no frozen module around both,
-    is on. """
+    is on.
+    """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -239,8 +235,7 @@ class DepthwiseBlock(nn.Module):
 
 
 class InvertedSEBlock(nn.Module):
-    """Inverted residual with squeeze-and-excite: widen by 4, depthwise 3x3, gate the channels,
-    narrow again.
+    """Inverted residual: widen by 4, depthwise 3x3, squeeze-and-excite, narrow again.
 
         y = silu(x + branch(x))
         branch: 1x1 to 4C, BN, SiLU, depthwise 3x3 (stride), BN, SiLU, squeeze-excite, 1x1, BN
@@ -272,8 +267,7 @@ class InvertedSEBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled by almost
-    nothing at first.
+    """ConvNeXt block: depthwise 7x7, then an MLP on the channels, scaled by 1e-6 at first.
 
         x = downsample(x)        only if the shape changes: channel LayerNorm, convolution with
                                  kernel = stride
@@ -311,11 +305,10 @@ class ConvNeXtBlock(nn.Module):
 
 
 class MixerLayer(nn.Module):
-    """MLP-Mixer layer: one MLP across the tokens of each channel, one across the channels of each
-    token.
+    """MLP-Mixer layer: an MLP across the tokens, then one across the channels.
 
-        x = x + mlp_T(layernorm(x)^T)^T        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n,
-        GELU, back to n
+        x = x + mlp_T(layernorm(x)^T)^T
+        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n, GELU, back to n
 
     Dropout follows both linear layers of an MLP. The number of tokens is fixed: it is a width of
     the first MLP.
@@ -341,11 +334,10 @@ class MixerLayer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer, norm first: the tokens attend to each other, then an MLP works on each of
-    them.
+    """Transformer layer, norm first: self-attention, then an MLP on each token.
 
-        x = x + attention(layernorm(x), bias)        y = x + mlp(layernorm(x))        mlp: C to
-        hidden, GELU, back to C
+        x = x + attention(layernorm(x), bias)
+        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
 
     The bias, if given, is added to the attention scores: TimeBias makes the layer causal.
 
@@ -389,8 +381,7 @@ class TransformerLayer(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Pools a feature map to a grid of tokens, lets the tokens exchange information, and makes one
-    logit of their mean.
+    """Pool a feature map to a grid of tokens, mix the tokens, and make one logit of their mean.
 
         pool to grid, layers x (transformer | mlp_mixer), mean over tokens, LayerNorm, dropout,
         linear
@@ -437,8 +428,7 @@ class AvgMaxPool(nn.Module):
 
 
 def eye_map_size(size, block, blocks):
-    """Rows and columns of EyeNet's feature map, and the one place that decides whether a network
-    fits an image.
+    """Rows and columns of EyeNet's feature map; decides whether a network fits an image.
 
     The stem has stride 2 (convnext 4); blocks 2, 4, 6, ... have stride 2. A stride of s needs s
     rows and s columns to work on. Odd sides round up, but down in convnext.
@@ -466,8 +456,7 @@ def eye_map_size(size, block, blocks):
 
 
 class EyeNet(nn.Module):
-    """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit of the
-    feature map.
+    """Is the eye open? A stem, blocks of one kind, and a head that makes one logit of the map.
 
         block         stem                                          blocks            head="auto"
         baseline      3x3 stride 2, BN, ReLU                        DepthwiseBlock    avg
@@ -566,8 +555,7 @@ FACE_PARAMETER_LIMIT = 1_821_085
 
 
 def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
-    """Refuses a network that does not have fewer than `limit` parameters, and says how many are too
-    many.
+    """Refuse a network that does not have fewer than `limit` parameters.
 
     Errors: ValueError
     Check:  check_parameter_limit(nn.Linear(3, 2), 9) passes, with 8 it is refused
@@ -580,8 +568,7 @@ def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
 
 
 def check_stride_fits(size, stride):
-    """Refuses rows and columns that a network of this total stride cannot divide, and names the
-    nearest that it can.
+    """Refuse rows and columns that a network's stride does not divide; name the nearest that fit.
 
     Errors: ValueError
     Check:  (100, 128) with stride 32: the nearest sizes that fit are 96x128 and 128x128
@@ -595,8 +582,7 @@ def check_stride_fits(size, stride):
 
 
 class ReducedAttention(nn.Module):
-    """Self-attention among the pixels of a map; keys and values are taken from a map `reduction`
-    times smaller.
+    """Self-attention of the pixels of a map; keys and values come from a reduced map.
 
         r = layernorm(convolution(x)), kernel = stride = reduction; without reduction r = x
         y = out(softmax(q k^T / sqrt(C / heads)) v)        q = linear(x), (k, v) = linear(r)
@@ -641,8 +627,7 @@ class ReducedAttention(nn.Module):
 
 
 class MixMLP(nn.Module):
-    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN): linear,
-    3x3, GELU, linear.
+    """MLP on the channels of each pixel with a 3x3 inside (Mix-FFN): linear, 3x3, GELU, linear.
 
     The zeros around the map tell the convolution where the border is: it stands in for position
     codes. depthwise=False leaves it out. Dropout follows GELU and the second linear layer.
@@ -687,8 +672,7 @@ class SegFormerLayer(nn.Module):
 
 
 class SegFormerStage(nn.Module):
-    """A convolution whose patches overlap and LayerNorm make the pixels of a smaller map, then
-    layers, then LayerNorm.
+    """A strided convolution and LayerNorm make a smaller map, then layers, then LayerNorm.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last
             layout
@@ -711,11 +695,10 @@ class SegFormerStage(nn.Module):
 
 
 class AllMLPDecoder(nn.Module):
-    """Brings maps of several sizes to one width and to the size of the first, and mixes them pixel
-    by pixel.
+    """Bring maps of several sizes to one width and one size, and mix them pixel by pixel.
 
-        y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))        upsample: bilinear;
-        linear: 1x1 convolution
+        y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))
+        upsample: bilinear; linear: 1x1 convolution
 
     Shape:  [(B, widths[i], H_i, W_i)] -> (B, channels, H_0, W_0)
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 4
@@ -1128,8 +1111,7 @@ class VectorTokens(nn.Module):
 
 
 class SequenceTokens(PPGEncoder):
-    """PPGEncoder for a sequence with the time first: patches, linear, positions, transformer
-    layers, LayerNorm.
+    """PPGEncoder for (B, time, channels): patches, positions, transformer layers, LayerNorm.
 
     Shape:  (B, n, channels) -> (B, n // patch, width); a rest shorter than a patch, at the end, is
             dropped
@@ -1142,8 +1124,9 @@ class SequenceTokens(PPGEncoder):
 
 
 class ImageTokens(nn.Module):
-    """An image to the pixels of a small map: layernorm(strided_cnn(x) + positions of rows and
-    columns).
+    """An image to the pixels of a small map as tokens.
+
+        y = layernorm(strided_cnn(x) + positions of rows and columns)
 
     Shape:  (B, channels, H, W), with (H, W) = size -> (B, T, width), T about H / 8 * W / 8
     Check:  ImageTokens(3, (32, 32), width=64) has 23,824 parameters
@@ -1162,8 +1145,7 @@ class ImageTokens(nn.Module):
 
 
 class VideoTokens(nn.Module):
-    """A video to one token per frame: the mean of the frame's strided_cnn map, then SequenceTokens
-    with patches of one frame.
+    """A video to one token per frame: the mean of its strided_cnn map, then SequenceTokens.
 
     Shape:  (B, T, channels, H, W), with (H, W) = size -> (B, T, width)
     Check:  VideoTokens(3, (32, 32), width=64) has 77,968 parameters
@@ -1182,8 +1164,7 @@ class VideoTokens(nn.Module):
 
 
 def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropout=0.1):
-    """The encoder for samples of this shape, and the one place that decides whether a shape can be
-    encoded.
+    """The encoder for samples of this shape; decides whether a shape can be encoded.
 
         shape           taken for             encoder           tokens
         (F,)            a feature vector      VectorTokens      `tokens`
@@ -1215,10 +1196,10 @@ def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropo
 
 
 class ModalityReadout(nn.Module):
-    """What the fusion tokens read in one modality, or a learnt vector in the rows that lack it.
+    """Fusion tokens read one modality by attention; rows that lack it get a learnt vector.
 
-        y = layernorm(tokens + attention(queries tokens, keys and values features)) where present,
-        else missing
+        y = layernorm(tokens + attention(queries tokens, keys and values features))
+        where present, else missing
 
     The features of an absent row, NaN or not, reach neither the output nor any gradient. Dropout
     falls on the attention weights.
@@ -1246,11 +1227,10 @@ class ModalityReadout(nn.Module):
 
 
 def drop_modalities(present, rate):
-    """Marks each present modality absent with probability `rate`, but in every row keeps the one
-    with the largest draw.
+    """Mark each present modality absent with probability `rate`, but keep one in every row.
 
-    So no row loses everything, and of k present ones each is dropped with probability rate - rate^k
-    / k. Draws from torch's global generator.
+    The one with the largest draw stays, so of k present ones each is dropped with probability
+    rate - rate^k / k. The draws come from torch's global generator.
 
     Shape:  bool (B, modalities) -> the same; a row without any stays without
     Check:  at rate 0.5 one of 2 modalities is dropped in 3 of 8 rows, a single one never
@@ -1260,16 +1240,12 @@ def drop_modalities(present, rate):
 
 
 class QuadModal(nn.Module):
-    """One embedding of several modalities, four or any other number: an encoder for each, fusion by
-    learnt tokens, an MLP.
+    """One embedding of several modalities: an encoder each, fusion by learnt tokens, an MLP.
 
-        features_m = modality_encoder(x_m)                                  its kind follows from
-        the shape, channels first
-        fused_m    = ModalityReadout(tokens, features_m)                    (B, tokens, width),
-                   `missing` where m is absent
-        y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))        widths
-                   hidden, embed
-        forward    = y / |y|
+        features_m = modality_encoder(x_m)                  its kind follows from the shape
+        fused_m    = ModalityReadout(tokens, features_m)    (B, tokens, width)
+        y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))
+        forward    = y / |y|                                widths of the MLP: hidden, embed
 
     `features` returns y, not normalised, `forward` and `fuse` the L2-normalised embedding. A row
     that lacks a modality says so in `present`; its values there, NaN or not, are never encoded:
@@ -1282,8 +1258,8 @@ class QuadModal(nn.Module):
     encode(name, x[name])}).
 
     Shape:  inputs {name: (B, *shapes[name])}, present {name: bool (B,)} (a name left out: all
-            present), encoded {name: (B, T,
-            width)} in place of the inputs of some modalities  ->  (B, embed)
+            present), encoded {name: (B, T, width)} in place of the inputs of some modalities
+            ->  (B, embed)
     Errors: ValueError when built, for no or unusable names, shapes that fit no encoder, a width
             that heads or 4 does not divide, numbers out of range; at forward for an unknown or
             missing modality, one given twice, other shapes
@@ -1381,14 +1357,14 @@ class QuadModal(nn.Module):
                  "unknown": [name for name in [*given, *present] if name not in self.shapes],
                  "given twice": [name for name in inputs if name in encoded]}
         if any(wrong.values()):
-            found = "; ".join(f"{title}: {', '.join(map(str, names))}"
-                              for title, names in wrong.items() if names)
-            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {found}. "
+            faults = "; ".join(f"{title}: {', '.join(map(str, names))}"
+                               for title, names in wrong.items() if names)
+            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {faults}. "
                              f"For a modality that rows lack, give any values and present={{name: "
                              f"False for these rows}}")
         rows = {name: x.shape[0] for name, x in (inputs | encoded).items()}
         n = rows[given[0]]
-        if any(each != n for each in rows.values()):
+        if set(rows.values()) != {n}:
             raise ValueError(f"modalities must have the same number of rows, got {rows}")
         for name, tokens in encoded.items():
             if tokens.ndim != 3 or tokens.shape[2] != self.width:
@@ -1406,8 +1382,7 @@ class QuadModal(nn.Module):
 
 
 def freeze_encoders(model, names):
-    """No gradient and eval mode for these encoders of a QuadModal; train on with train_mode(model),
-    which keeps them in eval mode.
+    """Freeze these encoders of a QuadModal: no gradient, and eval mode under train_mode(model).
 
     Their dropout is then off and their running statistics stay: a row's tokens never change, so
     `model.encode` is needed once.
@@ -1431,8 +1406,7 @@ def freeze_encoders(model, names):
 
 
 def sets_by_size(sizes, *, chunk=256):
-    """Packed sets as padded batches with little padding: sort the sets by size, cut the order into
-    chunks, pad each to its largest.
+    """Packed sets as padded batches: sorted by size and cut into chunks, so with little padding.
 
     sizes    int64 (S,): elements of each set, at least 1; the elements of all sets lie one after
              the other, in one tensor (E, ...)
@@ -1451,11 +1425,10 @@ def sets_by_size(sizes, *, chunk=256):
 
 
 class AttentionBlock(nn.Module):
-    """Queries read a set, keep what they were, and pass an MLP: the multihead attention block of
-    the Set Transformer, norm first.
+    """Queries attend to a set, then an MLP: MAB of the Set Transformer, with the norm first.
 
-        h = q + attention(layernorm(q), layernorm(x))        y = h + mlp(layernorm(h))        mlp: C
-        to hidden, GELU, back to C
+        h = q + attention(layernorm(q), layernorm(x))
+        y = h + mlp(layernorm(h))        mlp: C to hidden, GELU, back to C
 
     Where mask is False an element is not read: padding changes nothing. Queries, keys and values
     have no bias: that of the keys would have no gradient. The same queries for all sets are
@@ -1484,19 +1457,20 @@ class AttentionBlock(nn.Module):
                                  nn.Linear(hidden, channels))
 
     def forward(self, q, x, mask=None):
-        # (S, heads, tokens, C / heads)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        queries = split(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
-        keys, values = map(split, self.key_value(self.key_norm(x)).chunk(2, -1))
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None
-                                              else mask[:, None, None])
+        def split_heads(y):  # (S, heads, tokens, C / heads)
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        queries = split_heads(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
+        keys, values = self.key_value(self.key_norm(x)).chunk(2, -1)
+        read = F.scaled_dot_product_attention(
+            queries, split_heads(keys), split_heads(values),
+            attn_mask=None if mask is None else mask[:, None, None])
         h = q + self.out(read.transpose(1, 2).flatten(2))
         return h + self.mlp(self.mlp_norm(h))
 
 
 class InducedSetAttention(nn.Module):
-    """The elements of a set read each other through a few learnt points: linear in the size of the
-    set, whatever their order.
+    """Elements of a set attend to each other through a few learnt points: linear in their number.
 
         h = block(points, x)        y = block(x, h)        of AttentionBlock, both with residuals
 
@@ -1517,8 +1491,7 @@ class InducedSetAttention(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """One vector of each set: a linear layer on every element, levels of induced set attention, the
-    mean over the elements.
+    """One vector of each set: linear, levels of induced set attention, mean over the elements.
 
         x = gelu(layernorm(linear(elements)))        y = layernorm(mean of levels(x))
 
@@ -1550,8 +1523,7 @@ class SetEncoder(nn.Module):
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
-    """Which of `buckets` a time span falls into, their bounds evenly spaced in log(1 + minutes);
-    longer ones into the last.
+    """Bucket of a time span; the bounds are evenly spaced in log(1 + minutes), the last is open.
 
     Shape:  float (...), >= 0 -> int64 (...)
     Check:  0 minutes are in bucket 0, 1 minute in 5, an hour in 33, a day in 58, two days in 63
@@ -1561,8 +1533,7 @@ def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
 
 
 class TimeBias(nn.Module):
-    """What attention loses to distance in time, for causal attention: the older, the less, each
-    head at its own rate.
+    """A bias of causal attention that falls with distance in time, each head at its own rate.
 
         bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i, -inf for j > i
 
@@ -1587,24 +1558,22 @@ class TimeBias(nn.Module):
 
 
 class SetSequenceEncoder(nn.Module):
-    """Stays to hidden states: each is a sequence of sets, a set all events of one minute, an event
-    a variable and its scaled value.
+    """Stays to hidden states: a stay is a sequence of sets, a set all events of one minute.
 
-        event    = (value * u, u), u the unit vector of the variable          the u beside it: a
-                 value of 0 would erase the variable
+        event    = (value * u, u), u the unit vector of the variable
         mu       = linear(SetEncoder(events of the set))
-        x        = mu + sinusoidal position in the stay + embedding of log_time_buckets(minutes
-                 since the set before)
+        x        = mu + sinusoidal position in the stay
+                   + embedding of log_time_buckets(minutes since the set before)
         hidden   = layernorm(layers(x)), causal, with TimeBias
 
+    An event holds u once more beside value * u, since a value of 0 would erase the variable.
     The u are the axes, fixed: were they learnt, reconstruction could turn all of them into one. All
     sets of all stays are encoded in one call, all stays in another. Stays come packed, as
     compressed rows: no padding is stored.
 
     Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set,
-            "minutes" (S,) since admission, "lengths"
-            int64 (B,) sets per stay}  ->  hidden states (B, T, width), T the longest stay; behind
-                                       the end of a stay they mean nothing
+            "minutes" (S,) since admission, "lengths" int64 (B,) sets per stay}
+            ->  hidden states (B, T, width), T the longest stay; undefined behind the end of a stay
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
     Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
@@ -1636,8 +1605,11 @@ class SetSequenceEncoder(nn.Module):
         """Latent vectors of the sets, packed (S, width), to hidden states (B, T, width)."""
         lengths, minutes = inputs["lengths"], inputs["minutes"]
         present = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        pad = lambda x: x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(
-            present.reshape(*present.shape, *[1] * (x.ndim - 1)), x)
+
+        def pad(x):  # (S, ...) to (B, T, ...)
+            mask = present.reshape(*present.shape, *[1] * (x.ndim - 1))
+            return x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(mask, x)
+
         latent_btc, minutes_bt = pad(latent), pad(minutes)
         gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
         places = sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc)
@@ -1652,14 +1624,12 @@ class SetSequenceEncoder(nn.Module):
 
 
 class SetDecoder(nn.Module):
-    """As many elements as a set had, from one vector: learnt seeds, scaled and shifted by it, one
-    block of attention, linear.
+    """Rebuild the elements of a set from one vector: learnt seeds, one attention block, linear.
 
-        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size        elements =
-        linear(layernorm(block(x, x)))
+        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size
+        elements = linear(layernorm(block(x, x)))
 
-    Scaled, too: of seeds that are only shifted all elements move alike, and it is left to the block
-    to tell them apart.
+    The seeds are scaled, too: if they were only shifted, all elements would move alike.
 
     Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->
              (s, n, features)
@@ -1686,11 +1656,10 @@ class SetDecoder(nn.Module):
 
 
 class SeqSetVAE(nn.Module):
-    """Pretraining of a SetSequenceEncoder without labels: each set passes a noisy latent vector,
-    and is rebuilt from the hidden state.
+    """Pretrain a SetSequenceEncoder without labels: rebuild each set from a noisy latent vector.
 
-        mu, logvar = linear(SetEncoder(events))        latent = mu + exp(logvar / 2) * noise (mu in
-        eval mode)
+        mu, logvar = linear(SetEncoder(events))
+        latent     = mu + exp(logvar / 2) * noise        in eval mode mu
         guess      = SetDecoder(hidden state at the set, which knows it and those before)
 
     Shape:  inputs as in SetSequenceEncoder  ->  {"mu", "logvar": (S, width), "sets": a list of
@@ -1723,19 +1692,17 @@ class SeqSetVAE(nn.Module):
 
 
 class StrongestEvents(nn.Module):
-    """One vector of a stay: of each channel the largest value that any of its events gives,
-    whenever it came.
+    """One vector of a stay: for each channel the maximum over its events.
 
-        y = layernorm(max over events of linear(gelu(layernorm(linear([value * u, u, minutes /
-        longest])))))
+        y = layernorm(max over events of linear(gelu(layernorm(linear(x)))))
+        x = [value * u, u, minutes / longest]
 
     A mean over 48 hours hides a value that was far off once, and one that was measured three times
     among a hundred sets; a largest value hides neither. The time lets it tell late ones from early
     ones.
 
     Shape:  events (E, features) and minutes (E,) since admission, those of a stay one after the
-            other, counts int64 (B,) of events per
-            stay, none 0  ->  (B, width)
+            other, counts int64 (B,) of events per stay, none 0  ->  (B, width)
     Source: Qi et al. 2017 (PointNet), arXiv:1612.00593, eq. 1; Zaheer et al. 2017 (Deep Sets),
             arXiv:1703.06114
     Check:  StrongestEvents(82, width=64) has 9,792 parameters
@@ -1757,17 +1724,15 @@ class StrongestEvents(nn.Module):
 
 
 class SeqSetClassifier(nn.Module):
-    """One logit of a stay: SetSequenceEncoder, then a head on the mean and the last of its hidden
-    states, and on the strongest events.
+    """One logit of a stay: a head on mean and last hidden state, and on the strongest events.
 
         states = [mean of the hidden states, last of them]
         logit  = head(states), or with events=True head([scale * states, StrongestEvents])
 
     The latent vectors are mu, without noise. `scale` is small and fixed: beside states at their
-    full size, or at a learnt one, the strongest events are learnt slowly and badly.
-    Head: width `hidden` and ReLU in all layers but the last, whose bias starts at the log-odds of
-          `prior`, the share of positives: else
-    the first epochs go into learning that they are rare.
+    full size, or at a learnt one, the strongest events are learnt slowly and badly. The head has
+    width `hidden` and ReLU in all layers but the last. The last bias starts at the log-odds of
+    `prior`, the share of positives: else the first epochs go into learning that they are rare.
 
     Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
     Check:  the head at width 256, without events: 65,793 parameters
