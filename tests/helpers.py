@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import struct
 import tempfile
@@ -46,10 +47,12 @@ def refuses(call, text, *arguments, **options):
 
 
 def near(got, want, within):
-    """The largest difference is at most `within` times the largest wanted value: processors differ in the last bits."""
+    """The largest difference is at most `within` times the largest wanted value."""
     kind = torch.complex128 if torch.is_tensor(want) and want.is_complex() else torch.float64
     got, want = (torch.as_tensor(values, dtype=kind).detach() for values in (got, want))
-    return got.numel() == want.numel() == 0 or bool((got - want).abs().max() <= within * want.abs().max())
+    if got.numel() == want.numel() == 0:
+        return True
+    return bool((got - want).abs().max() <= within * want.abs().max())
 
 
 def assert_near(got, want, within=1e-5):
@@ -62,8 +65,9 @@ def assert_near(got, want, within=1e-5):
         for a, b in zip(got, want):
             assert_near(a, b, within)
         return
-    assert (got.dtype, got.shape) == (want.dtype, want.shape), (got.dtype, got.shape, want.dtype, want.shape)
-    assert near(got, want, within), f"{float((got - want).abs().max()):.3g} apart, of {float(want.abs().max()):.3g}"
+    kinds = (got.dtype, got.shape), (want.dtype, want.shape)
+    assert kinds[0] == kinds[1], kinds
+    assert near(got, want, within), f"{(got - want).abs().max():.3g} of {want.abs().max():.3g}"
 
 
 def with_gradient(loss_fn, inputs, *targets, **options):
@@ -125,7 +129,7 @@ def sgd(*lrs, **options):
 
 
 def lived_in(model):
-    """The model in eval mode, with nothing left at 0 or 1: weights, biases, statistics and scales are drawn anew."""
+    """The model in eval mode; weights, biases, statistics and scales are drawn, none is 0 or 1."""
     torch.manual_seed(0)
     for name, tensor in model.state_dict().items():
         if tensor.ndim > 1:
@@ -141,7 +145,8 @@ def signals_of(n, channels=3, length=24, seed=0):
 
 def small_encoder(**changes):
     torch.manual_seed(0)
-    return models.PPGEncoder(**{"channels": 3, "patch": 4, "width": 16, "depth": 2, "heads": 4, "dropout": 0.1} | changes)
+    small = {"channels": 3, "patch": 4, "width": 16, "depth": 2, "heads": 4, "dropout": 0.1}
+    return models.PPGEncoder(**small | changes)
 
 
 QUAD = {  # every kind of encoder, sides odd
@@ -166,26 +171,37 @@ def set_encoder(variables=6, **changes):
 
 
 def draw_sets(lengths, *, largest=12, variables=6, seed=0):
-    """Stays as lists of (minute, [(variable, value), ...]), the first set the largest; in one of more events than variables, one of
-    them comes twice."""
+    """Stays as lists of (minute, [(variable, value), ...]).
+
+    The first set is the largest. With more events than variables, a variable comes twice in it.
+    """
     rng = np.random.default_rng(seed)
     stays = []
     for length in lengths:
         minutes = np.sort(rng.integers(0, 2880, length)).tolist()
         sizes = rng.integers(1, largest + 1, length)
         sizes[0] = largest
-        stays.append([(m, [(int(rng.integers(variables)), float(np.float32(rng.normal()))) for _ in range(n)])
-                      for m, n in zip(minutes, sizes)])
+        stay = []
+        for minute, size in zip(minutes, sizes):
+            events = [(int(rng.integers(variables)), float(np.float32(rng.normal())))
+                      for _ in range(size)]
+            stay.append((minute, events))
+        stays.append(stay)
     return stays
 
 
 def packed_sets(stays, dtype=torch.float32):
-    """Inputs of the networks: the lists of draw_sets one after the other. In float64 rounding hides no small leak."""
-    sets = [each for stay in stays for each in stay]
-    return {"variables": torch.tensor([v for _, events in sets for v, _ in events]),
-            "values": torch.tensor([x for _, events in sets for _, x in events], dtype=dtype),
-            "sizes": torch.tensor([len(events) for _, events in sets]), "minutes": torch.tensor([m for m, _ in sets], dtype=dtype),
-            "lengths": torch.tensor([len(stay) for stay in stays])}
+    """Inputs of the networks from the lists of draw_sets; float64 where rounding hides a leak."""
+    sets, lengths = [], []
+    for stay in stays:
+        sets += stay
+        lengths.append(len(stay))
+    events = [event for _, events in sets for event in events]
+    return {"variables": torch.tensor([variable for variable, _ in events]),
+            "values": torch.tensor([value for _, value in events], dtype=dtype),
+            "sizes": torch.tensor([len(events) for _, events in sets]),
+            "minutes": torch.tensor([minute for minute, _ in sets], dtype=dtype),
+            "lengths": torch.tensor(lengths)}
 
 
 STAY_LENGTHS = (3, 40, 1, 17, 2)
@@ -193,7 +209,8 @@ STAY_LENGTHS = (3, 40, 1, 17, 2)
 
 def make_npz(path, n=60, **changes):
     images, labels, groups, _ = ocec.synthetic_eyes(n, size=(12, 20), seed=1)
-    arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": labels, "groups": groups} | changes
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    arrays = {"images": pixels, "labels": labels, "groups": groups} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
@@ -202,8 +219,9 @@ def make_class_folder(path, n=12):
     Image = need_pillow()
     images, labels, _, _ = ocec.synthetic_eyes(n, size=(12, 20), seed=1)
     for i in range(n):
-        (path / ("closed", "open")[labels[i]]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path / ("closed", "open")[labels[i]] / f"{i}.png")
+        side = path / ("closed", "open")[labels[i]]
+        side.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(side / f"{i}.png")
     return images, labels
 
 
@@ -231,13 +249,14 @@ def random_images(*shape, seed=0):
 
 
 def png_content(content):
-    """A PNG without interlacing and filters, taken apart by the specification: (header fields, {chunk: body})."""
+    """(header fields, {chunk: body}) of a PNG without interlacing and filters."""
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     chunks, at = {}, 8
     while at < len(content):
         length = int.from_bytes(content[at : at + 4], "big")
         name, body = content[at + 4 : at + 8], content[at + 8 : at + 8 + length]
-        assert int.from_bytes(content[at + 8 + length : at + 12 + length], "big") == zlib.crc32(name + body)
+        checksum = int.from_bytes(content[at + 8 + length : at + 12 + length], "big")
+        assert checksum == zlib.crc32(name + body)
         chunks[name], at = body, at + 12 + length
     return struct.unpack(">IIBBBBB", chunks[b"IHDR"]), chunks
 
@@ -247,31 +266,40 @@ def write_faces(path, images, masks, grey=()):
     for name in ("images", "masks"):
         (path / name).mkdir(parents=True, exist_ok=True)
     for i, (image, mask) in enumerate(zip(images, masks)):
-        (path / "images" / f"{i:03d}.png").write_bytes(data.encode_png(image.permute(1, 2, 0).numpy()))
+        pixels = image.permute(1, 2, 0).numpy()
+        (path / "images" / f"{i:03d}.png").write_bytes(data.encode_png(pixels))
         palette = None if i in grey else np.arange(768).reshape(256, 3) % 256
         (path / "masks" / f"{i:03d}.png").write_bytes(data.encode_png(mask.numpy(), palette))
     return path
 
 
 def write_bidmc(path, recordings, *, columns=("Time [s]", "RESP", "PLETH", "V"), newline="\n"):
-    """The recordings as PhysioNet prints them: names with a leading space, Time to 5 digits, the shorter annotator padded."""
+    """PhysioNet's files: names after a space, Time to 5 digits, the shorter annotator padded."""
+    def cell(value):
+        return "NaN" if np.isnan(value) else f"{value:.9g}"
+
     path.mkdir(parents=True, exist_ok=True)
-    number = lambda value: "NaN" if np.isnan(value) else f"{value:.9g}"
-    for each in recordings:
-        name = path / f"bidmc_{each['number']:02d}"
-        cells = {column: np.full(len(each["ppg"]), 0.5) for column in columns}
-        cells |= {"Time [s]": np.array([float(f"{i / 125:.5g}") for i in range(len(each["ppg"]))]), "PLETH": each["ppg"]}
-        marks = [[str(mark) for mark in each[key]] for key in ("breaths", "breaths_2")]
-        marks = [column + ["NaN"] * (max(map(len, marks)) - len(column)) for column in marks]
-        tables = {
-            "Signals": [", ".join(columns)] + [",".join(map(number, row)) for row in zip(*(cells[column] for column in columns))],
-            "Numerics": ["Time [s], HR, PULSE, RESP, SpO2"]
-            + [",".join(map(number, row)) + ",16,97" for row in zip(each["time"], each["hr"], each["pulse"])],
-            "Breaths": ["breaths ann1 [signal sample no], breaths ann2 [signal sample no]"] + list(map(",".join, zip(*marks)))}
+    for recording in recordings:
+        number, samples = recording["number"], len(recording["ppg"])
+        cells = {column: np.full(samples, 0.5) for column in columns}
+        cells["Time [s]"] = np.array([float(f"{i / 125:.5g}") for i in range(samples)])
+        cells["PLETH"] = recording["ppg"]
+        signals = [", ".join(columns)]
+        for row in zip(*(cells[column] for column in columns)):
+            signals.append(",".join(map(cell, row)))
+        numerics = ["Time [s], HR, PULSE, RESP, SpO2"]
+        for row in zip(recording["time"], recording["hr"], recording["pulse"]):
+            numerics.append(",".join(map(cell, row)) + ",16,97")
+        breaths = ["breaths ann1 [signal sample no], breaths ann2 [signal sample no]"]
+        for pair in itertools.zip_longest(recording["breaths"], recording["breaths_2"]):
+            breaths.append(",".join("NaN" if mark is None else str(mark) for mark in pair))
+        tables = {"Signals": signals, "Numerics": numerics, "Breaths": breaths}
         for table, lines in tables.items():
-            Path(f"{name}_{table}.csv").write_bytes((newline.join(lines) + newline).encode())
-        fix = f"bidmc_{each['number']:02d}\nAge: 88\nMIMIC II matched wdb ID: {each['patient']}\nMIMIC II data segment: 2688\n"
-        Path(f"{name}_Fix.txt").write_text(fix)
+            content = newline.join(lines) + newline
+            (path / f"bidmc_{number:02d}_{table}.csv").write_bytes(content.encode())
+        (path / f"bidmc_{number:02d}_Fix.txt").write_text(
+            f"bidmc_{number:02d}\nAge: 88\nMIMIC II matched wdb ID: {recording['patient']}\n"
+            "MIMIC II data segment: 2688\n")
     return path
 
 
@@ -282,14 +310,19 @@ def edit(file, change):
 def channels_last(array):
     """A modality of any rank as float64 (rows, all but the channels, channels)."""
     axis = -1 if array.ndim < 4 else -3
-    return np.moveaxis(array.astype(np.float64), axis, -1).reshape(len(array), -1, array.shape[axis])
+    array = np.moveaxis(array.astype(np.float64), axis, -1)
+    return array.reshape(len(array), -1, array.shape[-1])
 
 
 def ridge_accuracy(arrays, labels, train, test):
-    """Of one-against-all ridge regression on mean and sd of each channel: the floor of four modalities."""
-    x = np.concatenate([f(array, 1) for array in map(channels_last, arrays) for f in (np.mean, np.std)], 1)
+    """Of one-against-all ridge regression on the means and deviations of the channels."""
+    features = []
+    for array in map(channels_last, arrays):
+        features += [array.mean(1), array.std(1)]
+    x = np.concatenate(features, 1)
     x = np.concatenate([(x - x[train].mean(0)) / x[train].std(0), np.ones((len(x), 1))], 1)
-    weights = np.linalg.solve(x[train].T @ x[train] + np.eye(x.shape[1]), x[train].T @ np.eye(labels.max() + 1)[labels[train]])
+    targets = np.eye(labels.max() + 1)[labels[train]]
+    weights = np.linalg.solve(x[train].T @ x[train] + np.eye(x.shape[1]), x[train].T @ targets)
     return float(((x[test] @ weights).argmax(1) == labels[test]).mean())
 
 
@@ -297,7 +330,10 @@ STAY_HEADER = "Time,Parameter,Value"
 
 OUTCOME_HEADER = "RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"
 
-CLOCK = lambda minute: f"{int(minute) // 60:02d}:{int(minute) % 60:02d}"
+
+def clock(minute):
+    return f"{int(minute) // 60:02d}:{int(minute) % 60:02d}"
+
 
 
 def write_stay(file, lines, *, newline="\n", header=STAY_HEADER, end=True):
@@ -307,13 +343,17 @@ def write_stay(file, lines, *, newline="\n", header=STAY_HEADER, end=True):
 
 def write_stays(path, stays, sets="a", *, newline="\n"):
     """The stays as PhysioNet writes them, dealt to the sets in turn."""
-    unknown = lambda x: -1 if np.isnan(x) else int(x)
+    def unknown(value):
+        return -1 if np.isnan(value) else int(value)
+
     tables = {name: [OUTCOME_HEADER] for name in sets}
     for i, record in enumerate(stays["ids"]):
         lines = [f"00:00,RecordID,{record}"]
         for j in range(stays["first_set"][i], stays["first_set"][i + 1]):
             for e in range(stays["first_event"][j], stays["first_event"][j + 1]):
-                lines.append(f"{CLOCK(stays['minutes'][j])},{seqsetvae_data.STAY_VARIABLES[stays['variables'][e]]},{stays['values'][e]:.9g}")
+                variable = seqsetvae_data.STAY_VARIABLES[stays["variables"][e]]
+                value = f"{stays['values'][e]:.9g}"
+                lines.append(f"{clock(stays['minutes'][j])},{variable},{value}")
         name = sets[i % len(sets)]
         write_stay(path / f"set-{name}" / f"{record}.txt", lines, newline=newline)
         scores = [unknown(stays["severity"][score][i]) for score in ("SAPS-I", "SOFA")]
@@ -325,10 +365,12 @@ def write_stays(path, stays, sets="a", *, newline="\n"):
 
 def padding(plan, lengths):
     """Padded length of an epoch over the true one."""
-    return sum(len(rows) * lengths[rows].max() for rows in plan) / sum(lengths[rows].sum() for rows in plan)
+    padded = sum(len(rows) * lengths[rows].max() for rows in plan)
+    return padded / sum(lengths[rows].sum() for rows in plan)
 
 
-TINY = ["--task", "ocec", "--size", "12x20", "--channels", "8", "--blocks", "2", "--epochs", "3", "--batch-size", "16", "--device", "cpu"]
+TINY = ["--task", "ocec", "--size", "12x20", "--channels", "8", "--blocks", "2", "--epochs", "3",
+        "--batch-size", "16", "--device", "cpu"]
 
 
 def call(*words):
@@ -380,8 +422,8 @@ def scores_of(model, split, args, facts):
 
 NEVER = types.SimpleNamespace(check=lambda: None)  # a stop signal that never comes
 
-PPG = ["--task", "bidmc_hr", "--seconds", "10", "--bins", "16", "--width", "16", "--depth", "2", "--batch-size", "64", "--epochs", "2",
-       "--device", "cpu"]
+PPG = ["--task", "bidmc_hr", "--seconds", "10", "--bins", "16", "--width", "16", "--depth", "2",
+       "--batch-size", "64", "--epochs", "2", "--device", "cpu"]
 
 
 def ppg_folder(f, n=10, seconds=90):
@@ -398,7 +440,8 @@ def ppg_run(path, *words):
     return out
 
 
-FACEPARSE = ["--task", "faceparse", "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--size", "16", "--width", "4"]
+FACEPARSE = ["--task", "faceparse", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
+             "--size", "16", "--width", "4"]
 
 
 def faces_npz(path, n=30, size=(32, 32), change=None):
@@ -442,14 +485,15 @@ def check_resume(base, run, path, words, data_path=None):
     assert (path / "a" / "curves.svg").read_text() == (path / "b" / "curves.svg").read_text()
 
 
-MODAL = ["--task", "quadmodal", "--width", "8", "--heads", "2", "--tokens", "2", "--hidden", "16", "--embed", "8", "--epochs", "2",
-        "--batch-size", "12", "--device", "cpu"]
+MODAL = ["--task", "quadmodal", "--width", "8", "--heads", "2", "--tokens", "2", "--hidden", "16",
+         "--embed", "8", "--epochs", "2", "--batch-size", "12", "--device", "cpu"]
 
 
 def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):
     """The synthetic twin's `only` modalities as an .npz; change(arrays) may damage them first."""
     arrays, labels, groups, names, _ = quadmodal.synthetic_modalities(n, classes=classes)
-    content = {name: arrays[name] for name in only} | {"labels": labels, "groups": groups, "label_names": np.array(names)}
+    content = {name: arrays[name] for name in only}
+    content |= {"labels": labels, "groups": groups, "label_names": np.array(names)}
     if change:
         content = change(content) or content
     np.savez(path, **content)
@@ -464,8 +508,9 @@ def quad_run(path, *words):
     return out
 
 
-STAYS = ["--task", "seqsetvae", "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--width", "16", "--heads", "2", "--depth", "2",
-         "--hidden", "16", "--points", "4", "--train-ratio", "0.5", "--val-ratio", "0.2", "--test-ratio", "0.3"]
+STAYS = ["--task", "seqsetvae", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
+         "--width", "16", "--heads", "2", "--depth", "2", "--hidden", "16", "--points", "4",
+         "--train-ratio", "0.5", "--val-ratio", "0.2", "--test-ratio", "0.3"]
 
 
 def short_stays(n=80, seed=0):
@@ -474,8 +519,10 @@ def short_stays(n=80, seed=0):
     keep = stays["minutes"] <= 720
     owner = np.repeat(np.arange(n), np.diff(stays["first_set"]))
     sets = np.repeat(np.arange(len(keep)), np.diff(stays["first_event"]))
-    taken = keep[sets]
-    packed = seqsetvae_data.pack_stays(owner[sets][taken], stays["minutes"][sets][taken], stays["variables"][taken], stays["values"][taken])
+    events = keep[sets]
+    taken = sets[events]
+    packed = seqsetvae_data.pack_stays(
+        owner[taken], stays["minutes"][taken], stays["variables"][events], stays["values"][events])
     return stays | packed
 
 
