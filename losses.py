@@ -46,6 +46,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
             scalar, or "none": (B,)
     Errors: ValueError for other shapes, a binary label outside [0, 1], an option out of range
     Source: Lin et al. 2017, arXiv:1708.02002, eq. 4; Szegedy et al. 2016, arXiv:1512.00567, sec. 7
+    Needs:  _weights_of_classes
     Check:  equal logits cost (1 - 1/C)^gamma * ln C: 0.7798 for C = 4, gamma = 2, any target
     """
     if gamma < 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
@@ -79,13 +80,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities (B, "
                          f"C, ...); {got}")
 
-    classes = logits.shape[1]
-    weights = logits.new_ones(classes)
-    if class_weights is not None:
-        weights = torch.as_tensor(class_weights).to(logits)
-    if weights.shape != (classes,):
-        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
-                         f"{tuple(weights.shape)}")
+    classes, weights = logits.shape[1], _weights_of_classes(class_weights, logits)
     weights_c = weights.view(-1, *[1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     def focal(log_p):
@@ -108,6 +103,18 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         return loss.sum() if reduction == "sum" else loss
     share = share.masked_fill(~kept, 0).sum()
     return loss.sum() / torch.where(kept.any(), share, 1)
+
+
+def _weights_of_classes(class_weights, logits):
+    """class_weights as a checked tensor (C,) of the type and device of the logits; None: ones."""
+    classes = logits.shape[1]
+    if class_weights is None:
+        return logits.new_ones(classes)
+    weights = torch.as_tensor(class_weights).to(logits)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
+                         f"{tuple(weights.shape)}")
+    return weights
 
 
 class FocalLabelSmoothCE(nn.Module):
@@ -157,7 +164,7 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
             nearly flat, and so is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237; min for soft targets: Wang et al. 2023,
             arXiv:2303.16296
-    Needs:  _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  _dice_and_sums, _flat_pixels, _ClassSums, _weights_of_classes
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
     return _dice_and_sums(*_flat_pixels(logits, targets, ignore_index), per, absent, smooth,
@@ -172,12 +179,7 @@ def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
-    classes = logits.shape[1]
-    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
-    if weights.shape != (classes,):
-        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
-                         f"{tuple(weights.shape)}")
-
+    weights = _weights_of_classes(class_weights, logits)
     if targets.shape == logits.shape:
         p = logits.masked_fill(~kept.unsqueeze(1), 0).softmax(1) * kept.unsqueeze(1)
         sums, for_ce = (torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)), None
@@ -192,7 +194,7 @@ def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
     present = sum_t > 0
     if absent == "zero":
         dice = dice.masked_fill(~present, 1)
-    share = weights.to(dice) * (present if absent == "skip" else present.any(1, keepdim=True))
+    share = weights * (present if absent == "skip" else present.any(1, keepdim=True))
     total = share.sum(1)
     loss = (share * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
     return loss.sum() / (total > 0).sum().clamp_min(1), for_ce
@@ -269,7 +271,7 @@ class _ClassSums(torch.autograd.Function):
 class DiceLoss(nn.Module):
     """dice_loss with its options fixed; class_weights is a buffer.
 
-    Needs:  dice_loss, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  dice_loss
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
@@ -299,7 +301,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums, _weights_of_classes
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     weights_ok = ce_weight >= 0 and dice_weight >= 0
@@ -310,9 +312,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
     dice, for_ce = _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights)
     soft = targets.shape == logits.shape
-    weights = logits.new_ones(logits.shape[1])
-    if class_weights is not None:
-        weights = torch.as_tensor(class_weights).to(logits)
+    weights = _weights_of_classes(class_weights, logits)
     if for_ce and not gamma:  # the softmax of Dice serves it
         sum_t, log_p_t, log_p = for_ce
         ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
@@ -335,7 +335,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 class CEDiceLoss(nn.Module):
     """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer.
 
-    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  ce_dice_loss
     """
 
     def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0,
