@@ -1,14 +1,15 @@
-"""Losses on logits or features, metrics on raw scores, and baselines for both.
+"""Losses on logits or features, metrics on raw scores, and simple models as baselines.
 
 Losses take logits, never probabilities. Metrics take the raw scores of a whole split at once, so
-they do not depend on the batch size; an undefined value is NaN, never 0.
+they do not depend on the batch size. An undefined metric is NaN, never 0. Metrics and simple models
+take tensors, arrays and lists.
 
-Dimensions: b batch, c class, d feature, n flattened (all samples of a split); of sets: s set, n and
-            m elements, f feature
+    scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]    # logits: 0 is P = 0.5
+    binary_report(scores, labels)["f1"]                     # 0.8
+    binary_floor(labels)["f1"]                              # 0.667, the F1 of "always 1"
 
-    >>> scores, labels = [2.0, 0.5, 0.5, -1.0], [1, 1, 0, 0]    # logits: 0 is P = 0.5
-    >>> binary_report(scores, labels)["f1"], binary_floor(labels)["f1"]
-    (0.8, 0.6666666666666666)
+Dimensions: b batch, c class, d feature, n all pixels of an image or all samples of a split.
+            Of sets: s set, n and m elements, f feature.
 """
 
 import math
@@ -29,39 +30,38 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     """Cross-entropy with smoothed targets and a focal factor on the term of each class.
 
         loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c
-        p = softmax(logits), q = (1 - smoothing) * t + smoothing / C
+        p = softmax(logits)        q = (1 - smoothing) * t + smoothing / C
 
     Binary logits z are the case C = 2 with P(1) = sigmoid(z). gamma = 0 is F.cross_entropy, in
     value and gradient. The usual single factor (1 - p_target)^gamma takes the loss to 0 as p_target
-    goes to 1 and so cancels the smoothing; here an overconfident prediction is still pulled back.
+    goes to 1, which cancels the smoothing. Here an overconfident prediction is still pulled back.
 
-    "mean" divides by the weights of the targets, sum_c t_c w_c of each; as in torch, class
-    probabilities by their number. Class indices and binary labels equal to ignore_index are left
-    out; if none remains the mean is 0, connected to the graph, where torch has NaN. Half-precision
-    logits are computed, and the loss returned, in float32.
+    "mean" divides by the weights of the targets, sum_c t_c w_c of each; for class probabilities by
+    their number, as in torch. Class indices and binary labels equal to ignore_index are left out.
+    If none remains, the mean is 0, connected to the graph; torch has NaN. Half precision is
+    computed and returned in float32.
 
-    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities  ->
-            scalar, or "none": (B, ...)
-            binary logits (B,) or (B, 1), targets (B,) or (B, 1) of any dtype in [0, 1]      ->
-            scalar, or "none": (B,)
+    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
+            ->  scalar, or "none": (B, ...)
+            binary logits (B,) or (B, 1), targets (B,) or (B, 1) of any dtype in [0, 1]
+            ->  scalar, or "none": (B,)
     Errors: ValueError for other shapes, a binary label outside [0, 1], an option out of range
-    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4; Szegedy et al. 2016, arXiv:1512.00567, sec. 7
-    Needs:  _weights_of_classes
-    Check:  equal logits cost (1 - 1/C)^gamma * ln C: 0.7798 for C = 4, gamma = 2, any target
+    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4
+            Szegedy et al. 2016, arXiv:1512.00567, section 7
+    Check:  equal logits cost (1 - 1/C)^gamma * ln C for any target: 0.7798 for C = 4, gamma = 2
     """
     if gamma < 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
         raise ValueError("need gamma >= 0, smoothing in [0, 1] and reduction mean, sum or none; "
                          f"got gamma={gamma}, smoothing={smoothing}, reduction={reduction!r}")
     got = f"got logits {tuple(logits.shape)}, targets {tuple(targets.shape)} of {targets.dtype}"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-
     binary = logits.ndim == 1 or logits.shape[1:] == (1,)
     if binary:
         if targets.shape not in [(len(logits),), (len(logits), 1)]:
             raise ValueError(f"binary logits (B,) or (B, 1) need targets (B,) or (B, 1); {got}")
         labels = targets.flatten().to(logits.dtype)
-        kept = labels != ignore_index
-        labels = labels.masked_fill(~kept, 0)
+        counted = labels != ignore_index
+        labels = labels.masked_fill(~counted, 0)
         if not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError(f"binary labels must be in [0, 1], got {labels.min():g} to "
                              f"{labels.max():g}")
@@ -71,17 +71,22 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         raise ValueError(f"logits must be (B, C, ...) with C > 1, or binary (B,) or (B, 1); {got}")
     elif targets.shape == logits.shape:
         targets = targets.to(logits.dtype)
-        kept = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        counted = torch.ones_like(logits[:, 0], dtype=torch.bool)
     elif targets.shape == logits[:, 0].shape and not targets.is_floating_point():
         targets = targets.long()  # before the comparison: -100 as uint8 would be class 156
-        kept = targets != ignore_index
-        targets = targets.masked_fill(~kept, 0)
+        counted = targets != ignore_index
+        targets = targets.masked_fill(~counted, 0)
     else:
-        raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities (B, "
-                         f"C, ...); {got}")
+        raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities "
+                         f"(B, C, ...); {got}")
 
-    classes, weights = logits.shape[1], _weights_of_classes(class_weights, logits)
-    weights_c = weights.view(-1, *[1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
+    classes = logits.shape[1]
+    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
+                         f"{tuple(weights.shape)}")
+    weights = weights.to(logits)
+    weights_c = weights.view([classes] + [1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     def focal(log_p):
         # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
@@ -98,11 +103,11 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         if smoothing:
             loss = loss + smoothing * (weights_c * focal(log_p)).mean(1)
 
-    loss = loss.masked_fill(~kept, 0)
+    loss = loss.masked_fill(~counted, 0)
     if reduction != "mean":
         return loss.sum() if reduction == "sum" else loss
-    share = share.masked_fill(~kept, 0).sum()
-    return loss.sum() / torch.where(kept.any(), share, 1)
+    share = share.masked_fill(~counted, 0).sum()
+    return loss.sum() / torch.where(counted.any(), share, 1)
 
 
 def _weights_of_classes(class_weights, logits):
@@ -118,7 +123,7 @@ def _weights_of_classes(class_weights, logits):
 
 
 class FocalLabelSmoothCE(nn.Module):
-    """focal_label_smooth_ce with its options fixed; class_weights is a buffer.
+    """focal_label_smooth_ce with fixed options; class_weights is a buffer and follows .to(device).
 
     Needs:  focal_label_smooth_ce
     """
@@ -128,8 +133,9 @@ class FocalLabelSmoothCE(nn.Module):
         super().__init__()
         self.smoothing, self.gamma = smoothing, gamma
         self.ignore_index, self.reduction = ignore_index, reduction
-        self.register_buffer("class_weights", None if class_weights is None
-                             else torch.as_tensor(class_weights))
+        if class_weights is not None:
+            class_weights = torch.as_tensor(class_weights)
+        self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits, targets):
         return focal_label_smooth_ce(logits, targets, gamma=self.gamma, smoothing=self.smoothing,
@@ -139,137 +145,144 @@ class FocalLabelSmoothCE(nn.Module):
 
 def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
               ignore_index=None):
-    """One minus the overlap of prediction and truth, a mean over classes: small ones count as much.
+    """One minus the overlap of prediction and truth, a mean in which all classes count the same.
 
         dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)
         loss = 1 - mean_c dice_c
 
-    p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) is the usual p *
-    t; for soft ones it makes p = t the minimum, 0; a pixel whose probabilities are all 0 is left
-    out. per "image" takes the mean of the images' losses, "batch" pools the sums of all images
-    first.
+    p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) equals p * t. For
+    soft targets it makes p = t the minimum, 0. A pixel whose probabilities are all 0 is left out.
+    per="image" is the mean of the images' losses, "batch" pools the sums of all images first.
 
-    A class without target pixels (in the image, or in the batch): "skip" leaves it out of the mean
-    over classes; "count" keeps its term, close to 1 for the least probability on it; "zero" takes
-    its loss as 0, which only dilutes the others. class_weights weigh the classes in that mean.
-    Pixels whose class index is ignore_index are left out and may hold NaN logits. An image in which
-    nothing counts is left out of the mean over images; if none is left the loss is 0, connected to
-    the graph. Half-precision logits are computed, and the loss returned, in float32. Index targets
-    are never expanded to one-hot.
+    absent says how a class without target pixels (in the image, or in the batch) counts. "skip"
+    leaves it out of the mean over classes. "count" keeps its term, which is close to 1 for the
+    least probability on it. "zero" takes its loss as 0, which only dilutes the others.
 
-    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities  ->
-            scalar in [0, 1]
+    class_weights weigh the classes in that mean. Pixels whose class index is ignore_index are left
+    out and may hold NaN logits. An image without counted pixels is left out of the mean over
+    images; if none is left, the loss is 0, connected to the graph. Half precision is computed and
+    returned in float32. Index targets are never expanded to one-hot.
+
+    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
+            ->  scalar in [0, 1]
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range.
-            Probabilities passed as logits look like logits and cannot be refused: their softmax is
-            nearly flat, and so is the loss.
-    Source: Sudre et al. 2017, arXiv:1707.03237; min for soft targets: Wang et al. 2023,
-            arXiv:2303.16296
-    Needs:  _dice_and_sums, _flat_pixels, _ClassSums, _weights_of_classes
+            Probabilities passed as logits cannot be refused: their softmax is nearly flat, and so
+            is the loss.
+    Source: Sudre et al. 2017, arXiv:1707.03237
+            min for soft targets: Wang et al. 2023, arXiv:2303.16296
+    Needs:  _dice_and_sums, _flat_pixels, _ClassSums
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
-    return _dice_and_sums(*_flat_pixels(logits, targets, ignore_index), per, absent, smooth,
-                          class_weights)[0]
+    logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
+    return _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)[0]
 
 
-def _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights):
-    """dice_loss of flat pixels; for class indices also the last three sums of _ClassSums.
-
-    ce_dice_loss takes its cross-entropy from them, without a second softmax.
-    """
+def _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights):
+    """dice_loss of flat pixels; for class indices also the sums for a cross-entropy, else None."""
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
     weights = _weights_of_classes(class_weights, logits)
     if targets.shape == logits.shape:
-        p = logits.masked_fill(~kept.unsqueeze(1), 0).softmax(1) * kept.unsqueeze(1)
-        sums, for_ce = (torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)), None
+        p = logits.masked_fill(~counted.unsqueeze(1), 0).softmax(1) * counted.unsqueeze(1)
+        overlap, sum_p, sum_t = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
+        ce_sums = None
     else:
-        overlap, sum_p, *for_ce = _ClassSums.apply(logits, targets, kept)
-        sums = overlap, sum_p, for_ce[0]
+        overlap, sum_p, sum_t, log_p_t, log_p_all = _ClassSums.apply(logits, targets, counted)
+        ce_sums = sum_t, log_p_t, log_p_all
     if per == "batch":
-        sums = [image_sums.sum(0, keepdim=True) for image_sums in sums]
-    overlap, sum_p, sum_t = sums
+        overlap, sum_p, sum_t = (sums.sum(0, keepdim=True) for sums in (overlap, sum_p, sum_t))
 
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
     present = sum_t > 0
     if absent == "zero":
         dice = dice.masked_fill(~present, 1)
-    share = weights * (present if absent == "skip" else present.any(1, keepdim=True))
-    total = share.sum(1)
-    loss = (share * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
-    return loss.sum() / (total > 0).sum().clamp_min(1), for_ce
+    in_mean = present if absent == "skip" else present.any(1, keepdim=True)
+    weights = weights.to(dice) * in_mean
+    total = weights.sum(1)
+    loss = (weights * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
+    return loss.sum() / (total > 0).sum().clamp_min(1), ce_sums
 
 
 class _ClassSums(torch.autograd.Function):
-    """Five sums over the kept pixels of an image, each (b, c), for class indices t.
+    """Five sums (b, c) over the counted pixels of an image; t class indices, p = softmax(logits).
 
-        of p_c and of log p_c, over all pixels; of p_c, of log p_c and of 1, where t = c
-        p = softmax(logits)
+        overlap      sum of p_c where t = c
+        sum_p        sum of p_c
+        sum_t        number of pixels where t = c
+        log_p_t      sum of log p_c where t = c
+        log_p_all    sum of log p_c
 
-    Dice and cross-entropy, with weights and smoothing, are functions of these. Let o, a, -, l, h be
-    their gradients. Of a pixel it is
+    Dice and cross-entropy, with weights and smoothing, are functions of these. O, P, L, A are the
+    gradients of overlap, sum_p, log_p_t and log_p_all. The gradient of a pixel is
 
-        grad_k = p_k (a_k - sum_j a_j p_j - sum_j h_j - u) + h_k + [k = t] u      u = o_t p_t + l_t
+        grad_k = p_k (P_k - sum_j P_j p_j - sum_j A_j - u) + A_k + [k = t] u
+        u = O_t p_t + L_t
 
-    By hand because autograd passes and keeps several arrays of the size of the logits. This goes
-    through the pixels in chunks that stay in the cache, and takes the softmax a second time in
-    backward, so that the gradient is the only such array. The definition in plain torch is its
-    oracle in the tests. Differentiable once; a second time is an error.
+    Autograd would pass and store several arrays of the size of the logits. Here the gradient is the
+    only one: the pixels are processed in chunks that stay in the cache, and backward computes the
+    softmax again. The definition in plain torch is its oracle in the tests. Differentiable once; a
+    second time is an error.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, kept):
-        ctx.save_for_backward(logits, targets, kept)
+    def forward(ctx, logits, targets, counted):
+        ctx.save_for_backward(logits, targets, counted)
         ctx.set_materialize_grads(False)
         # float64: a running float32 sum of 2^18 terms rounds the last ones off
         sums = logits.new_zeros(5, *logits.shape[:2], dtype=torch.float64)
         overlap, sum_p, sum_t, log_p_t, log_p_all = sums
-        for _, index, keep, p, log_p in _ClassSums.chunks(logits, targets, kept):
-            overlap.scatter_add_(1, index, p.gather(1, index.unsqueeze(1)).squeeze(1).double())
+        for _, index, inside, p, log_p in _ClassSums.chunks(logits, targets, counted):
+            index_b1m = index.unsqueeze(1)
+            overlap.scatter_add_(1, index, p.gather(1, index_b1m).squeeze(1).double())
             sum_p += p.sum(2)
-            sum_t.scatter_add_(1, index, keep.double())
-            log_p_t.scatter_add_(1, index, log_p.gather(1, index.unsqueeze(1)).squeeze(1).double())
+            sum_t.scatter_add_(1, index, inside.double())
+            log_p_t.scatter_add_(1, index, log_p.gather(1, index_b1m).squeeze(1).double())
             log_p_all += log_p.sum(2)
         return sums.to(logits.dtype).unbind()
 
     @staticmethod
-    def chunks(logits, targets, kept):
-        """Slices of the pixels (m), and there index and kept (b, m), p and log p (b, c, m).
+    def chunks(logits, targets, counted):
+        """Yield a slice of m pixels, its index and counted (b, m), its p and log p (b, c, m).
 
-        p and log p are 0 where a pixel is not kept.
+        At pixels that are not counted p and log p are 0, even for NaN logits.
         """
-        numbers = torch.get_num_threads() * 2**18 if logits.device.type == "cpu" else 2**24
-        step = max(1, numbers // max(1, logits.shape[0] * logits.shape[1]))
+        values = torch.get_num_threads() * 2**18 if logits.device.type == "cpu" else 2**24
+        step = max(1, values // max(1, logits.shape[0] * logits.shape[1]))
         for start in range(0, logits.shape[2], step):
             pixels = slice(start, start + step)
-            z, keep = logits[:, :, pixels], kept[:, pixels]
+            z, inside = logits[:, :, pixels], counted[:, pixels]
             log_p = z - z.amax(1, keepdim=True)
             p = log_p.exp()
             total = p.sum(1, keepdim=True)
             p, log_p = p.div_(total), log_p.sub_(total.log())
-            image, pixel = (~keep).nonzero(as_tuple=True)
-            p[image, :, pixel] = log_p[image, :, pixel] = 0  # many times faster than masked_fill
-            yield pixels, targets[:, pixels].masked_fill(~keep, 0), keep, p, log_p
+            image, pixel = (~inside).nonzero(as_tuple=True)
+            p[image, :, pixel] = 0  # many times faster than masked_fill
+            log_p[image, :, pixel] = 0
+            yield pixels, targets[:, pixels].masked_fill(~inside, 0), inside, p, log_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, o, a, _, l, h):
-        logits, targets, kept = ctx.saved_tensors
-        smoothed, zeros = h is not None, logits.new_zeros(logits.shape[:2])
-        o, a, l, h = (zeros if gradient is None else gradient for gradient in (o, a, l, h))
-        a, h, sum_h = a.unsqueeze(2), h.unsqueeze(2), h.sum(1)[:, None, None]
-        grad = torch.empty_like(logits)
-        for pixels, index, keep, p, _ in _ClassSums.chunks(logits, targets, kept):
-            u = (p.gather(1, index.unsqueeze(1)).squeeze(1) * o.gather(1, index)
-                 + keep * l.gather(1, index)).unsqueeze(1)
-            part = (a - ((a * p).sum(1, keepdim=True) + sum_h + u)).mul_(p)
-            part = part.scatter_add_(1, index.unsqueeze(1), u)
-            grad[:, :, pixels] = part.add_(h * keep.unsqueeze(1)) if smoothed else part
-        return grad, None, None
+    def backward(ctx, overlap_grad, sum_p_grad, _, log_p_t_grad, log_p_all_grad):
+        logits, targets, counted = ctx.saved_tensors
+        smoothed = log_p_all_grad is not None
+        zeros = logits.new_zeros(logits.shape[:2])
+        grads = overlap_grad, sum_p_grad, log_p_t_grad, log_p_all_grad
+        O, P, L, A = (zeros if grad is None else grad for grad in grads)
+        P, A, sum_A = P.unsqueeze(2), A.unsqueeze(2), A.sum(1)[:, None, None]
+        logits_grad = torch.empty_like(logits)
+        for pixels, index, inside, p, _ in _ClassSums.chunks(logits, targets, counted):
+            index_b1m = index.unsqueeze(1)
+            p_t = p.gather(1, index_b1m).squeeze(1)
+            u = (p_t * O.gather(1, index) + inside * L.gather(1, index)).unsqueeze(1)
+            part = (P - ((P * p).sum(1, keepdim=True) + sum_A + u)).mul_(p)
+            part = part.scatter_add_(1, index_b1m, u)
+            logits_grad[:, :, pixels] = part.add_(A * inside.unsqueeze(1)) if smoothed else part
+        return logits_grad, None, None
 
 
 class DiceLoss(nn.Module):
-    """dice_loss with its options fixed; class_weights is a buffer.
+    """dice_loss with fixed options; class_weights is a buffer and follows .to(device).
 
     Needs:  dice_loss
     """
@@ -278,8 +291,9 @@ class DiceLoss(nn.Module):
                  ignore_index=None):
         super().__init__()
         self.per, self.absent, self.smooth, self.ignore_index = per, absent, smooth, ignore_index
-        self.register_buffer("class_weights", None if class_weights is None
-                             else torch.as_tensor(class_weights))
+        if class_weights is not None:
+            class_weights = torch.as_tensor(class_weights)
+        self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits, targets):
         return dice_loss(logits, targets, per=self.per, absent=self.absent, smooth=self.smooth,
@@ -288,15 +302,14 @@ class DiceLoss(nn.Module):
 
 def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, gamma=0.0,
                  class_weights=None, ignore_index=-100, per="image", absent="skip", smooth=1e-5):
-    """Cross-entropy, which judges every pixel, plus Dice, which judges every class.
+    """Cross-entropy, a mean over pixels, plus Dice, a mean over classes.
 
         loss = ce_weight * CE + dice_weight * Dice
 
-    CE is F.cross_entropy, or with gamma > 0 focal_label_smooth_ce; label_smoothing is its own, Dice
-    sees the targets as they are. class_weights and ignore_index hold for both, and probabilities
-    that are all 0 are an ignored pixel too. Ignored pixels may hold NaN logits; with all of them
-    ignored the loss is 0, connected to the graph, where torch has NaN. Computed and returned in
-    float32, or float64 for such logits.
+    CE is F.cross_entropy, or with gamma > 0 focal_label_smooth_ce. label_smoothing applies to CE
+    alone. class_weights and ignore_index apply to both, and a pixel whose probabilities are all 0
+    is ignored too. Ignored pixels may hold NaN logits; if all are ignored, the loss is 0, connected
+    to the graph, where torch has NaN. Computed and returned in float32, or float64 for such logits.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
@@ -309,21 +322,23 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
         raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; "
                          f"got ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, "
                          f"label_smoothing={label_smoothing}")
-    logits, targets, kept = _flat_pixels(logits, targets, ignore_index)
-    dice, for_ce = _dice_and_sums(logits, targets, kept, per, absent, smooth, class_weights)
+    logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
+    dice, ce_sums = _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
     soft = targets.shape == logits.shape
-    weights = _weights_of_classes(class_weights, logits)
-    if for_ce and not gamma:  # the softmax of Dice serves it
-        sum_t, log_p_t, log_p = for_ce
+    weights = logits.new_ones(logits.shape[1])
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights).to(logits)
+    if not soft and not gamma:  # from the softmax of Dice
+        sum_t, log_p_t, log_p_all = ce_sums
         ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
         if label_smoothing:
-            ce = ce - label_smoothing * (weights * log_p).sum() / logits.shape[1]
-        ce = ce / torch.where(kept.any(), (weights * sum_t).sum(), 1)
-    elif not kept.any():
+            ce = ce - label_smoothing * (weights * log_p_all).sum() / logits.shape[1]
+        ce = ce / torch.where(counted.any(), (weights * sum_t).sum(), 1)
+    elif not counted.any():
         ce = 0 * dice
-    else:  # the kept pixels alone, in one row: NaN elsewhere would reach the gradient
-        logits = logits.movedim(1, 2)[kept]
-        targets = targets.movedim(1, 2)[kept] if soft else targets[kept]
+    else:  # only the counted pixels, in one row: NaN in the others would reach the gradient
+        logits = logits.movedim(1, 2)[counted]
+        targets = targets.movedim(1, 2)[counted] if soft else targets[counted]
         if gamma:
             ce = focal_label_smooth_ce(logits, targets, gamma=gamma, smoothing=label_smoothing,
                                        class_weights=class_weights)
@@ -333,7 +348,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 
 
 class CEDiceLoss(nn.Module):
-    """The scalar of ce_dice_loss with its options fixed; class_weights is a buffer.
+    """Scalar of ce_dice_loss with fixed options; class_weights is a buffer, follows .to(device).
 
     Needs:  ce_dice_loss
     """
@@ -344,8 +359,9 @@ class CEDiceLoss(nn.Module):
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
         self.label_smoothing, self.gamma = label_smoothing, gamma
         self.ignore_index, self.per, self.absent, self.smooth = ignore_index, per, absent, smooth
-        self.register_buffer("class_weights", None if class_weights is None
-                             else torch.as_tensor(class_weights))
+        if class_weights is not None:
+            class_weights = torch.as_tensor(class_weights)
+        self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits, targets):
         return ce_dice_loss(logits, targets, ce_weight=self.ce_weight, dice_weight=self.dice_weight,
@@ -355,59 +371,58 @@ class CEDiceLoss(nn.Module):
 
 
 def _flat_pixels(logits, targets, ignore_index):
-    """Checked and flattened: logits (b, c, n) float32 or 64, targets, and which pixels are kept.
+    """Checked logits (b, c, n) as float32 or float64, targets and a mask of the counted pixels.
 
-    targets int64 (b, n) or probabilities (b, c, n); kept bool (b, n)
+    Class indices are int64 (b, n), probabilities (b, c, n); the mask is bool (b, n).
     """
     got = (f"got logits {tuple(logits.shape)} of {logits.dtype}, targets {tuple(targets.shape)} of "
            f"{targets.dtype}")
     if logits.ndim < 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be real (B, C, ...) with C > 1; {got}")
-    if targets.shape != logits.shape and (targets.shape != logits[:, 0].shape
-                                          or targets.is_floating_point()):
-        raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities (B, "
-                         f"C, ...); {got}")
     soft, classes = targets.shape == logits.shape, logits.shape[1]
+    indices = targets.shape == logits[:, 0].shape and not targets.is_floating_point()
+    if not soft and not indices:
+        raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities "
+                         f"(B, C, ...); {got}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(-1).flatten(2)
     if soft:
         targets = targets.to(logits.dtype).unsqueeze(-1).flatten(2)
         return logits, targets, targets.sum(1) > 0
     # before the comparison: -100 as uint8 would be class 156
     targets = targets.long().unsqueeze(-1).flatten(1)
-    kept = torch.ones_like(targets, dtype=torch.bool)
+    counted = torch.ones_like(targets, dtype=torch.bool)
     if ignore_index is not None:
-        kept = targets != ignore_index
-    wrong = targets[kept & ((targets < 0) | (targets >= classes))]
+        counted = targets != ignore_index
+    wrong = targets[counted & ((targets < 0) | (targets >= classes))]
     if len(wrong):
         raise ValueError(f"class indices must be in 0..{classes - 1} or "
                          f"ignore_index={ignore_index}, got {wrong.min()} to {wrong.max()} in "
                          f"{len(wrong)} pixels; for void pixels pass their value as ignore_index")
-    return logits, targets, kept
+    return logits, targets, counted
 
 
 def supcon_loss(features, labels, *, temperature=0.07, gather=True):
-    """Supervised contrastive loss: pull the samples of a class together, push the others away.
+    """Supervised contrastive loss: samples of one class should be more similar than all others.
 
         loss = mean_i  mean_{p in P_i}  -log( exp(s_ip / T) / sum_{a != i} exp(s_ia / T) )
 
     s = cosine of two features, normalised here; P_i = the other samples of the class of i; T =
-    temperature. A sample without others of its class is left out of the mean and stays a negative
-    for the rest. A zero vector has cosine 0 with all and a finite gradient. Two views of a sample
-    are two rows with one label. The value tells nothing alone: see supcon_bounds.
+    temperature. A sample that is alone in its class is left out of the mean and is still a negative
+    for the others. A zero vector has cosine 0 with all and a finite gradient. Two views of a sample
+    are two rows with one label. For the scale of the value see supcon_bounds.
 
     With torch.distributed initialised the batch is that of all processes, and all of them must call
-    it. Each returns the loss of the whole batch; their gradients, averaged as DDP does, are those
-    of one process that holds the whole batch. gather=False takes these rows alone, for scoring rows
-    that every process holds. Computed and returned in float32, also under autocast, or in float64
-    for such features.
+    this function. Each returns the loss of the whole batch. The mean of their gradients, which DDP
+    takes, is the gradient of one process with the whole batch. gather=False uses only these rows,
+    for scoring rows that every process has. Computed and returned in float32, also under autocast,
+    or in float64 for such features.
 
     Shape:  features (B, D), labels (B,) integers  ->  scalar
     Errors: ValueError for other shapes or types, no two samples of one class, temperature <= 0,
             processes with unequal shapes
     Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out)
     Needs:  all_rows
-    Check:  equal features cost ln(B - 1) whatever their labels, 3.4340 for B = 32; one class never
-            less
+    Check:  equal features cost ln(B - 1) for any labels, 3.4340 for B = 32; one class never less
     """
     labels = torch.as_tensor(labels, device=features.device)
     real = features.is_floating_point() and not labels.is_floating_point()
@@ -438,15 +453,17 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
         # log_softmax subtracts the maximum: any temperature is stable
         log_p = logits.log_softmax(1).masked_fill(~positive, 0)
         loss = -(log_p.sum(1) / positives.clamp_min(1)).sum() / anchor.sum()
-    # Each process has the gradient through its own rows alone. Their sum is needed, and DDP takes
-    # their mean.
-    return loss if processes == 1 else loss.detach() + processes * (loss - loss.detach())
+    if processes == 1:
+        return loss
+    # Each process has the gradient through its own rows. The gradient of the loss is the sum of
+    # these; DDP takes their mean.
+    return loss.detach() + processes * (loss - loss.detach())
 
 
 def all_rows(features, labels):
-    """Features and labels of all processes, in the order of the ranks, and the number of processes.
+    """Features and labels of all processes in the order of the ranks, and the number of processes.
 
-    This process's own rows keep their graph.
+    Only the own rows of a process keep their graph.
     """
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -458,7 +475,7 @@ def all_rows(features, labels):
         dist.all_gather(parts, x)
         return parts
 
-    # unequal ones would hang, or worse
+    # unequal shapes would hang all_gather, or worse
     shapes = torch.stack(gather(torch.tensor(features.shape, device=features.device))).tolist()
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"every process needs features of the same shape, got {shapes} in the "
@@ -470,24 +487,24 @@ def all_rows(features, labels):
 
 
 def supcon_bounds(labels, *, temperature=0.07):
-    """Bounds of supcon_loss from the labels alone: print both beside the loss.
+    """Lower bound of supcon_loss and its value for equal features, from the labels of a batch.
 
-        lower = mean_i ln((n_i - 1) + (B - n_i) exp(-2 / T))      collapsed = ln(B - 1)
+        lower = mean_i ln((n_i - 1) + (B - n_i) exp(-2 / T))
+        collapsed = ln(B - 1)
 
-    i runs over the samples that share their class, n_i of them with i itself; T = temperature.
-    lower is what features would have that coincide within each class and lie opposite all others:
-    no features have less, two classes can have it, more come close at a low temperature. collapsed
-    is what equal features have, so a network that stays there has learnt nothing. With one class
-    both are ln(B - 1) and there is nothing to learn. NaN if no two samples share a class.
+    i runs over the samples that share their class; n_i = number of samples in the class of i; T =
+    temperature. lower belongs to features that are equal within each class and opposite to all
+    others. No features have less, two classes can reach it, more classes come close at a low
+    temperature. A network whose loss stays at collapsed has learned nothing. With one class both
+    are ln(B - 1) and there is nothing to learn. NaN if no two samples share a class.
 
-    Shape:  labels (B,) of any type, over several processes those of all  ->  (lower, collapsed)
-            floats
+    Shape:  labels (B,) of any type, those of all processes  ->  (lower, collapsed) floats
     Errors: ValueError for other shapes, temperature <= 0
     Source: Jensen on the sum over positives, and every cosine in [-1, 1]
-    Check:  32 samples of one class: 3.4340, 3.4340; of four classes with 8 each: ln 7 = 1.9459,
-            3.4340
+    Needs:  _array
+    Check:  32 samples of one class: 3.4340, 3.4340; four classes of 8: ln 7 = 1.9459, 3.4340
     """
-    labels = np.asarray(labels.detach().cpu() if torch.is_tensor(labels) else labels)
+    labels = _array(labels)
     if labels.ndim != 1 or not temperature > 0:
         raise ValueError(f"need labels (B,) and temperature > 0, got {labels.shape} and "
                          f"{temperature}")
@@ -500,27 +517,26 @@ def supcon_bounds(labels, *, temperature=0.07):
 
 
 def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
-    """KL divergence of a diagonal Gaussian from N(0, I) in nats, one number per row.
+    """KL divergence in nats of a diagonal Gaussian from N(0, I), one number per row.
 
         KL = sum_d max(free_bits, (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2)
 
-    A dimension of a row that costs less than free_bits costs free_bits and has no gradient: that
-    much of a code is free, so that it is not given up before the decoder has learnt to use it. The
-    maximum is taken of every row by itself, so the loss of a batch is the sum over its rows,
-    whichever rows, or processes, share a batch. Kingma et al. take it of the mean over the batch,
-    which does not add up over batches; theirs is never larger than the mean of this one. logvar is
-    not clamped: in float32 exp overflows above 88.7. Computed and returned in float32, or in
-    float64 for such inputs.
+    A dimension that costs less than free_bits costs free_bits and has no gradient. So a VAE does
+    not give up its code before the decoder has learned to use it. The maximum is taken for each
+    row, so the loss of a batch is the sum over its rows, for any batches and processes. Kingma et
+    al. take it of the mean over the batch, which does not add up over batches; theirs is never
+    larger than the mean of this one. logvar is not clamped: in float32 exp overflows above 88.7.
+    Computed and returned in float32, or in float64 for such inputs.
 
     Shape:  mu, logvar real (..., D)  ->  (...)
     Errors: ValueError for unequal shapes or other types, free_bits < 0
-    Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B; free bits: Kingma et al. 2016,
-            arXiv:1606.04934, eq. 15
-    Check:  mu = 1, logvar = 0 cost 0.5 for each dimension; mu = 0, logvar = ln 4 cost 0.8069; the
-            prior costs free_bits * D
+    Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B
+            free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
+    Check:  mu = 1, logvar = 0 cost 0.5 for each dimension; mu = 0, logvar = ln 4 cost 0.8069;
+            the prior costs free_bits * D
     """
-    if mu.shape != logvar.shape or not mu.ndim or not (mu.is_floating_point()
-                                                       and logvar.is_floating_point()):
+    real = mu.is_floating_point() and logvar.is_floating_point()
+    if mu.shape != logvar.shape or not mu.ndim or not real:
         raise ValueError(f"need real mu and logvar of one shape (..., D); got {tuple(mu.shape)} of "
                          f"{mu.dtype} and {tuple(logvar.shape)} of {logvar.dtype}; for one "
                          "variance of all dimensions use logvar.expand_as(mu)")
@@ -535,14 +551,14 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
 
 
 def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
-    """Cost of taking each vector of one set for each vector of another.
+    """Cost of matching each vector of one set with each vector of another.
 
         cost_ij = direction * (1 - cos(x_i, y_j)) + magnitude * | |x_i| - |y_j| |
                   + distance * |x_i - y_j|^2
 
-    argmin(1) is the nearest x of each y, argmin(2) the nearest y of each x. Padding is for the
-    caller to mask, as chamfer does. A vector shorter than 1e-12 has no direction: cosine 0 with
-    all. The gradient is finite everywhere.
+    argmin(1) is the nearest x of each y, argmin(2) the nearest y of each x. The caller masks the
+    padding, as chamfer does. A vector shorter than 1e-12 has no direction: cosine 0 with all. The
+    gradient is finite everywhere.
 
     One matrix product serves cosine and distance, |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, clamped at 0;
     no (S, N, M, F) tensor is made. The price: distances are good to about 1e-7 of the squared
@@ -567,57 +583,59 @@ def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
         product = x @ y.transpose(1, 2)
         # torch has gradient 0 for the norm of 0
         length_x, length_y = x.norm(dim=2).unsqueeze(2), y.norm(dim=2).unsqueeze(1)
-        squared = (x.square().sum(2).unsqueeze(2) + y.square().sum(2).unsqueeze(1)
-                   - 2 * product).clamp_min(0)
-        divisor = length_x.masked_fill(length_x < 1e-12, 1)
-        divisor = divisor * length_y.masked_fill(length_y < 1e-12, 1)
-        across = (1 - product / divisor).clamp_min(0)  # rounding may take a cosine beyond 1
-        return direction * across + magnitude * (length_x - length_y).abs() + distance * squared
+        squared_x, squared_y = x.square().sum(2).unsqueeze(2), y.square().sum(2).unsqueeze(1)
+        squared = (squared_x + squared_y - 2 * product).clamp_min(0)
+        divisor_x = length_x.masked_fill(length_x < 1e-12, 1)
+        divisor_y = length_y.masked_fill(length_y < 1e-12, 1)
+        # rounding may take a cosine beyond 1
+        one_minus_cosine = (1 - product / (divisor_x * divisor_y)).clamp_min(0)
+        difference = (length_x - length_y).abs()
+        return direction * one_minus_cosine + magnitude * difference + distance * squared
 
 
 def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, distance=3.0):
-    """Symmetric Chamfer distance of padded sets: each element pays for its nearest in the other.
+    """Symmetric Chamfer distance of padded sets: mean cost to the nearest element, in both ways.
 
-        loss = mean_i min_j cost_ij + mean_j min_i cost_ij
-        cost as in set_costs; i, j run over the elements, not the padding
+        loss = mean_i min_j cost_ij + mean_j min_i cost_ij      cost as in set_costs
 
-    The order of elements does not matter, nor the padding, which may hold NaN and gets gradient 0.
-    Small and large sets weigh the same. Several elements may share one nearest: it is no matching.
-    Tied nearest elements share the gradient evenly. A set without elements on one side or on both
-    has nothing to compare: 0, with gradient 0; so average over the sets that hold elements, not
-    over all. The masks are not looked at for it, which would wait for the device.
+    i, j run over the elements, not the padding. The order of elements does not matter. The padding
+    may hold NaN and gets gradient 0. Small and large sets weigh the same. Several elements may have
+    the same nearest one: it is no matching. Tied nearest elements share the gradient evenly. A pair
+    in which a set has no elements has the loss 0 and the gradient 0; so average over the pairs with
+    elements, not over all. The masks are not checked for this: that would wait for the device.
 
     The gradient goes to both sides, so pass targets fixed or detached. With targets that train (an
     embedding of the variable, say) the cheapest solution is one direction for all of them: the loss
-    goes to 0 and the sets no longer tell anything. Computed and returned in float32, also under
+    goes to 0 and the sets carry no information. Computed and returned in float32, also under
     autocast, or in float64 for such vectors.
 
-    Shape:  x real (S, N, F), y real (S, M, F), masks bool (S, N), (S, M), True is an element, None:
-            all are  ->  (S,)
+    Shape:  x real (S, N, F), y real (S, M, F), masks bool (S, N), (S, M) with True for an element;
+            None: all are elements  ->  (S,)
     Errors: ValueError for other shapes or types, a weight < 0
     Source: Fan et al. 2017, arXiv:1612.00603, section 4.2, there with the distance alone
     Needs:  set_costs
     Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
     """
 
-    def checked(name, sets, mask):
+    def without_padding(name, vectors, mask):
         if mask is None:
-            return sets, torch.ones(sets.shape[:2], dtype=torch.bool, device=sets.device)
-        if sets.ndim != 3 or mask.shape != sets.shape[:2] or mask.dtype != torch.bool:
+            return vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+        if vectors.ndim != 3 or mask.shape != vectors.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(f"{name} (S, N, F) needs a mask (S, N) of bool, True where it holds "
                              f"an element (of a padding mask take its ~); got {name} "
-                             f"{tuple(sets.shape)} and {name}_mask {tuple(mask.shape)} of "
+                             f"{tuple(vectors.shape)} and {name}_mask {tuple(mask.shape)} of "
                              f"{mask.dtype}")
         # before use: in a gradient 0 * NaN is NaN
-        return sets.masked_fill(~mask.unsqueeze(2), 0), mask
+        return vectors.masked_fill(~mask.unsqueeze(2), 0), mask
 
-    (x, x_mask), (y, y_mask) = checked("x", x, x_mask), checked("y", y, y_mask)
+    x, x_mask = without_padding("x", x, x_mask)
+    y, y_mask = without_padding("y", y, y_mask)
     costs = set_costs(x, y, direction=direction, magnitude=magnitude, distance=distance)
     if 0 in costs.shape:
         return costs.sum((1, 2))
 
-    # costs (s, own, other); without others the minimum is inf, and not counted
     def one_way(costs, own, other):
+        # costs (s, own, other); without others the minimum is inf and is not counted
         nearest = costs.masked_fill(~other.unsqueeze(1), math.inf).amin(2)
         counted = own & other.any(1, keepdim=True)
         return nearest.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
@@ -626,17 +644,17 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
 
 
 def auto_pos_weight(labels):
-    """pos_weight of F.binary_cross_entropy_with_logits that balances binary labels.
+    """Weight of the positive class that balances binary labels.
 
         pos_weight = negatives / positives
 
-    Count the training labels only. With one class there is nothing to balance: 1.0, with a warning.
-    The weight moves the optimum: the logits then stand for log-odds + ln(pos_weight), and
-    sigmoid(logit) is no longer the frequency.
+    For F.binary_cross_entropy_with_logits(pos_weight=...). Count the training labels only. With one
+    class there is nothing to balance: 1.0, with a warning. The weight moves the optimum: the logits
+    are then log-odds + ln(pos_weight), and sigmoid(logit) is no longer the frequency.
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  float
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive
+    Needs:  _is_positive, _array
     Check:  labels 0, 0, 0, 1 give 3.0
     """
     labels = _is_positive(labels)
@@ -650,22 +668,22 @@ def auto_pos_weight(labels):
 
 
 def median_frequency_weights(counts):
-    """Class weights that lift rare classes, the square root of median frequency balancing.
+    """Class weights that lift rare classes: the square root of median frequency balancing.
 
         weight_c = sqrt(median(counts) / counts_c)
 
-    The root keeps a class 10,000 times rarer from weighing 10,000 times more. Count the pixels of
-    the training masks only. A class without pixels is left out of the median and weighs 1.0, as the
-    median class does, with a warning.
+    With the root a class 10,000 times rarer weighs 100 times more, not 10,000 times. Count the
+    pixels of the training masks only. A class without pixels is left out of the median and weighs
+    1.0, as the median class does, with a warning.
 
-    Shape:  counts (C,), tensor, array or list  ->  float32 tensor (C,), for class_weights=...
+    Shape:  counts (C,)  ->  float32 tensor (C,), for class_weights=...
     Errors: ValueError for other shapes, negative or non-finite counts
-    Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only images
-            that hold the class
+    Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only the
+            images that hold the class
+    Needs:  _array
     Check:  counts 1, 4, 16 give 2, 1, 0.5
     """
-    counts = np.asarray(counts.detach().cpu() if torch.is_tensor(counts) else counts,
-                        dtype=np.float64)
+    counts = _array(counts, np.float64)
     if counts.ndim != 1 or not counts.size or not (np.isfinite(counts) & (counts >= 0)).all():
         raise ValueError("counts must be (C,), finite and >= 0, one for each class; got "
                          f"{counts.shape}: {counts.reshape(-1)[:5]}")
@@ -691,10 +709,10 @@ def auroc(scores, labels):
     NaN when either class is missing. Any increasing function of the scores gives the same, so pass
     logits: a sigmoid in float32 is 1 from 17 on and makes ties of different scores.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive
+    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
     Check:  chance is 0.5; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 0.875
     """
     tied, below, not_above, negatives = _counts_by_score(scores, labels)
@@ -704,19 +722,20 @@ def auroc(scores, labels):
 
 
 def average_precision(scores, labels):
-    """Area under the precision-recall curve (AUPRC): mean precision at the scores of the positives.
+    """Area under the precision-recall curve (AUPRC).
 
         AP = mean over positives i of  TP_i / (TP_i + FP_i)
-        TP_i, FP_i count the samples that score at least s_i
 
-    Tied scores share one threshold, so their order does not matter, and nothing is interpolated
-    between thresholds. NaN without positives.
+    TP_i and FP_i are counted among the samples that score at least s_i. Tied scores share one
+    threshold, so their order does not matter. Nothing is interpolated between thresholds. NaN
+    without positives.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list  ->  float
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive
-    Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 5/6
+    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
+    Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give
+            (1 + 2/3) / 2
     """
     tied, below, _, negatives = _counts_by_score(scores, labels)
     if not tied.size:
@@ -726,24 +745,24 @@ def average_precision(scores, labels):
 
 
 def binary_report(scores, labels, *, threshold=0.0):
-    """Scores of a binary classifier over a whole split.
+    """Scores and counts of a binary classifier over a whole split.
 
-        precision = TP / (TP + FP)        recall = TP / (TP + FN)
-        F1 = 2 TP / (2 TP + FP + FN)      accuracy = (TP + TN) / n
+        precision = TP / (TP + FP)            recall = TP / (TP + FN)
+        F1 = 2 TP / (2 TP + FP + FN)          accuracy = (TP + TN) / n
 
-    A score equal to the threshold is a positive: 0.0 on logits is P >= 0.5, and probabilities take
+    A score equal to the threshold is a positive: 0.0 on logits is P >= 0.5, and probabilities need
     threshold=0.5. Undefined is NaN: precision without predicted positives; recall, F1, AUPRC
     without positives; AUROC with one class.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list
-            ->  {"accuracy", "precision", "recall", "f1", "auroc", "auprc"} floats, {"tp", "fp",
-                "fn", "tn"} ints
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)
+            ->  {"accuracy", "precision", "recall", "f1", "auroc", "auprc"} floats,
+                {"tp", "fp", "fn", "tn"} ints
     Errors: ValueError for NaN scores, other labels, unequal lengths
-    Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive
+    Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive, _array
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
     """
-    checked_scores, positive = _scores_and_labels(scores, labels)
-    predicted = checked_scores >= threshold
+    flat_scores, positive = _scores_and_labels(scores, labels)
+    predicted = flat_scores >= threshold
     tp, fp = int((predicted & positive).sum()), int((predicted & ~positive).sum())
     fn, tn = int(positive.sum()) - tp, int((~positive).sum()) - fp
 
@@ -759,18 +778,18 @@ def binary_report(scores, labels, *, threshold=0.0):
 
 
 def binary_floor(labels):
-    """Scores of the best constant classifiers: print them beside binary_report.
+    """Scores of a constant classifier, to print beside binary_report.
 
-        F1 = 2 pi / (1 + pi)   of "always 1"; pi is the share of positives
-        accuracy = max(pi, 1 - pi)   of the majority        AUROC = 0.5        AUPRC = pi
+        F1 = 2 pi / (1 + pi) of "always 1"      accuracy = max(pi, 1 - pi) of the majority
+        AUROC = 0.5                             AUPRC = pi
 
-    NaN where binary_report has NaN.
+    pi = share of positives. NaN where binary_report has NaN.
 
-    Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  {"accuracy", "f1", "auroc", "auprc"}
-            floats
+    Shape:  labels 0 / 1 of any type, (n,) or (n, 1)
+            ->  {"accuracy", "f1", "auroc", "auprc"} floats
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive
-    Check:  with 53 % positives F1 is 0.693: a model that reports it may have learnt nothing
+    Needs:  _is_positive, _array
+    Check:  with 53 % positives F1 is 0.693: a model that reports it may have learned nothing
     """
     labels = _is_positive(labels)
     pi = float(labels.mean()) if labels.size else math.nan
@@ -781,43 +800,42 @@ def binary_floor(labels):
 
 
 def regression_report(predictions, targets, groups=None):
-    """Scores of a regressor over a whole split, in the unit of the labels.
+    """Errors of a regressor over a whole split, in the unit of the labels.
 
         MAE = mean |p - t|        RMSE = sqrt(mean (p - t)^2)
         R2 = 1 - sum (p - t)^2 / sum (t - mean t)^2
 
-    R2 has no unit, so different labels compare; the mean of these very targets scores 0, and below
-    0 is worse than it. None of the three follows from another: an MAE cannot be had from a squared
-    loss. Undo the scaling of labels first. With groups (patients): the MAE of each, then their mean
-    and sd (ddof 1), so that nobody counts more for having more rows. NaN where undefined:
+    R2 has no unit, so it compares different labels. The mean of these targets scores 0, and below 0
+    is worse than that mean. None of the three follows from another: a squared loss does not give
+    the MAE. Undo the scaling of labels first. With groups (patients): mean and sd (ddof 1) of the
+    groups' MAEs, so that a group with more rows does not count more. NaN where undefined:
     everything without rows, R2 of constant targets, the sd of one group.
 
-    Shape:  predictions, targets real (n,) or (n, 1), tensor, array or list; groups (n,)
+    Shape:  predictions, targets real (n,) or (n, 1); groups (n,)
             ->  {"mae", "rmse", "r2"} floats, with groups also {"group_mae", "group_sd"}
     Errors: ValueError for NaN or infinite values, unequal lengths
     Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
+    Needs:  _array
     Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
     """
-    n = targets.numel() if torch.is_tensor(targets) else np.size(targets)
-    flat = []
+    predictions, targets = _array(predictions, np.float64), _array(targets, np.float64)
+    n = targets.size
     for name, values in ("predictions", predictions), ("targets", targets):
-        values = np.asarray(values.detach().cpu().double() if torch.is_tensor(values) else values,
-                            dtype=np.float64)
         if values.shape not in [(n,), (n, 1)]:
             raise ValueError(f"{name} must be ({n},) or ({n}, 1), got {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{(~np.isfinite(values)).sum()} of {n} {name} are NaN or infinite")
-        flat.append(values.reshape(-1))
-    prediction, target = flat
-    error = prediction - target
+    predictions, targets = predictions.reshape(-1), targets.reshape(-1)
+    error = predictions - targets
 
     def mean(x):
         return float(x.mean()) if x.size else math.nan
 
-    spread = mean(np.square(target - target.mean())) if n and target.min() < target.max() else 0.0
-    square = mean(np.square(error))
-    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(square),
-              "r2": 1 - square / (spread or math.nan)}
+    squared_error, variance = mean(np.square(error)), 0.0
+    if n and targets.min() < targets.max():
+        variance = mean(np.square(targets - targets.mean()))
+    report = {"mae": mean(np.abs(error)), "rmse": math.sqrt(squared_error),
+              "r2": 1 - squared_error / variance if variance > 0 else math.nan}
     if groups is None:
         return report
     names, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -825,58 +843,58 @@ def regression_report(predictions, targets, groups=None):
         raise ValueError(f"{n} targets need one group each, got {member.size}")
     counts = np.bincount(member, minlength=len(names))
     group_mae = np.bincount(member, np.abs(error), len(names)) / counts
-    group_sd = float(group_mae.std(ddof=1)) if len(names) > 1 else math.nan
-    return report | {"group_mae": mean(group_mae), "group_sd": group_sd}
+    report["group_mae"] = mean(group_mae)
+    report["group_sd"] = float(group_mae.std(ddof=1)) if len(names) > 1 else math.nan
+    return report
 
 
 def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     """Number of pixels of each true class (row) that were predicted as each class (column).
 
-        confusion[t, p] = number of kept pixels with target t and prediction p
+        confusion[t, p] = number of counted pixels with target t and prediction p
 
-    Counts add up: one matrix per image, stacked, serves f_score_per_image; their sum serves
-    f_score_pooled and mean_iou, the same for any batch size and number of processes. Pixels whose
-    target is ignore_index are left out, whatever was predicted.
+    Counts add up, for any batch size and number of processes. The matrices of the images, stacked,
+    are for f_score_per_image; their sum is for f_score_pooled and mean_iou. Pixels whose target is
+    ignore_index are left out, whatever was predicted.
 
-    Shape:  predictions, targets integer, any equal shapes, tensor, array or list  ->  int64 array
-            (classes, classes)
+    Shape:  predictions, targets integer, any equal shapes  ->  int64 array (classes, classes)
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
+    Needs:  _array
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
-    predictions, targets = (np.asarray(ids.detach().cpu() if torch.is_tensor(ids) else ids)
-                            for ids in (predictions, targets))
-    whole = {predictions.dtype.kind, targets.dtype.kind} <= set("biu")
-    if predictions.shape != targets.shape or predictions.size and not whole:
+    predictions, targets = _array(predictions), _array(targets)
+    integer = predictions.dtype.kind in "biu" and targets.dtype.kind in "biu"
+    if predictions.shape != targets.shape or predictions.size and not integer:
         raise ValueError("predictions and targets must be class indices of equal shapes (of "
                          f"logits take argmax(1)); got predictions {predictions.shape} of "
                          f"{predictions.dtype}, targets {targets.shape} of {targets.dtype}")
-    kept = targets != ignore_index
-    # ignored pixels go to cell 0: faster than to leave them out
-    predictions, targets = predictions * kept, targets * kept
-    for name, ids in ("predictions", predictions), ("targets", targets):
-        if ids.size and not 0 <= ids.min() <= ids.max() < classes:
-            raise ValueError(f"{name} must be in 0..{classes - 1}, got {ids[kept].min()} to "
-                             f"{ids[kept].max()}; ignore_index is {ignore_index}")
+    counted = targets != ignore_index
+    # ignored pixels go to cell 0, which is faster than leaving them out
+    predictions, targets = predictions * counted, targets * counted
+    for name, values in ("predictions", predictions), ("targets", targets):
+        if values.size and not 0 <= values.min() <= values.max() < classes:
+            raise ValueError(f"{name} must be in 0..{classes - 1}, got {values[counted].min()} to "
+                             f"{values[counted].max()}; ignore_index is {ignore_index}")
     # the smallest signed type that numbers the cells: 2 bytes move faster than 8
     cell = np.min_scalar_type(-classes * classes)
     cells = targets.astype(cell) * cell.type(classes) + predictions.astype(cell)
     counts = np.bincount(cells.ravel(), minlength=classes * classes)
-    counts[0] -= kept.size - np.count_nonzero(kept)  # and are taken out of it here
+    counts[0] -= counted.size - np.count_nonzero(counted)  # take the ignored pixels out again
     return counts.reshape(classes, classes)
 
 
 def f_score_per_image(confusions):
-    """The face-parsing challenge's own score: per image, the mean F over the classes of the truth.
+    """Score of the face-parsing challenge for each image: mean F over the classes in the truth.
 
-        P = TP / (TP + FP + e)   R = TP / (TP + FN + e)   F_c = 2 P R / (P + R + e)   e = 1e-7
-        score = mean of F_c over the classes with target pixels
+        P = TP / (TP + FP + e)      R = TP / (TP + FN + e)      F_c = 2 P R / (P + R + e)
+        score = mean of F_c over the classes with target pixels        e = 1e-7
 
-    A class that is only predicted is skipped: it costs just what it takes from the others. The
-    official number is the mean over images; the scores are returned singly, so that an interval can
-    be had too. NaN for an image without target pixels.
+    A class that is only predicted is skipped: it costs only the pixels it takes from the others.
+    The official number is the mean over images. The scores are returned one by one, so that an
+    interval can be computed too. NaN for an image without target pixels.
 
-    Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 array (n,)
+    Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 (n,), in [0, 1)
     Errors: ValueError for other shapes
     Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
     Needs:  _counts
@@ -894,9 +912,9 @@ def f_score_pooled(confusion):
 
         F_c = 2 TP / (2 TP + FP + FN)
 
-    NaN for a class that neither truth nor prediction holds; 0 if only one of them does. np.nanmean
-    of it is the macro F. Large objects dominate here, each image counts the same in
-    f_score_per_image: say which one is meant.
+    NaN for a class that neither truth nor prediction has; 0 if only one of them has it. np.nanmean
+    of the result is the macro F. Large objects dominate here; in f_score_per_image each image
+    counts the same. Say which of the two is reported.
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
     Errors: ValueError for other shapes
@@ -905,16 +923,16 @@ def f_score_pooled(confusion):
     Check:  [[3, 1], [0, 4]] gives 6/7, 8/9
     """
     tp, predicted, truth = _counts(confusion, 2)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
         return 2 * tp / (predicted + truth)
 
 
 def mean_iou(confusion):
-    """Mean intersection over union of the classes that occur, from one pooled confusion matrix.
+    """Mean intersection over union of a whole split, from one pooled confusion matrix.
 
         IoU_c = TP / (TP + FP + FN) = F_c / (2 - F_c)
 
-    NaN for a matrix without counts.
+    The mean is over the classes that truth or prediction has. NaN for a matrix without counts.
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float in [0, 1]
     Errors: ValueError for other shapes
@@ -923,119 +941,121 @@ def mean_iou(confusion):
     """
     tp, predicted, truth = _counts(confusion, 2)
     union = predicted + truth - tp
-    occurs = union > 0
-    return float((tp[occurs] / union[occurs]).mean()) if occurs.any() else math.nan
+    present = union > 0
+    return float((tp[present] / union[present]).mean()) if present.any() else math.nan
 
 
 def class_report(predictions, labels, classes):
-    """Scores of a classifier of several classes over a whole split, also class by class.
+    """Scores of a classifier of several classes over a whole split, in total and by class.
 
-        accuracy = share of right rows        macro_f1 = mean of F1_c over the classes in labels
+        accuracy = share of right rows
         F1_c = 2 TP / (2 TP + FP + FN)        recall_c = TP / (TP + FN)
+        macro_f1 = mean of F1_c over the classes that occur in labels
 
     Macro F1 counts a class of 5 rows as much as one of 500. NaN where undefined: recall of a class
-    without rows, F1 of a class that is neither there nor predicted, accuracy and macro F1 without
+    without rows, F1 of a class that has no rows and is not predicted, accuracy and macro F1 without
     rows. F1 of a class that is only predicted is 0, as in f_score_pooled, and does not count in the
     macro F1.
 
-    Shape:  predictions, labels integers in 0..classes-1, (n,), tensor, array or list
-            ->  {"accuracy", "macro_f1"} floats, {"classes"} a list of {"rows": int, "f1": float,
-                "recall": float}
+    Shape:  predictions, labels integers in 0..classes-1, (n,)
+            ->  {"accuracy", "macro_f1"} floats,
+                {"classes"} a list of {"rows": int, "f1": float, "recall": float}
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)),
             recall_score, accuracy_score
-    Needs:  confusion_matrix, f_score_pooled, _counts
+    Needs:  confusion_matrix, f_score_pooled, _counts, _array
     Check:  predictions 0, 1, 1 of labels 0, 0, 1 have accuracy 2/3, macro F1 2/3, recalls 1/2 and 1
     """
     confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
     tp, _, rows = _counts(confusion, 2)
-    f1, occurs = f_score_pooled(confusion), rows > 0
+    f1, present = f_score_pooled(confusion), rows > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
         recall = tp / rows
-    return {"accuracy": float(tp.sum() / rows.sum()) if occurs.any() else math.nan,
-            "macro_f1": float(f1[occurs].mean()) if occurs.any() else math.nan,
+    return {"accuracy": float(tp.sum() / rows.sum()) if present.any() else math.nan,
+            "macro_f1": float(f1[present].mean()) if present.any() else math.nan,
             "classes": [{"rows": int(n), "f1": float(f), "recall": float(r)}
                         for n, f, r in zip(rows, f1, recall)]}
 
 
 def mean_cosine(features):
-    """Mean cosine of all pairs of different rows: 1 if collapsed, near 0 if well spread.
+    """Mean cosine of all pairs of rows: 1 for collapsed features, near 0 for well spread ones.
 
-        mean_{i != j} u_i . u_j = (|sum_i u_i|^2 - n) / (n (n - 1))      u_i = x_i / |x_i|
+        mean_{i != j} u_i . u_j = (|sum_i u_i|^2 - n) / (n (n - 1))        u_i = x_i / |x_i|
 
-    A zero row has no direction and is left out; NaN with fewer than two others. Never less than -1
-    / (n - 1).
+    A zero row has no direction and is left out; NaN with fewer than two others. Never less than
+    -1 / (n - 1).
 
-    Shape:  features (n, D), tensor, array or list  ->  float
+    Shape:  features (n, D)  ->  float
     Errors: ValueError for other shapes, NaN or infinite features
-    Needs:  _unit_rows, _finite_rows
+    Needs:  _unit_rows, _finite_rows, _array
     Check:  rows (1, 0), (2, 0), (0, 3) have (1 + 0 + 0) / 3
     """
     unit = _unit_rows(features, "features")
     unit = unit[unit.any(1)]
     n = len(unit)
-    return float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1))) if n > 1 else math.nan
+    if n < 2:
+        return math.nan
+    return float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1)))
 
 
 def knn_predict(train_features, train_labels, features, *, k=5):
     """Class of each row by the vote of the k training rows with the largest cosine.
 
-    It judges an embedding without training on it.
+    It judges an embedding without training on it. The class with most votes wins; of several, the
+    one whose votes have the largest sum of cosines; then the smallest label. Training rows tied
+    with the k-th all vote, so the order of the rows does not matter. Collapsed features, or a zero
+    vector, get the most frequent class: the floor, not a random class. Cosines closer than 1e-12
+    are tied. Works in float64, in chunks of about a million cosines.
 
-    The class with most votes wins; of several, the one whose votes have the largest sum of cosines;
-    then the smallest label. Training rows tied with the k-th all vote, so the order of the rows
-    does not matter, and collapsed features, or a zero vector, get the most frequent class: the
-    floor, not a random class. Cosines closer than 1e-12 are tied. Works through the rows in chunks
-    of about a million cosines, in float64.
-
-    Shape:  train_features (n, D), train_labels (n,) integers, features (m, D), tensors, arrays or
-            lists  ->  int64 array (m,)
+    Shape:  train_features (n, D), train_labels (n,) integers, features (m, D)
+            ->  int64 array (m,)
     Errors: ValueError for other shapes or types, NaN or infinite features, k < 1 or k > n
-    Needs:  _unit_rows, _finite_rows, _integer_labels
+    Needs:  _unit_rows, _finite_rows, _integer_labels, _array
     Check:  rows (1, 0), (0, 1), (1, 1) of classes 7, 9, 9 give (3, 1) the class 7 with k = 1 or 2,
             9 with k = 3
     """
     train, features = _unit_rows(train_features, "train_features"), _unit_rows(features, "features")
-    names, member = np.unique(_integer_labels(train_labels, len(train), "train_labels"),
-                              return_inverse=True)
+    train_labels = _integer_labels(train_labels, len(train), "train_labels")
+    classes, member = np.unique(train_labels, return_inverse=True)
     if features.shape[1] != train.shape[1]:
         raise ValueError(f"train_features and features need the same columns, got {train.shape} "
                          f"and {features.shape}")
     if not 1 <= k <= len(train):
         raise ValueError(f"need 1 <= k <= {len(train)}, the number of training rows; got k={k}")
-    predicted, step = np.empty(len(features), dtype=np.int64), max(1, 2**20 // len(train))
+    predictions = np.empty(len(features), dtype=np.int64)
+    step = max(1, 2**20 // len(train))
     for start in range(0, len(features), step):
-        # the last bits depend on the shape of the product
+        # rounded: the last bits depend on the shape of the product
         cosine = np.round(features[start : start + step] @ train.T, 12)
         near = cosine >= np.partition(cosine, -k, axis=1)[:, -k, None]
         row, column = near.nonzero()
-        cell, cells = row * len(names) + member[column], len(cosine) * len(names)
-        votes = np.bincount(cell, minlength=cells).reshape(-1, len(names))
-        summed = np.bincount(cell, cosine[near], cells).reshape(-1, len(names)).round(9)
+        cell, cells = row * len(classes) + member[column], len(cosine) * len(classes)
+        votes = np.bincount(cell, minlength=cells).reshape(-1, len(classes))
+        summed = np.bincount(cell, cosine[near], cells).reshape(-1, len(classes)).round(9)
         best = np.where(votes == votes.max(1, keepdims=True), summed, -np.inf).argmax(1)
-        predicted[start : start + step] = names[best]
-    return predicted
+        predictions[start : start + step] = classes[best]
+    return predictions
 
 
 def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
     """Share of the rows whose class knn_predict finds. NaN without rows.
 
-    Its floor is the share of the most frequent class; for F1 and single classes pass knn_predict to
+    Its floor is the share of the most frequent class. For F1 and single classes pass knn_predict to
     class_report.
 
     Shape:  as knn_predict, and labels (m,) integers  ->  float in [0, 1]
     Errors: as knn_predict
-    Needs:  knn_predict, _unit_rows, _finite_rows, _integer_labels
-    Check:  training rows asked for themselves with k = 1 score 1, if no two of different classes
-            point the same way
+    Needs:  knn_predict, _unit_rows, _finite_rows, _integer_labels, _array
+    Check:  training rows predicted from themselves with k = 1 score 1, if no two of different
+            classes have the same direction
     """
-    predicted = knn_predict(train_features, train_labels, features, k=k)
-    right = predicted == _integer_labels(labels, len(predicted), "labels")
+    predictions = knn_predict(train_features, train_labels, features, k=k)
+    right = predictions == _integer_labels(labels, len(predictions), "labels")
     return float(right.mean()) if right.size else math.nan
 
 
 def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Class of each row by ridge regression of one target per class: a baseline of several classes.
+    """Class of each row by ridge regression with one target per class: a simple baseline.
 
         W = (Z^T Z + penalty I)^-1 Z^T Y     class = argmax_c (z W + mean Y)_c
 
@@ -1044,50 +1064,46 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
     Of equal scores the smallest label wins; without any column that is the most frequent class.
     Meant for some hundred columns: time grows with their cube.
 
-    Shape:  train_x (n, D), train_labels (n,) integers, x (m, D), tensors, arrays or lists  ->
-            int64 array (m,)
-    Errors: ValueError for other shapes or types, no training rows, NaN or infinite values, penalty
-            <= 0
+    Shape:  train_x (n, D), train_labels (n,) integers, x (m, D)  ->  int64 array (m,)
+    Errors: ValueError for other shapes or types, no training rows, NaN or infinite values,
+            penalty <= 0
     Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
             RidgeClassifier(alpha=penalty)
-    Needs:  _finite_rows, _integer_labels
+    Needs:  _standardised, _finite_rows, _integer_labels, _array
     Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
     """
     train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
-    names, member = np.unique(_integer_labels(train_labels, len(train), "train_labels"),
-                              return_inverse=True)
+    train_labels = _integer_labels(train_labels, len(train), "train_labels")
+    classes, member = np.unique(train_labels, return_inverse=True)
     if not len(train) or x.shape[1] != train.shape[1] or not penalty > 0:
         raise ValueError("need training rows, the same columns in both and penalty > 0; got "
                          f"train_x {train.shape}, x {x.shape}, penalty={penalty}")
-    # not sd > 0: the mean of equal numbers may differ from them in the last bit
-    varies = train.min(0) < train.max(0)
-    train, x = train[:, varies], x[:, varies]
-    mean, sd = train.mean(0), train.std(0)
-    z, y = (train - mean) / sd, np.eye(len(names))[member]
-    weights = np.linalg.solve(z.T @ z + penalty * np.eye(z.shape[1]), z.T @ y)
-    return names[((x - mean) / sd @ weights + y.mean(0)).argmax(1)]
+    train, x = _standardised(train, x)
+    y = np.eye(len(classes))[member]
+    weights = np.linalg.solve(train.T @ train + penalty * np.eye(train.shape[1]), train.T @ y)
+    return classes[(x @ weights + y.mean(0)).argmax(1)]
 
 
 def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Logit of each row by logistic regression with an L2 penalty: a baseline of a binary task.
+    """Logit of each row by logistic regression with an L2 penalty: a simple binary baseline.
 
         minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2
         s = 1 for label 1, -1 for label 0
 
     z = the columns standardised by mean and sd of the training rows; the intercept b is not
     penalised. Columns that are constant in training are left out; without any other the logit is
-    the log-odds of the training labels. By Newton's method in float64, the step halved while the
-    loss does not fall; the penalty keeps separable data finite. Exact to the last digits, so no
-    tolerance to choose. Meant for some hundred columns: time grows with their square, times the
-    rows.
+    the log-odds of the training labels. Newton's method in float64; the step is halved while the
+    loss does not fall. The penalty keeps separable data finite. The result is exact to the last
+    digits, so there is no tolerance to choose. Meant for some hundred columns: time grows with
+    their square, times the rows.
 
-    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,), x (m, D), tensors, arrays or lists
+    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,), x (m, D)
             ->  float64 logits (m,)
     Errors: ValueError for other shapes or labels, labels of one class, NaN or infinite values,
             penalty <= 0
     Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and
             LogisticRegression(C=1 / penalty)
-    Needs:  _finite_rows, _is_positive
+    Needs:  _standardised, _finite_rows, _is_positive, _array
     Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the
             logit 0.675
     """
@@ -1102,21 +1118,18 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
         raise ValueError(f"training labels must hold both classes, got {positive.sum()} ones among "
                          f"{n} rows; split the rows so that each part has both (stratified), or "
                          "report binary_floor instead")
-    # not sd > 0: the mean of equal numbers may differ from them in the last bit
-    varies = train.min(0) < train.max(0)
-    train, x = train[:, varies], x[:, varies]
-    mean, sd = train.mean(0), train.std(0)
-
-    def scaled(columns):  # and a last column for the intercept
-        return np.hstack([(columns - mean) / sd, np.ones((len(columns), 1))])
-
-    z, rows = scaled(train), scaled(x)
-    sign, ridge = np.where(positive, 1.0, -1.0), np.append(np.full(len(mean), float(penalty)), 0.0)
+    train, x = _standardised(train, x)
+    # the last column is the intercept
+    z = np.hstack([train, np.ones((n, 1))])
+    x = np.hstack([x, np.ones((len(x), 1))])
+    sign = np.where(positive, 1.0, -1.0)
+    ridge = np.append(np.full(train.shape[1], float(penalty)), 0.0)
 
     def objective(weights):
         return np.logaddexp(0, -sign * (z @ weights)).sum() + (ridge * weights**2).sum() / 2
 
-    weights = np.append(np.zeros(len(mean)), math.log(positive.sum() / (~positive).sum()))
+    log_odds = math.log(positive.sum() / (~positive).sum())
+    weights = np.append(np.zeros(train.shape[1]), log_odds)
     for _ in range(200):
         # 1 - P of the label, without overflow
         miss = np.exp(-np.logaddexp(0, sign * (z @ weights)))
@@ -1125,8 +1138,10 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             break
         step = np.linalg.solve((z.T * (miss * (1 - miss))) @ z + np.diag(ridge), gradient)
         size, loss, slope = 1.0, objective(weights), gradient @ step
-        rounding = 1e-13 * loss
-        while objective(weights - size * step) > loss - 1e-4 * size * slope + rounding:
+        while size > 1e-9:
+            enough = loss - 1e-4 * size * slope + 1e-13 * loss  # the last term allows for rounding
+            if objective(weights - size * step) <= enough:
+                break
             size /= 2
             if size <= 1e-9:
                 break
@@ -1134,7 +1149,7 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
     else:
         warnings.warn(f"logistic_predict: the gradient is still {np.abs(gradient).max():.2g} after "
                       f"200 steps; raise penalty={penalty}", stacklevel=2)
-    return rows @ weights
+    return x @ weights
 
 
 def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
@@ -1143,8 +1158,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
     Draws n of the n values with replacement, `resamples` times, and takes the middle `level` of the
     means. NaN are left out.
 
-    Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which tell nothing
-            of their spread
+    Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which have no spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
     Check:  equal values give that value twice
     """
@@ -1160,19 +1174,19 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
     """AUROC and average precision of bootstrap samples of the rows.
 
-    Each resample draws n of the n rows with replacement. The draws depend on n and seed alone, so
-    two models scored on the same rows are resampled alike, and the difference of their arrays is
-    the paired bootstrap: it leaves out how hard the rows drawn are, which both share. Ties count as
-    in auroc and average_precision. A resample without one of the classes is NaN in both. Scores are
-    ranked once; works through the resamples in chunks of about a million rows.
+    Each resample draws n of the n rows with replacement. The draws depend only on n and seed. So
+    two models scored on the same rows get the same resamples, and the difference of their arrays is
+    the paired bootstrap: the difficulty of the drawn rows cancels. Ties count as in auroc and
+    average_precision. A resample without one of the classes is NaN in both. Scores are ranked once;
+    the resamples are processed in chunks of about a million rows.
 
-    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1), tensor, array or list
+    Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)
             ->  {"auroc", "auprc"} float64 arrays (resamples,)
     Errors: ValueError for NaN scores, other labels, unequal lengths, resamples < 1
-    Source: Efron 1979; equal to auroc and average_precision of the rows drawn
-    Needs:  _scores_and_labels, _is_positive
-    Check:  scores in the right order have 1 in every resample, constant scores AUROC 0.5 and AP the
-            share of positives drawn
+    Source: Efron 1979; equal to auroc and average_precision of the drawn rows
+    Needs:  _scores_and_labels, _is_positive, _array
+    Check:  scores in the right order have 1 in every resample; constant scores have AUROC 0.5 and
+            AP the share of positives drawn
     """
     scores, positive = _scores_and_labels(scores, labels)
     if resamples < 1:
@@ -1183,40 +1197,41 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
         return {"auroc": aurocs, "auprc": auprcs}
     # tied scores are one group; the largest come first
     distinct, group = np.unique(-scores, return_inverse=True)
-    cell, cells, step = 2 * group + positive, 2 * distinct.size, max(1, 2**20 // n)
+    groups = distinct.size
+    cell, cells, step = 2 * group + positive, 2 * groups, max(1, 2**20 // n)
     for start in range(0, resamples, step):
         drawn = cell[rng.integers(n, size=(min(step, resamples - start), n))]
         drawn += cells * np.arange(len(drawn))[:, None]
         counts = np.bincount(drawn.reshape(-1), minlength=cells * len(drawn))
-        counts = counts.reshape(len(drawn), distinct.size, 2)
+        counts = counts.reshape(len(drawn), groups, 2)
         negatives, positives = counts[:, :, 0], counts[:, :, 1]
         fp, tp = negatives.cumsum(1), positives.cumsum(1)
         n_negative, n_positive = fp[:, -1], tp[:, -1]
-        # twice the pairs, a tie counts half
+        # twice the pairs: a tie counts half
         in_order = (positives * (2 * n_negative[:, None] - 2 * fp + negatives)).sum(1)
         precision = (positives * tp / (tp + fp).clip(1)).sum(1)
+        precision = np.where(n_negative > 0, precision, math.nan)
         with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
             aurocs[start : start + step] = in_order / (2 * n_negative * n_positive)
-            precision = np.where(n_negative > 0, precision, math.nan)
             auprcs[start : start + step] = precision / n_positive
     return {"auroc": aurocs, "auprc": auprcs}
 
 
 def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000, seed=0):
-    """Percentile bootstrap intervals of AUROC and average precision, or of a paired difference.
+    """Percentile bootstrap intervals of AUROC and average precision, or of their differences.
 
-    With versus, the scores of the other model, the interval is that of the difference, scores minus
-    versus, by resampling rows in pairs: if it leaves out 0, the models differ by more than the
-    choice of test rows explains. Two single intervals that overlap do not say that they are equal.
-    Resamples without one of the classes are left out; NaN if all are. What another seed of training
-    would change is not in it.
+    With versus, the scores of another model on the same rows, the interval is that of the
+    difference, scores minus versus, with the rows resampled in pairs. If it leaves out 0, the
+    models differ by more than the choice of test rows explains. Two overlapping single intervals do
+    not show that two models are equal. Resamples without one of the classes are left out; NaN if
+    all are. The interval does not include the effect of another training seed.
 
-    Shape:  scores, versus real, labels 0 / 1, all (n,) or (n, 1), tensor, array or list
+    Shape:  scores, versus real, labels 0 / 1, all (n,) or (n, 1)
             ->  {"auroc_low", "auroc_high", "auprc_low", "auprc_high"} floats
     Errors: ValueError for NaN scores, other labels, unequal lengths, level outside (0, 1),
             resamples < 1
     Source: Efron and Tibshirani 1993, chapter 13
-    Needs:  bootstrap_ranking, _scores_and_labels, _is_positive
+    Needs:  bootstrap_ranking, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order give 1, 1, 1, 1; versus themselves 0, 0, 0, 0
     """
     if not 0 < level < 1:
@@ -1228,25 +1243,35 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
     interval = {}
     for name, values in samples.items():
         values = values[~np.isnan(values)]
-        ends = (math.nan, math.nan)
+        low, high = math.nan, math.nan
         if values.size:
-            ends = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
-        interval |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+            low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+        interval[f"{name}_low"] = float(low)
+        interval[f"{name}_high"] = float(high)
     return interval
 
 
 def _counts(confusion, ndim):
-    """True positives, predicted pixels and true pixels of each class of (..., C, C) counts."""
+    """True positives, predicted pixels and true pixels by class, float64, of (..., C, C) counts."""
     confusion = np.asarray(confusion, dtype=np.float64)
     if confusion.ndim != ndim or confusion.shape[-1] != confusion.shape[-2]:
-        needed = "(n, C, C), one per image" if ndim == 3 else "(C, C)"
-        raise ValueError(f"confusion counts must be {needed}; got {confusion.shape}")
+        need = "(n, C, C), one per image" if ndim == 3 else "(C, C)"
+        raise ValueError(f"confusion counts must be {need}; got {confusion.shape}")
     return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-2), confusion.sum(-1)
+
+
+def _array(values, dtype=None):
+    """A tensor, array or list as an array; float32 for bfloat16, which numpy does not have."""
+    if torch.is_tensor(values):
+        values = values.detach().cpu()
+        if values.dtype == torch.bfloat16:
+            values = values.float()
+    return np.asarray(values, dtype=dtype)
 
 
 def _finite_rows(x, name):
     """Features (n, D), tensor, array or list, as float64 without NaN."""
-    x = np.asarray(x.detach().cpu().double() if torch.is_tensor(x) else x, dtype=np.float64)
+    x = _array(x, np.float64)
     if x.ndim != 2:
         raise ValueError(f"{name} must be (n, D), got {x.shape}")
     broken = ~np.isfinite(x).all(1)
@@ -1262,9 +1287,18 @@ def _unit_rows(x, name):
     return x / np.where(length > 0, length, 1)
 
 
+def _standardised(train, x):
+    """Columns of both scaled by mean and sd of train, without those that are constant in train."""
+    # not sd > 0: the mean of equal numbers may differ from them in the last bit
+    varies = train.min(0) < train.max(0)
+    train, x = train[:, varies], x[:, varies]
+    mean, sd = train.mean(0), train.std(0)
+    return (train - mean) / sd, (x - mean) / sd
+
+
 def _integer_labels(labels, n, name):
     """Integer or bool labels (n,), tensor, array or list, as int64."""
-    labels = np.asarray(labels.detach().cpu() if torch.is_tensor(labels) else labels)
+    labels = _array(labels)
     if labels.shape != (n,) or labels.size and labels.dtype.kind not in "biu":
         raise ValueError(f"{name} must be ({n},) integers, one for each row; got {labels.shape} of "
                          f"{labels.dtype}")
@@ -1273,7 +1307,7 @@ def _integer_labels(labels, n, name):
 
 def _is_positive(labels):
     """Labels 0 / 1 of any type, (n,) or (n, 1), as a flat bool array."""
-    labels = np.asarray(labels.detach().cpu().double() if torch.is_tensor(labels) else labels)
+    labels = _array(labels)
     if labels.shape not in [(labels.size,), (labels.size, 1)]:
         raise ValueError(f"labels must be (n,) or (n, 1), got {labels.shape}")
     if not ((labels == 0) | (labels == 1)).all():  # 25 times faster than np.isin
@@ -1283,8 +1317,7 @@ def _is_positive(labels):
 
 def _scores_and_labels(scores, labels):
     """Checked scores as float64 (n,), and which of them are positives, bool (n,)."""
-    scores = np.asarray(scores.detach().cpu().double() if torch.is_tensor(scores) else scores,
-                        dtype=np.float64)
+    scores = _array(scores, np.float64)
     positive = _is_positive(labels)
     if scores.shape not in [positive.shape, (positive.size, 1)]:
         raise ValueError(f"{positive.size} labels need one score each, (n,) or (n, 1), got "
@@ -1295,9 +1328,9 @@ def _scores_and_labels(scores, labels):
 
 
 def _counts_by_score(scores, labels):
-    """Counts at each distinct score of a positive, ascending, and the number of all negatives.
+    """Counts at the distinct scores of the positives, ascending, and the number of negatives.
 
-    Three arrays int64 (m,): positives with that score, negatives below it, negatives not above it.
+    Three int64 arrays (m,): positives with the score, negatives below it, negatives not above it.
     """
     scores, positive = _scores_and_labels(scores, labels)
     distinct, tied = np.unique(scores[positive], return_counts=True)

@@ -12,8 +12,7 @@ optimizer to lr(0). Call step() after each applied update, not after one that Gr
     [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 1000)]      # [0.0, 0.0005, 0.001, 0.0]
 
 Param groups keep their ratio: every rate here (the optimizer's own, min_lr, warmup_start_lr, ...)
-is that of the group with the largest lr. A group with a tenth of that lr
-always has a tenth of the rate.
+is that of the group with the largest lr. A group with a tenth of that lr gets a tenth of the rate.
 """
 
 import contextlib
@@ -235,7 +234,7 @@ class Plateau(_Schedule):
 
         lr = warmup(t) * scale
         warmup(t) = start + (base - start) * t / W for t < W, then base
-        scale <- max(scale * factor, min_lr / base) at each reduction; also during warm-up
+        scale <- max(scale * factor, min_lr / base) at each reduction; one during warm-up lasts
 
     `step()` after each applied update advances only the warm-up. `step(metric)` after each
     evaluation advances only the plateau. With mode="min" a metric improves below
@@ -312,7 +311,7 @@ def _restored(model, optimizer):
     with torch.random.fork_rng({p.device for p in parameters if p.is_cuda}):
         try:
             for p in parameters:
-                p.grad = None  # the old gradients are stored by reference and must not be added to
+                p.grad = None  # backward would add to the old gradients, which are not copied
             yield
         finally:
             with torch.no_grad():
