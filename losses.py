@@ -110,18 +110,6 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     return loss.sum() / torch.where(counted.any(), share, 1)
 
 
-def _weights_of_classes(class_weights, logits):
-    """class_weights as a checked tensor (C,) of the type and device of the logits; None: ones."""
-    classes = logits.shape[1]
-    if class_weights is None:
-        return logits.new_ones(classes)
-    weights = torch.as_tensor(class_weights).to(logits)
-    if weights.shape != (classes,):
-        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
-                         f"{tuple(weights.shape)}")
-    return weights
-
-
 class FocalLabelSmoothCE(nn.Module):
     """focal_label_smooth_ce with fixed options; class_weights is a buffer and follows .to(device).
 
@@ -182,7 +170,12 @@ def _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
-    weights = _weights_of_classes(class_weights, logits)
+    classes = logits.shape[1]
+    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
+                         f"{tuple(weights.shape)}")
+
     if targets.shape == logits.shape:
         p = logits.masked_fill(~counted.unsqueeze(1), 0).softmax(1) * counted.unsqueeze(1)
         overlap, sum_p, sum_t = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
@@ -284,7 +277,7 @@ class _ClassSums(torch.autograd.Function):
 class DiceLoss(nn.Module):
     """dice_loss with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  dice_loss
+    Needs:  dice_loss, _dice_and_sums, _flat_pixels, _ClassSums
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
@@ -314,7 +307,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums, _weights_of_classes
+    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     weights_ok = ce_weight >= 0 and dice_weight >= 0
@@ -350,7 +343,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 class CEDiceLoss(nn.Module):
     """Scalar of ce_dice_loss with fixed options; class_weights is a buffer, follows .to(device).
 
-    Needs:  ce_dice_loss
+    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
     """
 
     def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0,
@@ -698,7 +691,7 @@ def median_frequency_weights(counts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Metrics, and baselines on the same rows
+# Metrics, and simple models on the same rows
 
 
 def auroc(scores, labels):
@@ -1143,8 +1136,6 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             if objective(weights - size * step) <= enough:
                 break
             size /= 2
-            if size <= 1e-9:
-                break
         weights = weights - size * step
     else:
         warnings.warn(f"logistic_predict: the gradient is still {np.abs(gradient).max():.2g} after "
