@@ -1,11 +1,10 @@
-"""Small networks, and the blocks that they are made of.
+"""Small networks and the blocks that they are made of.
 
-Every piece can be pasted elsewhere: it needs the imports below and what the "Needs" line of its
-docstring names. Layers take and return float tensors; networks return logits, QuadModal an
+Every piece can be pasted elsewhere: it needs the imports below and the names in the "Needs" line of
+its docstring. Layers take and return float tensors. Networks return logits; QuadModal returns an
 embedding.
 
-Letters in shapes: B batch, C channels, F features, H W rows and columns, T tokens, or the steps and
-frames they are made of.
+Letters in shapes: B batch, C channels, F features, H W rows and columns, T tokens or time steps.
 
     >>> net = EyeNet((32, 64), block="baseline", channels=32, blocks=4)
     >>> net(torch.zeros(2, 3, 32, 64)).shape
@@ -33,7 +32,9 @@ import torch.nn.functional as F
 
 
 def count_parameters(model, *, trainable_only=False):
-    """Number of scalar parameters; tied weights count once, buffers do not count.
+    """Number of scalar parameters.
+
+    Tied weights count once. Buffers (running statistics) do not count.
 
     Check: count_parameters(nn.Linear(3, 2)) == 8
     """
@@ -41,13 +42,13 @@ def count_parameters(model, *, trainable_only=False):
 
 
 def init_kaiming_xavier(module):
-    """For `model.apply`: convolutions Kaiming-normal (fan_out, ReLU), linear layers Xavier-uniform.
+    """For `model.apply`: initialise convolutions and linear layers.
 
-    Norms and convolution biases keep torch's own start.
+    Convolution weights are Kaiming-normal (fan_out, ReLU). Linear weights are Xavier-uniform with
+    bias 0. Norms and convolution biases keep torch's initial values.
 
     Source: He et al. 2015, arXiv:1502.01852; Glorot and Bengio 2010
-    Check:  the weights of nn.Conv2d(3, 64, 3) have a standard deviation of sqrt(2 / (64 * 9)) =
-            0.059
+    Check:  the weights of nn.Conv2d(3, 64, 3) have standard deviation sqrt(2 / (64 * 9)) = 0.059
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -63,14 +64,14 @@ def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.I
     Check: conv_bn(3, 32, 3) has 928 parameters
     """
     padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, dilation=dilation,
-                     groups=groups, bias=False)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), act())
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the channels of each pixel, (B, C, H, W) -> the same, channels_last.
+    """nn.LayerNorm over the channels of each pixel.
 
+    Shape: (B, C, H, W) -> the same, in channels_last layout
     Check: ChannelLayerNorm(32) has 64 parameters
     """
 
@@ -84,8 +85,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 class StochasticDepth(nn.Module):
     """Drops a whole residual branch, for each sample on its own: `x + drop(branch(x))`.
 
-        training: y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample
-        evaluation: y = x
+        training:    y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample
+        evaluation:  y = x
 
     Dividing by 1 - rate keeps the mean. Never put it on a path without a shortcut: that sample's
     signal would be zero.
@@ -93,14 +94,14 @@ class StochasticDepth(nn.Module):
     Shape:  (B, ...) -> the same
     Errors: ValueError unless 0 <= rate < 1
     Source: Huang et al. 2016, arXiv:1603.09382 (there evaluation multiplies by 1 - rate instead)
-    Check:  with rate 0.25 a sample comes out as 0 or 4/3 of itself
+    Check:  with rate 0.25 a sample is multiplied by 0 or by 4/3
     """
 
     def __init__(self, rate):
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"stochastic depth rate must be in [0, 1), got {rate}: 0 switches it "
-                             "off")
+            raise ValueError(f"stochastic depth rate must be in [0, 1), got {rate}: "
+                             "0 switches it off")
         self.rate = rate
 
     def forward(self, x):
@@ -113,9 +114,8 @@ class StochasticDepth(nn.Module):
 class SqueezeExcite(nn.Module):
     """Scales each channel by a gate in (0, 1) that is computed from the means of all channels.
 
-        y = x * sigmoid(W2 relu(W1 mean_hw(x) + b1) + b2)        W1 maps to max(1, C // reduction)
-
-    bias=False leaves b1 and b2 out.
+        y = x * sigmoid(W2 relu(W1 mean_hw(x) + b1) + b2)
+        W1 maps C to max(1, C // reduction), W2 maps back; bias=False leaves b1 and b2 out
 
     Shape:  (B, C, H, W) -> the same
     Source: Hu et al. 2018, arXiv:1709.01507
@@ -125,55 +125,62 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels, *, reduction=8, bias=True):
         super().__init__()
         hidden = max(1, channels // reduction)
-        self.gate = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(),
-                                  nn.Conv2d(hidden, channels, 1, bias=bias), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=bias), nn.ReLU(),
+            nn.Conv2d(hidden, channels, 1, bias=bias), nn.Sigmoid())
 
     def forward(self, x):
         return x * self.gate(x.mean((2, 3), keepdim=True))
 
 
 # --------------------------------------------------------------------------------------------------
-# pretrained backbones
+# Pretrained backbones
 
 
 def load_backbone(backbone, state, *, prefix="encoder."):
-    """Copy a backbone's tensors out of the state of its pretrained network; all of them or none.
+    """Fills a backbone from the state of the network it was pretrained in: all tensors or none.
 
-    Only names under `prefix` are taken. What else the state holds (the pretraining head) is left
-    out by name, never silently.
+    Only names under `prefix` are copied. The other names in the state (the pretraining head) are
+    returned in "left_out", so that nothing is dropped silently.
 
-    backbone  the module to fill; state: {name: tensor} of the pretrained network, as saved by
-              state_dict()
+    backbone  the module to fill
+    state     {name: tensor} of the pretrained network, as state_dict() returns it
     returns   {"tensors", "scalars", "missing", "unexpected": counts, "left_out": names}
+
     Errors: ValueError, and nothing is changed, if a tensor of the backbone is missing, one under
-            the prefix is unexpected, or a shape differs (another width, patch or depth): with the
-            counts and the names
+            the prefix is unexpected, or a shape differs (another width, patch or depth). The
+            message gives counts and names.
     Check:  a backbone saved as `model.encoder` and loaded into another is bit-equal to it
     """
     own = backbone.state_dict()
-    found = {name[len(prefix):]: tensor for name, tensor in state.items()
-             if name.startswith(prefix)}
+    loaded = {name[len(prefix):]: tensor for name, tensor in state.items()
+              if name.startswith(prefix)}
     left_out = [name for name in state if not name.startswith(prefix)]
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    reshaped = [f"{name} is {tuple(found[name].shape)} there and {tuple(own[name].shape)} here"
-                for name in own if name in found and found[name].shape != own[name].shape]
+    missing = sorted(own.keys() - loaded.keys())
+    unexpected = sorted(loaded.keys() - own.keys())
+    common = [name for name in own if name in loaded]
+    reshaped = [f"{name} is {tuple(loaded[name].shape)} there and {tuple(own[name].shape)} here"
+                for name in common if loaded[name].shape != own[name].shape]
     if missing or unexpected or reshaped or not own:
-        fits = len(own.keys() & found.keys()) - len(reshaped)
-        named = [f"{title} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 for title, names in (("missing", missing), ("unexpected", unexpected),
-                                      ("of another shape", reshaped)) if names]
-        raise ValueError(f"{fits} of {len(own)} tensors fit under {prefix!r}: "
-                         f"{'; '.join(named) or 'there is nothing to load'}")
-    result = backbone.load_state_dict(found)
-    return {"tensors": len(found), "scalars": sum(tensor.numel() for tensor in found.values()),
+        problems = []
+        for title, names in (("missing", missing), ("unexpected", unexpected),
+                             ("of another shape", reshaped)):
+            if names:
+                more = ", ..." if len(names) > 3 else ""
+                problems.append(f"{title} {len(names)} ({', '.join(names[:3])}{more})")
+        problem = "; ".join(problems) or "there is nothing to load"
+        raise ValueError(f"{len(common) - len(reshaped)} of {len(own)} tensors fit "
+                         f"under {prefix!r}: {problem}")
+    result = backbone.load_state_dict(loaded)
+    return {"tensors": len(loaded), "scalars": sum(tensor.numel() for tensor in loaded.values()),
             "missing": len(result.missing_keys), "unexpected": len(result.unexpected_keys),
             "left_out": left_out}
 
 
 def freeze_backbone(backbone, *, unfreeze_last=0):
-    """No gradient for a backbone, except for its last layers and the norm behind them.
+    """Switches off the gradients of a backbone, except for its last layers and the norm after them.
 
-    The backbone has `layers`, a sequence, and `norm`, what follows it. Train with
+    The backbone has `layers`, a sequence, and `norm`, which follows them. Train with
     train_mode(model), which keeps frozen modules in eval mode: dropout in a frozen backbone is
     noise that no weight can learn from.
 
@@ -181,8 +188,8 @@ def freeze_backbone(backbone, *, unfreeze_last=0):
     """
     layers = len(backbone.layers)
     if not 0 <= unfreeze_last <= layers:
-        raise ValueError(f"unfreeze_last {unfreeze_last} must be between 0 and {layers}, the "
-                         "number of layers")
+        raise ValueError(f"unfreeze_last {unfreeze_last} must be between 0 and {layers}, "
+                         "the number of layers")
     backbone.requires_grad_(False)
     if unfreeze_last:
         backbone.layers[layers - unfreeze_last :].requires_grad_(True)
@@ -190,11 +197,10 @@ def freeze_backbone(backbone, *, unfreeze_last=0):
 
 
 def train_mode(model):
-    """model.train(), but modules whose parameters are all frozen stay in eval mode.
+    """Sets training mode, but keeps every module whose parameters are all frozen in eval mode.
 
-    So dropout in a frozen backbone is off and its running statistics stay as they are, which
-    `model.train()` would undo. A dropout between frozen modules, with no frozen module around both,
-    is on.
+    So dropout in a frozen backbone is off and its running statistics do not change; `model.train()`
+    would undo both. A dropout between two frozen modules is on, unless a frozen module contains it.
     """
     model.train()
     for module in model.modules():
@@ -210,10 +216,10 @@ def train_mode(model):
 class DepthwiseBlock(nn.Module):
     """Depthwise separable convolution: 3x3 in each channel, then 1x1 across channels.
 
-        y = relu(x + branch(x))        branch: depthwise 3x3 (stride), BN, ReLU, 1x1, BN
+        y = relu(x + branch(x))
+        branch: depthwise 3x3 (stride), BN, ReLU, 1x1, BN
 
-    The shortcut (and with it stochastic depth) exists only where input and output have the same
-    shape.
+    The shortcut (and with it stochastic depth) exists only if input and output have the same shape.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
     Source: Howard et al. 2017 (MobileNet), arXiv:1704.04861; the shortcut is an addition
@@ -235,13 +241,12 @@ class DepthwiseBlock(nn.Module):
 
 
 class InvertedSEBlock(nn.Module):
-    """Inverted residual: widen by 4, depthwise 3x3, squeeze-and-excite, narrow again.
+    """Inverted residual with squeeze-and-excite: widen by 4, depthwise 3x3, gate, narrow.
 
         y = silu(x + branch(x))
         branch: 1x1 to 4C, BN, SiLU, depthwise 3x3 (stride), BN, SiLU, squeeze-excite, 1x1, BN
 
-    The shortcut (and with it stochastic depth) exists only where input and output have the same
-    shape.
+    The shortcut (and with it stochastic depth) exists only if input and output have the same shape.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
     Source: Sandler et al. 2018 (MobileNetV2), arXiv:1801.04381, which has ReLU6 inside and nothing
@@ -267,15 +272,16 @@ class InvertedSEBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: depthwise 7x7, then an MLP on the channels, scaled by 1e-6 at first.
+    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled.
 
-        x = downsample(x)        only if the shape changes: channel LayerNorm, convolution with
-                                 kernel = stride
-        y = x + scale * mlp(layernorm(depthwise7x7(x)))        mlp: C to 4C, GELU, back to C
+        x = downsample(x)       only if the shape changes
+        y = x + scale * mlp(layernorm(depthwise7x7(x)))
+        downsample: channel LayerNorm, convolution with kernel = stride
+        mlp: C to 4C, GELU, back to C
 
-    The scale starts at 1e-6, so the block starts as the identity and its MLP sees gradients that
-    small: an optimizer that normalises them (Adam) is part of the design. An odd side loses its
-    last row or column when it is halved.
+    The scale is learned and starts at 1e-6, so the block starts as the identity and its MLP gets
+    gradients of that size: it needs an optimizer that normalises them (Adam). An odd side loses
+    its last row or column when it is halved.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)
     Source: Liu et al. 2022, arXiv:2201.03545
@@ -287,13 +293,13 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.downsample = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(ChannelLayerNorm(inputs),
-                                            nn.Conv2d(inputs, outputs, kernel_size=stride,
-                                                      stride=stride))
+            self.downsample = nn.Sequential(
+                ChannelLayerNorm(inputs),
+                nn.Conv2d(inputs, outputs, kernel_size=stride, stride=stride))
         self.depthwise = nn.Conv2d(outputs, outputs, 7, padding=3, groups=outputs)
         self.norm = nn.LayerNorm(outputs, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(outputs, 4 * outputs), nn.GELU(),
-                                 nn.Linear(4 * outputs, outputs))
+        self.mlp = nn.Sequential(
+            nn.Linear(outputs, 4 * outputs), nn.GELU(), nn.Linear(4 * outputs, outputs))
         self.scale = nn.Parameter(torch.full((outputs,), 1e-6))
         self.drop = StochasticDepth(drop_rate)
 
@@ -305,10 +311,11 @@ class ConvNeXtBlock(nn.Module):
 
 
 class MixerLayer(nn.Module):
-    """MLP-Mixer layer: an MLP across the tokens, then one across the channels.
+    """MLP-Mixer layer: an MLP across the tokens of each channel, then one across the channels.
 
         x = x + mlp_T(layernorm(x)^T)^T
-        y = x + mlp_C(layernorm(x))        mlp_n: n to 2n, GELU, back to n
+        y = x + mlp_C(layernorm(x))
+        mlp_n: n to 2n, GELU, back to n
 
     Dropout follows both linear layers of an MLP. The number of tokens is fixed: it is a width of
     the first MLP.
@@ -329,24 +336,27 @@ class MixerLayer(nn.Module):
         self.channel_norm, self.channel_mlp = nn.LayerNorm(channels), mlp(channels)
 
     def forward(self, x_btc):
-        x_btc = x_btc + self.token_mlp(self.token_norm(x_btc).transpose(1, 2)).transpose(1, 2)
+        x_bct = self.token_norm(x_btc).transpose(1, 2)
+        x_btc = x_btc + self.token_mlp(x_bct).transpose(1, 2)
         return x_btc + self.channel_mlp(self.channel_norm(x_btc))
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer, norm first: self-attention, then an MLP on each token.
+    """Transformer layer, norm first: attention among the tokens, then an MLP on each token.
 
         x = x + attention(layernorm(x), bias)
-        y = x + mlp(layernorm(x))        mlp: C to hidden, GELU, back to C
+        y = x + mlp(layernorm(x))
+        mlp: C to hidden, GELU, back to C
 
     The bias, if given, is added to the attention scores: TimeBias makes the layer causal.
 
-    Dropout falls on the attention weights and after each linear layer except q, k, v. The key bias
-    has no effect, and no gradient: it adds the same to all scores of a query; qkv_bias=False leaves
-    it out of q, k and v. nn.TransformerEncoderLayer(norm_first=True) computes the same; this one
-    also compiles in evaluation, where that one (torch 2.13) fails.
+    Dropout is applied to the attention weights and after each linear layer except q, k, v. The key
+    bias has no effect and no gradient, since it adds the same to all scores of a query;
+    qkv_bias=False leaves it out of q, k and v. nn.TransformerEncoderLayer(norm_first=True) computes
+    the same, but does not compile in evaluation (torch 2.13); this one does.
 
-    Shape:  x (B, T, C), bias (B, heads, T, T) or None, some of each row finite  ->  (B, T, C)
+    Shape:  x (B, T, C), bias (B, heads, T, T) or None -> (B, T, C); each row of the bias has at
+            least one finite value
     Errors: ValueError if heads does not divide channels
     Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745;
             a bias on the scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
@@ -356,8 +366,8 @@ class TransformerLayer(nn.Module):
     def __init__(self, channels, *, heads, hidden, dropout=0.0, qkv_bias=True):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
-                             "channels")
+            raise ValueError("heads must divide channels, "
+                             f"got {heads} heads for {channels} channels")
         self.heads, self.dropout = heads, dropout
         self.attention_norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
@@ -369,51 +379,53 @@ class TransformerLayer(nn.Module):
     def forward(self, x_btc, bias=None):
         b, t, c = x_btc.shape
         qkv = self.qkv(self.attention_norm(x_btc)).reshape(b, t, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
-        bias = None if bias is None else bias.to(q.dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C / heads)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        rate = self.dropout if self.training else 0.0
         y = v
         # on CUDA, before torch 2.10, flash attention in half precision refuses a batch of no rows
         if b:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout
-                                               if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate)
         x_btc = x_btc + self.out(y.transpose(1, 2).reshape(b, t, c))
         return x_btc + self.mlp(self.mlp_norm(x_btc))
 
 
 class TokenHead(nn.Module):
-    """Pool a feature map to a grid of tokens, mix the tokens, and make one logit of their mean.
+    """Pools a feature map to a grid of tokens, mixes the tokens, and makes one logit of their mean.
 
-        pool to grid, layers x (transformer | mlp_mixer), mean over tokens, LayerNorm, dropout,
-        linear
+        logit = linear(dropout(layernorm(mean over tokens of layers(pool to grid))))
+        layers: transformer or mlp_mixer
 
-    Any map goes in: a cell averages the pixels that it touches, so cells overlap where the grid
-    does not divide the map and repeat where the map is smaller. There is no position embedding: the
-    transformer cannot tell where a token lies, the mixer can. The transformer's MLP is max(128, 2C)
-    wide, and its heads are the largest divisor of C up to 8. On CUDA the backward of the pooling
-    may add in any order (torch.use_deterministic_algorithms refuses it).
+    The map may have any size. A cell averages the pixels that it touches: cells overlap if the grid
+    does not divide the map, and repeat if the map is smaller. There is no position embedding: the
+    transformer does not know the position of a token, the mixer does. The transformer's MLP is
+    max(128, 2C) wide; its number of heads is the largest divisor of C up to 8. On CUDA the backward
+    of the pooling may add in any order (torch.use_deterministic_algorithms refuses it).
 
     Shape:  (B, C, H, W) -> (B, 1)
     Errors: ValueError for an unknown mixer
-    Check:  with 64 channels, grid (2, 3) and 2 layers: transformer 67,137 parameters, mlp_mixer
-            34,181
+    Check:  with 64 channels, grid (2, 3) and 2 layers the transformer has 67,137 parameters,
+            mlp_mixer 34,181
     Needs:  TransformerLayer, MixerLayer
     """
 
     def __init__(self, channels, *, mixer, grid=(2, 3), layers=2, dropout=0.0):
         super().__init__()
-        if mixer == "transformer":
-            heads = max(n for n in range(1, 9) if channels % n == 0)
-            stack = [TransformerLayer(channels, heads=heads, hidden=max(128, 2 * channels),
-                                      dropout=dropout) for _ in range(layers)]
-        elif mixer == "mlp_mixer":
-            stack = [MixerLayer(grid[0] * grid[1], channels, dropout=dropout)
-                     for _ in range(layers)]
-        else:
+        if mixer not in ("transformer", "mlp_mixer"):
             raise ValueError(f"mixer must be transformer or mlp_mixer, got {mixer!r}")
+        heads = max(n for n in range(1, 9) if channels % n == 0)
+        hidden = max(128, 2 * channels)
         self.grid = grid
-        self.layers = nn.Sequential(*stack)
-        self.logit = nn.Sequential(nn.LayerNorm(channels), nn.Dropout(dropout),
-                                   nn.Linear(channels, 1))
+        self.layers = nn.Sequential()
+        for _ in range(layers):
+            if mixer == "transformer":
+                layer = TransformerLayer(channels, heads=heads, hidden=hidden, dropout=dropout)
+            else:
+                layer = MixerLayer(grid[0] * grid[1], channels, dropout=dropout)
+            self.layers.append(layer)
+        self.logit = nn.Sequential(
+            nn.LayerNorm(channels), nn.Dropout(dropout), nn.Linear(channels, 1))
 
     def forward(self, x):
         tokens_btc = F.adaptive_avg_pool2d(x, self.grid).flatten(2).transpose(1, 2)
@@ -421,22 +433,22 @@ class TokenHead(nn.Module):
 
 
 class AvgMaxPool(nn.Module):
-    """Mean and maximum over the pixels, side by side: (B, C, H, W) -> (B, 2C)."""
+    """Concatenates mean and maximum over the pixels: (B, C, H, W) -> (B, 2C)."""
 
     def forward(self, x):
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
 
 def eye_map_size(size, block, blocks):
-    """Rows and columns of EyeNet's feature map; decides whether a network fits an image.
+    """Rows and columns of EyeNet's feature map; refuses a network that does not fit the image.
 
-    The stem has stride 2 (convnext 4); blocks 2, 4, 6, ... have stride 2. A stride of s needs s
-    rows and s columns to work on. Odd sides round up, but down in convnext.
+    The stem has stride 2 (convnext 4). Blocks 2, 4, 6, ... have stride 2. A stride of s needs a map
+    of at least s rows and s columns. Odd sides round up, but down in convnext.
 
-    Errors: ValueError for an unknown block, blocks < 1, or a stride that meets too small a map
-            (says what fits)
-    Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with 6
-            blocks (1, 2)
+    Errors: ValueError for an unknown block, blocks < 1, or a map that is too small for a stride
+            (the message says what fits)
+    Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with
+            6 blocks (1, 2)
     """
     stem_stride = {"baseline": 2, "inverted_se": 2, "convnext": 4}
     if block not in stem_stride:
@@ -444,7 +456,7 @@ def eye_map_size(size, block, blocks):
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
     rows, cols = size
-    for i in range(0, blocks, 2):  # 0 stands for the stem
+    for i in range(0, blocks, 2):  # 0 is the stem
         stride = 2 if i else stem_stride[block]
         if min(rows, cols) < stride:
             remedy = f"1 to {i} blocks fit" if i else f"the smallest size is {stride}x{stride}"
@@ -456,29 +468,30 @@ def eye_map_size(size, block, blocks):
 
 
 class EyeNet(nn.Module):
-    """Is the eye open? A stem, blocks of one kind, and a head that makes one logit of the map.
+    """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit.
 
         block         stem                                          blocks            head="auto"
         baseline      3x3 stride 2, BN, ReLU                        DepthwiseBlock    avg
         inverted_se   3x3, BN, SiLU, 3x3 stride 2, BN, SiLU         InvertedSEBlock   avgmax_mlp
         convnext      4x4 stride 4, channel LayerNorm               ConvNeXtBlock     transformer
 
+        head
+        avg           mean over pixels, BN, dropout, linear
+        avgmax_mlp    mean and maximum, BN, dropout, linear to max(16, C), ReLU, dropout, linear
+        transformer   TokenHead over token_grid (rows, columns) with token_layers layers
+        mlp_mixer     the same
+
     Blocks 2, 4, 6, ... halve the map and double the channels. Block i drops its branch with
     probability stochastic_depth * i / (blocks - 1).
 
-        avg           mean over pixels, BN, dropout, linear
-        avgmax_mlp    mean and maximum, BN, dropout, linear to max(16, C), ReLU, dropout, linear
-        transformer, mlp_mixer        TokenHead over token_grid (rows, columns) with token_layers
-                                      layers
-
-    The grid shrinks to the map where the map is smaller; `net.token_grid` is the one in use (None
-    without tokens) and `net.head_kind` what "auto" became. Only `size` is checked to fit; other
-    sizes that fit may be fed as well. BN needs more than one row per batch in training: with a
-    pooling head torch refuses a batch of one.
+    The grid is cut to the map if the map is smaller. `net.token_grid` is the grid in use (None
+    without tokens), `net.head_kind` the head that "auto" chose. Only `size` is checked to fit;
+    images of other sizes that fit are accepted too. In training BN needs more than one row per
+    batch: with a pooling head torch refuses a batch of one.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B,) logits, P(open) = sigmoid(logit)
     Errors: ValueError when built, never at the first forward: unknown names, numbers out of range,
-            too many blocks for the size, a token head that is left with fewer than 2 tokens
+            too many blocks for the size, a token head with fewer than 2 tokens
     Source: PINTO0309/OCEC (MIT), whose fixed grid has to divide the map: most sizes crash at its
             first forward
     Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order
@@ -493,55 +506,62 @@ class EyeNet(nn.Module):
         super().__init__()
         self.map_size = eye_map_size(size, block, blocks)
         if head == "auto":
-            head = {"baseline": "avg", "inverted_se": "avgmax_mlp",
-                    "convnext": "transformer"}[block]
+            automatic = {"baseline": "avg", "inverted_se": "avgmax_mlp", "convnext": "transformer"}
+            head = automatic[block]
         if head not in ("avg", "avgmax_mlp", "transformer", "mlp_mixer"):
             raise ValueError("head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, "
                              f"got {head!r}")
         if min(channels, token_layers) < 1:
-            raise ValueError(f"channels and token_layers must be at least 1, got {channels} and "
-                             f"{token_layers}")
+            raise ValueError("channels and token_layers must be at least 1, "
+                             f"got {channels} and {token_layers}")
         self.head_kind, self.token_grid = head, None
         if head in ("transformer", "mlp_mixer"):
-            self.token_grid = rows, cols = tuple(min(g, side)
-                                                 for g, side in zip(token_grid, self.map_size))
-            if min(rows, cols) < 1 or rows * cols < 2:
-                raise ValueError(f"head {head!r} needs a grid of at least 2 tokens, got "
-                                 f"{rows}x{cols} from token_grid {token_grid[0]}x{token_grid[1]} "
-                                 f"on a map of {self.map_size[0]}x{self.map_size[1]}: use a "
-                                 "larger grid or size, fewer blocks, or the head 'avg' or "
-                                 "'avgmax_mlp'")
+            self.token_grid = self._fitting_grid(token_grid)
 
         if block == "baseline":
-            Block, self.stem = DepthwiseBlock, conv_bn(3, channels, 3, stride=2, act=nn.ReLU)
+            Block = DepthwiseBlock
+            self.stem = conv_bn(3, channels, 3, stride=2, act=nn.ReLU)
         elif block == "inverted_se":
-            Block, self.stem = InvertedSEBlock, nn.Sequential(conv_bn(3, channels, 3, act=nn.SiLU),
-                                                              conv_bn(channels, channels, 3,
-                                                                      stride=2, act=nn.SiLU))
+            Block = InvertedSEBlock
+            self.stem = nn.Sequential(conv_bn(3, channels, 3, act=nn.SiLU),
+                                      conv_bn(channels, channels, 3, stride=2, act=nn.SiLU))
         else:
-            Block, self.stem = ConvNeXtBlock, nn.Sequential(
-                nn.Conv2d(3, channels, kernel_size=4, stride=4), ChannelLayerNorm(channels))
+            Block = ConvNeXtBlock
+            self.stem = nn.Sequential(nn.Conv2d(3, channels, kernel_size=4, stride=4),
+                                      ChannelLayerNorm(channels))
 
-        widths = [channels] + [channels * 2 ** (i // 2) for i in range(blocks)]
-        self.blocks = nn.Sequential(*[
+        self.blocks = nn.Sequential()
+        c = channels
+        for i in range(blocks):
+            outputs = channels * 2 ** (i // 2)
+            drop_rate = stochastic_depth * i / max(1, blocks - 1)
             # halve the map where the channels double
-            Block(widths[i], widths[i + 1], stride=widths[i + 1] // widths[i],
-                  drop_rate=stochastic_depth * i / max(1, blocks - 1))
-            for i in range(blocks)])
+            self.blocks.append(Block(c, outputs, stride=outputs // c, drop_rate=drop_rate))
+            c = outputs
 
-        c = widths[-1]
         if head == "avg":
             self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c),
                                       nn.Dropout(dropout), nn.Linear(c, 1))
         elif head == "avgmax_mlp":
             hidden = max(16, c)
-            self.head = nn.Sequential(AvgMaxPool(), nn.BatchNorm1d(2 * c), nn.Dropout(dropout),
-                                      nn.Linear(2 * c, hidden), nn.ReLU(), nn.Dropout(dropout),
-                                      nn.Linear(hidden, 1))
+            self.head = nn.Sequential(AvgMaxPool(), nn.BatchNorm1d(2 * c),
+                                      nn.Dropout(dropout), nn.Linear(2 * c, hidden), nn.ReLU(),
+                                      nn.Dropout(dropout), nn.Linear(hidden, 1))
         else:
             self.head = TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers,
                                   dropout=dropout)
         self.apply(init_kaiming_xavier)
+
+    def _fitting_grid(self, token_grid):
+        """The token grid, cut to the feature map. Errors: ValueError for fewer than 2 tokens."""
+        map_rows, map_cols = self.map_size
+        rows, cols = min(token_grid[0], map_rows), min(token_grid[1], map_cols)
+        if min(rows, cols) < 1 or rows * cols < 2:
+            raise ValueError(f"head {self.head_kind!r} needs a grid of at least 2 tokens, "
+                             f"got {rows}x{cols} from token_grid {token_grid[0]}x{token_grid[1]} "
+                             f"on a map of {map_rows}x{map_cols}: use a larger grid or size, "
+                             "fewer blocks, or the head 'avg' or 'avgmax_mlp'")
+        return rows, cols
 
     def forward(self, images_bchw):
         return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)
@@ -550,12 +570,12 @@ class EyeNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Faces: the logits of a class per pixel
 
-# a network of the challenge has fewer: NTU CE7454 / AI6126, face parsing
+# NTU CE7454 / AI6126, face parsing: a network of the challenge must have fewer parameters
 FACE_PARAMETER_LIMIT = 1_821_085
 
 
 def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
-    """Refuse a network that does not have fewer than `limit` parameters.
+    """Refuses a network with `limit` parameters or more, and says how many are too many.
 
     Errors: ValueError
     Check:  check_parameter_limit(nn.Linear(3, 2), 9) passes, with 8 it is refused
@@ -568,27 +588,29 @@ def check_parameter_limit(model, limit=FACE_PARAMETER_LIMIT):
 
 
 def check_stride_fits(size, stride):
-    """Refuse rows and columns that a network's stride does not divide; name the nearest that fit.
+    """Refuses (rows, columns) that are not multiples of `stride`, and names the nearest that are.
 
     Errors: ValueError
     Check:  (100, 128) with stride 32: the nearest sizes that fit are 96x128 and 128x128
     """
-    if any(n < stride or n % stride for n in size):
-        down = "x".join(str(max(stride, n // stride * stride)) for n in size)
-        up = "x".join(str(max(stride, -(-n // stride) * stride)) for n in size)
-        nearest = f"size that fits is {up}" if up == down else f"sizes that fit are {down} and {up}"
-        raise ValueError(f"rows and columns must be multiples of {stride}, got "
-                         f"{size[0]}x{size[1]}: the nearest {nearest}")
+    if all(n >= stride and n % stride == 0 for n in size):
+        return
+    down = "x".join(str(max(1, n // stride) * stride) for n in size)
+    up = "x".join(str(max(1, math.ceil(n / stride)) * stride) for n in size)
+    nearest = f"size that fits is {up}" if up == down else f"sizes that fit are {down} and {up}"
+    raise ValueError(f"rows and columns must be multiples of {stride}, got {size[0]}x{size[1]}: "
+                     f"the nearest {nearest}")
 
 
 class ReducedAttention(nn.Module):
-    """Self-attention of the pixels of a map; keys and values come from a reduced map.
+    """Self-attention among the pixels of a map; keys and values come from a smaller map.
 
-        r = layernorm(convolution(x)), kernel = stride = reduction; without reduction r = x
-        y = out(softmax(q k^T / sqrt(C / heads)) v)        q = linear(x), (k, v) = linear(r)
+        y = out(softmax(q k^T / sqrt(C / heads)) v)
+        q = linear(x), (k, v) = linear(r)
+        r = layernorm(convolution(x)) with kernel = stride = reduction; r = x if reduction is 1
 
-    Dropout falls on the attention weights and on y. The key bias has no effect: it adds the same to
-    all scores of a query. Rows or columns left over by the reduction are seen by no key.
+    Dropout is applied to the attention weights and to y. The key bias has no effect: it adds the
+    same to all scores of a query. No key sees the rows or columns left over by the reduction.
 
     Shape:  (B, H, W, C) -> the same
     Errors: ValueError if heads does not divide channels
@@ -602,35 +624,39 @@ class ReducedAttention(nn.Module):
     def __init__(self, channels, *, reduction, heads=1, dropout=0.0):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
-                             "channels")
+            raise ValueError("heads must divide channels, "
+                             f"got {heads} heads for {channels} channels")
         self.heads, self.dropout = heads, dropout
-        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
         self.reduce = nn.Identity()
         if reduction > 1:
-            self.reduce = nn.Sequential(nn.Conv2d(channels, channels, kernel_size=reduction,
-                                                  stride=reduction),
-                                        ChannelLayerNorm(channels, eps=1e-5))
+            self.reduce = nn.Sequential(
+                nn.Conv2d(channels, channels, kernel_size=reduction, stride=reduction),
+                ChannelLayerNorm(channels, eps=1e-5))
         self.out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
 
     def forward(self, x_bhwc):
         b, h, w, c = x_bhwc.shape
 
-        def split(x):  # (B, rows, columns, C) -> (B, heads, T, C / heads)
-            return x.flatten(1, 2).unflatten(2, (self.heads, c // self.heads)).transpose(1, 2)
+        def split(y):  # (B, rows, columns, C) -> (B, heads, T, C / heads)
+            return y.flatten(1, 2).unflatten(2, (self.heads, c // self.heads)).transpose(1, 2)
 
         r_bhwc = self.reduce(x_bhwc.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         k, v = self.kv(r_bhwc).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(split(self.q(x_bhwc)), split(k), split(v),
-                                           dropout_p=self.dropout if self.training else 0.0)
+        rate = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            split(self.q(x_bhwc)), split(k), split(v), dropout_p=rate)
         return self.out(y.transpose(1, 2).reshape(b, h, w, c))
 
 
 class MixMLP(nn.Module):
-    """MLP on the channels of each pixel with a 3x3 inside (Mix-FFN): linear, 3x3, GELU, linear.
+    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN).
 
-    The zeros around the map tell the convolution where the border is: it stands in for position
-    codes. depthwise=False leaves it out. Dropout follows GELU and the second linear layer.
+        y = linear(gelu(conv3x3(linear(x))))
+
+    The zero padding shows the convolution where the border is: it replaces position codes.
+    depthwise=False leaves the convolution out. Dropout follows GELU and the second linear layer.
 
     Shape:  (B, H, W, C) -> the same, hidden width ratio * C
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 3
@@ -641,18 +667,22 @@ class MixMLP(nn.Module):
         super().__init__()
         hidden = ratio * channels
         self.widen = nn.Linear(channels, hidden)
-        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1,
-                             groups=hidden) if depthwise else nn.Identity()
-        self.narrow = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, channels),
-                                    nn.Dropout(dropout))
+        self.mix = nn.Identity()
+        if depthwise:
+            self.mix = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.narrow = nn.Sequential(
+            nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, channels), nn.Dropout(dropout))
 
     def forward(self, x_bhwc):
-        return self.narrow(self.mix(self.widen(x_bhwc).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y_bchw = self.mix(self.widen(x_bhwc).permute(0, 3, 1, 2))
+        return self.narrow(y_bchw.permute(0, 2, 3, 1))
 
 
 class SegFormerLayer(nn.Module):
-    """Transformer layer for maps, norm first: x = x + attention(layernorm(x)), y = x +
-    mlp(layernorm(x)).
+    """Transformer layer for maps, norm first.
+
+        x = x + attention(layernorm(x))
+        y = x + mlp(layernorm(x))
 
     Shape:  (B, H, W, C) -> the same
     Check:  SegFormerLayer(32, reduction=8) has 74,816 parameters
@@ -672,7 +702,7 @@ class SegFormerLayer(nn.Module):
 
 
 class SegFormerStage(nn.Module):
-    """A strided convolution and LayerNorm make a smaller map, then layers, then LayerNorm.
+    """Overlapping convolution and LayerNorm to a smaller map, then layers, then LayerNorm.
 
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last
             layout
@@ -685,8 +715,10 @@ class SegFormerStage(nn.Module):
         super().__init__()
         self.embed = nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2),
                                    ChannelLayerNorm(outputs, eps=1e-5))
-        self.layers = nn.Sequential(*[SegFormerLayer(outputs, reduction=reduction, mix_ffn=mix_ffn,
-                                                     dropout=dropout) for _ in range(layers)])
+        self.layers = nn.Sequential()
+        for _ in range(layers):
+            self.layers.append(SegFormerLayer(outputs, reduction=reduction, mix_ffn=mix_ffn,
+                                              dropout=dropout))
         self.norm = nn.LayerNorm(outputs)
 
     def forward(self, x):
@@ -695,7 +727,7 @@ class SegFormerStage(nn.Module):
 
 
 class AllMLPDecoder(nn.Module):
-    """Bring maps of several sizes to one width and one size, and mix them pixel by pixel.
+    """Brings maps of several sizes to one width and to the size of the first, and mixes them.
 
         y = linear(gelu(linear(concat_i upsample(linear_i(x_i)))))
         upsample: bilinear; linear: 1x1 convolution
@@ -719,8 +751,9 @@ class AllMLPDecoder(nn.Module):
 
 
 class LMSA(nn.Module):
-    """The recipe's local attention, without any bias: y = x + squeeze_excite(BN(1x1(depthwise
-    3x3(x)))).
+    """The recipe's local attention, without any bias.
+
+        y = x + squeeze_excite(BN(1x1(depthwise 3x3(x))))
 
     Shape:  (B, C, H, W) -> the same
     Check:  LMSA(128) has 25,984 parameters
@@ -739,8 +772,7 @@ class LMSA(nn.Module):
 
 
 class MicroSegFormer(nn.Module):
-    """Which part of the face is each pixel? Four transformer stages, a decoder at 1/4 size, a
-    linear classifier.
+    """Face parsing: four transformer stages, a decoder at 1/4 size, a linear classifier per pixel.
 
         stage   size   width   layers   reduction   dropout
         1       1/4    32      1        8           0.5  x dropout
@@ -750,13 +782,13 @@ class MicroSegFormer(nn.Module):
 
         logits = upsample(classify(lmsa(decoder(maps))))
 
-    The class logits are upsampled, bilinearly, not the 128 channels before them: a 1x1 convolution
-    commutes with it, so the result is the same for 6.7 times less memory. On CUDA the backward of
-    the upsampling may add in any order.
+    The class logits are upsampled (bilinearly), not the 128 channels before them. A 1x1 convolution
+    commutes with upsampling, so the result is the same for 6.7 times less memory. On CUDA the
+    backward of the upsampling may add in any order.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 32
-    Errors: ValueError for a size that is not (names the nearest), for dropout outside [0, 0.8), and
-            when built with as many parameters as FACE_PARAMETER_LIMIT or more
+    Errors: ValueError for a size that is no multiple of 32 (names the nearest), for dropout outside
+            [0, 0.8), and when built with FACE_PARAMETER_LIMIT parameters or more
     Source: after Xie et al. 2021 (SegFormer), arXiv:2105.15203
     Check:  1,763,923 parameters; without Mix-FFN 1,747,923, without LMSA too 1,721,939
     Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
@@ -769,26 +801,25 @@ class MicroSegFormer(nn.Module):
     def __init__(self, classes=19, *, lmsa=True, mix_ffn=True, dropout=0.15):
         super().__init__()
         if not 0 <= dropout < 0.8:
-            raise ValueError(f"dropout must be in [0, 0.8), got {dropout}: the last stage drops "
-                             "1.25 times as much")
-        self.stages = nn.ModuleList([SegFormerStage(3, 32, kernel=7, stride=4, layers=1,
-                                                    reduction=8, mix_ffn=mix_ffn,
-                                                    dropout=0.5 * dropout),
-                                     SegFormerStage(32, 64, kernel=3, stride=2, layers=2,
-                                                    reduction=4, mix_ffn=mix_ffn,
-                                                    dropout=0.75 * dropout),
-                                     SegFormerStage(64, 128, kernel=3, stride=2, layers=2,
-                                                    reduction=2, mix_ffn=mix_ffn, dropout=dropout),
-                                     SegFormerStage(128, 192, kernel=3, stride=2, layers=2,
-                                                    reduction=1, mix_ffn=mix_ffn,
-                                                    dropout=1.25 * dropout)])
+            raise ValueError(f"dropout must be in [0, 0.8), got {dropout}: "
+                             "the last stage drops 1.25 times as much")
+        stages = (  # inputs, outputs, kernel, stride, layers, reduction, rate of dropout
+            (3, 32, 7, 4, 1, 8, 0.5 * dropout),
+            (32, 64, 3, 2, 2, 4, 0.75 * dropout),
+            (64, 128, 3, 2, 2, 2, dropout),
+            (128, 192, 3, 2, 2, 1, 1.25 * dropout))
+        self.stages = nn.ModuleList()
+        for inputs, outputs, kernel, stride, layers, reduction, rate in stages:
+            self.stages.append(SegFormerStage(
+                inputs, outputs, kernel=kernel, stride=stride, layers=layers,
+                reduction=reduction, mix_ffn=mix_ffn, dropout=rate))
         self.decoder = AllMLPDecoder((32, 64, 128, 192))
         self.lmsa = LMSA(128) if lmsa else nn.Identity()
         self.classify = nn.Conv2d(128, classes, 1)
         check_parameter_limit(self)
 
     def features(self, images_bchw):
-        """What is classified: (B, 128, H / 4, W / 4)."""
+        """The input of the classifier: (B, 128, H / 4, W / 4)."""
         check_stride_fits(images_bchw.shape[2:], self.stride)
         maps = [images_bchw]
         for stage in self.stages:
@@ -801,12 +832,12 @@ class MicroSegFormer(nn.Module):
 
 
 class DilatedBlock(nn.Module):
-    """Residual block of two 3x3 convolutions that look `dilation` pixels far: y = relu(x +
-    BN(conv(relu(BN(conv(x)))))).
+    """Residual block of two 3x3 convolutions whose taps are `dilation` pixels apart.
+
+        y = relu(x + BN(conv(relu(BN(conv(x))))))
 
     Shape:  (B, C, H, W) -> the same
-    Source: He et al. 2016 (ResNet), arXiv:1512.03385; Yu and Koltun 2016 (dilation),
-            arXiv:1511.07122
+    Source: He et al. 2016, arXiv:1512.03385; dilation: Yu and Koltun 2016, arXiv:1511.07122
     Check:  DilatedBlock(128, dilation=2) has 295,424 parameters
     Needs:  conv_bn
     """
@@ -822,10 +853,10 @@ class DilatedBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One step up in a U-Net: narrow, double the size, put the encoder's map beside it, 3x3
-    convolution.
+    """One step up in a U-Net: narrow, double the size, append the encoder's map, 3x3 convolution.
 
-        y = relu(BN(conv(concat(upsample(relu(BN(1x1(x)))), skip))))        upsample: bilinear
+        y = relu(BN(conv(concat(upsample(relu(BN(1x1(x)))), skip))))
+        upsample: bilinear
 
     Shape:  x (B, inputs, H, W), skip (B, outputs, 2H, 2W) -> (B, outputs, 2H, 2W)
     Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597
@@ -844,24 +875,21 @@ class UpBlock(nn.Module):
 
 
 class FaceCNN(nn.Module):
-    """A plain U-Net with a dilated bottleneck, for the task and under the parameter limit of
-    MicroSegFormer.
+    """A plain U-Net with a dilated bottleneck, under the parameter limit of MicroSegFormer.
 
-        encoder      two 3x3 each at 1/2 (width), 1/4 (2 width) and 1/8 (4 width), the first of them
-                     with stride 2
-        bottleneck   at 1/8, a DilatedBlock per entry of dilations; channel dropout
+        encoder      at 1/2 (width), 1/4 (2 width), 1/8 (4 width): a 3x3 with stride 2 and a 3x3
+        bottleneck   at 1/8: a DilatedBlock per entry of dilations, channel dropout
         decoder      UpBlock to 1/4, UpBlock to 1/2, 1x1 to the classes, logits upsampled bilinearly
 
-    BN follows every convolution but the last, so they keep torch's own start. A pixel of the
-    bottleneck sees itself and 2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of
-    the image: left and right are told from a wide view. On CUDA the backward of the upsampling may
-    add in any order.
+    BN follows every convolution but the last, so they keep torch's initial values. A pixel of the
+    bottleneck sees 2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of the image:
+    left and right can only be distinguished in a wide view. On CUDA the backward of the upsampling
+    may add in any order.
 
     Shape:  (B, 3, H, W) normalised RGB -> (B, classes, H, W) logits; H and W are multiples of 8
-    Errors: ValueError for a size that is not (names the nearest), and when built with as many
-            parameters as FACE_PARAMETER_LIMIT or more
-    Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597; Yu and Koltun 2016 (dilation),
-            arXiv:1511.07122
+    Errors: ValueError for a size that is no multiple of 8 (names the nearest), and when built with
+            FACE_PARAMETER_LIMIT parameters or more
+    Source: Ronneberger et al. 2015, arXiv:1505.04597; Yu and Koltun 2016, arXiv:1511.07122
     Check:  1,572,563 parameters
     Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
             conv_bn, DilatedBlock, UpBlock
@@ -876,16 +904,18 @@ class FaceCNN(nn.Module):
             return nn.Sequential(conv_bn(inputs, outputs, 3, stride=2, act=nn.ReLU),
                                  conv_bn(outputs, outputs, 3, act=nn.ReLU))
 
-        self.down2, self.down4 = down(3, width), down(width, 2 * width)
+        self.down2 = down(3, width)
+        self.down4 = down(width, 2 * width)
         self.down8 = down(2 * width, 4 * width)
-        self.bottleneck = nn.Sequential(*[DilatedBlock(4 * width, dilation=d) for d in dilations],
-                                        nn.Dropout2d(dropout))
-        self.up4, self.up2 = UpBlock(4 * width, 2 * width), UpBlock(2 * width, width)
+        dilated = [DilatedBlock(4 * width, dilation=dilation) for dilation in dilations]
+        self.bottleneck = nn.Sequential(*dilated, nn.Dropout2d(dropout))
+        self.up4 = UpBlock(4 * width, 2 * width)
+        self.up2 = UpBlock(2 * width, width)
         self.classify = nn.Conv2d(width, classes, 1)
         check_parameter_limit(self)
 
     def features(self, images_bchw):
-        """What is classified: (B, width, H / 2, W / 2)."""
+        """The input of the classifier: (B, width, H / 2, W / 2)."""
         check_stride_fits(images_bchw.shape[2:], self.stride)
         half = self.down2(images_bchw)
         quarter = self.down4(half)
@@ -898,16 +928,17 @@ class FaceCNN(nn.Module):
 
 
 def flip_average(model, images, pairs):
-    """Mean of the logits of an image and of its mirror image, the latter mirrored back with left
-    and right channels swapped.
+    """Mean of the logits of an image and of its mirror image.
 
         y = (f(x) + swap(mirror(f(mirror(x))))) / 2
+        swap exchanges the channels of left and right
 
-    Shape:  images (B, C, H, W), pairs ((left, right), ...) channels  ->  logits as of
-            model(images), (B, classes, h, w)
+    Shape:  images (B, C, H, W), pairs ((left, right), ...) channels -> logits as of model(images),
+            (B, classes, h, w)
     Check:  flip_average of the mirror image is flip_average of the image, mirrored and swapped
     """
-    logits, mirrored = model(images), model(images.flip(-1)).flip(-1)
+    logits = model(images)
+    mirrored = model(images.flip(-1)).flip(-1)
     order = list(range(logits.shape[1]))
     for left, right in pairs:
         order[left], order[right] = right, left
@@ -919,11 +950,12 @@ def flip_average(model, images, pairs):
 
 
 def sinusoidal_positions(n, channels):
-    """Position codes of n tokens, to be added to them: (n, channels).
+    """Position codes of n tokens, to be added to them.
 
-        p[t, 2i] = sin(t / 10000^(2i / channels))        p[t, 2i + 1] = cos(t / 10000^(2i /
-        channels))
+        p[t, 2i]     = sin(t / 10000^(2i / channels))
+        p[t, 2i + 1] = cos(t / 10000^(2i / channels))
 
+    Shape:  -> (n, channels)
     Errors: ValueError for an odd number of channels
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5
     Check:  row 0 is 0, 1, 0, 1, ...
@@ -936,14 +968,14 @@ def sinusoidal_positions(n, channels):
 
 
 class PPGEncoder(nn.Module):
-    """Transformer over the patches of a signal: a linear layer makes a token of each patch,
-    norm-first layers mix the tokens.
+    """Transformer over the patches of a signal.
 
-        tokens = linear(patches) + positions        y = layernorm(layers(tokens))
+        tokens = linear(patches) + positions
+        y      = layernorm(layers(tokens))        layers: TransformerLayer
 
-    A patch is `patch` neighbouring samples of all channels; a rest shorter than a patch, at the
-    end, is dropped. The length of the signal is free. The samples may be of a waveform, or the bins
-    of a spectrum (data.ppg_inputs).
+    A patch is `patch` neighbouring samples of all channels. A rest at the end that is shorter than
+    a patch is dropped. The signal may have any length. The samples may be those of a waveform or
+    the bins of a spectrum (data.ppg_inputs).
 
     Shape:  (B, channels, n) -> (B, n // patch, width)
     Errors: ValueError for a signal of other channels or shorter than a patch, heads that do not
@@ -957,23 +989,24 @@ class PPGEncoder(nn.Module):
         super().__init__()
         self.channels, self.patch, self.width = channels, patch, width
         self.embed = nn.Linear(channels * patch, width)
-        self.layers = nn.Sequential(*[TransformerLayer(width, heads=heads, hidden=4 * width,
-                                                       dropout=dropout) for _ in range(depth)])
+        self.layers = nn.Sequential()
+        for _ in range(depth):
+            self.layers.append(TransformerLayer(width, heads=heads, hidden=4 * width,
+                                                dropout=dropout))
         self.norm = nn.LayerNorm(width)
         sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
 
     def patches(self, signals):
-        """(B, channels, n) -> (B, n // patch, channels * patch), the channels of a patch one after
-        the other."""
+        """(B, channels, n) -> (B, n // patch, channels * patch), channel after channel."""
         n = signals.shape[-1] // self.patch
         if signals.ndim != 3 or signals.shape[1] != self.channels or n == 0:
-            raise ValueError(f"signals must be (B, {self.channels}, at least {self.patch}), got "
-                             f"{tuple(signals.shape)}")
+            raise ValueError(f"signals must be (B, {self.channels}, at least {self.patch}), "
+                             f"got {tuple(signals.shape)}")
         patches = signals[..., : n * self.patch].unflatten(-1, (n, self.patch))
         return patches.transpose(1, 2).flatten(2)
 
     def encode(self, tokens_btc):
-        """Embedded patches, or what stands in for them, to mixed tokens."""
+        """Embedded patches, or tokens in their place, to mixed tokens: (B, T, width), the same."""
         positions = sinusoidal_positions(tokens_btc.shape[1], self.width).to(tokens_btc)
         return self.norm(self.layers(tokens_btc + positions))
 
@@ -982,8 +1015,7 @@ class PPGEncoder(nn.Module):
 
 
 class PPGRegressor(nn.Module):
-    """One number from a signal: encoder, mean over the tokens, linear head. The number is a
-    z-scored label.
+    """One number, a z-scored label, from a signal: encoder, mean over the tokens, linear head.
 
     Shape:  (B, channels, n) -> (B,)
     Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
@@ -995,7 +1027,7 @@ class PPGRegressor(nn.Module):
         self.head = nn.Linear(encoder.width, 1)
 
     def features(self, signals):
-        """What the head works on, (B, width): with a frozen encoder the same in every epoch."""
+        """The input of the head, (B, width): with a frozen encoder the same in every epoch."""
         return self.encoder(signals).mean(1)
 
     def forward(self, signals):
@@ -1003,15 +1035,15 @@ class PPGRegressor(nn.Module):
 
 
 class MaskedPatchModel(nn.Module):
-    """Self-supervised pretraining of a PPGEncoder: hide patches, and guess them from the others.
+    """Self-supervised pretraining of a PPGEncoder: hide patches and predict them from the others.
 
-        tokens = learnt token where masked, else linear(patches)        guess = linear(layers(tokens
-        + positions))
+        tokens = learned token where masked, else linear(patches)
+        guess  = linear(layers(tokens + positions))
 
     Score the guesses on masked patches only: a visible patch can be copied.
 
-    Shape:  signals (B, channels, n), mask bool (B, n // patch), True is hidden  ->  (B, n // patch,
-            channels * patch)
+    Shape:  signals (B, channels, n), mask bool (B, n // patch) -> (B, n // patch, channels * patch)
+            True in the mask is hidden
     Source: He et al. 2022 (MAE), arXiv:2111.06377; with one encoder for all tokens as in SimMIM,
             arXiv:2111.09886
     Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
@@ -1030,14 +1062,15 @@ class MaskedPatchModel(nn.Module):
 
 
 def random_patch_mask(b, t, ratio, *, generator=None):
-    """Which of t patches are hidden, round(ratio * t) of them in each of b rows, at least 1 and
-    never all: bool (b, t).
+    """Draws which of t patches are hidden in each of b rows: bool (b, t), True is hidden.
+
+    Each row hides round(ratio * t) patches, at least 1 and never all.
 
     Errors: ValueError for fewer than 2 patches or a ratio outside (0, 1)
     """
     if t < 2 or not 0 < ratio < 1:
-        raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches and "
-                         "a ratio between 0 and 1")
+        raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches "
+                         "and a ratio between 0 and 1")
     hidden = min(max(round(ratio * t), 1), t - 1)
     order = torch.rand(b, t, generator=generator).argsort(1)
     return order < hidden
@@ -1048,8 +1081,7 @@ def random_patch_mask(b, t, ratio, *, generator=None):
 
 
 def grid_positions(rows, columns, channels):
-    """Position codes of the pixels of a map, row by row: half of the channels tell the row, the
-    other half the column.
+    """Position codes of the pixels of a map, row by row: half of the channels code the row.
 
         p[r * columns + c] = concat(sinusoidal(r), sinusoidal(c)), each of channels / 2
 
@@ -1059,42 +1091,46 @@ def grid_positions(rows, columns, channels):
     Needs:  sinusoidal_positions
     """
     if channels % 4:
-        raise ValueError(f"channels must be a multiple of 4, got {channels}: a pair of sine and "
-                         "cosine for the row, one for the column")
-    row, column = (sinusoidal_positions(n, channels // 2) for n in (rows, columns))
+        raise ValueError(f"channels must be a multiple of 4, got {channels}: "
+                         "a pair of sine and cosine for the row, one for the column")
+    row = sinusoidal_positions(rows, channels // 2)
+    column = sinusoidal_positions(columns, channels // 2)
     return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], 1)
 
 
 def strided_cnn(channels, size, *, width):
-    """Three 3x3 convolutions with BN and ReLU, to width / 4, width / 2 and width channels. Each
-    halves the map, odd sides round up.
+    """Three 3x3 convolutions with BN and ReLU, to width / 4, width / 2 and width channels.
 
-    One that would leave fewer than 4 pixels does not halve: BN then has several values to average,
-    even of a single image.
+    Each convolution halves the map; odd sides round up. One that would leave fewer than 4 pixels
+    does not halve: BN then has several values to average, even for a single image.
 
     Shape:  (B, channels, *size) -> (B, width, about rows / 8, about columns / 8)
     Errors: ValueError for an image of a single pixel
-    Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4, for (9, 9) of
-            2x2
+    Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4; a size of
+            (9, 9) gives 2x2
     Needs:  conv_bn
     """
-    if size[0] * size[1] < 2:
-        raise ValueError(f"an image must have more than one pixel, got {size[0]}x{size[1]}: leave "
-                         "the two sides out of the shape")
+    rows, columns = size
+    if rows * columns < 2:
+        raise ValueError(f"an image must have more than one pixel, got {rows}x{columns}: "
+                         "leave the two sides out of the shape")
     layers = []
     for outputs in (width // 4, width // 2, width):
-        half = [-(-n // 2) for n in size]
-        stride = 2 if half[0] * half[1] >= 4 else 1
+        stride = 1
+        half_rows, half_columns = (rows + 1) // 2, (columns + 1) // 2
+        if half_rows * half_columns >= 4:
+            stride, rows, columns = 2, half_rows, half_columns
         layers.append(conv_bn(channels, outputs, 3, stride=stride, act=nn.ReLU))
-        channels, size = outputs, half if stride == 2 else size
+        channels = outputs
     return nn.Sequential(*layers)
 
 
 class VectorTokens(nn.Module):
-    """A feature vector, as another network has made it, to a few tokens: LayerNorm of a linear
-    layer, which is one for each token.
+    """A feature vector, as another network made it, to a few tokens.
 
-    Several, because attention to a single token has nothing to choose from.
+        tokens = layernorm(linear_i(x)) for i in 1 ... tokens
+
+    There are several, because attention to a single token has no choice.
 
     Shape:  (B, features) -> (B, tokens, width)
     Check:  VectorTokens(512, width=64) has 131,456 parameters
@@ -1111,10 +1147,10 @@ class VectorTokens(nn.Module):
 
 
 class SequenceTokens(PPGEncoder):
-    """PPGEncoder for (B, time, channels): patches, positions, transformer layers, LayerNorm.
+    """PPGEncoder for a sequence with the time first.
 
-    Shape:  (B, n, channels) -> (B, n // patch, width); a rest shorter than a patch, at the end, is
-            dropped
+    Shape:  (B, n, channels) -> (B, n // patch, width); a rest at the end that is shorter than a
+            patch is dropped
     Check:  SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8) has 51,712 parameters
     Needs:  TransformerLayer, sinusoidal_positions, PPGEncoder
     """
@@ -1124,9 +1160,9 @@ class SequenceTokens(PPGEncoder):
 
 
 class ImageTokens(nn.Module):
-    """An image to the pixels of a small map as tokens.
+    """An image to the pixels of a small map.
 
-        y = layernorm(strided_cnn(x) + positions of rows and columns)
+        y = layernorm(strided_cnn(x) + grid_positions)
 
     Shape:  (B, channels, H, W), with (H, W) = size -> (B, T, width), T about H / 8 * W / 8
     Check:  ImageTokens(3, (32, 32), width=64) has 23,824 parameters
@@ -1145,7 +1181,9 @@ class ImageTokens(nn.Module):
 
 
 class VideoTokens(nn.Module):
-    """A video to one token per frame: the mean of its strided_cnn map, then SequenceTokens.
+    """A video to one token per frame.
+
+        y = SequenceTokens(mean over pixels of strided_cnn(frame)), with patches of one frame
 
     Shape:  (B, T, channels, H, W), with (H, W) = size -> (B, T, width)
     Check:  VideoTokens(3, (32, 32), width=64) has 77,968 parameters
@@ -1155,8 +1193,8 @@ class VideoTokens(nn.Module):
     def __init__(self, channels, size, *, width, depth=1, heads=8, dropout=0.1):
         super().__init__()
         self.cnn = strided_cnn(channels, size, width=width)
-        self.frames = SequenceTokens(channels=width, patch=1, width=width, depth=depth, heads=heads,
-                                     dropout=dropout)
+        self.frames = SequenceTokens(channels=width, patch=1, width=width, depth=depth,
+                                     heads=heads, dropout=dropout)
 
     def forward(self, x_btchw):
         means = self.cnn(x_btchw.flatten(0, 1)).mean((2, 3))
@@ -1164,7 +1202,7 @@ class VideoTokens(nn.Module):
 
 
 def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropout=0.1):
-    """The encoder for samples of this shape; decides whether a shape can be encoded.
+    """The encoder for samples of this shape; refuses a shape that cannot be encoded.
 
         shape           taken for             encoder           tokens
         (F,)            a feature vector      VectorTokens      `tokens`
@@ -1186,26 +1224,26 @@ def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropo
         return VectorTokens(shape[0], width=width, tokens=tokens)
     if len(shape) == 2:
         if shape[0] < patch:
-            raise ValueError(f"a sequence must have at least one patch of {patch} steps, got "
-                             f"{shape[0]}: use a patch of {shape[0]} or less")
-        return SequenceTokens(channels=shape[1], patch=patch, width=width, depth=depth, heads=heads,
-                              dropout=dropout)
+            raise ValueError(f"a sequence must have at least one patch of {patch} steps, "
+                             f"got {shape[0]}: use a patch of {shape[0]} or less")
+        return SequenceTokens(channels=shape[1], patch=patch, width=width, depth=depth,
+                              heads=heads, dropout=dropout)
     if len(shape) == 3:
         return ImageTokens(shape[0], shape[1:], width=width)
     return VideoTokens(shape[1], shape[2:], width=width, depth=depth, heads=heads, dropout=dropout)
 
 
 class ModalityReadout(nn.Module):
-    """Fusion tokens read one modality by attention; rows that lack it get a learnt vector.
+    """The fusion tokens read one modality; a row that lacks it gets a learned vector.
 
-        y = layernorm(tokens + attention(queries tokens, keys and values features))
-        where present, else missing
+        y = layernorm(tokens + attention(queries tokens, keys and values features)) where present
+        y = missing elsewhere
 
     The features of an absent row, NaN or not, reach neither the output nor any gradient. Dropout
-    falls on the attention weights.
+    is applied to the attention weights.
 
     Shape:  tokens (N, width), features (B, T, width), present bool (B,) -> (B, N, width)
-    Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learnt queries as in Jaegle et
+    Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learned queries as in Jaegle et
             al. 2021 (Perceiver), arXiv:2103.03206
     Check:  ModalityReadout(64, heads=8) has 16,832 parameters
     """
@@ -1218,19 +1256,19 @@ class ModalityReadout(nn.Module):
 
     def forward(self, tokens, features_btc, present_b):
         present = present_b[:, None, None]
-        # the mask below would still let 0 * NaN into the gradients
+        # torch.where alone would still let 0 * NaN into the gradients
         features_btc = features_btc.masked_fill(~present, 0.0)
         queries = tokens.expand(features_btc.shape[0], -1, -1)
-        read = self.norm(queries + self.attention(queries, features_btc, features_btc,
-                                                  need_weights=False)[0])
-        return torch.where(present, read, self.missing.to(read.dtype))
+        y, _ = self.attention(queries, features_btc, features_btc, need_weights=False)
+        y = self.norm(queries + y)
+        return torch.where(present, y, self.missing.to(y.dtype))
 
 
 def drop_modalities(present, rate):
-    """Mark each present modality absent with probability `rate`, but keep one in every row.
+    """Marks each present modality absent with probability `rate`, but never all of a row.
 
-    The one with the largest draw stays, so of k present ones each is dropped with probability
-    rate - rate^k / k. The draws come from torch's global generator.
+    In every row the modality with the largest draw is kept. So of k present ones each is dropped
+    with probability rate - rate^k / k. Draws from torch's global generator.
 
     Shape:  bool (B, modalities) -> the same; a row without any stays without
     Check:  at rate 0.5 one of 2 modalities is dropped in 3 of 8 rows, a single one never
@@ -1240,26 +1278,29 @@ def drop_modalities(present, rate):
 
 
 class QuadModal(nn.Module):
-    """One embedding of several modalities: an encoder each, fusion by learnt tokens, an MLP.
+    """One embedding of any number of modalities: an encoder each, fusion by learned tokens, an MLP.
 
-        features_m = modality_encoder(x_m)                  its kind follows from the shape
+        features_m = modality_encoder(x_m)                  the shape decides its kind
         fused_m    = ModalityReadout(tokens, features_m)    (B, tokens, width)
         y          = layernorm(linear(gelu(layernorm(linear(concat_m fused_m)))))
         forward    = y / |y|                                widths of the MLP: hidden, embed
 
-    `features` returns y, not normalised, `forward` and `fuse` the L2-normalised embedding. A row
-    that lacks a modality says so in `present`; its values there, NaN or not, are never encoded:
-    they reach neither output nor gradients nor batch statistics. In training each present modality
-    is dropped with probability modality_dropout (drop_modalities). Rows without any modality all
-    have the same embedding. `dropout` falls in the transformer layers, on the attention weights and
-    behind GELU. The order of `shapes` plays no role: weights belong to names.
+    `features` returns y, not normalised; `forward` and `fuse` return the L2-normalised embedding.
 
-    Encoders can be run once and their tokens kept: in eval mode forward(x) is fuse({name:
-    encode(name, x[name])}).
+    `present` marks the rows that have a modality. The values of the other rows, NaN or not, are
+    never encoded: they reach neither output nor gradients nor batch statistics. Rows without any
+    modality all have the same embedding. In training each present modality is dropped with
+    probability modality_dropout (drop_modalities). `dropout` is applied in the transformer layers,
+    to the attention weights and after GELU. The order of `shapes` has no effect: weights belong to
+    names, and channels come first in images and videos.
 
-    Shape:  inputs {name: (B, *shapes[name])}, present {name: bool (B,)} (a name left out: all
-            present), encoded {name: (B, T, width)} in place of the inputs of some modalities
-            ->  (B, embed)
+    Encoders can be run once and their tokens kept: in eval mode forward(x) is
+    fuse({name: encode(name, x[name])}).
+
+    Shape:  inputs   {name: (B, *shapes[name])}
+            present  {name: bool (B,)}; a name left out: all present
+            encoded  {name: (B, T, width)}, instead of the inputs of some modalities
+            returns  (B, embed)
     Errors: ValueError when built, for no or unusable names, shapes that fit no encoder, a width
             that heads or 4 does not divide, numbers out of range; at forward for an unknown or
             missing modality, one given twice, other shapes
@@ -1273,20 +1314,20 @@ class QuadModal(nn.Module):
                  patch=8, dropout=0.1, modality_dropout=0.0):
         super().__init__()
         if not shapes:
-            raise ValueError("shapes must name at least one modality, got none: for example "
-                             "{'audio': (128, 3)}")
+            raise ValueError("shapes must name at least one modality, got none: "
+                             "for example {'audio': (128, 3)}")
         if min(width, tokens, heads, hidden, embed, patch) < 1 or depth < 0:
             raise ValueError("width, tokens, heads, hidden, embed and patch must be at least 1 "
                              f"and depth at least 0, got {width}, {tokens}, {heads}, {hidden}, "
                              f"{embed}, {patch} and {depth}")
-        if width % heads or width % 4:
-            step = math.lcm(heads, 4)
+        step = math.lcm(heads, 4)
+        if width % step:
             raise ValueError(f"width must be a multiple of heads and of 4, got width {width} with "
                              f"{heads} heads: the next width that fits is "
-                             f"{-(-width // step) * step}")
+                             f"{math.ceil(width / step) * step}")
         if not (0 <= dropout < 1 and 0 <= modality_dropout < 1):
-            raise ValueError(f"dropout and modality_dropout must be in [0, 1), got {dropout} and "
-                             f"{modality_dropout}: 0 switches one off")
+            raise ValueError("dropout and modality_dropout must be in [0, 1), "
+                             f"got {dropout} and {modality_dropout}: 0 switches one off")
         self.width, self.modality_dropout = width, modality_dropout
         self.shapes = {name: tuple(shapes[name]) for name in sorted(shapes)}
         self.encoders, self.readouts = nn.ModuleDict(), nn.ModuleDict()
@@ -1295,43 +1336,48 @@ class QuadModal(nn.Module):
                 raise ValueError(f"a modality cannot be called {name!r}: nn.ModuleDict takes no "
                                  "dots and no names of its own; rename it")
             try:
-                self.encoders[name] = modality_encoder(shape, width=width, tokens=tokens,
-                                                       heads=heads, depth=depth, patch=patch,
-                                                       dropout=dropout)
+                self.encoders[name] = modality_encoder(
+                    shape, width=width, tokens=tokens, heads=heads, depth=depth, patch=patch,
+                    dropout=dropout)
             except ValueError as error:
                 raise ValueError(f"modality {name!r}: {error}") from error
             self.readouts[name] = ModalityReadout(width, heads=heads, dropout=dropout)
         self.tokens = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
-        self.head = nn.Sequential(nn.Linear(len(self.shapes) * tokens * width, hidden),
-                                  nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout),
-                                  nn.Linear(hidden, embed), nn.LayerNorm(embed))
+        self.head = nn.Sequential(
+            nn.Linear(len(self.shapes) * tokens * width, hidden), nn.LayerNorm(hidden), nn.GELU(),
+            nn.Dropout(dropout), nn.Linear(hidden, embed), nn.LayerNorm(embed))
 
     def encode(self, name, x):
-        """One modality, whole rows of it: (B, *shapes[name]) -> (B, T, width)."""
+        """Encode one modality, all rows of x: (B, *shapes[name]) -> (B, T, width)."""
         if name not in self.shapes:
             raise ValueError(f"unknown modality {name!r}: there are {', '.join(self.shapes)}")
         if x.shape[1:] != self.shapes[name]:
-            raise ValueError(f"modality {name!r} must be (B, "
-                             f"{', '.join(map(str, self.shapes[name]))}), got {tuple(x.shape)}: "
+            sides = ", ".join(map(str, self.shapes[name]))
+            raise ValueError(f"modality {name!r} must be (B, {sides}), got {tuple(x.shape)}: "
                              "cut or pad it, or build the network for this shape")
         return self.encoders[name](x)
 
     def encode_present(self, name, x, here):
-        """Tokens (B, T, width) of the rows that have a modality, 0 in the others, which stay out of
-        gradients and batch statistics."""
-        some = self.encode(name, x[here])
-        return some.new_zeros(len(x), *some.shape[1:]).index_put((here,), some)
+        """Encode one modality in the rows `here`, bool (B,): (B, T, width), 0 in the other rows.
+
+        The other rows stay out of gradients and batch statistics.
+        """
+        encoded = self.encode(name, x[here])
+        return encoded.new_zeros(len(x), *encoded.shape[1:]).index_put((here,), encoded)
 
     def encode_frozen(self, inputs):
-        """What the frozen encoders make of whole rows, {name: (B, T, width)}: the same in every
-        epoch, to be made once."""
-        return {name: self.encode(name, inputs[name]) for name in self.shapes
-                if not any(p.requires_grad for p in self.encoders[name].parameters())}
+        """Tokens from the frozen encoders, {name: (B, T, width)}: the same in every epoch."""
+        encoded = {}
+        for name in self.shapes:
+            if not any(p.requires_grad for p in self.encoders[name].parameters()):
+                encoded[name] = self.encode(name, inputs[name])
+        return encoded
 
     def features(self, inputs, present=None, *, encoded=None):
         """The embedding before the L2 norm, (B, embed)."""
-        encoded = encoded or {}
-        present = self._present(inputs, encoded, present or {})
+        encoded, present = encoded or {}, present or {}
+        self._check_inputs(inputs, encoded, present)
+        present = self._rows_present(inputs | encoded, present)
         fused = []
         for name in self.shapes:
             if name in encoded:
@@ -1345,26 +1391,24 @@ class QuadModal(nn.Module):
         return F.normalize(self.features(inputs, present, encoded=encoded), dim=1)
 
     def fuse(self, features, present=None):
-        """The normalised embedding from the tokens of all modalities, {name: (B, T, width)} as
-        `encode` returns them."""
+        """The normalised embedding from the tokens of all modalities, as `encode` returns them."""
         return self(inputs={}, present=present, encoded=features)
 
-    def _present(self, inputs, encoded, present):
-        """Who has what, {name: bool (B,)}, after modality dropout; and every check of what was
-        given."""
-        known, given = ", ".join(self.shapes), [*inputs, *encoded]
-        wrong = {"missing": [name for name in self.shapes if name not in given],
-                 "unknown": [name for name in [*given, *present] if name not in self.shapes],
-                 "given twice": [name for name in inputs if name in encoded]}
-        if any(wrong.values()):
-            faults = "; ".join(f"{title}: {', '.join(map(str, names))}"
-                               for title, names in wrong.items() if names)
-            raise ValueError(f"each of {known} is needed once, in inputs or encoded, but {faults}. "
-                             f"For a modality that rows lack, give any values and present={{name: "
-                             f"False for these rows}}")
+    def _check_inputs(self, inputs, encoded, present):
+        """ValueError unless every modality is given once, with the same number of rows in all."""
+        given = [*inputs, *encoded]
+        problems = {"missing": [name for name in self.shapes if name not in given],
+                    "unknown": [name for name in [*given, *present] if name not in self.shapes],
+                    "given twice": [name for name in inputs if name in encoded]}
+        if any(problems.values()):
+            problem = "; ".join(f"{title}: {', '.join(map(str, names))}"
+                                for title, names in problems.items() if names)
+            raise ValueError(f"each of {', '.join(self.shapes)} is needed once, in inputs or "
+                             f"encoded, but {problem}. For a modality that rows lack, give any "
+                             "values and present={name: False for these rows}")
         rows = {name: x.shape[0] for name, x in (inputs | encoded).items()}
         n = rows[given[0]]
-        if set(rows.values()) != {n}:
+        if any(count != n for count in rows.values()):
             raise ValueError(f"modalities must have the same number of rows, got {rows}")
         for name, tokens in encoded.items():
             if tokens.ndim != 3 or tokens.shape[2] != self.width:
@@ -1372,27 +1416,32 @@ class QuadModal(nn.Module):
                                  f"returns it, got {tuple(tokens.shape)}")
         for name, mask in present.items():
             if mask.dtype != torch.bool or mask.shape != (n,):
-                raise ValueError(f"present {name!r} must be a bool tensor of shape ({n},), got "
-                                 f"{mask.dtype} of {tuple(mask.shape)}")
-        every = torch.ones(n, dtype=torch.bool, device=(inputs | encoded)[given[0]].device)
-        mask = torch.stack([present.get(name, every) for name in self.shapes], 1)
+                raise ValueError(f"present {name!r} must be a bool tensor of shape ({n},), "
+                                 f"got {mask.dtype} of {tuple(mask.shape)}")
+
+    def _rows_present(self, given, present):
+        """{name: bool (B,)}: the rows that have the modality, after modality dropout."""
+        x = next(iter(given.values()))
+        all_rows = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        mask = torch.stack([present.get(name, all_rows) for name in self.shapes], 1)
         if self.training and self.modality_dropout:
             mask = drop_modalities(mask, self.modality_dropout)
         return dict(zip(self.shapes, mask.unbind(1)))
 
 
 def freeze_encoders(model, names):
-    """Freeze these encoders of a QuadModal: no gradient, and eval mode under train_mode(model).
+    """Sets these encoders of a QuadModal to eval mode and switches off their gradients.
 
-    Their dropout is then off and their running statistics stay: a row's tokens never change, so
-    `model.encode` is needed once.
+    Train with train_mode(model), which keeps them in eval mode: their dropout is then off and their
+    running statistics do not change. So the tokens of a row never change, and one call of
+    `model.encode` is enough.
 
     Warns:  if no encoder is left to train
     Errors: ValueError, and nothing is frozen, for a name that the model does not have
     """
-    unknown = [name for name in names if name not in model.shapes]
+    unknown = [repr(name) for name in names if name not in model.shapes]
     if unknown:
-        raise ValueError(f"cannot freeze {', '.join(map(repr, unknown))}: the modalities are "
+        raise ValueError(f"cannot freeze {', '.join(unknown)}: the modalities are "
                          f"{', '.join(model.shapes)}")
     for name in names:
         model.encoders[name].requires_grad_(False).eval()
@@ -1406,10 +1455,12 @@ def freeze_encoders(model, names):
 
 
 def sets_by_size(sizes, *, chunk=256):
-    """Packed sets as padded batches: sorted by size and cut into chunks, so with little padding.
+    """Packed sets as padded batches with little padding.
 
-    sizes    int64 (S,): elements of each set, at least 1; the elements of all sets lie one after
-             the other, in one tensor (E, ...)
+    Sorts the sets by size, cuts the order into chunks, and pads each chunk to its largest set.
+
+    sizes    int64 (S,): elements of each set, at least 1. The elements of all sets are packed one
+             set after the other in one tensor (E, ...)
     returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of
              those sets, where mask is True
     Check:   sizes 1, 3, 1 in chunks of 2 give sets [0, 2] padded to 1 and set [1] padded to 3
@@ -1420,22 +1471,24 @@ def sets_by_size(sizes, *, chunk=256):
     for sets in order.split(chunk):
         place = torch.arange(int(sizes[sets[-1]]), device=sizes.device)
         mask = place < sizes[sets, None]
-        chunks.append((sets, torch.where(mask, first[sets, None] + place, first[sets, None]), mask))
+        index = torch.where(mask, first[sets, None] + place, first[sets, None])
+        chunks.append((sets, index, mask))
     return chunks
 
 
 class AttentionBlock(nn.Module):
-    """Queries attend to a set, then an MLP: MAB of the Set Transformer, with the norm first.
+    """Queries read a set, then pass an MLP: the Set Transformer's attention block, norm first.
 
         h = q + attention(layernorm(q), layernorm(x))
-        y = h + mlp(layernorm(h))        mlp: C to hidden, GELU, back to C
+        y = h + mlp(layernorm(h))
+        mlp: C to hidden, GELU, back to C
 
     Where mask is False an element is not read: padding changes nothing. Queries, keys and values
-    have no bias: that of the keys would have no gradient. The same queries for all sets are
+    have no bias, because that of the keys would have no gradient. Queries that all sets share are
     projected once.
 
-    Shape:  q (S, N, C) or (1, N, C), x (S, M, C), mask bool (S, M) or None, some of each row True
-            ->  (S, N, C)
+    Shape:  q (S, N, C) or (1, N, C), x (S, M, C), mask bool (S, M) or None -> (S, N, C); each row
+            of the mask has at least one True
     Errors: ValueError if heads does not divide channels
     Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, MAB, with the norms in front: Xiong
             et al. 2020, arXiv:2002.04745
@@ -1445,36 +1498,40 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels, *, heads, hidden):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide channels, got {heads} heads for {channels} "
-                             "channels")
+            raise ValueError("heads must divide channels, "
+                             f"got {heads} heads for {channels} channels")
         self.heads = heads
         self.query_norm, self.key_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.query = nn.Linear(channels, channels, bias=False)
         self.key_value = nn.Linear(channels, 2 * channels, bias=False)
         self.out = nn.Linear(channels, channels)
         self.mlp_norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(),
-                                 nn.Linear(hidden, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
 
     def forward(self, q, x, mask=None):
-        def split_heads(y):  # (S, heads, tokens, C / heads)
+
+        def split(y):  # (S, tokens, C) -> (S, heads, tokens, C / heads)
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        queries = split_heads(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
+        queries = split(self.query(self.query_norm(q))).expand(x.shape[0], -1, -1, -1)
         keys, values = self.key_value(self.key_norm(x)).chunk(2, -1)
-        read = F.scaled_dot_product_attention(
-            queries, split_heads(keys), split_heads(values),
-            attn_mask=None if mask is None else mask[:, None, None])
-        h = q + self.out(read.transpose(1, 2).flatten(2))
+        if mask is not None:
+            mask = mask[:, None, None]
+        y = F.scaled_dot_product_attention(queries, split(keys), split(values), attn_mask=mask)
+        h = q + self.out(y.transpose(1, 2).flatten(2))
         return h + self.mlp(self.mlp_norm(h))
 
 
 class InducedSetAttention(nn.Module):
-    """Elements of a set attend to each other through a few learnt points: linear in their number.
+    """The elements of a set read each other through a few learned points.
 
-        h = block(points, x)        y = block(x, h)        of AttentionBlock, both with residuals
+        h = gather(points, x)
+        y = spread(x, h)        gather, spread: AttentionBlock
 
-    Shape:  x (S, N, C), mask bool (S, N) or None  ->  (S, N, C); rows of padding hold no meaning
+    The cost is linear in the size of the set. The order of the elements has no effect.
+
+    Shape:  x (S, N, C), mask bool (S, N) or None -> (S, N, C); rows of padding have no meaning
     Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, ISAB
     Check:  InducedSetAttention(64, heads=2, points=16) has 51,328 parameters
     Needs:  AttentionBlock
@@ -1483,23 +1540,24 @@ class InducedSetAttention(nn.Module):
     def __init__(self, channels, *, heads=2, points=16):
         super().__init__()
         self.points = nn.Parameter(channels ** -0.5 * torch.randn(points, channels))
-        self.gather, self.spread = (AttentionBlock(channels, heads=heads, hidden=channels)
-                                    for _ in range(2))
+        self.gather = AttentionBlock(channels, heads=heads, hidden=channels)
+        self.spread = AttentionBlock(channels, heads=heads, hidden=channels)
 
     def forward(self, x, mask=None):
         return self.spread(x, self.gather(self.points[None], x, mask))
 
 
 class SetEncoder(nn.Module):
-    """One vector of each set: linear, levels of induced set attention, mean over the elements.
+    """One vector of each set: levels of induced set attention, then the mean over the elements.
 
-        x = gelu(layernorm(linear(elements)))        y = layernorm(mean of levels(x))
+        x = gelu(layernorm(linear(elements)))
+        y = layernorm(mean of levels(x))
 
-    All sets are encoded together, padded in chunks of like size (sets_by_size); neither the order
-    of the elements nor the other sets play a role.
+    All sets are encoded together, padded in chunks of similar size (sets_by_size). Neither the
+    order of the elements nor the other sets have an effect.
 
-    Shape:  elements (E, features), sizes int64 (S,), the elements of a set one after the other, no
-            set empty  ->  (S, width)
+    Shape:  elements (E, features), one set after the other, sizes int64 (S,), no set empty
+            -> (S, width)
     Check:  SetEncoder(82, width=64) has 108,224 parameters
     Needs:  sets_by_size, AttentionBlock, InducedSetAttention
     """
@@ -1507,23 +1565,27 @@ class SetEncoder(nn.Module):
     def __init__(self, features, *, width, heads=2, points=16, levels=2):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.GELU())
-        self.levels = nn.ModuleList(InducedSetAttention(width, heads=heads, points=points)
-                                    for _ in range(levels))
+        self.levels = nn.ModuleList()
+        for _ in range(levels):
+            self.levels.append(InducedSetAttention(width, heads=heads, points=points))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, elements, sizes):
-        x, chunks, means = self.embed(elements), sets_by_size(sizes), []
-        for _, index, mask in chunks:
+        x = self.embed(elements)
+        order, means = [], []
+        for sets, index, mask in sets_by_size(sizes):
             y = x[index]
             for level in self.levels:
                 y = level(y, mask)
+            order.append(sets)
             means.append((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        order = torch.cat([sets for sets, _, _ in chunks])
-        return self.norm(torch.cat(means)[order.argsort()])
+        return self.norm(torch.cat(means)[torch.cat(order).argsort()])
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
-    """Bucket of a time span; the bounds are evenly spaced in log(1 + minutes), the last is open.
+    """The bucket of each time span; bounds are evenly spaced in log(1 + minutes).
+
+    Spans longer than `longest` fall into the last bucket.
 
     Shape:  float (...), >= 0 -> int64 (...)
     Check:  0 minutes are in bucket 0, 1 minute in 5, an hour in 33, a day in 58, two days in 63
@@ -1533,15 +1595,16 @@ def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
 
 
 class TimeBias(nn.Module):
-    """A bias of causal attention that falls with distance in time, each head at its own rate.
+    """Bias for causal attention: the older a token, the lower, at a learned rate for each head.
 
-        bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i, -inf for j > i
+        bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i
+        bias_ij = -inf                                  for j > i
 
-    slope > 0 starts at 1, tau > 0 at 60 minutes; both are learnt, as logarithms. t does not fall
-    with i, so t_i - t_j >= 0: with the sign turned and a clamp at 0 the bias is 0 throughout and
-    never learns.
+    slope > 0 starts at 1, tau > 0 at 60 minutes; both are learned, as logarithms. t never decreases
+    with i, so t_i - t_j >= 0. With the opposite sign the clamp at 0 would make the bias 0
+    everywhere, and it would never learn.
 
-    Shape:  minutes (B, T) -> (B, heads, T, T); minutes of padding at the end may be anything
+    Shape:  minutes (B, T) -> (B, heads, T, T); minutes of padding at the end may have any value
     Check:  an hour apart, at the start, -log 2 = -0.693
     """
 
@@ -1558,22 +1621,23 @@ class TimeBias(nn.Module):
 
 
 class SetSequenceEncoder(nn.Module):
-    """Stays to hidden states: a stay is a sequence of sets, a set all events of one minute.
+    """Encodes stays: a stay is a sequence of sets, a set holds all events of one minute.
 
-        event    = (value * u, u), u the unit vector of the variable
-        mu       = linear(SetEncoder(events of the set))
-        x        = mu + sinusoidal position in the stay
-                   + embedding of log_time_buckets(minutes since the set before)
-        hidden   = layernorm(layers(x)), causal, with TimeBias
+        event   = (value * u, u), u the unit vector of the variable
+        mu      = linear(SetEncoder(events of the set))
+        x       = mu + sinusoidal position in the stay + embedding of the gap
+        gap     = log_time_buckets(minutes since the set before)
+        hidden  = layernorm(layers(x)), causal, with TimeBias
 
-    An event holds u once more beside value * u, since a value of 0 would erase the variable.
-    The u are the axes, fixed: were they learnt, reconstruction could turn all of them into one. All
-    sets of all stays are encoded in one call, all stays in another. Stays come packed, as
-    compressed rows: no padding is stored.
+    An event is a variable and its scaled value. u is repeated, because a value of 0 would erase the
+    variable. The u are fixed axes: if they were learned, reconstruction could make all of them
+    equal. All sets of all stays are encoded in one call, all stays in another. Stays are packed
+    like compressed rows: no padding is stored.
 
-    Shape:  inputs {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set,
-            "minutes" (S,) since admission, "lengths" int64 (B,) sets per stay}
-            ->  hidden states (B, T, width), T the longest stay; undefined behind the end of a stay
+    Shape:  inputs   {"variables" int64 (E,), "values" (E,), "sizes" int64 (S,) events per set,
+                     "minutes" (S,) since admission, "lengths" int64 (B,) sets per stay}
+            returns  hidden states (B, T, width), T the longest stay; after the end of a stay they
+                     have no meaning
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
     Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
@@ -1590,9 +1654,10 @@ class SetSequenceEncoder(nn.Module):
         nn.init.normal_(self.gap.weight, std=0.02)
         self.time_bias = TimeBias(heads)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(TransformerLayer(width, heads=heads, hidden=hidden,
-                                                     dropout=dropout, qkv_bias=False)
-                                    for _ in range(depth))
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            self.layers.append(TransformerLayer(width, heads=heads, hidden=hidden, dropout=dropout,
+                                                qkv_bias=False))
         self.norm = nn.LayerNorm(width)
         sinusoidal_positions(1, width)  # refuses an odd width now, not in the first step
 
@@ -1604,35 +1669,34 @@ class SetSequenceEncoder(nn.Module):
     def sequence(self, latent, inputs):
         """Latent vectors of the sets, packed (S, width), to hidden states (B, T, width)."""
         lengths, minutes = inputs["lengths"], inputs["minutes"]
-        present = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-
-        def pad(x):  # (S, ...) to (B, T, ...)
-            mask = present.reshape(*present.shape, *[1] * (x.ndim - 1))
-            return x.new_zeros(*present.shape, *x.shape[1:]).masked_scatter(mask, x)
-
-        latent_btc, minutes_bt = pad(latent), pad(minutes)
+        present_bt = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        minutes_bt = minutes.new_zeros(present_bt.shape).masked_scatter(present_bt, minutes)
+        latent_btc = latent.new_zeros(*present_bt.shape, latent.shape[1])
+        latent_btc = latent_btc.masked_scatter(present_bt[..., None], latent)
         gaps = minutes_bt.diff(dim=1, prepend=torch.zeros_like(minutes_bt[:, :1]))
-        places = sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc)
-        x = latent_btc + places + self.gap(log_time_buckets(gaps, buckets=self.buckets))
+        positions = sinusoidal_positions(minutes_bt.shape[1], self.width).to(latent_btc)
+        x = latent_btc + positions + self.gap(log_time_buckets(gaps, buckets=self.buckets))
         x, bias = self.dropout(x), self.time_bias(minutes_bt)
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
 
     def forward(self, inputs):
-        return self.sequence(self.mu(self.sets(self.events(inputs), inputs["sizes"])), inputs)
+        mu = self.mu(self.sets(self.events(inputs), inputs["sizes"]))
+        return self.sequence(mu, inputs)
 
 
 class SetDecoder(nn.Module):
-    """Rebuild the elements of a set from one vector: learnt seeds, one attention block, linear.
+    """Decodes a vector to the elements of a set: modulated learned seeds, attention, linear.
 
-        x_i = seed_i * (1 + linear(y)) + linear(y) for i < size
-        elements = linear(layernorm(block(x, x)))
+        x_i = seed_i * (1 + linear(y)) + linear(y)        for i < size
+        elements = linear(layernorm(block(x, x)))         block: AttentionBlock
 
-    The seeds are scaled, too: if they were only shifted, all elements would move alike.
+    The seeds are scaled as well as shifted. If they were only shifted, all elements would move
+    alike, and only the block could make them differ.
 
-    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`  ->
-             (s, n, features)
+    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`
+            -> (s, n, features)
     Errors: ValueError for more elements than seeds
     Check:  SetDecoder(82, width=64, seeds=40) has 66,258 parameters
     Needs:  AttentionBlock
@@ -1644,27 +1708,30 @@ class SetDecoder(nn.Module):
         self.scale, self.shift = nn.Linear(width, width), nn.Linear(width, width)
         self.block = AttentionBlock(width, heads=heads, hidden=4 * width)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, features))
-        # most entries of an event are 0: to start there saves the first hundred steps
+        # most entries of an event are 0: starting near 0 saves the first hundred steps
         nn.init.normal_(self.out[1].weight, std=0.02)
 
     def forward(self, y, mask):
-        if mask.shape[1] > len(self.seeds):
-            raise ValueError(f"a set of {mask.shape[1]} elements needs as many seeds, there are "
+        n = mask.shape[1]
+        if n > len(self.seeds):
+            raise ValueError(f"a set of {n} elements needs as many seeds, there are "
                              f"{len(self.seeds)}: build it with more")
-        x = self.seeds[: mask.shape[1]] * (1 + self.scale(y)[:, None]) + self.shift(y)[:, None]
+        x = self.seeds[:n] * (1 + self.scale(y)[:, None]) + self.shift(y)[:, None]
         return self.out(self.block(x, x, mask))
 
 
 class SeqSetVAE(nn.Module):
-    """Pretrain a SetSequenceEncoder without labels: rebuild each set from a noisy latent vector.
+    """Pretraining of a SetSequenceEncoder without labels: reconstruct each set from noisy latents.
 
         mu, logvar = linear(SetEncoder(events))
-        latent     = mu + exp(logvar / 2) * noise        in eval mode mu
-        guess      = SetDecoder(hidden state at the set, which knows it and those before)
+        latent     = mu + exp(logvar / 2) * noise, mu in eval mode
+        guess      = SetDecoder(hidden state at the set)
 
-    Shape:  inputs as in SetSequenceEncoder  ->  {"mu", "logvar": (S, width), "sets": a list of
-            chunks {"sets" (s,), "guess" (s, n, features), "target" (s, n, features), "mask" bool
-            (s, n)}}: the target of an event is what the encoder saw of it
+    The hidden state depends on the set itself and on those before.
+
+    Shape:  inputs as in SetSequenceEncoder -> {"mu", "logvar": (S, width), "sets": list of chunks}
+            chunk: {"sets" (s,), "guess", "target" (s, n, features), "mask" bool (s, n)}; the target
+            of an event is the encoder's input for it
     Source: sxtforreal/SeqSetVAE (MIT); Kingma and Welling 2014, arXiv:1312.6114
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
             log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, SetDecoder
@@ -1682,27 +1749,31 @@ class SeqSetVAE(nn.Module):
         events, lengths = self.encoder.events(inputs), inputs["lengths"]
         encoded = self.encoder.sets(events, inputs["sizes"])
         mu, logvar = self.encoder.mu(encoded), self.logvar(encoded)
-        latent = mu + torch.randn_like(mu) * (logvar / 2).exp() if self.training else mu
-        hidden = self.encoder.sequence(latent, inputs)
-        # packed again, (S, width)
-        hidden = hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]]
-        chunks = [{"sets": sets, "guess": self.decoder(hidden[sets], mask), "target": events[index],
-                   "mask": mask} for sets, index, mask in sets_by_size(inputs["sizes"])]
+        latent = mu
+        if self.training:
+            latent = mu + torch.randn_like(mu) * (logvar / 2).exp()
+        hidden_btc = self.encoder.sequence(latent, inputs)
+        steps = torch.arange(hidden_btc.shape[1], device=hidden_btc.device)
+        hidden = hidden_btc[steps < lengths[:, None]]  # packed again, (S, width)
+        chunks = []
+        for sets, index, mask in sets_by_size(inputs["sizes"]):
+            chunks.append({"sets": sets, "guess": self.decoder(hidden[sets], mask),
+                           "target": events[index], "mask": mask})
         return {"mu": mu, "logvar": logvar, "sets": chunks}
 
 
 class StrongestEvents(nn.Module):
-    """One vector of a stay: for each channel the maximum over its events.
+    """One vector of a stay: for each channel the maximum over all of its events, at any time.
 
-        y = layernorm(max over events of linear(gelu(layernorm(linear(x)))))
         x = [value * u, u, minutes / longest]
+        y = layernorm(max over events of linear(gelu(layernorm(linear(x)))))
 
     A mean over 48 hours hides a value that was far off once, and one that was measured three times
-    among a hundred sets; a largest value hides neither. The time lets it tell late ones from early
+    among a hundred sets. A maximum hides neither. The time distinguishes late events from early
     ones.
 
-    Shape:  events (E, features) and minutes (E,) since admission, those of a stay one after the
-            other, counts int64 (B,) of events per stay, none 0  ->  (B, width)
+    Shape:  events (E, features) and minutes (E,) since admission, one stay after the other,
+            counts int64 (B,) of events per stay, none 0 -> (B, width)
     Source: Qi et al. 2017 (PointNet), arXiv:1612.00593, eq. 1; Zaheer et al. 2017 (Deep Sets),
             arXiv:1703.06114
     Check:  StrongestEvents(82, width=64) has 9,792 parameters
@@ -1724,17 +1795,20 @@ class StrongestEvents(nn.Module):
 
 
 class SeqSetClassifier(nn.Module):
-    """One logit of a stay: a head on mean and last hidden state, and on the strongest events.
+    """One logit of a stay: SetSequenceEncoder, then a head on its hidden states.
 
         states = [mean of the hidden states, last of them]
-        logit  = head(states), or with events=True head([scale * states, StrongestEvents])
+        logit  = head(states)                                     events=False
+        logit  = head([scale * states, StrongestEvents])          events=True
 
-    The latent vectors are mu, without noise. `scale` is small and fixed: beside states at their
-    full size, or at a learnt one, the strongest events are learnt slowly and badly. The head has
-    width `hidden` and ReLU in all layers but the last. The last bias starts at the log-odds of
-    `prior`, the share of positives: else the first epochs go into learning that they are rare.
+    The latent vectors are mu, without noise. `scale` is small and fixed: beside states at full size
+    or at a learned scale, the strongest events are learned slowly and badly.
 
-    Shape:  inputs as in SetSequenceEncoder  ->  logits (B,)
+    The head has `layers` linear layers, with width `hidden` and ReLU in all but the last. The bias
+    of the last starts at the log-odds of `prior`, the share of positives: otherwise the first
+    epochs only learn that positives are rare.
+
+    Shape:  inputs as in SetSequenceEncoder -> logits (B,)
     Check:  the head at width 256, without events: 65,793 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
             log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, StrongestEvents
@@ -1745,29 +1819,33 @@ class SeqSetClassifier(nn.Module):
         super().__init__()
         self.encoder, self.scale, width = encoder, scale, encoder.width
         self.strongest = StrongestEvents(2 * encoder.variables, width=width) if events else None
-        widths = [(3 if events else 2) * width] + [hidden] * (layers - 1)
-        blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))
-                  for a, b in zip(widths, widths[1:])]
-        self.head = nn.Sequential(*blocks, nn.Linear(widths[-1], 1))
+        inputs = 3 * width if events else 2 * width
+        self.head = nn.Sequential()
+        for _ in range(layers - 1):
+            layer = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout))
+            self.head.append(layer)
+            inputs = hidden
+        self.head.append(nn.Linear(inputs, 1))
         nn.init.constant_(self.head[-1].bias, math.log(prior / (1 - prior)))
 
     def features(self, inputs):
-        """What the encoder tells the head, (B, 2 * width): of a frozen encoder the same in every
-        epoch."""
-        hidden, lengths = self.encoder(inputs), inputs["lengths"]
-        present = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        mean = (hidden * present[..., None]).sum(1) / lengths[:, None]
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        """The states, (B, 2 * width): with a frozen encoder the same in every epoch."""
+        hidden_btc, lengths = self.encoder(inputs), inputs["lengths"]
+        steps = torch.arange(hidden_btc.shape[1], device=hidden_btc.device)
+        present_bt = steps < lengths[:, None]
+        mean = (hidden_btc * present_bt[..., None]).sum(1) / lengths[:, None]
+        stays = torch.arange(len(hidden_btc), device=hidden_btc.device)
+        last = hidden_btc[stays, lengths - 1]
         return torch.cat([mean, last], 1)
 
     def forward(self, inputs):
         states = self.features(inputs)
         if self.strongest is not None:
             sizes, lengths = inputs["sizes"], inputs["lengths"]
-            # of each set
+            # the stay of each set
             stay = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-            strongest = self.strongest(self.encoder.events(inputs),
-                                       inputs["minutes"].repeat_interleave(sizes),
-                                       torch.zeros_like(lengths).index_add(0, stay, sizes))
+            counts = torch.zeros_like(lengths).index_add(0, stay, sizes)
+            minutes = inputs["minutes"].repeat_interleave(sizes)
+            strongest = self.strongest(self.encoder.events(inputs), minutes, counts)
             states = torch.cat([self.scale * states, strongest], 1)
         return self.head(states).squeeze(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import itertools
 import math
 import struct
@@ -391,6 +392,24 @@ def run(path, *words):
     code, out, err = call(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
     assert code == 0, err
     return out
+
+
+def succeeded(*words):
+    """What the command prints; it must succeed."""
+    code, out, err = call(*words)
+    assert code == 0, err
+    return out
+
+
+def refused(text, *words):
+    """What the command prints; it must be refused with `text`."""
+    code, out, err = call(*words)
+    assert code == 2 and text in err and "Traceback" not in err, (text, words, code, err)
+    return out
+
+
+def read_scores(path):
+    return json.loads((path / "scores.json").read_text())
 
 
 def result_of(path, name="last.pt"):

@@ -5,7 +5,6 @@ import copy
 import csv
 import functools
 import io
-import json
 import math
 import signal
 import subprocess
@@ -25,21 +24,10 @@ from tasks import bidmc_data
 from tasks import bidmc_pretrain
 from tests.helpers import (
     call, edit, folder, HERE, loaded, near, NEVER, PPG, ppg_folder, ppg_run, prepared, raises,
-    replaced, result_of, same_bits, scores_of, signals_of, small_encoder, write_bidmc)
+    read_scores, replaced, result_of, same_bits, scores_of, signals_of, small_encoder,
+    succeeded, write_bidmc)
 
 refuses = functools.partial(raises, ValueError)
-
-
-def succeeded(*words):
-    """What the command prints; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
-
-
-def read_scores(path):
-    """The scores of a run on its test split."""
-    return json.loads((path / "scores.json").read_text())["test"]
 
 
 def prepared_ppg(*words):
@@ -174,7 +162,7 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
     with folder() as f:
         a, words = f / "a", ["--seed", "3", "--data", ppg_folder(f)]
         out = ppg_run(a, "--epochs", "3", *words)
-        scores, best = read_scores(a), result_of(a, "best.pt")
+        scores, best = read_scores(a)["test"], result_of(a, "best.pt")
         _, sets = loaded(*PPG, *words)
         recordings = bidmc_data.read_bidmc(f / "bidmc")
         windows = bidmc_data.bidmc_windows(recordings, rate="hr", seconds=10)
@@ -329,7 +317,7 @@ def test_train_probe_on_cached_features_scores_what_the_whole_network_scores():
         ppg_run(f / "pre", "--mode", "pretrain")
         probe = ["--mode", "probe", "--pretrained", f / "pre"]
         ppg_run(f / "probe", *probe, "--lr", "0.03")
-        values = [f"{value:.4f}" for value in read_scores(f / "probe")["model"].values()]
+        values = [f"{value:.4f}" for value in read_scores(f / "probe")["test"]["model"].values()]
         evaluate = ["--eval", f / "probe" / "best.pt", "--split", "test"]  # without features
         out = succeeded("--task", "bidmc_hr", *evaluate)
         [line] = [line for line in out.splitlines() if line.startswith("model")]
@@ -351,7 +339,7 @@ def test_train_scratch_learns_the_heart_rate_of_synthetic_recordings():
         with replaced(bidmc_data, "synthetic_ppg", lambda *_, **__: recordings):
             out = succeeded("--task", "bidmc_hr", *words, "--out", f / "a")
         assert "SYNTHETIC recordings, drawn by the script" in out
-        scores = read_scores(f / "a")
+        scores = read_scores(f / "a")["test"]
     assert scores["model"]["mae"] < 0.4 * scores["constant median"]["mae"], scores
     assert scores["model"]["r2"] > 0.5, scores
 

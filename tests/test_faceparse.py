@@ -20,19 +20,9 @@ import models
 import train
 from tasks import faceparse
 from tests.helpers import (
-    call, check_resume, FACEPARSE, faces_npz, faces_run, folder, HERE, loaded, near, need_pillow,
-    raises, result_of, same_bits, scores_of, seeded, sgd, write_faces)
-
-
-def read_scores(path):
-    return json.loads((path / "scores.json").read_text())
-
-
-def succeeded(*words):
-    """What the command prints; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
+    call, check_resume, FACEPARSE, faces_npz, faces_run, folder, HERE, loaded, near,
+    need_pillow, raises, read_scores, result_of, same_bits, scores_of, seeded, sgd, succeeded,
+    write_faces)
 
 
 def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_class():

@@ -2,11 +2,9 @@
 
 import doctest
 import functools
-import inspect
 import itertools
 import math
 import re
-import warnings
 
 import torch
 import torch.nn as nn
@@ -781,90 +779,6 @@ def test_models_biased_layer_with_a_causal_bias_equals_the_causal_layer_of_torch
     assert near(ours(x, bias), theirs(x, src_mask=bias.flatten(0, 1)), 1e-5)
     causal = nn.Transformer.generate_square_subsequent_mask(6)
     assert near(ours(x, bias)[1], theirs(x[1:], src_mask=causal)[0], 1e-5)
-
-
-PIECE_MAP = torch.zeros(2, 4, 4, 6)
-
-PIECE_STAYS = packed_sets(draw_sets((2, 1)))
-
-PIECE_WEIGHTS = {"encoder.weight": torch.ones(1, 1), "encoder.bias": torch.ones(1)}
-
-PIECE_USES = {
-    "count_parameters": lambda f: f(nn.Linear(1, 1)),
-    "init_kaiming_xavier": lambda f: nn.Linear(1, 1).apply(f),
-    "conv_bn": lambda f: f(4, 4, 3, act=nn.ReLU)(PIECE_MAP),
-    "ChannelLayerNorm": lambda f: f(4)(PIECE_MAP),
-    "StochasticDepth": lambda f: f(0.5)(PIECE_MAP),
-    "SqueezeExcite": lambda f: f(4)(PIECE_MAP),
-    "DepthwiseBlock": lambda f: f(4, 8, stride=2)(PIECE_MAP),
-    "InvertedSEBlock": lambda f: f(4, 8, stride=2)(PIECE_MAP),
-    "ConvNeXtBlock": lambda f: f(4, 8, stride=2)(PIECE_MAP),
-    "MixerLayer": lambda f: f(4, 6)(PIECE_MAP[0]),
-    "TransformerLayer": lambda f: f(6, heads=2, hidden=8)(PIECE_MAP[0]),
-    "TokenHead": lambda f: [f(4, mixer=mixer)(PIECE_MAP) for mixer in ("transformer", "mlp_mixer")],
-    "AvgMaxPool": lambda f: f()(PIECE_MAP),
-    "eye_map_size": lambda f: f((32, 64), "baseline", 4),
-    "EyeNet": lambda f: [
-        f(block=block, channels=4, head=head) for block in EYE_BLOCKS for head in EYE_HEADS],
-    "check_parameter_limit": lambda f: f(nn.Linear(1, 1)),
-    "check_stride_fits": lambda f: f((64, 32), 32),
-    "ReducedAttention": lambda f: f(6, reduction=2)(PIECE_MAP),
-    "MixMLP": lambda f: f(6)(PIECE_MAP),
-    "SegFormerLayer": lambda f: f(6, reduction=2)(PIECE_MAP),
-    "SegFormerStage": lambda f: f(4, 8, kernel=3, stride=2, layers=1, reduction=2)(PIECE_MAP),
-    "AllMLPDecoder": lambda f: f((4, 4), 8)([PIECE_MAP, PIECE_MAP[:, :, :2]]),
-    "LMSA": lambda f: f(4)(PIECE_MAP),
-    "MicroSegFormer": lambda f: f()(torch.zeros(2, 3, 32, 32)),
-    "DilatedBlock": lambda f: f(4, dilation=2)(PIECE_MAP),
-    "UpBlock": lambda f: f(4, 4)(PIECE_MAP[:, :, :2, :3], PIECE_MAP),
-    "FaceCNN": lambda f: f(width=4)(torch.zeros(2, 3, 16, 16)),
-    "flip_average": lambda f: f(nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 6), ((1, 2),)),
-    "load_backbone": lambda f: f(nn.Linear(1, 1), PIECE_WEIGHTS),
-    "freeze_backbone": lambda f: f(small_encoder()),
-    "train_mode": lambda f: f(nn.Linear(1, 1)),
-    "sinusoidal_positions": lambda f: f(3, 4),
-    "PPGEncoder": lambda f: f()(PIECE_MAP[:, :1, 0]),
-    "PPGRegressor": lambda f: f(small_encoder()),
-    "MaskedPatchModel": lambda f: f(small_encoder())(
-        signals_of(1), models.random_patch_mask(1, 6, 0.5)),
-    "random_patch_mask": lambda f: f(2, 4, 0.5),
-    "grid_positions": lambda f: f(2, 3, 8),
-    "strided_cnn": lambda f: f(4, (4, 6), width=8)(PIECE_MAP),
-    "VectorTokens": lambda f: f(6, width=8)(PIECE_MAP[0, 0]),
-    "SequenceTokens": lambda f: f(channels=6, patch=2, width=8, depth=1)(PIECE_MAP[0]),
-    "ImageTokens": lambda f: f(4, (4, 6), width=8)(PIECE_MAP),
-    "VideoTokens": lambda f: f(4, (4, 6), width=8)(PIECE_MAP[None]),
-    "modality_encoder": lambda f: [f(shape, width=8, patch=2) for shape in QUAD.values()],
-    "ModalityReadout": lambda f: f(6, heads=2)(
-        PIECE_MAP[0, 0], PIECE_MAP[0], torch.ones(4).bool()),
-    "drop_modalities": lambda f: f(torch.ones(4, 3).bool(), 0.5),
-    "QuadModal": lambda f: f(QUAD, patch=4)(quad_rows(3)),
-    "freeze_encoders": lambda f: f(quad(), ["film"]),
-    "sets_by_size": lambda f: f(torch.tensor([1, 3, 1])),
-    "AttentionBlock": lambda f: f(6, heads=2, hidden=8)(PIECE_MAP[0], PIECE_MAP[0]),
-    "InducedSetAttention": lambda f: f(6, heads=2, points=3)(PIECE_MAP[0]),
-    "SetEncoder": lambda f: f(6, width=8)(PIECE_MAP[0, 0], torch.tensor([1, 3])),
-    "log_time_buckets": lambda f: f(PIECE_MAP),
-    "TimeBias": lambda f: f(2)(PIECE_MAP[0, 0]),
-    "SetSequenceEncoder": lambda f: f(6, width=16)(PIECE_STAYS),
-    "SetDecoder": lambda f: f(6, width=8, seeds=4)(torch.zeros(2, 8), torch.ones(2, 3).bool()),
-    "SeqSetVAE": lambda f: f(set_encoder(), seeds=12)(PIECE_STAYS),
-    "SeqSetClassifier": lambda f: f(set_encoder())(PIECE_STAYS),
-}
-
-
-def test_models_pieces_work_pasted_with_what_their_docstrings_say_they_need():
-    def source(name):
-        value = getattr(models, name)
-        return inspect.getsource(value) if callable(value) else f"{name} = {value!r}"
-
-    for name, call in PIECE_USES.items():
-        needs = getattr(models, name).__doc__.partition("Needs:")[2].replace(",", " ").split()
-        space = {"math": math, "warnings": warnings, "torch": torch, "nn": nn, "F": F,
-                 "__name__": "pasted"}
-        for wanted in needs + [name]:
-            exec(source(wanted), space)
-        call(space[name])
 
 
 def test_models_flip_average_of_a_mirrored_image_is_mirrored_with_sides_swapped():

@@ -25,15 +25,8 @@ from runtime import debug, diagnosis, page, report
 from tasks import bidmc, bidmc_data, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
 from tests.helpers import (
     call, FACEPARSE, faces_npz, faces_run, folder, loaded, make_npz, MODAL, near, NEVER,
-    png_content, PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images, replaced,
-    result_of, run, same_bits, STAYS, stays_folder, stays_run, TINY)
-
-
-def succeeded(*words):
-    """What the command prints; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
+    png_content, PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images,
+    replaced, result_of, run, same_bits, STAYS, stays_folder, stays_run, succeeded, TINY)
 
 
 def test_train_prints_the_constant_beside_every_score():

@@ -1,7 +1,6 @@
 """Tests of run."""
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -18,30 +17,12 @@ from runtime import checkpoint, checks
 from tasks import ocec
 from tests.helpers import (
     call, folder, HERE, make_class_folder, make_npz, PPG, ppg_folder, ppg_run, raises,
-    random_images, replaced, result_of, run, same_bits, TINY)
-
-
-def succeeded(*words):
-    """What the command prints; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
-
-
-def refused(text, *words):
-    """What the command prints; it must be refused with `text`."""
-    code, out, err = call(*words)
-    assert code == 2 and text in err, (text, code, err)
-    return out
+    random_images, read_scores, refused, replaced, result_of, run, same_bits, succeeded, TINY)
 
 
 def started(*words):
     command = [sys.executable, HERE / "train.py", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def read_scores(path):
-    return json.loads((path / "scores.json").read_text())
 
 
 def test_train_resumed_run_equals_straight_run_bit_for_bit():

@@ -22,27 +22,9 @@ from runtime import checks
 from runtime.settings import command_line
 from tasks import bidmc_data, common, ocec
 from tests.helpers import (
-    call, FACEPARSE, faces_npz, folder, HERE, make_class_folder, make_npz, MODAL, near,
-    need_pillow, need_real, NEVER, PPG, ppg_folder, prepared, quad_npz, raises, replaced,
-    result_of, run, same_bits, scores_of, stays_run, TINY)
-
-
-def succeeded(*words):
-    """What the command prints; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
-
-
-def refused(text, *words):
-    """What the command prints; it must be refused with `text`."""
-    code, out, err = call(*words)
-    assert code == 2 and text in err and "Traceback" not in err, (text, words, code, err)
-    return out
-
-
-def read_scores(path):
-    return json.loads((path / "scores.json").read_text())
+    FACEPARSE, faces_npz, folder, HERE, make_class_folder, make_npz, MODAL, near,
+    need_pillow, need_real, NEVER, PPG, ppg_folder, prepared, quad_npz, raises, read_scores,
+    refused, replaced, result_of, run, same_bits, scores_of, stays_run, succeeded, TINY)
 
 
 def parsed_again(args):
