@@ -578,10 +578,10 @@ def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
 def test_data_time_stretch_changes_the_rate_and_the_label_alike():
     t = torch.arange(1000) / 31.25
     windows = torch.sin(2 * torch.pi * 0.3 * t + 6.28 * torch.rand(200, 1, generator=seeded()))
-    kept = windows.clone()
+    before = windows.clone()
     stretched, labels = time_stretch(
         windows, torch.full((200,), 18.0), limit=1.3, generator=seeded(1))
-    assert torch.equal(windows, kept) and stretched.shape == windows.shape
+    assert torch.equal(windows, before) and stretched.shape == windows.shape
     slowed = labels <= 18  # nothing is mirrored there
     error = (spectral_rate(stretched, 31.25, (0.1, 0.6)) - labels).abs()
     assert 60 < slowed.sum() < 140 and error[slowed].max() < 0.1 and error.median() < 0.1
