@@ -370,8 +370,8 @@ def padding(plan, lengths):
     return padded / sum(lengths[rows].sum() for rows in plan)
 
 
-TINY = ["--task", "ocec", "--size", "12x20", "--channels", "8", "--blocks", "2", "--epochs", "3",
-        "--batch-size", "16", "--device", "cpu"]
+TINY = ("--task ocec --size 12x20 --channels 8 --blocks 2 --epochs 3 --batch-size 16 "
+        "--device cpu").split()
 
 
 def call(*words):
@@ -385,13 +385,18 @@ def call(*words):
     return code, out.getvalue(), err.getvalue()
 
 
+def printed_by(*words):
+    """What train.main prints on these words; it must succeed."""
+    code, out, err = call(*words)
+    assert code == 0, err
+    return out
+
+
 def run(path, *words):
     """A tiny run on a small .npz beside it; must succeed."""
     if not (path.parent / "eyes.npz").exists():
         make_npz(path.parent / "eyes.npz")
-    code, out, err = call(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
-    assert code == 0, err
-    return out
+    return printed_by(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
 
 
 def succeeded(*words):
@@ -441,8 +446,8 @@ def scores_of(model, split, args, facts):
 
 NEVER = types.SimpleNamespace(check=lambda: None)  # a stop signal that never comes
 
-PPG = ["--task", "bidmc_hr", "--seconds", "10", "--bins", "16", "--width", "16", "--depth", "2",
-       "--batch-size", "64", "--epochs", "2", "--device", "cpu"]
+PPG = ("--task bidmc_hr --seconds 10 --bins 16 --width 16 --depth 2 --batch-size 64 --epochs 2 "
+       "--device cpu").split()
 
 
 def ppg_folder(f, n=10, seconds=90):
@@ -454,13 +459,10 @@ def ppg_folder(f, n=10, seconds=90):
 
 def ppg_run(path, *words):
     words = words if "--data" in words else ["--data", ppg_folder(path.parent), *words]
-    code, out, err = call(*PPG, "--out", path, *words)
-    assert code == 0, err
-    return out
+    return printed_by(*PPG, "--out", path, *words)
 
 
-FACEPARSE = ["--task", "faceparse", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
-             "--size", "16", "--width", "4"]
+FACEPARSE = "--task faceparse --epochs 2 --batch-size 8 --device cpu --size 16 --width 4".split()
 
 
 def faces_npz(path, n=30, size=(32, 32), change=None):
@@ -477,9 +479,7 @@ def faces_run(path, *words):
     if not (path.parent / "faces.npz").exists():
         faces_npz(path.parent / "faces.npz")
     base = FACEPARSE[:-2] if "segformer" in words else FACEPARSE
-    code, out, err = call(*base, "--data", path.parent / "faces.npz", "--out", path, *words)
-    assert code == 0, err
-    return out
+    return printed_by(*base, "--data", path.parent / "faces.npz", "--out", path, *words)
 
 
 def check_resume(base, run, path, words, data_path=None):
@@ -504,8 +504,8 @@ def check_resume(base, run, path, words, data_path=None):
     assert (path / "a" / "curves.svg").read_text() == (path / "b" / "curves.svg").read_text()
 
 
-MODAL = ["--task", "quadmodal", "--width", "8", "--heads", "2", "--tokens", "2", "--hidden", "16",
-         "--embed", "8", "--epochs", "2", "--batch-size", "12", "--device", "cpu"]
+MODAL = ("--task quadmodal --width 8 --heads 2 --tokens 2 --hidden 16 --embed 8 --epochs 2 "
+         "--batch-size 12 --device cpu").split()
 
 
 def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):
@@ -522,14 +522,11 @@ def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):
 def quad_run(path, *words):
     if not (path.parent / "quad.npz").exists():
         quad_npz(path.parent / "quad.npz")
-    code, out, err = call(*MODAL, "--data", path.parent / "quad.npz", "--out", path, *words)
-    assert code == 0, err
-    return out
+    return printed_by(*MODAL, "--data", path.parent / "quad.npz", "--out", path, *words)
 
 
-STAYS = ["--task", "seqsetvae", "--epochs", "2", "--batch-size", "8", "--device", "cpu",
-         "--width", "16", "--heads", "2", "--depth", "2", "--hidden", "16", "--points", "4",
-         "--train-ratio", "0.5", "--val-ratio", "0.2", "--test-ratio", "0.3"]
+STAYS = ("--task seqsetvae --epochs 2 --batch-size 8 --device cpu --width 16 --heads 2 --depth 2 "
+         "--hidden 16 --points 4 --train-ratio 0.5 --val-ratio 0.2 --test-ratio 0.3").split()
 
 
 def short_stays(n=80, seed=0):
@@ -556,16 +553,14 @@ def stays_folder(f, name="stays", change=None):
 
 def stays_run(path, *words):
     words = words if "--data" in words else ["--data", stays_folder(path.parent), *words]
-    code, out, err = call(*STAYS, "--out", path, *words)
-    assert code == 0, err
-    return out
+    return printed_by(*STAYS, "--out", path, *words)
 
 
 @contextlib.contextmanager
 def replaced(where, name, value):
-    kept = getattr(where, name)
+    before = getattr(where, name)
     setattr(where, name, value)
     try:
         yield
     finally:
-        setattr(where, name, kept)
+        setattr(where, name, before)

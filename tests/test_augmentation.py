@@ -31,7 +31,8 @@ def test_data_flip_swaps_left_and_right_labels_in_flipped_masks_only():
     images = torch.arange(200 * 8).view(200, 1, 1, 8).float()
     for dtype in (torch.uint8, torch.int64):
         masks = torch.tensor([0, 4, 5, 8, 9, 17, 255, 4], dtype=dtype).expand(200, 1, 8)
-        flipped, labels = horizontal_flip(images, generator=seeded(), masks=masks, pairs=((4, 5), (9, 8)))
+        flipped, labels = horizontal_flip(
+            images, generator=seeded(), masks=masks, pairs=((4, 5), (9, 8)))
         assert labels.dtype == dtype
         mirrored = 0
         for before, after, mask, label in zip(images, flipped, masks, labels):
@@ -60,7 +61,7 @@ def test_data_flip_refuses_what_it_cannot_do():
 
 
 def photometric_oracle(image, brightness, contrast_before, saturation, hue, contrast_after, order):
-    """One image (3, h, w) in float64, pixel by pixel, before rounding: what photometric_apply does to a batch."""
+    """photometric_apply for one image (3, h, w) in float64, pixel by pixel, before rounding."""
     weights = np.array([0.2989, 0.587, 0.114])[:, None, None]
 
     def blend(x, factor, other):
@@ -86,13 +87,18 @@ def colourful(n, height, width):
 
 
 def test_data_photometric_equals_the_oracle_step_by_step_and_all_together():
-    neutral = {"brightness": 1.0, "contrast_before": 1.0, "saturation": 1.0, "hue": 0.0, "contrast_after": 1.0}
-    cases = [{}, {"brightness": 0.875}, {"brightness": 1.125}, {"contrast_before": 0.5}, {"contrast_before": 1.5},
-             {"saturation": 0.5}, {"saturation": 1.5}, {"hue": 0.05}, {"hue": -0.05}, {"hue": 1 / 3}, {"hue": -1 / 3},
-             {"contrast_after": 0.5}, {"contrast_after": 1.5}, {"order": [2, 0, 1]},
-             {"brightness": 1.1, "contrast_before": 1.4, "saturation": 1.4, "hue": 0.04, "order": [1, 2, 0]},
-             {"brightness": 0.9, "saturation": 0.6, "hue": -0.03, "contrast_after": 1.3, "order": [0, 2, 1]}]
-    cases = [{**neutral, "order": [0, 1, 2], **case} for case in cases]
+    neutral = {"brightness": 1.0, "contrast_before": 1.0, "saturation": 1.0, "hue": 0.0,
+               "contrast_after": 1.0, "order": [0, 1, 2]}
+    single = {"brightness": (0.875, 1.125), "contrast_before": (0.5, 1.5), "saturation": (0.5, 1.5),
+              "hue": (0.05, -0.05, 1 / 3, -1 / 3), "contrast_after": (0.5, 1.5),
+              "order": ([2, 0, 1],)}
+    cases = [neutral]
+    for name, values in single.items():
+        cases += [neutral | {name: value} for value in values]
+    cases.append(neutral | {"brightness": 1.1, "contrast_before": 1.4, "saturation": 1.4,
+                            "hue": 0.04, "order": [1, 2, 0]})
+    cases.append(neutral | {"brightness": 0.9, "saturation": 0.6, "hue": -0.03,
+                            "contrast_after": 1.3, "order": [0, 2, 1]})
     images = colourful(len(cases), 5, 7)
     settings = {name: torch.tensor([case[name] for case in cases]) for name in cases[0]}
     distorted = photometric_apply(images, **settings)
@@ -107,7 +113,8 @@ def test_data_photometric_distort_equals_the_oracle_across_chunks():
     settings = photometric_draw(515, p=0.5, generator=seeded(3))
     distorted = photometric_distort(images, generator=seeded(3))
     for i in (0, 1, 2, 64, 131, 255, 256, 257, 511, 512, 513, 514):
-        exact = photometric_oracle(images[i], **{name: value[i].numpy() for name, value in settings.items()})
+        of_image = {name: values[i].numpy() for name, values in settings.items()}
+        exact = photometric_oracle(images[i], **of_image)
         assert np.abs(distorted[i].numpy() - exact).max() < 0.501
 
 
@@ -116,20 +123,21 @@ def test_data_photometric_draws_five_times_independently():
     settings = photometric_draw(n, p=0.3, generator=seeded())
     contrast = settings["contrast_before"] + settings["contrast_after"] - 1
     order = settings["order"]
-    ranges = {"brightness": (settings["brightness"], 1, 0.875, 1.125), "contrast": (contrast, 1, 0.5, 1.5),
-              "saturation": (settings["saturation"], 1, 0.5, 1.5), "hue": (settings["hue"], 0, -0.05, 0.05)}
-    drawn = [(order != torch.arange(3)).any(1).float() * 6 / 5]  # one permutation in six is the identity
-    for value, neutral, low, high in ranges.values():
+    drawn = [(order != torch.arange(3)).any(1).float() * 6 / 5]  # one in six is the identity
+    for value, neutral, spread in (
+            (settings["brightness"], 1, 0.125), (contrast, 1, 0.5),
+            (settings["saturation"], 1, 0.5), (settings["hue"], 0, 0.05)):
         on = value != neutral
-        value = (value[on] - low) / (high - low)
+        value = (value[on] - neutral + spread) / (2 * spread)
         assert 0 <= value.min() < 0.01 and 0.99 < value.max() <= 1 and near(value.mean(), 0.5, 0.02)
         drawn.append(on.float())
     for i, a in enumerate(drawn):
         assert near(a.mean(), 0.3, 0.06)  # sd 0.003
         assert all(near((a * b).mean(), 0.09, 0.13) for b in drawn[:i])
-    # Contrast is at one place, a fair coin says which; the order is a permutation, all six alike likely.
+    # A fair coin gives the place of the contrast; the six permutations are equally likely.
     before, after = settings["contrast_before"] != 1, settings["contrast_after"] != 1
-    assert not (before & after).any() and abs(before.sum() / (before.sum() + after.sum()) - 0.5) < 0.03
+    assert not (before & after).any()
+    assert abs(before.sum() / (before.sum() + after.sum()) - 0.5) < 0.03
     assert torch.equal(order.sort(1).values, torch.arange(3).expand(n, 3))
     counts = torch.bincount(order[:, 0] * 3 + order[:, 1])
     assert all(near(counts[k] / n, 0.3 / 6, 0.2) for k in (2, 3, 5, 6, 7))
@@ -139,12 +147,13 @@ def test_data_photometric_distort_at_the_limits_of_p():
     images = colourful(70, 4, 7)
     assert torch.equal(photometric_distort(images, p=0, generator=seeded()), images)
     settings = photometric_draw(70, p=1, generator=seeded())
-    assert all((settings[name] != neutral).all() for name, neutral in (("brightness", 1), ("hue", 0)))
+    assert (settings["brightness"] != 1).all() and (settings["hue"] != 0).all()
 
 
 def test_data_photometric_distort_refuses_normalised_input():
     normalised = torch.rand(2, 3, 4, 4)
-    for images in (normalised, normalised.half(), random_images(2, 1, 4, 4), random_images(3, 4, 4)):
+    for images in (normalised, normalised.half(), random_images(2, 1, 4, 4),
+                   random_images(3, 4, 4)):
         refuses(photometric_distort, "before you normalise", images, generator=seeded())
     refuses(photometric_distort, "p 1.5", random_images(2, 3, 4, 4), p=1.5, generator=seeded())
 
@@ -153,11 +162,12 @@ def test_data_turn_hue_keeps_value_and_chroma():
     planes = torch.rand(3, 4, 8, 8, generator=seeded())
     turn = torch.tensor([0.0, 0.05, -0.2, 1 / 3])[:, None, None]
     turned = turn_hue_(planes.clone(), turn)
-    assert torch.equal(turned.amax(0), planes.amax(0)) and torch.equal(turned.amin(0), planes.amin(0))
+    assert torch.equal(turned.amax(0), planes.amax(0))
+    assert torch.equal(turned.amin(0), planes.amin(0))
     assert near(turned[:, 0], planes[:, 0], 1e-5)
-    assert near(turned[:, 3], planes[:, 3].roll(1, 0), 1e-5)  # a third of a turn: red to green, green to blue
+    assert near(turned[:, 3], planes[:, 3].roll(1, 0), 1e-5)  # a third: red to green to blue
     whole = torch.randint(0, 256, (3, 5, 6), generator=seeded()).float()
-    assert torch.equal(turn_hue_(whole.clone(), 0.0), whole)  # nothing is divided: whole numbers stay what they are
+    assert torch.equal(turn_hue_(whole.clone(), 0.0), whole)  # nothing is divided
 
 
 CLAHE_GREY = {(24, 24): 203914894, (24, 40): 2630615335, (30, 48): 939003530, (32, 64): 1353896281,
@@ -173,7 +183,7 @@ CLAHE_COLOUR = (
 
 
 def pattern(height, width):
-    """Four grey pictures (4, h, w) uint8 by integer arithmetic alone: noise, waves, faint noise, a chequerboard."""
+    """Grey (4, h, w) uint8 in integer arithmetic: noise, waves, faint noise, a chequerboard."""
     y, x = np.mgrid[:height, :width].astype(np.int64)
     noise = ((x * 7919 + y * 104729) * 2654435761 >> 13) & 255
     waves = (3 * y * y + 5 * x + x * y // 7) % 256
@@ -186,12 +196,14 @@ def clahe_oracle(image, clip_limit, rows, columns):
     height, width = image.shape
     padded = image
     if height % rows or width % columns:
-        padded = np.pad(image, ((0, rows - height % rows), (0, columns - width % columns)), mode="reflect")
+        missing = (0, rows - height % rows), (0, columns - width % columns)
+        padded = np.pad(image, missing, mode="reflect")
     tile_h, tile_w = padded.shape[0] // rows, padded.shape[1] // columns
     tables = {}
     for row in range(rows):
         for column in range(columns):
-            tile = padded[row * tile_h : (row + 1) * tile_h, column * tile_w : (column + 1) * tile_w]
+            tile = padded[row * tile_h : (row + 1) * tile_h]
+            tile = tile[:, column * tile_w : (column + 1) * tile_w]
             bins = [int((tile == level).sum()) for level in range(256)]
             if clip_limit > 0:
                 limit = max(int(clip_limit * tile.size / 256), 1)
@@ -211,8 +223,10 @@ def clahe_oracle(image, clip_limit, rows, columns):
             u = np.float32(x) * (one / np.float32(tile_w)) - np.float32(0.5)
             top, left = int(np.floor(v)), int(np.floor(u))
             down, across = v - np.float32(top), u - np.float32(left)
-            a, b, c, d = (tables[min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)][image[y, x]]
-                          for row in (top, top + 1) for column in (left, left + 1))
+            above, below = (min(max(row, 0), rows - 1) for row in (top, top + 1))
+            before, behind = (min(max(column, 0), columns - 1) for column in (left, left + 1))
+            a, b, c, d = (tables[cell][image[y, x]] for cell in (
+                (above, before), (above, behind), (below, before), (below, behind)))
             upper, lower = a * (one - across) + b * across, c * (one - across) + d * across
             out[y, x] = np.rint(upper * (one - down) + lower * down)
     return out
@@ -223,19 +237,23 @@ def test_data_clahe_of_grey_images_equals_opencv_bit_for_bit():
         crc, images = 0, pattern(*size)
         for grid in ((4, 4), (8, 8), (2, 3)):
             for clip_limit in (0, 1, 2, 4, 40):
-                crc = zlib.crc32(clahe(images, clip_limit=clip_limit, grid=grid).numpy().tobytes(), crc)
+                result = clahe(images, clip_limit=clip_limit, grid=grid)
+                crc = zlib.crc32(result.numpy().tobytes(), crc)
         assert crc == golden, size
 
 
 def test_data_clahe_equals_the_oracle():
-    for size, grid, clip_limit in (((24, 40), (4, 4), 2.0), ((13, 21), (2, 5), 3.0), ((16, 20), (4, 3), 0.0)):
+    for size, grid, clip_limit in (
+            ((24, 40), (4, 4), 2.0), ((13, 21), (2, 5), 3.0), ((16, 20), (4, 3), 0.0)):
         for image in pattern(*size):
             result = clahe(image, clip_limit=clip_limit, grid=grid)
-            assert np.array_equal(result.numpy(), clahe_oracle(image.numpy(), clip_limit, *grid)), (size, grid)
+            want = clahe_oracle(image.numpy(), clip_limit, *grid)
+            assert np.array_equal(result.numpy(), want), (size, grid)
 
 
 def test_data_clahe_in_colour_equals_opencv_up_to_one_level():
-    colours = torch.cartesian_prod(*[torch.arange(4, 256, 8)] * 3).to(torch.uint8).T.reshape(1, 3, 32, -1)
+    levels = torch.arange(4, 256, 8)
+    colours = torch.cartesian_prod(levels, levels, levels).to(torch.uint8).T.reshape(1, 3, 32, -1)
     lab = rgb_to_lab(colours)
     assert zlib.crc32(lab[0].permute(1, 2, 0).contiguous().numpy().tobytes()) == CLAHE_LAB
     golden = np.frombuffer(base64.b85decode(CLAHE_COLOUR), np.uint8).reshape(8, 12, 3).astype(int)
@@ -245,19 +263,23 @@ def test_data_clahe_in_colour_equals_opencv_up_to_one_level():
 
 
 def test_data_lab_of_known_colours():
-    colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    known = {(0, 0, 0): [0, 128, 128], (255, 255, 255): [255, 128, 128],
+             (255, 0, 0): [136, 208, 195], (0, 255, 0): [224, 42, 211], (0, 0, 255): [82, 207, 20]}
+    colours = torch.tensor(list(known), dtype=torch.uint8)
     lab = rgb_to_lab(colours.T[None, :, :, None])[0, :, :, 0].T
-    assert lab.tolist() == [[0, 128, 128], [255, 128, 128], [136, 208, 195], [224, 42, 211], [82, 207, 20]]
+    assert lab.tolist() == list(known.values())
     grey = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     assert (lab_to_rgb(rgb_to_lab(grey)).int() - grey).abs().max() <= 2  # L has 256 levels as well
-    assert lab_to_rgb(torch.tensor([136, 208, 195]).view(1, 3, 1, 1)).flatten().tolist() == [255, 2, 1]
+    red = torch.tensor([136, 208, 195]).view(1, 3, 1, 1)
+    assert lab_to_rgb(red).flatten().tolist() == [255, 2, 1]
 
 
 def test_data_clahe_of_an_image_is_independent_of_its_batch():
     for images in (pattern(24, 30), random_images(5, 3, 24, 30)):
         batch = clahe(images)
         assert batch.shape == images.shape and batch.dtype == torch.uint8
-        assert all(torch.equal(batch[i : i + 1], clahe(images[i : i + 1])) for i in range(len(images)))
+        alone = [clahe(images[i : i + 1]) for i in range(len(images))]
+        assert torch.equal(batch, torch.cat(alone))
         assert clahe(images[:0]).shape == images[:0].shape  # no image of a batch drew it
         with torch.autocast("cpu", torch.bfloat16):  # nor does it matter where it is called
             assert torch.equal(clahe(images), batch)
@@ -267,7 +289,8 @@ def test_data_clahe_refuses_what_it_cannot_do():
     refuses(clahe, "before you normalise", torch.rand(2, 8, 8))
     for shape in ((2, 4, 8, 8), (2, 0, 8), (2, 3, 8, 0)):
         refuses(clahe, str(shape), random_images(*shape))
-    for options in ({"clip_limit": -1}, {"clip_limit": float("nan")}, {"clip_limit": float("inf")}, {"grid": (0, 4)}):
+    for options in ({"clip_limit": -1}, {"clip_limit": math.nan}, {"clip_limit": math.inf},
+                    {"grid": (0, 4)}):
         refuses(clahe, "at least 0", random_images(8, 8), **options)
 
 
@@ -276,12 +299,15 @@ def test_data_random_crop_moves_image_and_mask_alike_and_fills_with_ignore():
     images = random_images(n, 3, height, width)
     places = torch.arange(height * width).view(height, width).expand(n, height, width)
     cropped, masks = random_crop(images, padding=padding, generator=seeded(), masks=places)
-    mirrored = np.pad(images.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)), mode="reflect")
+    sides = (padding, padding)
+    mirrored = np.pad(images.numpy(), ((0, 0), (0, 0), sides, sides), mode="reflect")
     bordered = np.pad(places[0].numpy(), padding, constant_values=255)
-    shifts = {bordered[y : y + height, x : x + width].tobytes(): (y, x) for y in range(5) for x in range(5)}
+    shifts = {}
+    for y, x in itertools.product(range(5), range(5)):
+        shifts[bordered[y : y + height, x : x + width].tobytes()] = (y, x)
     counts = np.zeros((5, 5))
     for i in range(n):
-        y, x = shifts[masks[i].numpy().tobytes()]  # the labels say where the mask went: the image must be there too
+        y, x = shifts[masks[i].numpy().tobytes()]  # where the mask went, the image must be
         assert np.array_equal(cropped[i].numpy(), mirrored[i, :, y : y + height, x : x + width])
         counts[y, x] += 1
     assert 70 < counts.min() and counts.max() < 180  # 120 expected in each of the 25, sd 11
@@ -302,14 +328,15 @@ def test_data_mixup_mixes_targets_as_inputs_for_every_lambda_and_odd_batches():
         inputs = torch.eye(5)  # the input says who is in it, so the target must say the same
         mixed, targets = mixup(inputs[:, :, None, None], inputs, alpha=0.4, generator=seeded(seed))
         assert torch.equal(mixed[:, :, 0, 0], targets) and near(targets.sum(1), torch.ones(5), 1e-5)
-        assert near(targets.sum(0), torch.ones(5), 1e-5)  # a permutation: each sample is used once more
+        assert near(targets.sum(0), torch.ones(5), 1e-5)  # a permutation
         lam = targets.diagonal().min().item()
         assert all(near(t[t > 0].sort().values, torch.tensor([lam, 1 - lam]).sort().values, 1e-6)
                    or t.max() == 1 for t in targets)
-        _, scalar = mixup(inputs[:, :, None, None], torch.arange(5.0), alpha=0.4, generator=seeded(seed))
+        _, scalar = mixup(inputs[:, :, None, None], torch.arange(5.0), alpha=0.4,
+                          generator=seeded(seed))
         assert near(scalar, targets @ torch.arange(5.0), 1e-6)
         first_shares.append(lam)
-    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation that moves nobody reads as lam = 1.
+    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4); a permutation without a move gives 1.
     first_shares = np.array([share for share in first_shares if share < 1])
     assert abs(first_shares.mean() - 0.5) < 0.08 and abs(first_shares.var() - 1 / 7.2) < 0.025
 
@@ -332,7 +359,8 @@ def test_data_cutmix_counts_the_pixels_of_the_clipped_box():
 
 
 def test_data_cutmix_box_has_the_share_of_lambda_and_lies_anywhere():
-    inputs, tops, lefts, sizes = torch.arange(5.0)[:, None, None, None].expand(5, 1, 7, 10), set(), set(), set()
+    inputs = torch.arange(5.0)[:, None, None, None].expand(5, 1, 7, 10)
+    tops, lefts, sizes = set(), set(), set()
     for seed in range(300):
         mixed, _ = cutmix(inputs, torch.eye(5), alpha=1e6, generator=seeded(seed))  # lambda is 1/2
         pasted = (mixed != inputs)[:, 0].any(0).nonzero()
@@ -340,7 +368,7 @@ def test_data_cutmix_box_has_the_share_of_lambda_and_lies_anywhere():
             continue
         (top, left), (bottom, right) = pasted.min(0).values.tolist(), pasted.max(0).values.tolist()
         tops.add(top), lefts.add(left), sizes.add((bottom - top + 1, right - left + 1))
-    assert max(sizes) == (5, 7) and min(sizes) == (3, 4)  # half of 7 x 10, and what is left of it in a corner
+    assert max(sizes) == (5, 7) and min(sizes) == (3, 4)  # half of 7 x 10; cut in a corner
     assert tops == set(range(5)) and lefts == set(range(7))
 
 
@@ -366,15 +394,23 @@ def test_data_mixup_and_cutmix_off_at_alpha_zero_and_refuse_class_indices():
 
 def coordinates(height, width):
     """A float image (1, 2, h, w) whose channels hold each pixel's own x and y, from the centre."""
-    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    rows, columns = torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y])[None]
+
+def source_of(image, angle, scale):
+    """Where affine() samples the pixels of coordinates()."""
+    x, y = image[0]
+    sine, cosine = math.sin(angle), math.cos(angle)
+    return (cosine * x - sine * y) / scale, (sine * x + cosine * y) / scale
 
 
 def test_data_affine_by_a_quarter_is_rot90_of_image_and_mask():
     images, masks = random_images(2, 3, 8, 8), random_images(2, 8, 8, seed=1)
     angle, scale = torch.full((2,), math.pi / 2), torch.ones(2)
     turned, labels = affine(images, angle, scale, masks=masks)
-    assert turned.dtype == torch.uint8 and torch.equal(turned, images.rot90(1, (2, 3))) and torch.equal(labels, masks.rot90(1, (1, 2)))
+    assert turned.dtype == torch.uint8 and torch.equal(turned, images.rot90(1, (2, 3)))
+    assert torch.equal(labels, masks.rot90(1, (1, 2)))
     assert torch.equal(affine(images, -angle, scale), images.rot90(-1, (2, 3)))
     assert torch.equal(affine(images, angle.double(), scale.double()), turned)  # as numpy has them
 
@@ -384,26 +420,29 @@ def test_data_affine_samples_where_the_formula_says_in_pixels_of_any_frame():
     image = coordinates(height, width)
     for angle, scale in ((0.3, 1.0), (-0.7, 1.4), (0.0, 0.8), (2.0, 1.1)):
         got = affine(image, torch.tensor([angle]), torch.tensor([scale]))[0]
-        x, y = image[0]
-        source_x, source_y = (math.cos(angle) * x - math.sin(angle) * y) / scale, (math.sin(angle) * x + math.cos(angle) * y) / scale
+        source_x, source_y = source_of(image, angle, scale)
         inside = (source_x.abs() <= (width - 1) / 2) & (source_y.abs() <= (height - 1) / 2)
-        assert inside.sum() > 100  # a linear image is sampled exactly, wherever all four neighbours are in the frame
+        assert inside.sum() > 100  # a linear image is sampled exactly inside the frame
         assert_near(got[0][inside], source_x[inside], 1e-4)
         assert_near(got[1][inside], source_y[inside], 1e-4)
 
 
-def test_data_affine_takes_a_mask_through_the_same_geometry_with_nearest_sampling_and_ignores_what_lies_outside():
+def quadrants(x, y):
+    return ((x > 2).long() + 2 * (y > -1).long()).to(torch.uint8)
+
+
+def test_data_affine_moves_a_mask_alike_with_nearest_sampling_and_ignores_what_lies_outside():
     height, width = 16, 24
     for factor in (1, 4):  # masks of the image's size, and four times finer
         fine = coordinates(height * factor, width * factor)[0] / factor
-        masks = ((fine[0] > 2).long() + 2 * (fine[1] > -1).long())[None].to(torch.uint8)  # four quadrants
+        masks = quadrants(*fine)[None]
         image = coordinates(height, width)
         got, labels = affine(image, torch.tensor([0.4]), torch.tensor([0.9]), masks=masks)
         x, y = got[0]
-        sure = ((x - 2).abs() > 0.8) & ((y + 1).abs() > 0.8) & (labels[0] != 255)  # away from edges, where nearest may differ
-        assert sure.sum() > 150 and torch.equal(labels[0][sure], ((x > 2).long() + 2 * (y > -1).long())[sure].to(torch.uint8))
-        source_x = (math.cos(0.4) * image[0, 0] - math.sin(0.4) * image[0, 1]) / 0.9
-        source_y = (math.sin(0.4) * image[0, 0] + math.cos(0.4) * image[0, 1]) / 0.9
+        # Away from edges, where nearest and bilinear sampling may differ.
+        sure = ((x - 2).abs() > 0.8) & ((y + 1).abs() > 0.8) & (labels[0] != 255)
+        assert sure.sum() > 150 and torch.equal(labels[0][sure], quadrants(x, y)[sure])
+        source_x, source_y = source_of(image, 0.4, 0.9)
         outside = (source_x.abs() > width / 2) | (source_y.abs() > height / 2)
         assert outside.any() and torch.equal(labels[0] == 255, outside)
 
@@ -414,18 +453,19 @@ def test_data_random_affine_off_is_the_identity_and_reduces_a_mask_as_scoring_do
         masks = random_images(3, rows, columns, seed=1)
         same, labels = random_affine(images, degrees=0, zoom=1, generator=seeded(), masks=masks)
         assert torch.equal(same, images)
-        assert torch.equal(labels, F.interpolate(masks[:, None], (6, 8), mode="nearest-exact")[:, 0]), (rows, columns)
+        reduced = F.interpolate(masks[:, None], (6, 8), mode="nearest-exact")[:, 0]
+        assert torch.equal(labels, reduced), (rows, columns)
 
 
 def test_data_random_affine_draws_within_its_limits_and_fills_them():
     n, image = 400, coordinates(33, 33).expand(400, -1, -1, -1)
     got = random_affine(image, degrees=20, zoom=1.5, generator=seeded())
-    across = got[:, :, 16, 17] - got[:, :, 16, 15]  # two pixels to the right of each centre, in pixels of the source
+    across = got[:, :, 16, 17] - got[:, :, 16, 15]  # two pixels, in pixels of the source
     angle, scale = torch.atan2(across[:, 1], across[:, 0]).rad2deg(), 2 / across.norm(dim=1)
-    assert angle.abs().max() <= 20.01 and angle.min() < -18 and angle.max() > 18 and abs(float(angle.mean())) < 2
-    assert scale.min() > 0.66 and scale.max() < 1.51 and scale.min() < 0.7 and scale.max() > 1.42
-    assert abs(float(scale.log().mean())) < 0.04 and n == len(got)
-    for options in (dict(degrees=-1), dict(degrees=181), dict(zoom=0.9), dict(degrees=float("nan"))):
+    assert -20.01 <= angle.min() < -18 and 18 < angle.max() <= 20.01
+    assert 0.66 < scale.min() < 0.7 and 1.42 < scale.max() < 1.51 and n == len(got)
+    assert abs(float(angle.mean())) < 2 and abs(float(scale.log().mean())) < 0.04
+    for options in (dict(degrees=-1), dict(degrees=181), dict(zoom=0.9), dict(degrees=math.nan)):
         refuses(random_affine, "must be in", image[:1], generator=seeded(), **options)
 
 
@@ -438,13 +478,15 @@ def test_data_swap_labels_twice_is_the_identity_and_leaves_the_others():
 
 def test_data_soft_targets_hold_nothing_for_ignored_pixels():
     soft = soft_targets(torch.tensor([[[0, 2, 255]]], dtype=torch.uint8), 3)
-    assert soft.dtype == torch.float32 and soft[0, :, 0].T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert soft.dtype == torch.float32
+    assert soft[0, :, 0].T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
 def test_data_color_jitter_multiplies_by_its_own_factors_within_the_strength():
-    grey = torch.full((300, 3, 2, 2), 100, dtype=torch.uint8)  # of one colour: contrast and saturation change nothing
+    # One colour: contrast and saturation change nothing.
+    grey = torch.full((300, 3, 2, 2), 100, dtype=torch.uint8)
     got = color_jitter(grey, strength=0.2, generator=seeded())[:, 0, 0, 0].float()
-    assert got.min() >= 80 and got.max() <= 120 and got.min() < 83 and got.max() > 117 and abs(float(got.mean()) - 100) < 2
+    assert 80 <= got.min() < 83 and 117 < got.max() <= 120 and abs(float(got.mean()) - 100) < 2
     two = torch.tensor([40, 160], dtype=torch.uint8).view(1, 1, 1, 2).expand(300, 3, 1, 2)
     spread = color_jitter(two, strength=0.2, generator=seeded())[:, 0, 0].float()
     ratio = (spread[:, 1] - spread[:, 0]) / spread.mean(1) / 1.2  # contrast alone changes it
@@ -461,7 +503,8 @@ def augmentations():
     images, masks = random_images(6, 3, 8, 12), random_images(6, 8, 12, seed=1)
     targets = torch.rand(6, generator=seeded())
     return [
-        (lambda g, x, m: horizontal_flip(x, generator=g, masks=m, pairs=((1, 2),)), (images, masks)),
+        (lambda g, x, m: horizontal_flip(x, generator=g, masks=m, pairs=((1, 2),)),
+         (images, masks)),
         (lambda g, x: (photometric_distort(x, generator=g),), (images,)),
         (lambda g, x: (color_jitter(x, strength=0.5, generator=g),), (images,)),
         (lambda g, x: (clahe(x),), (images,)),
@@ -483,12 +526,16 @@ def test_data_augmentation_depends_on_its_generator_alone_and_leaves_its_inputs(
         torch.manual_seed(5)
         np.random.seed(5)
         again = augment(seeded(1), *[x.to(device) for x in inputs])
-        assert all((a.float() - b.cpu().float()).abs().max() <= (device == "cuda") for a, b in zip(first, again))
+        for a, b in zip(first, again):
+            assert (a.float() - b.cpu().float()).abs().max() <= (device == "cuda")
 
 
 def test_data_augmentation_takes_strided_and_empty_batches():
     for augment, inputs in augmentations():
-        strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x for x in inputs]
+        strided = []
+        for x in inputs:
+            turned = x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x
+            strided.append(turned)
         pairs = zip(augment(seeded(1), *inputs), augment(seeded(1), *strided))
         assert all(torch.equal(a, b) for a, b in pairs)
         empty = augment(seeded(1), *[x[:0] for x in inputs])
@@ -504,19 +551,25 @@ def test_data_band_spectrum_equals_the_written_sum():
             t, y = np.arange(40), x[row, channel].numpy()
             y = y - np.polyval(np.polyfit(t, y, 1), t)
             y = y * (0.5 - 0.5 * np.cos(2 * np.pi * t / 39))
-            power = np.array([abs((y * np.exp(-2j * np.pi * f * t / rate_hz)).sum()) ** 2 for f in np.linspace(low, high, bins)])
+            waves = [np.exp(-2j * np.pi * f * t / rate_hz) for f in np.linspace(low, high, bins)]
+            power = np.array([abs((y * wave).sum()) ** 2 for wave in waves])
             assert near(spectrum[row, channel], np.log(power / power.mean() + 1e-3), 1e-6)
 
 
 def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
     t = torch.arange(1000) / 31.25
-    sine = lambda phase: torch.sin(2 * torch.pi * 0.35 * t + phase)[None]
-    spectrum = band_spectrum(sine(0), 31.25, (0.1, 0.6), 51)
+    def spectrum_of(x, bins=51):
+        return band_spectrum(x, 31.25, (0.1, 0.6), bins)
+
+    def sine(phase):
+        return torch.sin(2 * torch.pi * 0.35 * t + phase)[None]
+
+    spectrum = spectrum_of(sine(0))
     assert spectrum.argmax() == 25
-    assert near(band_spectrum(7 * sine(0) + 3, 31.25, (0.1, 0.6), 51), spectrum, 1e-3)
-    assert near(band_spectrum(sine(0) + t, 31.25, (0.1, 0.6), 51), spectrum, 2e-2)
-    assert (band_spectrum(sine(1.5), 31.25, (0.1, 0.6), 51) - spectrum).exp().sub(1).abs()[0, 22:29].max() < 0.05
-    assert near(band_spectrum(torch.ones(1, 100), 31.25, (0.1, 0.6), 5), torch.tensor(1e-3).log().expand(1, 5), 1e-5)
+    assert near(spectrum_of(7 * sine(0) + 3), spectrum, 1e-3)
+    assert near(spectrum_of(sine(0) + t), spectrum, 2e-2)
+    assert (spectrum_of(sine(1.5)) - spectrum).exp().sub(1).abs()[0, 22:29].max() < 0.05
+    assert near(spectrum_of(torch.ones(1, 100), 5), torch.tensor(1e-3).log().expand(1, 5), 1e-5)
     for band, bins in (((0.6, 0.1), 5), ((0.1, 20.0), 5), ((0.1, 0.6), 1)):
         refuses(band_spectrum, "must lie in order between 0 and half the rate, 15.625 Hz",
                 sine(0), 31.25, band, bins)
@@ -525,13 +578,15 @@ def test_data_band_spectrum_forgets_scale_offset_trend_and_phase():
 def test_data_time_stretch_changes_the_rate_and_the_label_alike():
     t = torch.arange(1000) / 31.25
     windows = torch.sin(2 * torch.pi * 0.3 * t + 6.28 * torch.rand(200, 1, generator=seeded()))
-    kept = windows.clone()
-    stretched, labels = time_stretch(windows, torch.full((200,), 18.0), limit=1.3, generator=seeded(1))
-    assert torch.equal(windows, kept) and stretched.shape == windows.shape
+    before = windows.clone()
+    stretched, labels = time_stretch(
+        windows, torch.full((200,), 18.0), limit=1.3, generator=seeded(1))
+    assert torch.equal(windows, before) and stretched.shape == windows.shape
     slowed = labels <= 18  # nothing is mirrored there
-    estimate = spectral_rate(stretched, 31.25, (0.1, 0.6))
-    assert 60 < slowed.sum() < 140 and (estimate - labels)[slowed].abs().max() < 0.1 and (estimate - labels).abs().median() < 0.1
-    assert 18 / 1.3 <= labels.min() < 14.2 and 23 < labels.max() <= 18 * 1.3  # log-uniform between the limits
+    error = (spectral_rate(stretched, 31.25, (0.1, 0.6)) - labels).abs()
+    assert 60 < slowed.sum() < 140 and error[slowed].max() < 0.1 and error.median() < 0.1
+    # Log-uniform between the limits.
+    assert 18 / 1.3 <= labels.min() < 14.2 and 23 < labels.max() <= 18 * 1.3
     assert abs(float((labels / 18).log().mean())) < 0.03
 
 
@@ -542,7 +597,8 @@ def test_data_time_stretch_at_its_seams():
     ramp = torch.arange(65.0).expand(50, -1)
     stretched, factor = time_stretch(ramp, torch.ones(50), limit=1.9, generator=seeded())
     expected = (torch.arange(65.0) - 32) * factor[:, None] + 32
-    expected = torch.where(expected < 0, -expected, torch.where(expected > 64, 128 - expected, expected))
+    expected = expected.abs()  # mirrored at both ends
+    expected = torch.where(expected > 64, 128 - expected, expected)
     assert near(stretched, expected, 1e-3)
     for dtype in (torch.float32, torch.float64, torch.int64):  # whole rates come back as fractions
         again = time_stretch(ramp, torch.ones(50, dtype=dtype), limit=1.9, generator=seeded())

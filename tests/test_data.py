@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import warnings
 import zlib
 
 import numpy as np
@@ -18,14 +17,16 @@ from tasks import ocec
 from tasks import quadmodal
 from tests.helpers import (
     folder, make_npz, near, need_pillow, need_real, padding, png_content, raises, random_images,
-    refuses, ridge_accuracy)
+    refuses, ridge_accuracy, warned)
 
 
 def test_data_split_is_fixed_by_its_seed_and_refuses_what_cannot_be_met():
-    first, again, other = (split_by_group(np.arange(50), (0.8, 0.2), seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        split_by_group(np.arange(50), (0.8, 0.2), seed=seed) for seed in (1, 1, 2))
     assert [len(rows) for rows in first] == [40, 10]
     assert np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
-    assert [len(rows) for rows in split_by_group(np.arange(9), (1.0, 0.0, 0.0), seed=0)] == [9, 0, 0]
+    whole = split_by_group(np.arange(9), (1.0, 0.0, 0.0), seed=0)
+    assert [len(rows) for rows in whole] == [9, 0, 0]
     refuses(split_by_group, "add up to 1", np.arange(9), (0.8, 0.3), seed=0)
     refuses(split_by_group, "none of the 1 groups", np.zeros(9), (0.5, 0.5), seed=0)
 
@@ -36,7 +37,8 @@ def test_data_shuffled_batches_hold_every_row_once():
         assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
         assert all(len(rows) == size for rows in batches[:-1])
     for rank in range(2):  # of 5 rows 2 each
-        assert [len(rows) for rows in shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)] == [2]
+        [rows] = shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)
+        assert len(rows) == 2
 
 
 def balanced(plan, labels):
@@ -78,23 +80,28 @@ def test_data_stratified_batches_hold_two_classes_whatever_their_size():
         for size in (2, 3, 5, 7, 13, 31, 32, 37):  # a size below the number of classes as well
             for ranks in (1, 2):
                 full = min(size, len(labels) // ranks)
-                plans = [stratified_batches(labels, full, seed=1, epoch=2, rank=rank, world_size=ranks) for rank in range(ranks)]
-                for rows in itertools.chain(*plans):
-                    assert len(rows) == full and len(set(labels[rows])) == min(full, len(counts)), (counts, size, ranks)
-    labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))  # the note's sampler: 16 of its 18 batches held one class
-    present = [len(set(labels[rows])) for epoch in range(3) for rows in stratified_batches(labels, 32, seed=0, epoch=epoch)]
-    assert len(present) == 3 * 19 and min(present) == np.mean(present) == 6
+                for rank in range(ranks):
+                    for rows in stratified_batches(labels, full, seed=1, epoch=2, rank=rank,
+                                                   world_size=ranks):
+                        present = len(set(labels[rows]))
+                        assert len(rows) == full, (counts, size, ranks)
+                        assert present == min(full, len(counts)), (counts, size, ranks)
+    # With the sampler of the note, 16 of 18 batches hold one class.
+    labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))
+    for epoch in range(3):
+        plan = stratified_batches(labels, 32, seed=0, epoch=epoch)
+        assert [len(set(labels[rows])) for rows in plan] == [6] * 19
 
 
 def test_data_stratified_batches_of_one_class_are_shuffled_batches_that_are_full():
-    for labels in (np.zeros(23, int), np.full(23, 4), np.array(["walk"] * 23)):  # all classes but one are empty
+    for labels in (np.zeros(23, int), np.full(23, 4), np.array(["walk"] * 23)):
         plan = stratified_batches(labels, 7, seed=0, epoch=0)
         assert [len(rows) for rows in plan] == [7] * 4 and all(len(set(rows)) == 7 for rows in plan)
         assert set(np.concatenate(plan)) == set(range(23))
 
 
 def slow_stratified(labels, size, seed, epoch):
-    """Slot by slot: a row for class s % k from its queue, which is refilled with those last that the batch holds already."""
+    """Slot s takes a row of class s % k from its queue; a refill puts rows of the batch last."""
     classes, rng = np.unique(labels), np.random.default_rng([seed, epoch])
     slots = -(-len(labels) // size) * size
     plan = [None] * slots
@@ -102,8 +109,10 @@ def slow_stratified(labels, size, seed, epoch):
         queue = []
         for s in range(c, slots, len(classes)):
             if not queue:
-                again, batch = rng.permutation(np.flatnonzero(labels == label)).tolist(), plan[s - s % size : s - s % size + size]
-                queue = [row for row in again if row not in batch] + [row for row in again if row in batch]
+                start = s - s % size
+                rows, batch = np.flatnonzero(labels == label), plan[start : start + size]
+                again = rng.permutation(rows).tolist()
+                queue = sorted(again, key=lambda row: row in batch)  # stable
             plan[s] = queue.pop(0)
     return np.reshape(plan, (-1, size))
 
@@ -113,7 +122,8 @@ def test_data_stratified_batches_equal_the_slow_version():
     for _ in range(60):
         labels = rng.choice(rng.integers(1, 9), size=rng.integers(40, 120)) ** 2
         size, seed, epoch = (int(x) for x in rng.integers(1, 40, 3))
-        for labels in (labels, labels - 3, labels * 70000, labels.astype(str)):  # the first takes the faster sort
+        # The first kind takes the faster sort.
+        for labels in (labels, labels - 3, labels * 70000, labels.astype(str)):
             plan = stratified_batches(labels, size, seed=seed, epoch=epoch)
             assert np.array_equal(plan, slow_stratified(labels, size, seed, epoch)), (labels, size)
 
@@ -121,32 +131,42 @@ def test_data_stratified_batches_equal_the_slow_version():
 def test_data_sampler_report_equals_counting_by_hand():
     labels = ["a", "b", "b", "c", "d"]
     assert sampler_report([[0, 1], torch.tensor([2, 2]), np.array([1, 2, 3, 1])], labels) == {
-        "batches": 3, "rows": 8, "class_counts": {"a": 1, "b": 6, "c": 1, "d": 0}, "largest_share": 0.75, "largest_batch_share": 1.0,
-        "classes_min": 1, "classes_mean": 5 / 3, "single_class": 1, "repeats": 2, "never_drawn": 1}
+        "batches": 3, "rows": 8, "class_counts": {"a": 1, "b": 6, "c": 1, "d": 0},
+        "largest_share": 0.75, "largest_batch_share": 1.0, "classes_min": 1,
+        "classes_mean": 5 / 3, "single_class": 1, "repeats": 2, "never_drawn": 1}
     for batches in ([], [[0], []]):
         refuses(sampler_report, "nothing to report", batches, labels)
 
 
 def test_data_sampler_report_sees_a_sorted_epoch_and_a_tail_of_one_class():
     labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))
-    balanced = sampler_report(stratified_batches(labels, 32, seed=0, epoch=0), labels)
-    assert balanced["single_class"] == 0 and balanced["classes_min"] == balanced["classes_mean"] == 6
-    assert balanced["rows"] == 19 * 32 and 0.16 < balanced["largest_share"] < 0.17 and balanced["largest_batch_share"] == 6 / 32
-    # quotas of 5 and 6 of classes of 5 and 4: the last repeats one or two rows in every batch, the last but one in some
-    assert 19 <= balanced["repeats"] <= 3 * 19 and balanced["never_drawn"] == 550 - balanced["class_counts"][0]
+    report = sampler_report(stratified_batches(labels, 32, seed=0, epoch=0), labels)
+    assert report["single_class"] == 0 and report["rows"] == 19 * 32
+    assert report["classes_min"] == report["classes_mean"] == 6
+    assert 0.16 < report["largest_share"] < 0.17 and report["largest_batch_share"] == 6 / 32
+    # Quotas are 5 and 6: the class of 4 repeats rows in every batch, the class of 5 in some.
+    assert 19 <= report["repeats"] <= 3 * 19
+    assert report["never_drawn"] == 550 - report["class_counts"][0]
     in_order = [np.arange(start, min(start + 32, 583)) for start in range(0, 583, 32)]
     report = sampler_report(in_order, labels)
-    assert report["single_class"] == 17 and report["classes_min"] == 1 and report["repeats"] == report["never_drawn"] == 0
-    assert report["largest_share"] == 550 / 583 and report["class_counts"] == dict(enumerate((550, 10, 8, 6, 5, 4)))
+    assert report["single_class"] == 17 and report["classes_min"] == 1
+    assert report["repeats"] == report["never_drawn"] == 0
+    assert report["largest_share"] == 550 / 583
+    assert report["class_counts"] == dict(enumerate((550, 10, 8, 6, 5, 4)))
+
+
+def check_order(plan):
+    """plan(seed, epoch) gives the same order again, and another one for each of nine pairs."""
+    pairs = itertools.product(range(3), range(3))
+    orders = [np.concatenate(plan(*pair)).tolist() for pair in pairs]
+    assert np.concatenate(plan(0, 0)).tolist() == orders[0]
+    assert len(set(map(tuple, orders))) == 9
 
 
 def test_data_order_is_fixed_by_seed_and_epoch():
     labels = np.repeat([0, 1], [30, 20])
-    for plan in (lambda s, e: stratified_batches(labels, 8, seed=s, epoch=e),
-                 lambda s, e: shuffled_batches(50, 8, seed=s, epoch=e)):
-        flat = lambda s, e: np.concatenate(plan(s, e)).tolist()
-        assert flat(0, 0) == flat(0, 0)
-        assert len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
+    check_order(lambda seed, epoch: stratified_batches(labels, 8, seed=seed, epoch=epoch))
+    check_order(lambda seed, epoch: shuffled_batches(50, 8, seed=seed, epoch=epoch))
 
 
 def test_data_ranks_together_are_one_process_with_the_whole_batch():
@@ -174,10 +194,8 @@ def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
 def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
     for plan in (lambda: shuffled_batches(5, 8, seed=0, epoch=0),
                  lambda: stratified_batches([0, 0, 1, 1, 1], 8, seed=0, epoch=0)):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert [len(rows) for rows in plan()] == [5]
-        assert "one partial batch" in str(caught[0].message)
+        rows, message = warned(lambda: [len(rows) for rows in plan()])
+        assert rows == [5] and "one partial batch" in message
 
 
 def test_data_cache_of_a_damaged_npz_is_not_kept():
@@ -218,8 +236,10 @@ def test_data_write_npy_that_breaks_off_leaves_the_old_file():
 def test_data_resize_is_a_mean_over_blocks_when_it_halves():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8) * 3
     small = resize_uint8(image, (4, 4))
-    padded = F.interpolate(torch.from_numpy(image[:, None]).float(), size=(4, 4), mode="bilinear", antialias=True)
-    assert small.shape == (1, 3, 4, 4) and (small[:, 0].float() - padded[:, 0]).abs().max() <= 0.5
+    full = torch.from_numpy(image[:, None]).float()
+    padded = F.interpolate(full, size=(4, 4), mode="bilinear", antialias=True)
+    assert small.shape == (1, 3, 4, 4)
+    assert (small[:, 0].float() - padded[:, 0]).abs().max() <= 0.5
     assert torch.equal(resize_uint8(image, (8, 8))[:, 1], torch.from_numpy(image))
 
 
@@ -241,21 +261,24 @@ def test_data_encode_png_is_read_back_by_pillow():
     image = need_pillow()
     ids, palette = random_images(9, 7).numpy() % 19, np.array(faceparse.FACE_COLOURS, np.uint8)
     with image.open(io.BytesIO(encode_png(ids, palette))) as file:
-        assert file.mode == "P" and (np.array(file) == ids).all() and (np.array(file.convert("RGB")) == palette[ids]).all()
+        assert file.mode == "P" and (np.array(file) == ids).all()
+        assert (np.array(file.convert("RGB")) == palette[ids]).all()
 
 
 def test_data_label_scaler_is_exact_for_arrays_and_tensors():
     labels = np.random.default_rng(0).normal(17, 4, 1000)
     scaler = LabelScaler().fit(labels.astype(np.float32))
     z = scaler.transform(labels.astype(np.float32).astype(np.float64))
-    assert abs(z.mean()) < 1e-12 and near(z.std(), 1, 1e-12) and near(scaler.inverse(scaler.transform(labels)), labels, 1e-5)
+    assert abs(z.mean()) < 1e-12 and near(z.std(), 1, 1e-12)
+    assert near(scaler.inverse(scaler.transform(labels)), labels, 1e-5)
     tensor = torch.from_numpy(labels).float().requires_grad_()
     back = scaler.inverse(scaler.transform(tensor))
     assert back.dtype == torch.float32 and back.requires_grad and near(back, tensor, 1e-5)
     large = 1e8 + np.array([0.0, 1, 2, 3])
     assert near(LabelScaler().fit(large).transform(large), [-1.3416, -0.4472, 0.4472, 1.3416], 1e-4)
     simple = LabelScaler().fit([10, 20])
-    assert simple.state_dict() == {"mean": 15.0, "scale": 5.0} and {type(v) for v in simple.state_dict().values()} == {float}
+    assert simple.state_dict() == {"mean": 15.0, "scale": 5.0}
+    assert all(type(value) is float for value in simple.state_dict().values())
     loaded = LabelScaler()
     loaded.load_state_dict(simple.state_dict())
     assert loaded.transform(20) == 1.0 and loaded.inverse(-1) == 10.0
@@ -268,16 +291,20 @@ def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():
     refuses(LabelScaler().fit, "0 labels", [])
     refuses(LabelScaler().fit, "3 labels, 1 of them NaN", [1, np.nan, 2])
     refuses(LabelScaler().fit, "1 of them NaN or infinite", [1, np.inf])
-    raises(RuntimeError, "fit it on the training labels", lambda: LabelScaler().transform(np.ones(2)))
-    raises(RuntimeError, "load its state", lambda: LabelScaler().inverse(np.ones(2)))
+    empty = LabelScaler()
+    raises(RuntimeError, "fit it on the training labels", lambda: empty.transform(np.ones(2)))
+    raises(RuntimeError, "load its state", lambda: empty.inverse(np.ones(2)))
 
 
 def test_data_real_motionsense_is_read_whole_and_one_stream_tells_half():
-    arrays, labels, groups, names, present = quadmodal.read_modalities(need_real("motionsense/motionsense_18_subjects.npz"))
-    assert {name: (array.shape, array.dtype.name) for name, array in arrays.items()} == dict.fromkeys(
-        ("attitude", "gravity", "rotation", "acceleration"), ((8106, 128, 3), "float16"))
-    assert names == ["dws", "ups", "wlk", "jog", "sit", "std"] and np.bincount(labels).tolist() == [747, 875, 1983, 758, 2026, 1717]
-    assert len(set(groups)) == 18 and all(each.all() for each in present.values())
+    path = need_real("motionsense/motionsense_18_subjects.npz")
+    arrays, labels, groups, names, present = quadmodal.read_modalities(path)
+    assert list(arrays) == ["attitude", "gravity", "rotation", "acceleration"]
+    for array in arrays.values():
+        assert array.shape == (8106, 128, 3) and array.dtype == np.float16
+    assert names == ["dws", "ups", "wlk", "jog", "sit", "std"] and len(set(groups)) == 18
+    assert np.bincount(labels).tolist() == [747, 875, 1983, 758, 2026, 1717]
+    assert all(rows.all() for rows in present.values())
     train, validation, test = split_by_group(groups, (12 / 18, 3 / 18, 3 / 18), seed=0)
     alone = [ridge_accuracy([array], labels, train, test) for array in arrays.values()]
     together = ridge_accuracy(arrays.values(), labels, train, test)
@@ -286,43 +313,53 @@ def test_data_real_motionsense_is_read_whole_and_one_stream_tells_half():
 
 def test_data_bucketed_batches_hold_every_row_once_and_as_many_batches_as_shuffled_ones():
     rng = np.random.default_rng(0)
-    for n, size, ranks, pool in ((10, 4, 1, 16), (12, 4, 1, 1), (7, 7, 1, 2), (5, 1, 1, 2), (1000, 32, 1, 16), (1000, 31, 3, 4),
-                                 (131, 8, 2, 3)):
+    for n, size, ranks, pool in (
+            (10, 4, 1, 16), (12, 4, 1, 1), (7, 7, 1, 2), (5, 1, 1, 2), (1000, 32, 1, 16),
+            (1000, 31, 3, 4), (131, 8, 2, 3)):
         lengths = rng.integers(1, 90, n)
-        plans = [bucketed_batches(lengths, size, seed=1, epoch=2, rank=rank, world_size=ranks, pool=pool) for rank in range(ranks)]
-        shuffled = shuffled_batches(n, size, seed=1, epoch=2, world_size=ranks)
-        assert all([len(rows) for rows in plan] == [len(rows) for rows in shuffled] for plan in plans), (n, size, ranks)
+        order = dict(seed=1, epoch=2, world_size=ranks)
+        plans = [bucketed_batches(lengths, size, rank=rank, pool=pool, **order)
+                 for rank in range(ranks)]
+        sizes = [len(rows) for rows in shuffled_batches(n, size, **order)]
+        for plan in plans:
+            assert [len(rows) for rows in plan] == sizes, (n, size, ranks)
         rows = np.concatenate([rows for plan in plans for rows in plan])
         assert rows.dtype == np.int64 and len(set(rows.tolist())) == len(rows) == n - n % ranks
     lengths = rng.integers(1, 90, 50)
-    flat = lambda s, e: np.concatenate(bucketed_batches(lengths, 8, seed=s, epoch=e)).tolist()
-    assert flat(0, 0) == flat(0, 0) and len({tuple(flat(s, e)) for s in range(3) for e in range(3)}) == 9
+    check_order(lambda seed, epoch: bucketed_batches(lengths, 8, seed=seed, epoch=epoch))
     lengths = rng.integers(1, 90, 120)
-    ranks = [bucketed_batches(lengths, 6, seed=0, epoch=1, rank=rank, world_size=2, pool=3) for rank in (0, 1)]
-    for a, b, rows in zip(*ranks, bucketed_batches(lengths, 12, seed=0, epoch=1, pool=3), strict=True):
+    order = dict(seed=0, epoch=1, pool=3)
+    ranks = [bucketed_batches(lengths, 6, rank=rank, world_size=2, **order) for rank in (0, 1)]
+    for a, b, rows in zip(*ranks, bucketed_batches(lengths, 12, **order), strict=True):
         assert not set(a) & set(b) and sorted([*a, *b]) == sorted(rows)
-        assert abs(lengths[a].mean() - lengths[b].mean()) < 12  # dealt in turn: no rank waits for the other
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert [len(rows) for rows in bucketed_batches([3, 1, 2], 8, seed=0, epoch=0)] == [3]
-    assert "3 rows are fewer than a batch of 8" in str(caught[0].message)
-    for wrong, message in (({"batch_size": 0}, "batch_size 0 must be"), ({"world_size": 4}, "3 rows at least one per rank (4)"),
-                           ({"pool": 0}, "pool 0 must be")):
-        refuses(bucketed_batches, message,
-                [3, 1, 2], **{"batch_size": 2, "seed": 0, "epoch": 0} | wrong)
+        assert abs(lengths[a].mean() - lengths[b].mean()) < 12  # no rank waits for the other
+    plan, message = warned(lambda: bucketed_batches([3, 1, 2], 8, seed=0, epoch=0))
+    assert [len(rows) for rows in plan] == [3]
+    assert "3 rows are fewer than a batch of 8" in message
+    for option, message in (
+            ({"batch_size": 0}, "batch_size 0 must be"), ({"pool": 0}, "pool 0 must be"),
+            ({"world_size": 4}, "3 rows at least one per rank (4)")):
+        options = {"batch_size": 2, "seed": 0, "epoch": 0} | option
+        refuses(bucketed_batches, message, [3, 1, 2], **options)
 
 
 def test_data_bucketed_batches_are_padded_less_in_an_order_that_tells_nothing_of_length():
     lengths = np.random.default_rng(0).gamma(4, 18, 3210).astype(int) + 1
     shuffled = padding(shuffled_batches(3210, 32, seed=0, epoch=0), lengths)
-    pads = [padding(bucketed_batches(lengths, 32, seed=0, epoch=0, pool=pool), lengths) for pool in (1, 4, 16, 1000)]
-    assert 1.6 < shuffled and shuffled + 0.1 > pads[0] > shuffled - 0.1 > pads[1] > pads[2] > pads[3] and pads[2] < 1.15, (shuffled, pads)
+    bucketed = {pool: bucketed_batches(lengths, 32, seed=0, epoch=0, pool=pool)
+                for pool in (1, 4, 16, 1000)}
+    pads = [padding(plan, lengths) for plan in bucketed.values()]
+    assert 1.6 < shuffled and abs(pads[0] - shuffled) < 0.1, (shuffled, pads)
+    assert shuffled - 0.1 > pads[1] > pads[2] > pads[3] and pads[2] < 1.15, (shuffled, pads)
     plan = bucketed_batches(lengths, 32, seed=0, epoch=0)
     means = np.array([lengths[rows].mean() for rows in plan[:-1]])
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3 and abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
-    rests = [lengths[bucketed_batches(lengths, 32, seed=0, epoch=epoch)[-1]].mean() for epoch in range(40)]
-    assert abs(np.mean(rests) / lengths.mean() - 1) < 0.1  # the smaller batch is no batch of the longest rows
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+    plans = [bucketed_batches(lengths, 32, seed=0, epoch=epoch) for epoch in range(40)]
+    rests = [lengths[plan[-1]].mean() for plan in plans]
+    assert abs(np.mean(rests) / lengths.mean() - 1) < 0.1  # the rest is not of the longest rows
     same = [set(rows.tolist()) for rows in bucketed_batches(np.ones(3210), 32, seed=0, epoch=0)]
-    assert same != [set(range(start, min(start + 32, 3210))) for start in range(0, 3210, 32)]  # ties stay shuffled
-    again = {frozenset(rows.tolist()) for epoch in range(2) for rows in bucketed_batches(lengths, 32, seed=0, epoch=epoch)}
-    assert len(again) == 2 * len(plan)  # a row meets others in the next epoch
+    in_order = [set(range(start, min(start + 32, 3210))) for start in range(0, 3210, 32)]
+    assert same != in_order  # ties stay shuffled
+    batches = {frozenset(rows.tolist()) for rows in [*plans[0], *plans[1]]}
+    assert len(batches) == 2 * len(plan)  # a row meets others in the next epoch

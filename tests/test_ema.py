@@ -34,8 +34,8 @@ def bit_equal(a, b):
 def test_ema_decay_ramps_to_the_decay_and_stays():
     assert ema_decay(0, 0.999) == 0.1 and ema_decay(8, 0.999) == 0.5 and ema_decay(0, 0.05) == 0.05
     assert all(ema_decay(n, 0.999, warmup=False) == 0.999 for n in (0, 1, 10 ** 6))
-    kept = math.prod(ema_decay(n, 0.999) for n in range(10))
-    assert 0.9e-5 < kept < 1.1e-5  # the docstring's 0.001 %, and its 90 %
+    share = math.prod(ema_decay(n, 0.999) for n in range(10))
+    assert 0.9e-5 < share < 1.1e-5  # the docstring's 0.001 %, and its 90 %
     assert round(0.999 ** 100, 2) == 0.90
 
 
