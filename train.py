@@ -43,7 +43,8 @@ from runtime.settings import (
     CHECKS, NOT_OF_THE_TASK, RUN_FLAGS, SCORING_FLAGS, USES, Refused, Settings, add_flag, autocast,
     check_call, check_flags, chosen_of, command_line, refusals, resolve_device, resume_command)
 from tasks import bidmc, bidmc_pretrain, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
-from tasks.common import NonFinite, finite, plan_batches, seed_of, show, spelled
+from tasks.common import (
+    LOWER_IS_BETTER, NonFinite, finite, plan_batches, seed_of, show, spelled)
 
 TASKS = {"ocec": ocec.TASK, "faceparse": faceparse.TASK, **bidmc.TASKS, "quadmodal": quadmodal.TASK,
          "seqsetvae": seqsetvae.TASK}
@@ -69,6 +70,7 @@ def train_step(run, split, window, generator, look=None):
     gradient norm: NaN where fp16 skipped the step.
     """
     args, lr = run.args, run.schedule.get_last_lr()[0]
+    # of this process; the processes have equal shares of a batch
     rows_in_window = sum(len(rows) for rows in window)
     values = []
     for rows in window:
@@ -85,7 +87,7 @@ def train_step(run, split, window, generator, look=None):
 
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.parameters, args.clip or math.inf)
-    totals, norm = numbers_of(values, window, norm)
+    totals, norm = summed_over_processes(values, window, norm)
     if not math.isfinite(sum(total["train_loss"] for total in totals)):  # in all processes alike
         mean = sum(total["train_loss"] for total in totals) / sum(total["rows"] for total in totals)
         raise NonFinite(f"the loss became {mean}")
@@ -104,7 +106,7 @@ def train_step(run, split, window, generator, look=None):
     return totals, norm
 
 
-def numbers_of(values, window, norm):
+def summed_over_processes(values, window, norm):
     """Values of the batches times their rows, summed over the processes.
 
     The device is waited for once. values: [{name: scalar}] of each batch. Returns
@@ -225,7 +227,8 @@ def score_epoch(run, row, splits):
     row |= {"score": row["raw"][monitor], "weights": "raw"}
     if run.ema is not None:
         row["ema"] = evaluate(run.ema.module, splits.validation, run)
-        if not report.gain(monitor, row["score"], row["ema"][monitor]) > 0:  # a tie: the average
+        raw_is_better = report.gain(monitor, row["score"], row["ema"][monitor]) > 0
+        if not raw_is_better:  # a tie, or NaN: the average
             row |= {"score": row["ema"][monitor], "weights": "ema"}
     if splits.train_eval is not None:
         row["train_eval"] = evaluate(weights_of(run, row), splits.train_eval, run)
@@ -331,7 +334,7 @@ def cyclic(optimizer, args, steps):
 
 
 def plateau(optimizer, args, steps):
-    mode = "min" if watched_by_plateau(args) in report.LOWER_IS_BETTER else "max"
+    mode = "min" if watched_by_plateau(args) in LOWER_IS_BETTER else "max"
     return schedulers.Plateau(optimizer, mode=mode, factor=args.plateau_factor,
                               patience=args.plateau_patience, min_lr=args.min_lr,
                               **warmup(optimizer, args, steps))
@@ -497,9 +500,9 @@ def settled_args(args):
 
 def load_splits(args):
     """The task's splits, with their notes printed; rank 0 fills a cache, the others read it."""
-    for turn in (0, 1):
+    for turn in ("rank 0", "the others"):
         with processes.raised_everywhere():
-            if turn == min(rank(), 1):
+            if turn == ("the others" if rank() else "rank 0"):
                 splits = task_of(args).load(args.data, args)
     print("\n".join(splits.notes))
     return splits
@@ -511,7 +514,11 @@ def prepare_run(args, splits, content):
     floors = {}
     if splits.validation is not None:
         floors = task.floors(splits.validation, args, splits.facts)
-    if math.isnan(report.best_constant(floors).get(args.monitor, 0.0)):
+    constant = report.best_constant(floors)
+    if floors and args.monitor not in constant:
+        raise ValueError(f"--monitor {args.monitor}: the floors of task {args.task} need a "
+                         "constant that has this score, under a name that begins with `constant`")
+    if math.isnan(constant.get(args.monitor, 0.0)):
         raise ValueError(f"--monitor {args.monitor} is not defined on the {len(splits.validation)} "
                          "validation rows (labels of one value or one class): choose another, or "
                          "other rows with --seed or the ratios")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import data
-from runtime.report import LOWER_IS_BETTER, best_constant, gain, highest_rate, plain
-from tasks.common import count_or_names, plan_batches
+from runtime.report import best_constant, gain, highest_rate, plain
+from tasks.common import LOWER_IS_BETTER, count_or_names, plan_batches
 
 # --------------------------------------------------------------------------------------------------
 # Measured while the run goes on

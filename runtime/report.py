@@ -9,8 +9,7 @@ import numpy as np
 import models
 from runtime import checkpoint
 from runtime.processes import world_size
-
-LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd", "recon", "kl")
+from tasks.common import LOWER_IS_BETTER
 
 
 def gain(key, score, than):

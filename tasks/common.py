@@ -174,13 +174,19 @@ def mode_flags(**defaults):
 # --------------------------------------------------------------------------------------------------
 # The contract
 
+# Names of scores that a run can select by, and which way they go. A new score is added to one.
+LOWER_IS_BETTER = ("loss", "mae", "rmse", "patient_mae", "patient_sd", "recon", "kl")
+HIGHER_IS_BETTER = ("f1", "accuracy", "macro_f1", "auroc", "auprc", "f", "f_pooled", "miou", "r2")
+
 
 @dataclasses.dataclass
 class Splits:
     """The rows of a run.
 
-    A split has len(), .batch(rows, generator), .chunk (the number of rows scored at once) and,
-    where its rows have labels, .labels.
+    A split has len(), .batch(rows, generator), .chunk (the number of rows scored at once) and
+    .rows (its row numbers in the whole set, for examples.csv). It may have .labels (integers count
+    as classes), .groups, and .names of the whole set. A batch holds `inputs` and, with labels,
+    `targets`, on the device of the settings.
 
     facts: plain values measured on training rows (class weights, label scale), kept in every
     checkpoint. `data` and `split` are checksums. `seen` and `held_out` are the cases of the
@@ -227,13 +233,24 @@ class Task:
     # (outputs, split, args, facts) -> {score: number} over the whole split, with a "loss";
     # {column: number} in place of the number is a row of a table, such as a score of every class
     scores: Callable
-    floors: Callable  # (split, args, facts) -> {name: scores}: constants, simple models, ceilings
+    # (split, args, facts) -> {name: scores}: constants, simple models, ceilings; the name of a
+    # constant begins with `constant`, and one of them has every score of --monitor
+    floors: Callable
     # (batches, split, out, args, facts) -> rows written to out; batches: (batch, outputs) pairs
     predictions: Callable
     # (outputs, split, args, facts) -> how wrong each row is (n,), {column: (n,)}
     examples: Callable
     export: Callable = None  # (model, args, facts) -> Exported; None: the task refuses --export
     reference: bool = False  # scores need outputs["reference"], for the rows of split.reference
+
+    def __post_init__(self):
+        if "monitor" not in self.flags:
+            raise ValueError("a task needs a flag `monitor`, whose choices are scores, the first "
+                             "of them the one that is reported")
+        for name in self.flags["monitor"].choices:
+            if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+                raise ValueError(f"--monitor {name}: add {name!r} to LOWER_IS_BETTER or "
+                                 "HIGHER_IS_BETTER of tasks/common.py, so that its best is known")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -725,3 +725,17 @@ def test_train_outputs_of_a_split_lie_in_one_tensor_and_not_in_one_of_each_batch
     joined = train.outputs_of(nn.Identity(), split, run)["logits"]
     assert len(made) == 3 and joined.shape == (1100, 3)
     assert torch.equal(joined[512:1024], torch.full((512, 3), -1.0) + 1)
+
+
+def test_train_every_schedule_can_be_chosen_and_a_task_says_which_way_its_scores_go():
+    for task in train.TASKS.values():
+        assert set(task.flags["schedule"].choices) == set(train.SCHEDULES)
+    task = train.TASKS["ocec"]
+    for flags, text in (({}, "needs a flag `monitor`"),
+                        ({"monitor": common.Flag("mse", "", choices=("mse",))}, "add 'mse' to")):
+        raises(ValueError, text, lambda: dataclasses.replace(task, flags=flags))
+    without = dataclasses.replace(task, floors=lambda *_: {"majority": {"f1": 0.5}})
+    with folder() as f, replaced(train, "TASKS", train.TASKS | {"ocec": without}):
+        make_npz(f / "eyes.npz")
+        refused("need a constant that has this score", *TINY, "--data", f / "eyes.npz",
+                "--out", f / "a")
