@@ -321,7 +321,10 @@ def open_npz(path, arguments):
     Errors:    ValueError with path and remedy for a file or an array that cannot be read
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it is a single array")
+        with archive:
             yield archive
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a readable .npz of plain arrays ({error}): save it with "

@@ -445,7 +445,7 @@ def refused_folders(f, pillow):
         ("003.png is a L image of 4 bits", with_file("masks/003.png", FOUR_BITS)),
         ("mode I;16, 8 bits per channel", with_image("images/003.png", "I;16")),
         ("003.png and 003.jpg have the same stem", with_image("images/003.jpg", "RGB")),
-        ("is not a readable .npz file", f"--data {f / 'plain.npy'}"),
+        ("is not a readable .npz of plain arrays", f"--data {f / 'plain.npy'}"),
         ("003.png is not a readable mask", spoiled(truncate)),
         ("000.png is not a readable", with_file("images/000.png", b"no png")),
         ("masks does not exist",
