@@ -1,4 +1,4 @@
-"""Drawn data in the files that train.py reads, and tiny runs on them: what --quick works with."""
+"""For --quick: drawn data, written in the formats that train.py reads, and tiny runs on them."""
 
 import contextlib
 import io
@@ -34,26 +34,30 @@ def write_modalities(file, n=240, classes=3, names=("audio", "sensor")):
     np.savez(file, **arrays, labels=labels, groups=groups, label_names=np.array(label_names))
 
 
+def recording_tables(recording):
+    """{table: (header, values)} of a recording, as PhysioNet writes BIDMC."""
+    annotators = [recording["breaths"], recording["breaths_2"]]
+    breaths = np.full((max(map(len, annotators)), 2), np.nan)
+    for column, samples in enumerate(annotators):
+        breaths[: len(samples), column] = samples
+    numerics = np.stack([recording[name] for name in ("time", "hr", "pulse")], 1)
+    return {"Signals": ("PLETH", recording["ppg"]),
+            "Numerics": ("Time [s],HR,PULSE", numerics),
+            "Breaths": ("breaths ann1 [signal sample no],breaths ann2 [signal sample no]", breaths)}
+
+
 def write_recordings(folder, n=10, seconds=90):
     """n recordings as PhysioNet writes BIDMC."""
     folder.mkdir()
     for recording in bidmc_data.synthetic_ppg(n, seconds=seconds):
         name = f"{folder}/bidmc_{recording['number']:02d}"
-        breaths = [recording["breaths"], recording["breaths_2"]]
-        marks = np.full((max(map(len, breaths)), 2), np.nan)
-        for column, found in enumerate(breaths):
-            marks[: len(found), column] = found
-        clock = np.stack([recording[key] for key in ("time", "hr", "pulse")], 1)
-        annotators = "breaths ann1 [signal sample no],breaths ann2 [signal sample no]"
-        for table, header, values in (("Signals", "PLETH", recording["ppg"]),
-                                      ("Numerics", "Time [s],HR,PULSE", clock),
-                                      ("Breaths", annotators, marks)):
+        for table, (header, values) in recording_tables(recording).items():
             np.savetxt(f"{name}_{table}.csv", values, delimiter=",", header=header, comments="")
         Path(f"{name}_Fix.txt").write_text(f"MIMIC II matched wdb ID: {recording['patient']}\n")
 
 
 def write_stays(folder, n=80):
-    """n stays as PhysioNet writes the challenge of 2012, all in set a."""
+    """n stays as PhysioNet writes the challenge of 2012, all of them in set a."""
     (folder / "set-a").mkdir(parents=True)
     stays = seqsetvae_data.synthetic_stays(n)
     first_event = stays["first_event"][stays["first_set"]]
@@ -73,7 +77,7 @@ def write_stays(folder, n=80):
 
 
 def tiny_run(task, path, out, *words):
-    """train.py on drawn data, or this ends with what it said."""
+    """The folder of a finished tiny run; if it fails, end with everything it printed."""
     log = io.StringIO()
     call = ["--task", task, *TINY[task].split(), "--data", str(path), "--device", "cpu"]
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

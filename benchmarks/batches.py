@@ -1,44 +1,42 @@
-"""What feeds a training loop: the plan of an epoch of class-balanced batches, and batches of augmented images.
+"""Feeding a training loop: plans of class-balanced batches, and batches of augmented images.
 
     $ pip install pytorch-metric-learning albumentations pillow torchvision
-    $ python benchmarks/batches.py            # the allocator as glibc has it
-    $ python benchmarks/batches.py tuned      # with processes.tune_allocator, as train.py runs; for all
+    $ python benchmarks/batches.py            # glibc's default allocator
+    $ python benchmarks/batches.py tuned      # processes.tune_allocator, as in train.py; for all
     $ python benchmarks/batches.py --quick
 
-Plan: all batches of 256 of an epoch over 470,811 labels of two classes, 53 to 47, as index lists; the second epoch is timed. Against
-pytorch-metric-learning's MPerClassSampler with 128 rows per class, and torch's WeightedRandomSampler in a BatchSampler, which draws with
-replacement, so that a third of the rows of an epoch is missing and no batch is exactly balanced.
+Plan: the index lists of an epoch in batches of 256, for 470,811 labels of two classes (53 : 47).
+    MPerClassSampler        pytorch-metric-learning, 128 rows per class
+    WeightedRandomSampler   torch; draws with replacement, so a third of the rows is missing from an
+                            epoch and no batch is exactly balanced
 
-Images: an epoch over 16,384 synthetic eyes of 32 x 64 in batches of 256, each (256, 3, 32, 64) float32 in [-1, 1], with the probabilities
-of the ocec recipe: flip 0.5, photometric 0.5 for each of five changes, CLAHE 0.01 (crop and mixup are left out for all). Ours: gathered
-from one uint8 array in this process, with as many threads as the peers have workers, and with one. The peers: a DataLoader with 2
-persistent workers, started before the clock.
-    torchvision      PNG files, PIL, v2.RandomHorizontalFlip, v2.RandomPhotometricDistort; it has no CLAHE, which is in its favour
-    albumentations   from the array: HorizontalFlip, RandomBrightnessContrast, HueSaturationValue, ChannelShuffle at 0.5, CLAHE at 0.01
+Images: an epoch of 16,384 drawn eyes of 32 x 64 in batches (256, 3, 32, 64), float32 in [-1, 1].
+Probabilities of the ocec recipe: flip 0.5, each of five photometric changes 0.5, CLAHE 0.01; crop
+and mixup are left out. Ours gathers from one uint8 array in this process. The peers use a
+DataLoader with 2 persistent workers, which are started before the clock.
+    torchvision      PNG files, PIL, v2.RandomHorizontalFlip, v2.RandomPhotometricDistort; it has no
+                     CLAHE, which is in its favour
+    albumentations   the same array: HorizontalFlip, RandomBrightnessContrast, HueSaturationValue
+                     and ChannelShuffle at 0.5, CLAHE at 0.01
 
-All take turns; medians of the rounds are printed, of the ratios too, which are taken within a round.
+All take turns. Medians over the rounds are printed; a ratio is taken within a round.
 
-Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators, unused, were
-declared by hand), pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512, nothing else of ours at work;
-the last two of four runs each, the first two in brackets:
+Last result: the ranges of four runs; ours of the last two. torch 2.13.0+cpu, torchvision 0.28.0
+(the CUDA build; beside a CPU torch its three compiled operators, unused, were declared by hand),
+pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512:
 
-              ours                      ours, 1 thread            MPerClassSampler         WeightedRandomSampler
-    plan      12.3, 11.8 ms                                       981, 913 x (960, 857)    11.1,  9.6 x  (8.6,  9.3)
-    tuned     12.0, 14.4 ms                                       866, 732 x (1009, 934)   10.6,  7.7 x (11.5, 10.6)
+                                        default                tuned
+    plan, ours                          11.8 to 12.3 ms        12.0 to 14.4 ms
+    MPerClassSampler                    857 to 981 x           732 to 1,009 x
+    WeightedRandomSampler               8.6 to 11.1 x          7.7 to 11.5 x
+    images, ours, 2 threads, images/s   33,748 to 54,580       42,633 to 43,375
+    images, ours, 1 thread, images/s    30,317 to 39,770       31,851 to 33,821
+    PIL + torchvision                   15.7 to 19.9 x         18.4 to 19.9 x
+    albumentations                      2.6 to 3.1 x           2.8 to 3.8 x
 
-                                                                  PIL + torchvision         albumentations
-    images    33,748, 54,580 images/s   30,317, 39,770 images/s   15.7, 19.9 x (16.7, 17.6)   2.6, 3.1 x (2.8, 2.8)
-    tuned     42,633, 43,375 images/s   31,851, 33,821 images/s   19.0, 18.6 x (18.4, 19.9)   2.8, 3.2 x (3.8, 3.2)
-
-In quiet moments ours has 69,000 images/s with two threads and 44,000 with one; then others on the machine slow us down more than the peers,
-presumably because our batches lie in the cache that all share, and their single images in the cores' own. MPerClassSampler draws each
-128 rows with np.random.choice without replacement, which permutes the whole class.
-
-What is left of the plan: three permutations are 9.5 of 15.8 ms (line by line), the sort by class 4; the order of the batches hangs on
-them. Of a batch of 256, 5.9 ms at best with one thread: photometric 3.9 (hue 1.2, of half of the images; contrast 0.8; out of float32 and
-into it 0.6; saturation 0.35; gathering 0.4; draws and sort 0.25), CLAHE of 2.6 images 0.9, some 90 small operations; gathering, flip and
-scaling 0.9. Each pass over float32 runs at the speed of the cache and each operation costs 3 to 5 us before it starts, so neither smaller
-nor larger chunks help. Sorting by contrast as well would gain 0.3, taking each operation in inference mode 0.2: left out.
+Our plan: three permutations take 9.5 of 15.8 ms, the sort by class 4. Our batch of 256, 1 thread:
+5.9 ms at best, of which photometric 3.9, CLAHE of 2.6 images 0.9, gathering, flip and scaling 0.9.
+Load from others on the machine slows ours down more than the peers.
 """
 
 import os
@@ -61,6 +59,7 @@ from tasks import ocec
 
 
 def compare(title, contestants, rounds, show):
+    """Run the functions {name: work(round)} in turn; print medians, and their ratios to ours."""
     seconds = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, work in contestants.items():
@@ -69,7 +68,7 @@ def compare(title, contestants, rounds, show):
             seconds[name].append(time.perf_counter() - start)
     print(title)
     for name, (_, *taken) in seconds.items():  # the first round warms up
-        ratio = statistics.median(its / our for its, our in zip(taken, seconds["ours"][1:]))
+        ratio = statistics.median(peer / ours for peer, ours in zip(taken, seconds["ours"][1:]))
         print(f"    {name:<22} {show(statistics.median(taken)):>16}   {ratio:6.1f} x", flush=True)
 
 
@@ -94,7 +93,7 @@ def compare_plans(n, size, peers):
 
 
 class Files(Dataset):
-    """PNG files, decoded by PIL and augmented by torchvision each time they are asked for."""
+    """PNG files, decoded by PIL and augmented by torchvision each time a row is read."""
 
     def __init__(self, folder, images):
         from PIL import Image
@@ -104,8 +103,12 @@ class Files(Dataset):
         self.files = [folder / f"{i}.png" for i in range(len(images))]
         for file, image in zip(self.files, images):
             file.write_bytes(data.encode_png(image))
-        self.transform = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(0.5), v2.RandomPhotometricDistort(p=0.5),
-                                     v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+        self.transform = v2.Compose([
+            v2.ToImage(),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomPhotometricDistort(p=0.5),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3)])
 
     def __len__(self):
         return len(self.files)
@@ -123,14 +126,20 @@ class Resident(Dataset):
 
         cv2.setNumThreads(0)
         self.images = images
-        self.transform = a.Compose([a.HorizontalFlip(p=0.5), a.RandomBrightnessContrast(0.125, 0.5, p=0.5), a.HueSaturationValue(p=0.5),
-                                    a.ChannelShuffle(p=0.5), a.CLAHE(2.0, (4, 4), p=0.01), a.Normalize([0.5] * 3, [0.5] * 3)])
+        self.transform = a.Compose([
+            a.HorizontalFlip(p=0.5),
+            a.RandomBrightnessContrast(0.125, 0.5, p=0.5),
+            a.HueSaturationValue(p=0.5),
+            a.ChannelShuffle(p=0.5),
+            a.CLAHE(2.0, (4, 4), p=0.01),
+            a.Normalize([0.5] * 3, [0.5] * 3)])
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return torch.from_numpy(np.ascontiguousarray(self.transform(image=self.images[i])["image"].transpose(2, 0, 1)))
+        image = self.transform(image=self.images[i])["image"]
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def compare_images(n, size, peers):

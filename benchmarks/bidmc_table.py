@@ -1,12 +1,15 @@
-"""What README says of bidmc_rr and bidmc_hr, from finished cross-validated runs: scores, and differences patient by patient.
+"""Tables of finished cross-validated bidmc runs: scores, and differences by patient.
 
     $ python train.py --task bidmc_rr --lr 1e-3 --data bidmc_csv --folds 5 --out runs/rr-scratch
     $ python benchmarks/bidmc_table.py runs/rr-scratch runs/rr-finetune
+    $ python benchmarks/bidmc_table.py --quick
 
-For each run the mean over the folds and their standard deviation, beside every floor and ceiling. Then, for each patient (every
-one of them is tested in one fold), the mean absolute error of a run minus that of the spectral peak, of the constants and of the
-first run named: mean over the patients, with a 95 % interval from 10,000 bootstrap samples of patients. Runs of several seeds
-joined by commas are averaged patient by patient first.
+Scores: mean and standard deviation over the folds, for the model and for every floor and ceiling.
+
+Differences: the mean absolute error of each patient (tested in exactly one fold), minus that of the
+spectral peak, of the constants and of the first run. The mean over the patients is printed with a
+95 % interval from 10,000 bootstrap samples of patients. Runs of several seeds, joined by commas,
+are averaged by patient first.
 """
 
 import json
@@ -17,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _quick import new_parser, parse
+from _quick import new_parser, parse, require_runs_or_quick
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -27,7 +30,7 @@ from tasks.common import outputs_over
 
 
 def patient_errors(folder, folds):
-    """{name: {patient: mean absolute error}} of the run and of what learns nothing, over the test windows of all folds."""
+    """{name: {patient: mean absolute test error}} of a run and its baselines, over all folds."""
     errors = {"model": {}, "spectral peak": {}, "constant mean": {}, "constant median": {}}
     for fold in range(1, folds + 1):
         best = folder / f"fold-{fold}" / "best.pt"
@@ -47,8 +50,9 @@ def patient_errors(folder, folds):
                        "constant mean": facts["scaler"]["mean"],
                        "constant median": facts["median"]}
         for name, prediction in predictions.items():
+            window_errors = np.abs(prediction - split.labels)
             for patient in np.unique(split.groups):
-                errors[name][patient] = np.abs(prediction - split.labels)[split.groups == patient].mean()
+                errors[name][patient] = window_errors[split.groups == patient].mean()
     return errors
 
 
@@ -60,18 +64,22 @@ def interval(differences):
 
 
 def print_scores(folder, scores):
+    """A row for the model and for each floor and ceiling."""
     print(f"\n{folder}: {scores['folds']} folds, {scores['test']['rows']:,} test windows, "
           "mean +- sd over the folds")
     for name, row in scores["test"].items():
-        if name != "rows":
-            sd = scores["test_sd"][name]
-            cells = [f"{key} {value:8.4f} +- {sd[key]:.4f}" for key, value in row.items()
-                     if value is not None]
-            print(f"  {name:<16}" + "   ".join(cells))
+        if name == "rows":
+            continue
+        sd = scores["test_sd"][name]
+        cells = []
+        for metric, value in row.items():
+            if value is not None:
+                cells.append(f"{metric} {value:8.4f} +- {sd[metric]:.4f}")
+        print(f"  {name:<16}" + "   ".join(cells))
 
 
 def errors_of_seeds(folders):
-    """patient_errors, averaged patient by patient over the seeds; prints the scores of each."""
+    """patient_errors averaged by patient over the seeds; prints the scores of every seed."""
     of_seeds = []
     for folder in folders:
         scores = json.loads((folder / "scores.json").read_text())
@@ -81,13 +89,14 @@ def errors_of_seeds(folders):
         of_seeds.append(patient_errors(folder, scores["folds"]))
     means = {}
     for name, patients in of_seeds[0].items():
-        means[name] = {patient: np.mean([errors[name][patient] for errors in of_seeds])
-                       for patient in patients}
+        means[name] = {}
+        for patient in patients:
+            means[name][patient] = np.mean([errors[name][patient] for errors in of_seeds])
     return means
 
 
 def compare(recipes):
-    """Each list of folders, seeds of one recipe, with what learns nothing and with the first."""
+    """Compare each recipe (the folders of its seeds) with its baselines and the first recipe."""
     first = None
     for folders in recipes:
         title = ",".join(map(str, folders))
@@ -113,7 +122,7 @@ def tiny_recipes(folder):
         run = folder / f"run-{seed}"
         runs.append(tiny_run("bidmc_hr", folder / "csv", run, "--folds", "2", "--seed", seed))
     for run in runs:
-        errors = patient_errors(run, 1)["model"]  # of the first fold alone
+        errors = patient_errors(run, folds=1)["model"]
         mean = np.mean(list(errors.values()))
         scores = json.loads((run / "fold-1" / "scores.json").read_text())["test"]["model"]
         assert abs(mean / scores["patient_mae"] - 1) < 1e-4, (mean, scores)
@@ -124,8 +133,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
     args = parse(parser)
-    if bool(args.runs) == args.quick:
-        parser.error("give either folders of finished runs, or --quick")
+    require_runs_or_quick(parser, args)
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
             compare(tiny_recipes(Path(folder)))

@@ -1,27 +1,32 @@
-"""What several processes pay for talking to each other: the same training step of ocec with and without it.
+"""Cost of communication between processes: one training step of ocec with and without it.
 
     $ torchrun --nproc-per-node 2 benchmarks/ddp.py
     $ python benchmarks/ddp.py --quick      # without torchrun it starts itself in two processes
 
-Two processes of one thread each, gloo, processes.tune_allocator in both. The network of train.build with 64 channels and 8 blocks,
-128 images of 32 x 64 for each process, float32: forward, BCE, backward, gradient norm, AdamW, average of the weights, as train.py does
-them. The kinds take turns, two steps at a time; all processes start together, and it counts when the last one is done, so that waiting for the
-slower one at every step is part of the cost. Medians of the rounds, and of the ratios to `alone` within a round.
+Two processes of one thread each, gloo, processes.tune_allocator. Network: 64 channels, 8 blocks;
+128 images of 32 x 64 per process, float32. A step is forward, BCE, backward, gradient norm, AdamW
+and average of the weights, as in train.py.
 
-alone: no process hears of another (DistributedDataParallel's no_sync). waiting: and after backward one number is summed over them, so
-each waits for the other. gradients: what processes.share_gradients does. all of train.py: and the sums of loss, rows and signals. The
-norm of the gradients must be the same in both processes to the bit in the latter two, and not in the others.
+    alone             no communication (no_sync of DistributedDataParallel)
+    waiting           alone, and one number is summed over the processes after backward
+    gradients         processes.share_gradients
+    all of train.py   gradients, and the sums of loss, rows and signals
 
-Last result, torch 2.13.0+cpu, 2 cores with others at work on the machine (load 2):
+The kinds take turns, two steps at a time. All processes start together, and the clock stops when
+the last one is done. Medians over the rounds are printed; a ratio to `alone` is taken within a
+round. The gradient norms must be equal to the bit in both processes for the last two kinds, and
+must differ for the first two.
+
+Last result, torch 2.13.0+cpu, 2 cores, others at work on the machine (load 2):
 
     alone               328.5 ms    +0.0 %   middle half +0.0 to +0.0
     waiting             333.0 ms    +0.5 %   middle half -4.2 to +4.7
     gradients           332.9 ms    +1.2 %   middle half -3.9 to +6.2
     all of train.py     327.4 ms    +4.2 %   middle half -2.7 to +6.9
 
-The rounds differ more than the kinds. Two runs before gave +4.8 % (30 rounds) and +3.9 % (24) for the gradients, +5.3 % for all of train.py
-(30), and in the last of them +5.1 % for waiting alone: what is paid is waiting for the slower process. In that run broadcast_buffers=False
-came to +5.8 %, with gradient_as_bucket_view to +3.1 %, with static_graph as well to +2.5 %, all within the noise: train.py takes none.
+The rounds differ more than the kinds. Two runs before gave +4.8 and +3.9 % for the gradients, one
+of them +5.3 % for all of train.py, the other +5.1 % for waiting alone. train.py leaves out
+broadcast_buffers=False, gradient_as_bucket_view and static_graph: no difference beyond the noise.
 """
 
 import contextlib
@@ -44,13 +49,15 @@ from tasks import ocec
 from tasks.common import unit_images
 
 KINDS = ("alone", "waiting", "gradients", "all of train.py")
+UNSHARED = ("alone", "waiting")  # the kinds that do not share gradients
 
 
 def step(kind, run, batch, stop):
-    """One optimizer step; the gradients' norm."""
+    """One optimizer step; returns the norm of the gradients."""
     if kind == "all of train.py":
         stop.check()
-    with run.loss.no_sync() if kind in ("alone", "waiting") else contextlib.nullcontext():
+    sharing = run.loss.no_sync() if kind in UNSHARED else contextlib.nullcontext()
+    with sharing:
         loss, _ = run.loss(batch, run.args, run.facts)
         loss.backward()
     if kind == "waiting":
@@ -64,7 +71,19 @@ def step(kind, run, batch, stop):
     return float(norm)
 
 
+def print_rounds(rounds):
+    """Median seconds of each kind, and its change against `alone`: median and middle half."""
+    for kind, seconds in rounds.items():
+        changes = sorted(100 * (taken / alone) - 100
+                         for taken, alone in zip(seconds, rounds["alone"]))
+        quarter = len(changes) // 4
+        print(f"    {kind:<16} {statistics.median(seconds) * 1000:8.1f} ms   "
+              f"{statistics.median(changes):+5.1f} %   "
+              f"middle half {changes[quarter]:+.1f} to {changes[-1 - quarter]:+.1f}")
+
+
 def compare(channels, blocks, batch_size, steps, number_of_rounds):
+    """Time every kind of step in turn; end if the gradient norms are not as expected."""
     words = f"--task ocec --channels {channels} --blocks {blocks} --device cpu"
     args = train.parse_args(words.split())
     images, labels, _, _ = ocec.synthetic_eyes(batch_size, size=args.size, seed=processes.rank())
@@ -76,7 +95,8 @@ def compare(channels, blocks, batch_size, steps, number_of_rounds):
     with processes.StopSignal() as stop:
         for kind in KINDS:
             norms = processes.gather_objects(step(kind, run, batch, stop))
-            if (len(set(norms)) == 1) != (kind not in ("alone", "waiting")):
+            norms_are_equal = len(set(norms)) == 1
+            if norms_are_equal != (kind not in UNSHARED):
                 sys.exit(f"{kind}: gradient norms {norms}")
             for p in run.raw_model.parameters():
                 torch.distributed.broadcast(p.data, 0)
@@ -90,12 +110,7 @@ def compare(channels, blocks, batch_size, steps, number_of_rounds):
                 rounds[kind].append((time.perf_counter() - start) / steps)
     print(f"torch {torch.__version__}, {processes.world_size()} processes, "
           f"{torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}")
-    quarter = number_of_rounds // 4
-    for kind, seconds in rounds.items():
-        ratios = sorted(its / alone for its, alone in zip(seconds, rounds["alone"]))
-        print(f"    {kind:<16} {statistics.median(seconds) * 1000:8.1f} ms   {100 * statistics.median(ratios) - 100:+5.1f} %   "
-              f"middle half {100 * ratios[quarter] - 100:+.1f} "
-              f"to {100 * ratios[-1 - quarter] - 100:+.1f}")
+    print_rounds(rounds)
 
 
 def main():

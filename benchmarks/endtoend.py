@@ -1,49 +1,51 @@
-"""ocec from image files on disk to trained weights: train.py against the loop of a public script.
+"""ocec from image files to trained weights: train.py against the loop of a public script.
 
     $ pip install pillow torchvision
     $ python benchmarks/endtoend.py
-    $ python benchmarks/endtoend.py --quick     # ours alone, on 1,024 eyes with a tiny network
+    $ python benchmarks/endtoend.py --quick     # ours only: 1,024 eyes, a tiny network
 
-Data: 4,096 drawn eyes of 32 x 64 as PNG files in open/ and closed/, 3,584 to train on and 512 to validate. Network: the baseline of 64
-channels and 8 blocks, batch 256, 2 epochs, 28 steps, float32. Whole processes, start of Python and imports included.
+Data: 4,096 drawn eyes of 32 x 64, PNG files in open/ and closed/; 3,584 for training and 512 for
+validation. Network: baseline, 64 channels, 8 blocks. Batch 256, 2 epochs, 28 steps, float32; crop
+and mixup are left out. The time is that of the whole process, start of Python and imports included.
 
-    ours    python train.py --task ocec --data FOLDER --channels 64 --blocks 8 --batch-size 256 ..., as a user calls it: decodes once to
-            memory, flip, photometric changes and CLAHE, channels_last, AdamW fused, EMA, schedule, gradient norm, raw and averaged weights
-            validated before and after each epoch, checkpoints, curves, pictures, diagnosis; the allocator tuned
-    peer    a Dataset that opens each file with PIL, torchvision v2 (flip, RandomPhotometricDistort), DataLoader with 2 workers (persistent,
-            which is in its favour), eager network, BCE, AdamW(), validated after each epoch, best weights saved; the allocator as glibc
-            has it, and once more with processes.tune_allocator
+    ours    train.py --task ocec --channels 64 --blocks 8 --batch-size 256 ..., as a user calls it:
+            decodes once to memory, flip, photometric changes, CLAHE, channels_last, fused AdamW,
+            EMA, schedule, gradient norm, raw and averaged weights validated before and after each
+            epoch, checkpoints, curves, pictures, diagnosis; tuned allocator
+    peer    a Dataset that opens every file with PIL, torchvision v2 (flip,
+            RandomPhotometricDistort), DataLoader with 2 persistent workers (in its favour), eager
+            network, BCE, AdamW(), validation after each epoch, best weights saved; with glibc's
+            allocator, and with processes.tune_allocator
 
-In turns, images/s are training images over the seconds of the process; crop and mixup are left out for both. Both must have taken the
-same number of steps and come below a loss of 0.6, where a constant has 0.69, in the last epoch (ours with pos_weight, 1.1 here or near it).
+They take turns. images/s: training images over the seconds of the process. Both must take the same
+number of steps, and the loss of the last epoch must be below 0.6 (a constant has 0.69; the loss of
+ours has pos_weight, near 1.1 here).
 
-Last result, torch 2.13.0+cpu, torchvision 0.28.0 (PyPI's, made for CUDA: beside a CPU torch its three compiled operators, unused here, were
-declared by hand), 2 cores, 2 threads, load 1, two rounds:
+Last result, torch 2.13.0+cpu, torchvision 0.28.0 (the CUDA build; beside a CPU torch its three
+compiled operators, unused, were declared by hand), 2 cores, 2 threads, load 1, two rounds:
 
-    ours                          454 images/s    1.00 x    15.6, 16.0 s    loss of the last epoch 0.438
-    peer, glibc's allocator       161 images/s    2.81 x    44.3, 44.5 s    0.366
-    peer, tuned                   236 images/s    1.92 x    29.5, 31.3 s    0.366
+    ours                       454 images/s   1.00 x   15.6, 16.0 s   loss of the last epoch 0.438
+    peer, glibc's allocator    161 images/s   2.81 x   44.3, 44.5 s   0.366
+    peer, tuned                236 images/s   1.92 x   29.5, 31.3 s   0.366
 
-Two rounds on another day gave 2.81 and 1.72 x, one under load 4 gave 2.3 and 1.3 x.
-
-Of our 15 s, by steps.py and start.py, 28 steps take 10 and the start 2; the rest is scoring, batches, files and pictures.
+Another day gave 2.81 and 1.72 x, a run under load 4 gave 2.3 and 1.3 x. Of our 15 s, 28 steps take
+10 and the start 2 (steps.py, start.py); the rest is scoring, batches, files and pictures.
 """
 
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from _quick import new_parser, parse, require
+from _quick import new_parser, parse, require, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 EPOCHS, BATCH, COUNT, TRAIN = 2, 256, 4096, 3584
-OURS = (f"train.py --task ocec --epochs {EPOCHS} --crop 0 --mixup 0 "
+OURS = (f"--task ocec --epochs {EPOCHS} --crop 0 --mixup 0 "
         "--train-ratio 0.875 --val-ratio 0.125 --test-ratio 0 --monitor auroc").split()
 FULL = f"--channels 64 --blocks 8 --batch-size {BATCH} --lr 1e-3".split()
 QUICK = "--channels 16 --blocks 2 --batch-size 16 --lr 1e-2 --photometric 0 --dropout 0".split()
@@ -53,6 +55,7 @@ def write_eyes(folder, count):
     from PIL import Image
 
     from tasks import ocec
+
     images, labels, _, _ = ocec.synthetic_eyes(count, size=(32, 64))
     for name in ("open", "closed"):
         (folder / name).mkdir(parents=True)
@@ -61,7 +64,7 @@ def write_eyes(folder, count):
 
 
 def peer(folder, tuned):
-    """The public script: prints steps and the mean training loss of the last epoch as JSON."""
+    """The public script; prints its steps and the training loss of the last epoch as JSON."""
     import torch
     import torch.nn.functional as F
     from PIL import Image
@@ -71,11 +74,13 @@ def peer(folder, tuned):
     import models
     if tuned:
         from runtime import processes
+
         processes.tune_allocator()
 
     class Eyes(Dataset):
         def __init__(self, folder, transform):
-            self.files, self.transform = sorted(Path(folder).glob("*/*.png")), transform
+            self.files = sorted(Path(folder).glob("*/*.png"))
+            self.transform = transform
 
         def __len__(self):
             return len(self.files)
@@ -84,11 +89,19 @@ def peer(folder, tuned):
             image = Image.open(self.files[i]).convert("RGB")
             return self.transform(image), float(self.files[i].parent.name == "open")
 
-    last = [v2.Resize((32, 64)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    augmentation = [v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()]
+    conversion = [v2.Resize((32, 64)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                  v2.Normalize([0.5] * 3, [0.5] * 3)]
+
+    def loader(part, transforms):
+        """Batches of part 0 (training, shuffled) or 1 (validation) of the files."""
+        eyes = Eyes(folder, v2.Compose(transforms))
+        generator = torch.Generator().manual_seed(0)
+        rows = random_split(eyes, [TRAIN, COUNT - TRAIN], generator)[part]
+        return DataLoader(rows, BATCH, shuffle=part == 0, num_workers=2, persistent_workers=True)
+
     torch.manual_seed(0)
-    parts = [random_split(Eyes(folder, v2.Compose(steps)), [TRAIN, COUNT - TRAIN], torch.Generator().manual_seed(0))[side]
-             for side, steps in enumerate(([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort(), *last], last))]
-    training, validation = (DataLoader(part, BATCH, shuffle=part is parts[0], num_workers=2, persistent_workers=True) for part in parts)
+    training, validation = loader(0, augmentation + conversion), loader(1, conversion)
     model = models.EyeNet((32, 64), block="baseline", channels=64, blocks=8)
     optimizer = torch.optim.AdamW(model.parameters())
     steps, best = 0, -1.0
@@ -103,10 +116,12 @@ def peer(folder, tuned):
             losses.append(loss.item())
             steps += 1
         model.eval()
+        right = 0
         with torch.no_grad():
-            right = sum(((model(images) > 0) == (labels > 0.5)).sum().item() for images, labels in validation)
-        if right / len(parts[1]) > best:
-            best = right / len(parts[1])
+            for images, labels in validation:
+                right += ((model(images) > 0) == (labels > 0.5)).sum().item()
+        if right / (COUNT - TRAIN) > best:
+            best = right / (COUNT - TRAIN)
             torch.save(model.state_dict(), Path(folder) / "best.pth")
     print(json.dumps({"steps": steps, "loss": statistics.mean(losses)}))
 
@@ -114,27 +129,27 @@ def peer(folder, tuned):
 def timed(words):
     """Seconds of a Python process and what it printed."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-W", "ignore", *words], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return seconds, done.stdout
+    printed = run_python("-W", "ignore", *words)
+    return time.perf_counter() - start, printed
 
 
 def run_of_ours(flags, eyes, out):
-    """Seconds, steps and the loss of the last epoch."""
-    seconds, _ = timed([*OURS, *flags, "--data", str(eyes), "--out", str(out)])
+    """Seconds, steps and the loss of the last epoch of train.py."""
+    paths = ["--data", str(eyes), "--out", str(out)]
+    seconds, _ = timed([str(ROOT / "train.py"), *OURS, *flags, *paths])
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     return seconds, row["step"], row["train_loss"]
 
 
 def run_of_peer(name, eyes):
+    """Seconds, steps and the loss of the last epoch of the public script."""
     seconds, printed = timed([__file__, "peer", str(eyes), "tuned" if "tuned" in name else ""])
-    steps, loss = json.loads(printed.splitlines()[-1]).values()
-    return seconds, steps, loss
+    result = json.loads(printed.splitlines()[-1])
+    return seconds, result["steps"], result["loss"]
 
 
 def compare(names, flags, count, train_count, batch, most_loss, number_of_rounds):
+    """Run ours and the peers in turn on drawn eyes; end if steps or loss are not as expected."""
     rounds = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -152,7 +167,7 @@ def compare(names, flags, count, train_count, batch, most_loss, number_of_rounds
                 print(f"    round {i + 1}, {name:<24} {seconds:6.1f} s, "
                       f"loss of the last epoch {loss:.3f}", flush=True)
     for name, seconds in rounds.items():
-        ratio = statistics.median(its / our for its, our in zip(seconds, rounds["ours"]))
+        ratio = statistics.median(peer / ours for peer, ours in zip(seconds, rounds["ours"]))
         speed = EPOCHS * train_count / statistics.median(seconds)
         print(f"    {name:<24} {speed:8.0f} images/s   {ratio:5.2f} x", flush=True)
 

@@ -1,13 +1,18 @@
-"""Test scores of finished faceparse runs as rows of a table: seeds of one recipe joined by commas, several recipes side by side.
+"""Table of finished faceparse runs: test scores of several recipes, a row per recipe.
 
     $ for seed in 0 1; do for flip in swap naive none; do
-    >     python train.py --task faceparse --lr 2e-3 --data celebamask_mini --size 96 --epochs 20 --warmup-epochs 1 \\
-    >         --min-lr 2e-6 --jitter 0 --flip $flip --seed $seed --out runs/flip-$flip-$seed; done; done
-    $ python benchmarks/faces_table.py runs/flip-swap-0,runs/flip-swap-1 runs/flip-naive-0,runs/flip-naive-1 \\
-    >     runs/flip-none-0,runs/flip-none-1
+    >     python train.py --task faceparse --lr 2e-3 --data celebamask_mini --size 96 \\
+    >         --epochs 20 --warmup-epochs 1 --min-lr 2e-6 --jitter 0 --flip $flip --seed $seed \\
+    >         --out runs/flip-$flip-$seed; done; done
+    $ python benchmarks/faces_table.py runs/flip-swap-0,runs/flip-swap-1 \\
+    >     runs/flip-naive-0,runs/flip-naive-1 runs/flip-none-0,runs/flip-none-1
+    $ python benchmarks/faces_table.py --quick
 
-sided: mean F of the six classes that have a left and a right; middle: of the nine that are in most faces and have none; both pooled
-over the images. gap: F of training rows less that of validation rows, in the last epoch, both not augmented.
+Seeds of one recipe are joined by commas.
+
+    sided     mean F of the six classes that have a left and a right; pooled over the images
+    middle    mean F of the nine classes that have none and are in most faces; pooled
+    gap       F of training rows minus F of validation rows, last epoch, neither augmented
 """
 
 import json
@@ -16,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from _quick import new_parser, parse
+from _quick import new_parser, parse, require_runs_or_quick
 
 SIDED = ("l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear")
 MIDDLE = ("background", "skin", "nose", "mouth", "u_lip", "l_lip", "hair", "neck", "cloth")
@@ -26,13 +31,17 @@ def columns(folder):
     """{column: score} of one run."""
     test = json.loads((folder / "scores.json").read_text())["test"]["model"]
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    mean_of = lambda names: np.mean([test["classes"][name]["f"] for name in names])
-    return {"F": test["f"], "F pooled": test["f_pooled"], "mean IoU": test["miou"], "sided": mean_of(SIDED), "middle": mean_of(MIDDLE),
+
+    def mean_f(names):
+        return np.mean([test["classes"][name]["f"] for name in names])
+
+    return {"F": test["f"], "F pooled": test["f_pooled"], "mean IoU": test["miou"],
+            "sided": mean_f(SIDED), "middle": mean_f(MIDDLE),
             "gap": last["train_eval"]["f"] - last[last["weights"]]["f"]}
 
 
 def print_table(recipes):
-    """A row for each list of folders, which are seeds of one recipe."""
+    """A row per recipe; a recipe is the list of the folders of its seeds."""
     for i, folders in enumerate(recipes):
         rows = [columns(folder) for folder in folders]
         if i == 0:
@@ -59,8 +68,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
     args = parse(parser)
-    if bool(args.runs) == args.quick:
-        parser.error("give either folders of finished runs, or --quick")
+    require_runs_or_quick(parser, args)
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
             print_table(tiny_recipes(Path(folder)))

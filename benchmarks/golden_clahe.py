@@ -1,7 +1,7 @@
-"""Golden values for the CLAHE tests, by OpenCV: what tests/test_augmentation.py stores.
+"""Golden values of the CLAHE tests, by OpenCV: stored in tests/test_augmentation.py.
 
     $ pip install opencv-python-headless && python benchmarks/golden_clahe.py
-    $ python benchmarks/golden_clahe.py --quick     # data.clahe beside the stored values, no OpenCV
+    $ python benchmarks/golden_clahe.py --quick     # data.clahe against the stored values
 """
 
 import base64
@@ -23,7 +23,10 @@ LIMITS = [0, 1, 2, 4, 40]
 
 
 def pattern(height, width):
-    """Four grey pictures (4, h, w) uint8 by integer arithmetic alone: noise, waves, faint noise, a chequerboard."""
+    """Four grey pictures (4, h, w), uint8: noise, waves, faint noise, chequerboard.
+
+    Integer arithmetic only, so that they are the same everywhere.
+    """
     y, x = np.mgrid[:height, :width].astype(np.int64)
     noise = ((x * 7919 + y * 104729) * 2654435761 >> 13) & 255
     waves = (3 * y * y + 5 * x + x * y // 7) % 256
@@ -41,7 +44,7 @@ def our_clahe(image, limit, grid):
 
 
 def crc_of_grey(size, clahe):
-    """One checksum over every grid, limit and picture of a size, in this order."""
+    """One checksum over all grids, limits and pictures of a size, in this order."""
     crc = 0
     for grid in GRIDS:
         for limit in LIMITS:
@@ -80,7 +83,7 @@ def print_golden():
 
 
 def check_stored():
-    """The stored values are those of the inputs made here, as far as data.py agrees with OpenCV."""
+    """End if data.py does not give the stored values for the inputs made here."""
     from tests.test_augmentation import CLAHE_COLOUR, CLAHE_GREY, CLAHE_LAB
 
     for size in SIZES:
@@ -95,8 +98,8 @@ def check_stored():
     off = np.abs(ours.astype(int) - stored)
     if off.max() > 1:
         sys.exit(f"in colour data.clahe is {off.max()} levels off what is stored")
-    print(f"{len(SIZES)} sizes of grey images and {colours().size // 3:,} colours are bit for bit "
-          f"what is stored, the image in colour up to {off.max()} level")
+    print(f"{len(SIZES)} sizes of grey images and {colours().size // 3:,} colours equal the stored "
+          f"values bit for bit, the image in colour up to {off.max()} level")
 
 
 def main():

@@ -1,9 +1,10 @@
-"""Golden values of the metrics: scikit-learn on raw logits full of ties, built from integers so that no RNG is involved.
+"""Golden values of the metrics, by scikit-learn, on raw logits full of ties.
 
-    pip install scikit-learn && python benchmarks/golden_metrics.py
-    python benchmarks/golden_metrics.py --quick     # losses.py beside the plain versions below
+    $ pip install scikit-learn && python benchmarks/golden_metrics.py
+    $ python benchmarks/golden_metrics.py --quick     # losses.py against the plain versions below
 
-The numbers stand in test_losses_metrics_equal_scikit_learn_on_tied_logits and test_losses_regression_report_equals_scikit_learn.
+The inputs are built from integers, without a random generator. The numbers are stored in two tests
+of tests/test_metrics.py.
 """
 
 import sys
@@ -17,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses
 
 i = np.arange(2000)
-labels = (37 * i * i + 11 * i) % 101 < 30                              # 30 % positive
-scores = ((7919 * i) % 61 - 40 + 20 * labels) / 8.0                    # 61 + 20 distinct logits, each tied many times
+labels = (37 * i * i + 11 * i) % 101 < 30            # 30 % positive
+scores = ((7919 * i) % 61 - 40 + 20 * labels) / 8.0  # 61 + 20 distinct logits with many ties each
 predicted = scores >= 0
 
-targets = 10 + (7 * i % 13) / 4                                        # a regression with errors of both signs
+targets = 10 + (7 * i % 13) / 4                      # a regression with errors of both signs
 predictions = targets + ((5 * i * i) % 17 - 7) / 8
 
 
 def plain_auroc(scores, labels):
-    """The share of pairs, positive and negative, in the right order; a tie counts one half."""
+    """Share of the pairs (positive, negative) in the right order; a tie counts one half."""
     positive, negative = scores[labels == 1][:, None], scores[labels == 0]
     return ((positive > negative) + 0.5 * (positive == negative)).mean()
 

@@ -1,15 +1,19 @@
-"""Memory of a whole run (load, one epoch, scores, test) on sets that grow a hundredfold.
+"""Memory of a whole run (load, one epoch, scores, test) on a set and on one 100 times as large.
 
     $ OMP_NUM_THREADS=1 python benchmarks/memory.py            # Linux; 6 GB of disk, 25 minutes
-    $ OMP_NUM_THREADS=1 python benchmarks/memory.py --quick    # does the script still run? 1 minute
+    $ OMP_NUM_THREADS=1 python benchmarks/memory.py --quick    # two kinds of data, 1 minute
 
-Tiny networks train for one epoch, each in a fresh process. `build` is the run that makes the cache,
-`mapped` the next one with the same cache, `no cache` a run without --cache (recordings always have
-one). Every 20 ms a thread reads /proc/self/status. anon is the highest RssAnon: the memory of the
-process, which the kernel cannot take back. file is the highest RssFile: pages of mapped files,
-those of torch's libraries too, which the kernel drops when it needs room. The larger set repeats
-the rows of the smaller one, under other groups.
+A tiny network trains for one epoch in a fresh process. The larger set repeats the rows of the
+smaller one, under other groups.
 
+    build       the run that makes the cache
+    mapped      the next run, with the same cache
+    no cache    a run without --cache; recordings always have one
+    anon        highest RssAnon: memory of the process, which the kernel cannot take back
+    file        highest RssFile: pages of mapped files, those of torch's libraries included, which
+                the kernel drops when it needs room
+
+A thread reads both from /proc/self/status every 20 ms.
 """
 
 import argparse
@@ -17,7 +21,6 @@ import contextlib
 import io
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +33,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
+from _drawn import recording_tables
+from _quick import run_python
 from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 RUN = "--epochs 1 --device cpu --train-ratio 0.6 --val-ratio 0.2 --test-ratio 0.2"
@@ -73,24 +78,17 @@ def write_recordings(path, recordings, times):
     """Recordings as PhysioNet writes them, `times` times over, each time of other patients."""
     path.mkdir()
     for i, recording in enumerate(recordings):
-        marks = [recording["breaths"], recording["breaths_2"]]
-        breaths = np.full((max(map(len, marks)), 2), np.nan)
-        for column, samples in enumerate(marks):
-            breaths[: len(samples), column] = samples
-        numerics = np.stack([recording[name] for name in ("time", "hr", "pulse")], 1)
-        marked = "breaths ann1 [signal sample no],breaths ann2 [signal sample no]"
-        tables = {"Signals": ("PLETH", recording["ppg"]), "Breaths": (marked, breaths),
-                  "Numerics": ("Time [s],HR,PULSE", numerics)}
+        tables = recording_tables(recording)
         for k in range(times):
             name = f"bidmc_{k * len(recordings) + i + 1:04d}"
             patient = f"{recording['patient']}_{k}"
             (path / f"{name}_Fix.txt").write_text(f"MIMIC II matched wdb ID: {patient}\n")
-            for table, (columns, values) in tables.items():
-                first, file = path / f"bidmc_{i + 1:04d}_{table}.csv", path / f"{name}_{table}.csv"
-                if k:
-                    os.link(first, file)
+            for table, (header, values) in tables.items():
+                file = path / f"{name}_{table}.csv"
+                if k == 0:
+                    np.savetxt(file, values, "%.7g", delimiter=",", header=header, comments="")
                 else:
-                    np.savetxt(file, values, "%.7g", delimiter=",", header=columns, comments="")
+                    os.link(path / f"bidmc_{i + 1:04d}_{table}.csv", file)
 
 
 def write_set(kind, path, rows, times):
@@ -116,7 +114,8 @@ def write_set(kind, path, rows, times):
 
 def child(words):
     """Train in this process; print the rows and the peaks of RssAnon and RssFile in MB."""
-    peaks, done = {"RssAnon": 0, "RssFile": 0}, threading.Event()
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
 
     def watch():
         while not done.wait(0.02):
@@ -145,18 +144,16 @@ def measure(title, words, out):
     """Train in a fresh process; returns the peak of its own memory in MB."""
     start = time.perf_counter()
     words = [*words, *RUN.split(), "--out", out, "--overwrite"]
-    command = [sys.executable, __file__, "--child", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(result.stdout + result.stderr)
-    rows, anon, file = map(float, result.stdout.split())
-    print(f"    {title:<26} {rows:>9,.0f} rows   anon {anon:>6,.0f} MB   file {file:>6,.0f} MB"
-          f"   {time.perf_counter() - start:>4.0f} s", flush=True)
+    printed = run_python(__file__, "--child", *map(str, words))
+    seconds = time.perf_counter() - start
+    rows, anon, file = map(float, printed.split())
+    print(f"    {title:<26} {rows:>9,.0f} rows   anon {anon:>6,.0f} MB   "
+          f"file {file:>6,.0f} MB   {seconds:>4.0f} s", flush=True)
     return anon
 
 
 def compare(kind, rows, times, calls, folder):
-    """Measure a set and the one that is `times` times as large; print how much the memory grew."""
+    """Measure a set and one `times` times as large; print the ratio of their memory."""
     peaks = {}
     for repeats in (1, times):
         path, cache = folder / f"set-{repeats}.npz", folder / "cache"
@@ -167,9 +164,12 @@ def compare(kind, rows, times, calls, folder):
             peak = measure(f"{kind}, {call}", [*words, *more], folder / "runs" / "run")
             peaks.setdefault(call, []).append(peak)
         shutil.rmtree(cache)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     growth = ", ".join(f"{call} {large / small:.2f}" for call, (small, large) in peaks.items())
-    print(f"    {kind}: {times} times the rows take so many times the memory: {growth}", flush=True)
+    print(f"    {kind}: memory of {times} times the rows, as a ratio: {growth}", flush=True)
 
 
 def main():
@@ -178,8 +178,11 @@ def main():
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(COMMANDS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny sets, twice the rows")
     args = parser.parse_args()
-    for kind in args.kinds or (["eyes .npz", "recordings"] if args.quick else COMMANDS):
-        rows, times = (max(10, ROWS[kind] // 5), 2) if args.quick else (ROWS[kind], 100)
+    default_kinds = ["eyes .npz", "recordings"] if args.quick else COMMANDS
+    for kind in args.kinds or default_kinds:
+        rows, times = ROWS[kind], 100
+        if args.quick:
+            rows, times = max(10, ROWS[kind] // 5), 2
         calls = ["build", "mapped"]
         if kind != "recordings" and not args.quick:  # recordings always have a cache
             calls.append("no cache")

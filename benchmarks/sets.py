@@ -1,37 +1,41 @@
-"""One training step of SeqSetVAE at width 64 and depth 2 (forward, loss of --mode pretrain, backward, fused AdamW): all stays packed in one
-batch, as SeqSetVAE takes them, against a loop over stays and sets, which needs neither padding nor masks.
+"""One training step of SeqSetVAE: all stays packed in one batch, against a loop over the sets.
 
-    $ OMP_NUM_THREADS=1 python benchmarks/sets.py                                          # synthetic stays
-    $ OMP_NUM_THREADS=1 python benchmarks/sets.py --data ../shared/data/physionet2012      # stays of the challenge
+    $ OMP_NUM_THREADS=1 python benchmarks/sets.py                          # synthetic stays
+    $ OMP_NUM_THREADS=1 python benchmarks/sets.py --data physionet2012     # stays of the challenge
     $ python benchmarks/sets.py --quick     # one batch of two stays
 
-loop: every set alone through the set encoder, the decoder and the Chamfer distance, every stay alone through the sequence encoder; the
-losses are added up and go backward once. It leaves out the share of decoded variables, which the packed step counts: in its favour.
-First all must agree, with dropout and noise off: the loss to 1e-5 of itself, each gradient to 1e-4 of its largest entry.
+Width 64, depth 2: forward, loss of --mode pretrain, backward, fused AdamW.
+    packed     as SeqSetVAE takes stays
+    loop       every set alone through set encoder, decoder and Chamfer distance, every stay alone
+               through the sequence encoder; one backward pass. No padding, no masks. It does not
+               count the share of decoded variables, which packed does: in its favour
+    by stay    the loop with a backward pass after every stay: the activations of one stay at a time
 
-Time: the batches are those of the bucketed sampler, both take the same one in turn, in one process, three batches after one step of
-each to warm up; medians are printed, of the ratios too, which are taken within a batch.
+First all three must agree without dropout and noise: the loss to 1e-5 of itself, every gradient to
+1e-4 of its largest entry.
 
-Memory (Linux): a fresh process each, which gets only the first of these batches; the peak resident memory of one step, VmHWM, minus
-what is resident before it, when a step of one stay has loaded the libraries and made the state of the optimizer. The peak is reset in
-between, through /proc/self/clear_refs; ru_maxrss cannot be, and a new process inherits it. MALLOC_MMAP_THRESHOLD_ is set, for both
-alike, so that freed memory goes back at once. "by stay" is the loop with a backward pass after every stay: the same gradients, the
-activations of one stay at a time.
+Time: three batches of the bucketed sampler, the kinds in turn in one process after a warm-up step.
+Medians are printed; a ratio is taken within a batch.
 
-Last result, torch 2.13.0+cpu, 2 cores, 1 thread, others at work beside it (load about 4): the seconds are far too long, the ratios are
-taken side by side. The row of 64 stays is of an earlier run, with a decoder whose MLP was a quarter as wide and whose seeds were only
-shifted; the time allowed for the last run ended before it.
+Memory (Linux): a fresh process with the first batch; the peak of one step (VmHWM, reset through
+/proc/self/clear_refs) minus what is resident before it. A step of one stay comes first: it loads
+the libraries and makes the state of the optimizer. MALLOC_MMAP_THRESHOLD_ is set for all, so that
+freed memory goes back at once.
 
-    torch 2.13.0+cpu, 1 thread(s), 4,000 stays, physionet2012, 75 sets each of 5.9 events, the largest 39
-      8 stays of   633 sets   loop  19.36 s   packed  1.35 s    12.7 x   peak MB: loop   280, by stay   36, packed   130
-     16 stays of 1,110 sets   loop   7.71 s   packed  0.47 s    16.5 x   peak MB: loop   501, by stay   32, packed   218
-     32 stays of 1,914 sets   loop  32.22 s   packed  2.11 s    15.3 x   peak MB: loop   879, by stay   28, packed   352
-     64 stays of 5,589 sets   loop  28.52 s   packed  1.72 s    16.5 x   peak MB: loop 2,331, by stay   49, packed   874
+Last result, torch 2.13.0+cpu, 2 cores, 1 thread, physionet2012, 4,000 stays, 75 sets each of 5.9
+events, the largest 39. Load about 4: the seconds are too long; the ratios are taken side by side.
+
+                  sets     loop      packed    ratio    peak MB: loop   by stay   packed
+     8 stays       633    19.36 s    1.35 s    12.7 x             280        36      130
+    16 stays     1,110     7.71 s    0.47 s    16.5 x             501        32      218
+    32 stays     1,914    32.22 s    2.11 s    15.3 x             879        28      352
+    64 stays     5,589    28.52 s    1.72 s    16.5 x           2,331        49      874
+
+The row of 64 stays is of an earlier run: a decoder with an MLP a quarter as wide and seeds that
+were only shifted.
 """
 
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,44 +49,56 @@ import torch
 import data
 import losses
 import train
-from _quick import new_parser, parse
+from _quick import new_parser, parse, run_python
 from tasks import seqsetvae_data, seqsetvae_pretrain
 
 
 def loop_losses(model, inputs, args):
-    """The loss of each stay, one after the other: mean over its sets of reconstruction + beta * KL divergence."""
-    encoder, set_end = model.encoder, inputs["lengths"].cumsum(0).tolist()
-    events = encoder.events(inputs).split(inputs["sizes"].tolist())
-    for end, length in zip(set_end, inputs["lengths"].tolist()):
+    """Yield the loss of every stay: mean over its sets of reconstruction + beta * KL divergence."""
+    encoder = model.encoder
+    all_events = encoder.events(inputs).split(inputs["sizes"].tolist())
+    last_sets = inputs["lengths"].cumsum(0).tolist()
+    for end, length in zip(last_sets, inputs["lengths"].tolist()):
         stay = slice(end - length, end)
-        encoded = torch.cat([encoder.sets(each, torch.tensor([len(each)])) for each in events[stay]])
+        sets = all_events[stay]
+        encoded = torch.cat([encoder.sets(events, torch.tensor([len(events)])) for events in sets])
         mu, logvar = encoder.mu(encoded), model.logvar(encoded)
-        latent = mu + torch.randn_like(mu) * (logvar / 2).exp() if model.training else mu
-        hidden = encoder.sequence(latent, {"minutes": inputs["minutes"][stay], "lengths": torch.tensor([length])})[0]
-        recon = [losses.chamfer(model.decoder(hidden[i : i + 1], torch.ones(1, len(each), dtype=torch.bool)), each[None])
-                 for i, each in enumerate(events[stay])]
-        yield torch.cat(recon).mean() + args.beta * losses.kl_to_standard_normal(mu, logvar, free_bits=args.free_bits).mean()
+        latent = mu
+        if model.training:
+            latent = mu + torch.randn_like(mu) * (logvar / 2).exp()
+        times = {"minutes": inputs["minutes"][stay], "lengths": torch.tensor([length])}
+        hidden = encoder.sequence(latent, times)[0]
+        reconstructions = []
+        for i, events in enumerate(sets):
+            mask = torch.ones(1, len(events), dtype=torch.bool)
+            decoded = model.decoder(hidden[i : i + 1], mask)
+            reconstructions.append(losses.chamfer(decoded, events[None]))
+        divergence = losses.kl_to_standard_normal(mu, logvar, free_bits=args.free_bits)
+        yield torch.cat(reconstructions).mean() + args.beta * divergence.mean()
 
 
 def backward(kind, model, inputs, args):
-    """Gradients of the batch, and its loss."""
+    """Add the gradients of the batch; returns its loss."""
+    stays = len(inputs["lengths"])
+    if kind == "by stay":
+        total = 0.0
+        for loss in loop_losses(model, inputs, args):
+            (loss / stays).backward()
+            total += float(loss.detach()) / stays
+        return total
     if kind == "packed":
         batch = {"inputs": inputs, "step": args.beta_steps}  # at the full beta
         loss, _ = seqsetvae_pretrain.loss(model, batch, args, facts=None)
-    elif kind == "loop":
-        loss = sum(loop_losses(model, inputs, args)) / len(inputs["lengths"])
     else:
-        loss = 0.0
-        for each in loop_losses(model, inputs, args):
-            (each / len(inputs["lengths"])).backward()
-            loss += float(each.detach()) / len(inputs["lengths"])
-        return loss
+        loss = sum(loop_losses(model, inputs, args)) / stays
     loss.backward()
     return float(loss.detach())
 
 
 def network(largest_set):
-    args = train.parse_args(["--task", "seqsetvae", "--mode", "pretrain", "--width", "64", "--depth", "2"])
+    """The network, its optimizer and the arguments of the run."""
+    words = "--task seqsetvae --mode pretrain --width 64 --depth 2"
+    args = train.parse_args(words.split())
     torch.manual_seed(0)
     model = seqsetvae_pretrain.network(args, {"largest_set": largest_set}).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), args
@@ -98,82 +114,107 @@ def step(kind, model, optimizer, inputs, args):
 
 
 def check(model, inputs, args):
-    """All ways give one loss and the same gradients, or this ends here."""
+    """Largest differences of the loss and of a gradient; end if the three kinds disagree."""
     model.eval()
-    found = []
+    results = []
     for kind in ("loop", "packed", "by stay"):
         model.zero_grad()
         loss = backward(kind, model, inputs, args)
-        found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        results.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
     model.zero_grad()
     model.train()
-    (loss, gradients), *others = found
-    worst = [0.0, 0.0]
-    for other, theirs in others:
-        worst[0] = max(worst[0], abs(other - loss) / loss)
-        worst[1] = max(worst[1], *(float((theirs[name] - g).abs().max() / g.abs().max().clamp_min(1e-12)) for name, g in gradients.items()))
-    if worst[0] > 1e-5 or worst[1] > 1e-4:
-        sys.exit(f"they disagree: loss by {worst[0]:.1e}, gradients by {worst[1]:.1e}")
-    return worst
+    (loop_loss, loop_gradients), *others = results
+    loss_error = gradient_error = 0.0
+    for loss, gradients in others:
+        loss_error = max(loss_error, abs(loss - loop_loss) / loop_loss)
+        for name, expected in loop_gradients.items():
+            largest = expected.abs().max().clamp_min(1e-12)
+            error = (gradients[name] - expected).abs().max() / largest
+            gradient_error = max(gradient_error, float(error))
+    if loss_error > 1e-5 or gradient_error > 1e-4:
+        sys.exit(f"they disagree: loss by {loss_error:.1e}, gradients by {gradient_error:.1e}")
+    return loss_error, gradient_error
+
+
+def resident_memory(name):
+    """MB of VmRSS (now) or VmHWM (peak) of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 def memory(kind, file):
-    """Prints the MB that one step adds to the peak of this process."""
+    """In a process of its own: print the MB that one step adds to its peak."""
     small, inputs, largest_set = torch.load(file)
     model, optimizer, args = network(largest_set)
     step(kind, model, optimizer, small, args)
-    resident = lambda name: int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = resident_memory("VmRSS")
     step(kind, model, optimizer, inputs, args)
-    print(resident("VmHWM") - before)
+    print(resident_memory("VmHWM") - before)
 
 
-def peak_of_step(kind, file):
-    """MB, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "memory", kind, str(file)],
-                          capture_output=True, text=True,
-                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
-    if done.returncode:
-        sys.exit(done.stderr)
-    return float(done.stdout)
+def peaks_of_step(kinds, content):
+    """"KIND MB, ..." for a step of each kind, in a process of its own; content: see `memory`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "batch.pt"
+        torch.save(content, file)
+        peaks = []
+        for kind in kinds:
+            printed = run_python(__file__, "memory", kind, str(file),
+                                 MALLOC_MMAP_THRESHOLD_="1000000")
+            peaks.append(f"{kind} {float(printed):5,.0f}")
+    return ", ".join(peaks)
+
+
+def compare(stays, name, counts, most_batches, kinds):
+    """A row per number of stays in a batch, at most `most_batches` batches."""
+    rows = np.arange(len(stays["ids"]))
+    largest_set = int(np.diff(stays["first_event"]).max())
+    scaler = seqsetvae_data.event_scaler(stays, rows)
+    split = seqsetvae_data.StaySplit(stays, rows, scaler=scaler)
+    model, optimizer, args = network(largest_set)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+          f"{len(rows):,} stays, {name}, {split.lengths.mean():.0f} sets each of "
+          f"{split.sizes.mean():.1f} events, the largest {largest_set}")
+    one_stay = split.batch([0])["inputs"]
+    errors = []
+    for count in counts:
+        plan = data.bucketed_batches(split.lengths, count, seed=0, epoch=0)[:most_batches]
+        batches = [split.batch(batch_rows)["inputs"] for batch_rows in plan]
+        errors.append(check(model, batches[0], args))
+        for kind in ("packed", "loop"):
+            step(kind, model, optimizer, one_stay, args)
+        loop, packed = [], []
+        for inputs in batches:
+            loop.append(step("loop", model, optimizer, inputs, args))
+            packed.append(step("packed", model, optimizer, inputs, args))
+        peaks = peaks_of_step(kinds, (one_stay, batches[0], largest_set))
+        ratio = statistics.median(slow / fast for slow, fast in zip(loop, packed))
+        sets = statistics.median(len(inputs["sizes"]) for inputs in batches)
+        print(f"{count:3} stays of {sets:5,.0f} sets   loop {statistics.median(loop):6.2f} s   "
+              f"packed {statistics.median(packed):5.2f} s   {ratio:5.1f} x   peak MB: {peaks}",
+              flush=True)
+    loss_errors, gradient_errors = zip(*errors)
+    print(f"all three differ by at most {max(loss_errors):.0e} (loss) and "
+          f"{max(gradient_errors):.0e} (gradients)")
 
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--data", default="", help="the folder of PhysioNet 2012; without it synthetic stays")
+    parser.add_argument("--data", default="",
+                        help="the folder of PhysioNet 2012 (default: synthetic stays)")
     parser.add_argument("--stays", type=int, nargs="+", default=[8, 16, 32, 64])
-    given = parse(parser)
-    path, counts, most_batches, kinds = given.data, given.stays, 3, ("loop", "by stay", "packed")
-    if given.quick:
-        path, counts, most_batches, kinds = "", [2], 1, ("packed",)
-    if path:
-        stays = seqsetvae_data.read_stays(path, need_outcomes=False)
+    args = parse(parser)
+    if args.quick:
+        stays = seqsetvae_data.synthetic_stays(6)
+        compare(stays, "synthetic", counts=[2], most_batches=1, kinds=("packed",))
+        return
+    if args.data:
+        stays = seqsetvae_data.read_stays(args.data, need_outcomes=False)
     else:
-        stays = seqsetvae_data.synthetic_stays(6 if given.quick else 1000)
-    rows, largest_set = np.arange(len(stays["ids"])), int(np.diff(stays["first_event"]).max())
-    split = seqsetvae_data.StaySplit(stays, rows, scaler=seqsetvae_data.event_scaler(stays, rows))
-    name = Path(path).name if path else "synthetic"
-    model, optimizer, args = network(largest_set)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {len(rows):,} stays, {name}, "
-          f"{split.lengths.mean():.0f} sets each of {split.sizes.mean():.1f} events, the largest {largest_set}")
-    errors = []
-    for count in counts:
-        plan = data.bucketed_batches(split.lengths, count, seed=0, epoch=0)[:most_batches]
-        batches = [split.batch(rows)["inputs"] for rows in plan]
-        errors.append(check(model, batches[0], args))
-        for kind in ("packed", "loop"):
-            step(kind, model, optimizer, split.batch([0])["inputs"], args)
-        loop, packed = zip(*[[step(kind, model, optimizer, inputs, args) for kind in ("loop", "packed")] for inputs in batches])
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "batch.pt"
-            torch.save((split.batch([0])["inputs"], batches[0], largest_set), file)
-            peaks = [f"{kind} {peak_of_step(kind, file):5,.0f}" for kind in kinds]
-        ratio = statistics.median(slow / fast for slow, fast in zip(loop, packed))
-        print(f"{count:3} stays of {statistics.median(len(each['sizes']) for each in batches):5,.0f} sets   "
-              f"loop {statistics.median(loop):6.2f} s   packed {statistics.median(packed):5.2f} s   {ratio:5.1f} x   "
-              f"peak MB: {', '.join(peaks)}", flush=True)
-    print(f"all three differ by at most {max(loss for loss, _ in errors):.0e} (loss) and {max(each for _, each in errors):.0e} (gradients)")
+        stays = seqsetvae_data.synthetic_stays(1000)
+    compare(stays, Path(args.data).name or "synthetic", args.stays, most_batches=3,
+            kinds=("loop", "by stay", "packed"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What the sequence of the sets adds to seqsetvae: StrongestEvents and the head alone, without SetEncoder and transformer, on the same
-stays, splits, batches, loss and schedule as `train.py --task seqsetvae` with its defaults.
+"""Ablation of seqsetvae: the strongest events and the head, without set encoder and transformer.
 
-    $ OMP_NUM_THREADS=1 python benchmarks/stays_events.py --data ../shared/data/physionet2012 --seed 0 1 2      # half a minute a seed
-    $ python benchmarks/stays_events.py --quick                     # 80 drawn stays, one epoch
+    $ OMP_NUM_THREADS=1 python benchmarks/stays_events.py --data physionet2012 --seed 0 1 2
+    $ python benchmarks/stays_events.py --quick     # 80 drawn stays, one epoch
 
-Raw weights, no EMA; the validation stays pick the epoch by AUROC; the test stays are scored once. The last rows are the means over the
-seeds, of (this - logistic regression) with the interval of benchmarks/stays_table.py.
+Same stays, splits, batches, loss and schedule as `train.py --task seqsetvae` with its defaults. Raw
+weights, no EMA. The validation stays pick the epoch by AUROC; the test stays are scored once. The
+last rows are means over the seeds and the difference to the logistic regression, with the interval
+of stays_table.py.
 
 Last result, torch 2.13.0+cpu, one of 2 busy cores, half a minute a seed:
 
@@ -33,24 +34,27 @@ import models
 import schedulers
 import train
 from _quick import new_parser, parse
+from stays_table import difference_text, differences_from_regression, mean_and_sd
 from tasks import seqsetvae
 from tasks.common import outputs_over
 
 
 class EventsAlone(torch.nn.Module):
-    """Packed stays to logits (b,), as SeqSetClassifier with events=True, whose states are left out."""
+    """Packed stays to logits (b,): SeqSetClassifier with events=True, without its states."""
 
     def __init__(self, like):
         super().__init__()
         self.events = like.encoder.events
         self.strongest, width = like.strongest, like.encoder.width
-        self.head = torch.nn.Sequential(torch.nn.Linear(width, 128), *like.head[0][1:], like.head[-1])
+        first = torch.nn.Linear(width, 128)
+        self.head = torch.nn.Sequential(first, *like.head[0][1:], like.head[-1])
 
     def forward(self, inputs):
         sizes, lengths = inputs["sizes"], inputs["lengths"]
         stay = torch.arange(len(lengths)).repeat_interleave(lengths)
-        strongest = self.strongest(self.events(inputs), inputs["minutes"].repeat_interleave(sizes),
-                                   torch.zeros_like(lengths).index_add(0, stay, sizes))
+        minutes = inputs["minutes"].repeat_interleave(sizes)
+        event_counts = torch.zeros_like(lengths).index_add(0, stay, sizes)
+        strongest = self.strongest(self.events(inputs), minutes, event_counts)
         return self.head(strongest).squeeze(1)
 
 
@@ -61,17 +65,20 @@ def outputs_of(model, split, args, facts):
 
 
 def train_one(args):
-    """Test logits of the best epoch, those of the logistic regression, labels."""
+    """Test logits of the best epoch, those of the logistic regression, and the labels."""
     splits = seqsetvae.load(args.data, args)
     facts = splits.facts
     torch.manual_seed(args.seed)
     model = EventsAlone(seqsetvae.network(args, facts))
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-                                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=args.lr)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=args.lr)
     steps = math.ceil(len(splits.train) / args.batch_size)
-    schedule = schedulers.WarmupCosine(optimizer, args.epochs * steps, warmup_steps=int(args.warmup_epochs * steps),
-                                       warmup_start_lr=args.warmup_start_lr, min_lr=args.min_lr)
-    best, step = (-math.inf, None), 0
+    schedule = schedulers.WarmupCosine(
+        optimizer, args.epochs * steps, warmup_steps=int(args.warmup_epochs * steps),
+        warmup_start_lr=args.warmup_start_lr, min_lr=args.min_lr)
+    best_score, best_weights, step = -math.inf, None, 0
     for epoch in range(args.epochs):
         for rows in data.stratified_batches(splits.train.labels, args.batch_size, seed=args.seed,
                                             epoch=epoch):
@@ -86,34 +93,29 @@ def train_one(args):
             step += 1
         outputs = outputs_of(model, splits.validation, args, facts)
         score = seqsetvae.scores(outputs, splits.validation, args, facts)["auroc"]
-        best = max(best, (score, copy.deepcopy(model.state_dict())), key=lambda pair: pair[0])
+        if score > best_score:
+            best_score, best_weights = score, copy.deepcopy(model.state_dict())
         model.train()
-    model.load_state_dict(best[1])
+    model.load_state_dict(best_weights)
     logits = outputs_of(model, splits.test, args, facts)["logits"].numpy()
     return logits, seqsetvae.regression(splits.test, facts), splits.test.labels
 
 
 def compare(path, seeds, flags=()):
+    """Train once per seed; print the scores of every seed, then means and differences."""
     runs = []
     for seed in seeds:
         words = ["--task", "seqsetvae", "--data", str(path), "--device", "cpu", "--seed", str(seed)]
         logits, regression, labels = train_one(train.parse_args([*words, *flags]))
         assert len(logits) == len(regression) == len(labels) and np.isfinite(logits).all()
         runs.append((logits, regression, labels))
-        scores = [f"{metric(outputs, labels):.4f}" for outputs in (logits, regression)
-                  for metric in (losses.auroc, losses.average_precision)]
-        print(f"seed {seed}: AUROC {scores[0]}, AUPRC {scores[1]}; "
-              f"logistic regression {scores[2]}, {scores[3]}", flush=True)
-    for name, score in (("auroc", losses.auroc), ("auprc", losses.average_precision)):
-        of = np.array([[score(run[i], run[2]) for run in runs] for i in (0, 1)])
-        drawn = []
-        for i in (0, 1):
-            of_seeds = [losses.bootstrap_ranking(run[i], run[2], resamples=2000, seed=seed)[name]
-                        for seed, run in enumerate(runs)]
-            drawn.append(np.mean(of_seeds, axis=0))
-        low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
-        print(f"{name}: {of[0].mean():.3f} +- {of[0].std(ddof=1):.3f}, "
-              f"minus the regression {(of[0] - of[1]).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"seed {seed}: AUROC {losses.auroc(logits, labels):.4f}, "
+              f"AUPRC {losses.average_precision(logits, labels):.4f}; "
+              f"logistic regression {losses.auroc(regression, labels):.4f}, "
+              f"{losses.average_precision(regression, labels):.4f}", flush=True)
+    for name, (scores, baseline, interval) in differences_from_regression(runs).items():
+        print(f"{name}: {mean_and_sd(scores)}, "
+              f"minus the regression {difference_text(scores, baseline, interval)}")
 
 
 def main():

@@ -1,16 +1,20 @@
-"""Finished seqsetvae runs beside the logistic regression on the same test stays: a row of a table per group of seeds.
+"""Table of finished seqsetvae runs: test scores beside the logistic regression, a row per recipe.
 
     $ for seed in 0 1 2; do
-    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --out runs/stays-scratch-$seed
-    >     python train.py --task seqsetvae --data physionet2012 --seed $seed --variant pretrain --out runs/stays-pretrain-$seed
+    >     run="python train.py --task seqsetvae --data physionet2012 --seed $seed"
+    >     $run --out runs/stays-scratch-$seed
+    >     $run --variant pretrain --out runs/stays-pretrain-$seed
     >     for mode in "probe --epochs 60" finetune; do
-    >         python train.py --task seqsetvae --data physionet2012 --seed $seed --mode $mode --pretrained runs/stays-pretrain-$seed \\
+    >         $run --mode $mode --pretrained runs/stays-pretrain-$seed \\
     >             --out runs/stays-${mode%% *}-$seed; done; done
-    $ python benchmarks/stays_table.py runs/stays-scratch-{0,1,2} -- runs/stays-probe-{0,1,2} -- runs/stays-finetune-{0,1,2}
+    $ python benchmarks/stays_table.py runs/stays-scratch-{0,1,2} -- runs/stays-probe-{0,1,2} \\
+    >     -- runs/stays-finetune-{0,1,2}
+    $ python benchmarks/stays_table.py --quick
 
-The difference is the mean over the seeds of (model - logistic regression), each on the test stays of its seed; its 95 % interval
-resamples stays in pairs, within each seed. What another draw of the training stays would change is in the sd over the seeds, not in it.
-The data are read from where the runs found them.
+Recipes are separated by --. The difference is (model - logistic regression), the mean over the
+seeds, each on the test stays of its seed. Its 95 % interval resamples the stays in pairs within
+each seed; the effect of other training stays shows in the sd over the seeds, not in the interval.
+The data are read from the path that the run has stored.
 """
 
 import json
@@ -21,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _quick import new_parser, parse
+from _quick import new_parser, parse, require_runs_or_quick
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
@@ -31,10 +35,11 @@ from tasks import seqsetvae
 from tasks.common import outputs_over
 
 RESAMPLES = 2000
+METRICS = {"auroc": losses.auroc, "auprc": losses.average_precision}
 
 
 def test_scores(folder):
-    """Logits of the best epoch's weights, of the logistic regression, and labels: the test stays of one run."""
+    """Logits of the best weights, those of the regression, labels: the test stays of a run."""
     best = folder / "best.pt"
     content = checkpoint.load(best, "seqsetvae", seqsetvae.FLAGS)
     args = train.parse_args(["--task", "seqsetvae", "--eval", str(best), "--device", "cpu"])
@@ -50,25 +55,51 @@ def test_scores(folder):
     return outputs["logits"].numpy(), seqsetvae.regression(test, facts), test.labels
 
 
-def spread(x):
-    """Mean, and standard deviation where there is more than one."""
-    return f"{x.mean():.3f}" + (f" +- {x.std(ddof=1):.3f}" if len(x) > 1 else "")
+def differences_from_regression(runs):
+    """{metric: (model scores, regression scores, 95 % interval of the mean difference)}.
+
+    runs: (logits, logits of the regression, labels) of every seed; the scores have one per seed.
+    """
+    results = {}
+    for name, score in METRICS.items():
+        scores, resampled = [], []
+        for logits_of_seeds in ([run[0] for run in runs], [run[1] for run in runs]):
+            values, draws = [], []
+            for seed, (logits, run) in enumerate(zip(logits_of_seeds, runs)):
+                labels = run[2]
+                values.append(score(logits, labels))
+                bootstrap = losses.bootstrap_ranking(logits, labels, resamples=RESAMPLES, seed=seed)
+                draws.append(bootstrap[name])
+            scores.append(np.array(values))
+            resampled.append(np.mean(draws, axis=0))
+        interval = np.nanquantile(resampled[0] - resampled[1], (0.025, 0.975))
+        results[name] = (*scores, interval)
+    return results
+
+
+def mean_and_sd(x):
+    """The mean, and the standard deviation if there is more than one value."""
+    text = f"{x.mean():.3f}"
+    if len(x) > 1:
+        text += f" +- {x.std(ddof=1):.3f}"
+    return text
+
+
+def difference_text(scores, baseline, interval):
+    low, high = interval
+    return f"{(scores - baseline).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def print_table(groups):
+    """A row per group; a group is the list of the folders of its seeds."""
     print("| run | AUROC | logistic regression | difference [95 %] | AUPRC | logistic regression | "
           "difference [95 %] |\n|" + " --- |" * 7)
     for folders in groups:
         runs = [test_scores(folder) for folder in folders]
         cells = []
-        for name, score in (("auroc", losses.auroc), ("auprc", losses.average_precision)):
-            of = [np.array([score(run[i], run[2]) for run in runs]) for i in (0, 1)]
-            drawn = [losses.bootstrap_ranking(run[i], run[2], resamples=RESAMPLES, seed=seed)[name]
-                     for i in (0, 1) for seed, run in enumerate(runs)]
-            gain = np.mean(drawn[: len(runs)], axis=0) - np.mean(drawn[len(runs) :], axis=0)
-            low, high = np.nanquantile(gain, (0.025, 0.975))
-            cells += [spread(of[0]), spread(of[1]),
-                      f"{(of[0] - of[1]).mean():+.3f} [{low:+.3f}, {high:+.3f}]"]
+        for scores, baseline, interval in differences_from_regression(runs).values():
+            cells += [mean_and_sd(scores), mean_and_sd(baseline),
+                      difference_text(scores, baseline, interval)]
         print(f"| {folders[0].name} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -90,10 +121,9 @@ def tiny_groups(folder):
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="*", help="folders of finished runs, groups separated by --")
-    # argparse would drop a --
-    args = parse(parser, [word if word != "--" else "+" for word in sys.argv[1:]])
-    if bool(args.runs) == args.quick:
-        parser.error("give either folders of finished runs, or --quick")
+    words = ["+" if word == "--" else word for word in sys.argv[1:]]  # argparse would drop --
+    args = parse(parser, words)
+    require_runs_or_quick(parser, args)
     groups = [[]]
     for word in args.runs:
         if word == "+":

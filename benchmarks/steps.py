@@ -1,22 +1,25 @@
-"""One training step: the average of the weights, and the whole step of ocec. The wait before the first one is in start.py.
+"""One training step of ocec, and one update of the average of its weights, against peers.
 
     $ pip install timm ema-pytorch
     $ OMP_NUM_THREADS=1 python benchmarks/steps.py
-
-EMA: one update of the baseline network of 64 channels and 8 blocks, 0.55 M parameters. All take turns in one process, after
-processes.tune_allocator, 200 updates each in a round. The averaged parameters must agree to 1e-4 (timm copies the buffers, the others
-average them as well).
-
-Step: the same network, batch 256 of 32 x 64, float32 but for the row of --amp bf16, BCE, no dropout. Each in a process of its own, in
-turns, the median of 6 steps after 4: a heap that keeps what is freed grows for some steps. plain: the loop of a tutorial, AdamW(), with the
-allocator as glibc has it or after processes.tune_allocator; ours: a step of train.train_epoch, always tuned, with the clipping, the check for
-NaN, the schedule and the EMA that plain has not, and AdamW(fused=True). The first loss must agree to 1e-3 of itself, that of bf16 to 1e-2.
-
-    $ python benchmarks/steps.py step    # or ema; the rows of the step alone, on all cores
+    $ python benchmarks/steps.py step    # or ema; step alone, on all cores
     $ python benchmarks/steps.py --quick
 
-Last result, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, others on the machine beside it (load 2): EMA the third
-of three runs, the others had 3.06 and 3.16 x of timm.
+Network: baseline, 64 channels, 8 blocks, 0.55 M parameters. The time before the first step is in
+start.py.
+
+EMA: all take turns in one process, after processes.tune_allocator, 200 updates each in a round. The
+averaged parameters must agree to 1e-4 (timm copies the buffers, the others average them as well).
+
+Step: batch 256 of 32 x 64, float32 except --amp bf16, BCE, no dropout. Processes of their own, in
+turns; the median of 6 steps after 4, in which the heap grows. The first loss must agree to 1e-3 of
+itself, bf16 to 1e-2.
+    plain    the loop of a tutorial, AdamW(), with glibc's allocator or processes.tune_allocator
+    ours     a step of train.train_epoch, always tuned, AdamW(fused=True); also clipping, the check
+             for NaN, schedule and EMA, which plain does not have
+
+Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, load 2 (two
+other runs: 3.06 and 3.16 x for timm):
 
     EMA of 547,713 parameters
         ours                           0.280 ms    1.00 x
@@ -26,32 +29,30 @@ of three runs, the others had 3.06 and 3.16 x of timm.
         torch AveragedModel            3.395 ms   11.59 x
         ema-pytorch                    1.244 ms    4.31 x
 
-Of an EMA update of 0.22 ms, alone on a core, 0.10 are the arithmetic, one foreach lerp over 91 tensors, which timm does as well; 0.04 `to`,
-for a model whose type or device changed in place; 0.03 to see that nothing was replaced; 0.02 shapes; 0.01 counters. Copying a flat array
-of that size takes 0.05, but the weights do not lie in one: gathering them takes 0.06 and a lerp of the flat arrays 0.05, no less than the
-foreach.
+Last result of the step, 2 threads, load 1 to 2, two runs: milliseconds, and the ratios to ours of a
+plain loop with glibc's allocator and tuned. g++ 12; the first step of --compile takes 41 to 43 s, 4
+with its code cached.
 
-Step, 2 threads on 2 cores, load 1 to 2, two runs (the ratio to a plain loop with glibc's allocator, and tuned); two before had 3.9 and 3.7,
-1.7 and 1.7 x for `ours`, 3.1 and 1.5 x for bf16. --compile with g++ 12; its first step takes 41 to 43 s, with its code cached 4.
+                                       first run                    second run
+    plain, glibc's allocator   1168.8   1.00 x   0.47 x    1265.7   1.00 x   0.47 x
+    plain, tuned                554.0   2.11 x   1.00 x     591.5   2.15 x   1.00 x
+    ours, --no-channels-last    492.1   2.37 x   1.13 x     597.9   2.12 x   0.99 x
+    ours                        354.4   3.31 x   1.57 x     353.7   3.58 x   1.67 x
+    ours, --amp bf16            462.7   2.53 x   1.20 x     525.9   2.44 x   1.13 x
+    ours, --compile             440.6   2.65 x   1.25 x     431.2   2.96 x   1.39 x
 
-                                               first run                            second run
-    plain, glibc's allocator      1168.8 ms    1.00 x    0.47 x          1265.7 ms    1.00 x    0.47 x
-    plain, tuned                   554.0 ms    2.11 x    1.00 x           591.5 ms    2.15 x    1.00 x
-    ours, --no-channels-last       492.1 ms    2.37 x    1.13 x           597.9 ms    2.12 x    0.99 x
-    ours                           354.4 ms    3.31 x    1.57 x           353.7 ms    3.58 x    1.67 x
-    ours, --amp bf16               462.7 ms    2.53 x    1.20 x           525.9 ms    2.44 x    1.13 x
-    ours, --compile                440.6 ms    2.65 x    1.25 x           431.2 ms    2.96 x    1.39 x
+Two older runs: ours 3.9 and 3.7 x (tuned 1.7 x), bf16 3.1 and 1.5 x.
 
-Where a step of `plain, tuned` goes (torch.profiler, 1 thread, 0.74 s): backward of the convolutions 40 %, of batch norm 19, of ReLU 12;
-forward of the convolutions 15, of batch norm 6, of ReLU 3. With glibc's allocator a plain step takes 420,000 to 520,000 page faults, half
-of its time in the kernel; tuned, few or none once the heap has grown. bf16 is no faster although the processor has it: the backward of the
-three first depthwise convolutions of stride 2 takes 100 ms each in oneDNN, 40 % of the step, against 22 at most in float32.
+An EMA update of 0.22 ms alone on a core: the foreach lerp over 91 tensors 0.10, `to` 0.04, checks
+for replaced tensors 0.03, shapes 0.02. A plain, tuned step of 0.74 s (1 thread): backward of
+convolutions 40 %, of batch norm 19, of ReLU 12; forward 15, 6 and 3. With glibc's allocator half of
+a step is page faults. bf16 is slow because oneDNN takes 100 ms, not 22, for the backward of each of
+the first three depthwise convolutions of stride 2.
 """
 
 import importlib.util
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ import torch.nn.functional as F
 import ema
 import models
 import train
-from _quick import new_parser, parse, require
+from _quick import new_parser, parse, require, run_python
 from runtime import processes
 from tasks import ocec
 from tasks.common import seed_of
@@ -78,17 +79,8 @@ def network(channels, blocks):
     return models.EyeNet((32, 64), block="baseline", channels=channels, blocks=blocks)
 
 
-def compare(title, rounds, unit):
-    """Medians of {name: [values]}, and of their ratios to the first within a round."""
-    print(title)
-    first = next(iter(rounds.values()))
-    for name, values in rounds.items():
-        ratio = statistics.median(its / our for its, our in zip(values, first))
-        print(f"    {name:<26} {statistics.median(values) * 1000:9.3f} {unit}   {ratio:5.2f} x", flush=True)
-
-
 def averages_of_torch(model):
-    """{name: (function(model) that updates the average, averaged module)}"""
+    """{name: (function(model) that updates the average, averaged module)}."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     foreach = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
@@ -98,12 +90,17 @@ def averages_of_torch(model):
 
 
 def averages_of_peers(model):
-    for name in "timm", "timm.utils":  # their __init__ import torchvision, which must fit the build of torch; the average does not need it
-        sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
+    """The same of timm and ema-pytorch."""
+    # The packages are registered without running their __init__: that imports torchvision, which
+    # must fit the build of torch. The average does not need it.
+    for name in ("timm", "timm.utils"):
+        spec = importlib.util.find_spec(name)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
     from ema_pytorch import EMA as EMAPytorch
     from timm.utils.model_ema import ModelEmaV3
 
-    timm, slow_timm = ModelEmaV3(model, decay=0.99), ModelEmaV3(model, decay=0.99, foreach=False)
+    timm = ModelEmaV3(model, decay=0.99)
+    slow_timm = ModelEmaV3(model, decay=0.99, foreach=False)
     pytorch = EMAPytorch(model, beta=0.99, update_every=1, update_after_step=-1,
                          inv_gamma=1e-9, power=100.0)
     return {"timm ModelEmaV3": (timm.update, timm.module),
@@ -116,6 +113,7 @@ def parameters_of(module):
 
 
 def compare_averages(quick):
+    """Time an update of every average in turn; end if an average differs from ours."""
     processes.tune_allocator()
     model = network(8, 1) if quick else network(64, 8)
     ours = ema.EMA(model, 0.99, warmup=False)
@@ -124,7 +122,7 @@ def compare_averages(quick):
     if not quick:
         averages |= averages_of_peers(model)
     for update, _ in averages.values():
-        update(model)  # some take their first copy here
+        update(model)  # the first update of some only copies the weights
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
@@ -141,11 +139,18 @@ def compare_averages(quick):
                 off = float((parameters_of(module) - parameters_of(ours.module)).abs().max())
                 if off > 1e-4:
                     sys.exit(f"{name}: not the average of ours, off by {off}")
-    compare(f"EMA of {models.count_parameters(model):,} parameters", rounds, "ms")
+    print(f"EMA of {models.count_parameters(model):,} parameters")
+    for name, seconds in rounds.items():
+        ratio = statistics.median(peer / ours for peer, ours in zip(seconds, rounds["ours"]))
+        print(f"    {name:<26} {statistics.median(seconds) * 1000:9.3f} ms   {ratio:5.2f} x",
+              flush=True)
 
 
-CONTESTANTS = {"plain, glibc's allocator": ["plain"], "plain, tuned": ["plain", "tuned"],
-               "ours, --no-channels-last": ["--no-channels-last"], "ours": [], "ours, --amp bf16": ["--amp", "bf16"],
+CONTESTANTS = {"plain, glibc's allocator": ["plain"],
+               "plain, tuned": ["plain", "tuned"],
+               "ours, --no-channels-last": ["--no-channels-last"],
+               "ours": [],
+               "ours, --amp bf16": ["--amp", "bf16"],
                "ours, --compile": ["--compile"]}
 FULL = types.SimpleNamespace(channels=64, blocks=8, batch=256, steps=10, warm_up=4, rounds=2,
                              contestants=CONTESTANTS)
@@ -174,7 +179,7 @@ def plain_steps(inputs, targets, size, tuned):
 
 
 class SameBatch:
-    """A split that hands out one batch again and again, and notes when: a step is what lies between two of them."""
+    """A split that returns one batch again and again; a step lasts from one call to the next."""
 
     def __init__(self, inputs, targets, count):
         self.inputs, self.targets, self.count, self.times = inputs, targets, count, []
@@ -193,17 +198,21 @@ def our_steps(inputs, targets, size, flags):
     words = f"--channels {size.channels} --blocks {size.blocks} --batch-size {size.batch}"
     words += " --device cpu --dropout 0"
     args = train.parse_args(["--task", "ocec", *words.split(), *flags])
-    losses = []
     run = train.build(args, {"pos_weight": 1.0}, size.steps)
     split = SameBatch(inputs, targets, size.steps + 1)
-    run.loss.register_forward_hook(lambda module, batch, output: losses.append(float(output[0].detach())))
+    losses = []
+
+    def append_loss(module, batch, output):
+        losses.append(float(output[0].detach()))
+
+    run.loss.register_forward_hook(append_loss)
     train.train_epoch(run, split, 1, types.SimpleNamespace(check=lambda: None))
-    return [after - before for before, after in zip(split.times, split.times[1:])], losses[0]
+    seconds = [after - before for before, after in zip(split.times, split.times[1:])]
+    return seconds, losses[0]
 
 
 def child(size, words):
-    """In a process of its own: prints the median seconds of the steps after the warm-up, those of
-    the first, and the first loss."""
+    """In a process of its own: print median seconds, seconds of the first step, first loss."""
     images, labels, _, _ = ocec.synthetic_eyes(size.batch, size=(32, 64))
     inputs, targets = (images.float() - 127.5) / 127.5, torch.from_numpy(labels).float()
     if "plain" in words:
@@ -214,28 +223,30 @@ def child(size, words):
 
 
 def compare_steps(size):
+    """Time the contestants in turn, in a process each; end if a first loss differs from plain."""
     rounds = {name: [] for name in size.contestants}
     mode = "child-quick" if size is QUICK else "child"
-    with tempfile.TemporaryDirectory() as folder:  # the compiler's cache: the first round is that of a first run
+    with tempfile.TemporaryDirectory() as folder:  # an empty cache for the compiler
         for _ in range(size.rounds):
             for name, words in size.contestants.items():
-                done = subprocess.run([sys.executable, "-W", "ignore", __file__, mode, *words],
-                                      capture_output=True, text=True,
-                                      env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder})
-                if done.returncode:
-                    sys.exit(done.stderr)
-                rounds[name].append([float(word) for word in done.stdout.split()])
-                print(f"    {name:<26} {rounds[name][-1][0] * 1000:9.1f} ms, the first step {rounds[name][-1][1]:.1f} s", flush=True)
-                loss, plain = rounds[name][-1][2], rounds["plain, glibc's allocator"][0][2]
-                if abs(loss / plain - 1) > (1e-2 if "bf16" in words else 1e-3):
-                    sys.exit(f"{name}: loss {loss}, plain {plain}")
+                printed = run_python("-W", "ignore", __file__, mode, *words,
+                                     TORCHINDUCTOR_CACHE_DIR=folder)
+                seconds, first_seconds, loss = [float(word) for word in printed.split()]
+                rounds[name].append((seconds, loss))
+                print(f"    {name:<26} {seconds * 1000:9.1f} ms, "
+                      f"the first step {first_seconds:.1f} s", flush=True)
+                plain_loss = rounds["plain, glibc's allocator"][0][1]
+                tolerance = 1e-2 if "bf16" in words else 1e-3
+                if abs(loss / plain_loss - 1) > tolerance:
+                    sys.exit(f"{name}: loss {loss}, plain {plain_loss}")
     plain = [name for name in rounds if name.startswith("plain")]
     print(f"step of ocec, {size.channels} x {size.blocks}, batch {size.batch}: "
           f"how many times longer these take: {'; '.join(plain)}")
     for name, values in rounds.items():
         ratios = ""
         for slower in plain:
-            ratio = statistics.median(its[0] / our[0] for its, our in zip(rounds[slower], values))
+            pairs = zip(rounds[slower], values)  # of a round
+            ratio = statistics.median(other[0] / own[0] for other, own in pairs)
             ratios += f"   {ratio:5.2f} x"
         seconds = statistics.median(value[0] for value in values)
         print(f"    {name:<26} {seconds * 1000:9.1f} ms{ratios}", flush=True)

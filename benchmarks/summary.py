@@ -1,7 +1,12 @@
-"""Mean and standard deviation over the seeds of finished runs, cross-validated or not, with every floor and ceiling.
+"""Mean and standard deviation over the seeds of finished runs, with every floor and ceiling.
 
-    $ for seed in 0 1 2; do python train.py --task ocec --lr 2e-4 --data eyes_cew --seed $seed --out runs/cew-$seed; done
+    $ for seed in 0 1 2; do
+    >     python train.py --task ocec --lr 2e-4 --data eyes_cew --seed $seed --out runs/cew-$seed
+    > done
     $ python benchmarks/summary.py runs/cew-0 runs/cew-1 runs/cew-2
+    $ python benchmarks/summary.py --quick
+
+The runs may be cross-validated.
 """
 
 import json
@@ -10,30 +15,33 @@ from pathlib import Path
 
 import numpy as np
 
-from _quick import new_parser, parse
+from _quick import new_parser, parse, require_runs_or_quick
 
 
-def number(value):
-    """An undefined score is null."""
-    return np.nan if value is None else value
+def numbers(scores):
+    """The scores without tables by class; an undefined score (null) becomes NaN."""
+    return {name: np.nan if value is None else value for name, value in scores.items()
+            if not isinstance(value, dict)}
 
 
 def summarise(folders):
+    """A line of scores per run, then mean and standard deviation over the runs."""
     runs = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-    # a run without a test split has picked its epoch on what it reports
+    # a run without a test split reports the rows on which it picked its epoch
     part = "test" if "test" in runs[0] else "validation"
     for folder, run in zip(folders, runs):
         rows = run[part].pop("rows")
         for row, scores in run[part].items():
-            run[part][row] = {name: number(value) for name, value in scores.items()
-                              if not isinstance(value, dict)}  # without tables by class
+            run[part][row] = numbers(scores)
         if "last" in run:
             last = {"validation": run["last"]["mean"], "their sd": run["last"]["sd"]}
             run[part][f"last {run['last']['epochs']} epochs"] = last
-        which = f"{run['folds']} folds" if "folds" in run else (
-            f"epoch {run['epoch']} ({run['weights']})")
+        if "folds" in run:
+            origin = f"{run['folds']} folds"
+        else:
+            origin = f"epoch {run['epoch']} ({run['weights']})"
         scores = "  ".join(f"{name} {value:.4f}" for name, value in run[part]["model"].items())
-        print(f"{folder}: {which}, {rows} {part} rows  {scores}")
+        print(f"{folder}: {origin}, {rows} {part} rows  {scores}")
     for row in runs[0][part]:
         for name in runs[0][part][row]:
             values = np.array([run[part][row][name] for run in runs])
@@ -54,8 +62,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
     args = parse(parser)
-    if bool(args.runs) == args.quick:
-        parser.error("give either folders of finished runs, or --quick")
+    require_runs_or_quick(parser, args)
     with tempfile.TemporaryDirectory() as folder:
         summarise(tiny_runs(Path(folder)) if args.quick else args.runs)
 
