@@ -7,14 +7,11 @@
 import base64
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from _quick import new_parser, parse, require
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 
 SIZES = [(24, 24), (24, 40), (30, 48), (32, 64), (48, 48), (37, 53), (5, 9), (120, 160)]
