@@ -34,7 +34,7 @@ import losses
 from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 FEW = "--train-ratio 0.2 --val-ratio 0.1 --test-ratio 0.7"
-KINDS = {  # name: (flags of a run, what makes it small)
+KINDS = {  # name: (flags of a run, flags that make it small)
     "ocec": ("--task ocec", "--channels 8 --blocks 2"),
     "faceparse": ("--task faceparse", "--size 32 --width 4"),
     "faceparse segformer": ("--task faceparse --network segformer", f"--size 32 {FEW}"),
@@ -89,7 +89,7 @@ class Setting:
         return words + small.split() if self.small else words
 
     def start(self, words, call=("train.py",), **environment):
-        """Start train.py in a process of its own; returns the file of its output, and it."""
+        """Start train.py in a process of its own; returns the file of its output and the process."""
         log = self.folder / "output.txt"
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # EXACT needs it
         with open(log, "w") as file:

@@ -117,7 +117,7 @@ def peer(folder, tuned):
 
 
 def timed(words):
-    """Seconds of a Python process and what it printed."""
+    """Seconds of a Python process, and its output."""
     start = time.perf_counter()
     printed = run_python("-W", "ignore", *words)
     return time.perf_counter() - start, printed
