@@ -89,7 +89,7 @@ class Setting:
         return words + small.split() if self.small else words
 
     def start(self, words, call=("train.py",), **environment):
-        """Start train.py in a process of its own; returns the file of its output and the process."""
+        """Start train.py in its own process; returns the file of its output and the process."""
         log = self.folder / "output.txt"
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # EXACT needs it
         with open(log, "w") as file:
