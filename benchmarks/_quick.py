@@ -1,10 +1,19 @@
-"""Shared by the scripts here: the flag --quick, checks of the command line, child processes."""
+"""Shared by the scripts: --quick, checks of the command line, child processes, ratios.
+
+Importing this module puts the folder of the project on the path. Import it before train, data, ...
+"""
 
 import argparse
 import importlib.util
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 def new_parser(text):
@@ -32,6 +41,20 @@ def require_runs_or_quick(parser, args):
         parser.error("give either folders of finished runs, or --quick")
 
 
+def main_of_table(text, print_table, tiny_recipes):
+    """Command line of a script that prints a table of recipes; a recipe is a list of folders.
+
+    tiny_recipes(folder) makes the runs for --quick.
+    """
+    parser = new_parser(text)
+    parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
+    args = parse(parser)
+    require_runs_or_quick(parser, args)
+    recipes = [[Path(name) for name in group.split(",")] for group in args.runs]
+    with tempfile.TemporaryDirectory() as folder:
+        print_table(tiny_recipes(Path(folder)) if args.quick else recipes)
+
+
 def require(command, *modules):
     """End with the command that installs the missing modules."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -47,3 +70,8 @@ def run_python(*words, **environment):
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return done.stdout
+
+
+def median_ratio(values, ours):
+    """Median of the ratios values[i] / ours[i], where i is a round."""
+    return statistics.median(value / our for value, our in zip(values, ours))

@@ -5,55 +5,43 @@
     $ python benchmarks/batches.py tuned      # processes.tune_allocator, as in train.py; for all
     $ python benchmarks/batches.py --quick
 
-Plan: the index lists of an epoch in batches of 256, for 470,811 labels of two classes (53 : 47).
-    MPerClassSampler        pytorch-metric-learning, 128 rows per class
-    WeightedRandomSampler   torch; draws with replacement, so a third of the rows is missing from an
-                            epoch and no batch is exactly balanced
+Plan: index lists of an epoch, batches of 256, 470,811 labels of two classes (53 : 47). The peers:
+MPerClassSampler with 128 rows per class; torch's WeightedRandomSampler, which draws with
+replacement, so that a third of the rows is missing and no batch is exactly balanced.
 
-Images: an epoch of 16,384 drawn eyes of 32 x 64 in batches (256, 3, 32, 64), float32 in [-1, 1].
-Probabilities of the ocec recipe: flip 0.5, each of five photometric changes 0.5, CLAHE 0.01; crop
-and mixup are left out. Ours gathers from one uint8 array in this process. The peers use a
-DataLoader with 2 persistent workers, which are started before the clock.
-    torchvision      PNG files, PIL, v2.RandomHorizontalFlip, v2.RandomPhotometricDistort; it has no
-                     CLAHE, which is in its favour
-    albumentations   the same array: HorizontalFlip, RandomBrightnessContrast, HueSaturationValue
-                     and ChannelShuffle at 0.5, CLAHE at 0.01
+Images: an epoch of 16,384 drawn eyes of 32 x 64, batches of 256, float32 in [-1, 1]; flip 0.5, each
+of five photometric changes 0.5, CLAHE 0.01. Ours gathers from one uint8 array in this process. The
+peers have a DataLoader with 2 persistent workers, started before the clock: PNG files with PIL and
+torchvision (no CLAHE, in its favour); albumentations on the array.
 
 All take turns. Medians over the rounds are printed; a ratio is taken within a round.
 
-Last result: the ranges of four runs; ours of the last two. torch 2.13.0+cpu, torchvision 0.28.0
-(the CUDA build; beside a CPU torch its three compiled operators, unused, were declared by hand),
+Last result: ranges of four runs, ours of two. torch 2.13.0+cpu, torchvision 0.28.0 (the CUDA build;
+beside a CPU torch its three compiled operators, unused, were declared by hand),
 pytorch-metric-learning 2.9.0, albumentations 2.0.8, 2 cores of an AMD EPYC with AVX-512:
 
                                         default                tuned
     plan, ours                          11.8 to 12.3 ms        12.0 to 14.4 ms
     MPerClassSampler                    857 to 981 x           732 to 1,009 x
     WeightedRandomSampler               8.6 to 11.1 x          7.7 to 11.5 x
-    images, ours, 2 threads, images/s   33,748 to 54,580       42,633 to 43,375
-    images, ours, 1 thread, images/s    30,317 to 39,770       31,851 to 33,821
+    images/s, ours, 2 threads           33,748 to 54,580       42,633 to 43,375
+    images/s, ours, 1 thread            30,317 to 39,770       31,851 to 33,821
     PIL + torchvision                   15.7 to 19.9 x         18.4 to 19.9 x
     albumentations                      2.6 to 3.1 x           2.8 to 3.8 x
-
-Our plan: three permutations take 9.5 of 15.8 ms, the sort by class 4. Our batch of 256, 1 thread:
-5.9 ms at best, of which photometric 3.9, CLAHE of 2.6 images 0.9, gathering, flip and scaling 0.9.
-Load from others on the machine slows ours down more than the peers.
 """
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
 
+from _quick import median_ratio, new_parser, parse, require
 import data
-from _quick import new_parser, parse, require
 from runtime import processes
 from tasks import ocec
 
@@ -68,7 +56,7 @@ def compare(title, contestants, rounds, show):
             seconds[name].append(time.perf_counter() - start)
     print(title)
     for name, (_, *taken) in seconds.items():  # the first round warms up
-        ratio = statistics.median(peer / ours for peer, ours in zip(taken, seconds["ours"][1:]))
+        ratio = median_ratio(taken, seconds["ours"][1:])
         print(f"    {name:<22} {show(statistics.median(taken)):>16}   {ratio:6.1f} x", flush=True)
 
 
@@ -104,11 +92,8 @@ class Files(Dataset):
         for file, image in zip(self.files, images):
             file.write_bytes(data.encode_png(image))
         self.transform = v2.Compose([
-            v2.ToImage(),
-            v2.RandomHorizontalFlip(0.5),
-            v2.RandomPhotometricDistort(p=0.5),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3)])
+            v2.ToImage(), v2.RandomHorizontalFlip(0.5), v2.RandomPhotometricDistort(p=0.5),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
 
     def __len__(self):
         return len(self.files)
@@ -127,11 +112,8 @@ class Resident(Dataset):
         cv2.setNumThreads(0)
         self.images = images
         self.transform = a.Compose([
-            a.HorizontalFlip(p=0.5),
-            a.RandomBrightnessContrast(0.125, 0.5, p=0.5),
-            a.HueSaturationValue(p=0.5),
-            a.ChannelShuffle(p=0.5),
-            a.CLAHE(2.0, (4, 4), p=0.01),
+            a.HorizontalFlip(p=0.5), a.RandomBrightnessContrast(0.125, 0.5, p=0.5),
+            a.HueSaturationValue(p=0.5), a.ChannelShuffle(p=0.5), a.CLAHE(2.0, (4, 4), p=0.01),
             a.Normalize([0.5] * 3, [0.5] * 3)])
 
     def __len__(self):

@@ -14,15 +14,11 @@ are averaged by patient first.
 
 import json
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from _quick import new_parser, parse, require_runs_or_quick
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _quick import main_of_table
 import train
 from runtime import checkpoint
 from tasks import bidmc
@@ -129,17 +125,5 @@ def tiny_recipes(folder):
     return [runs, runs[1:]]
 
 
-def main():
-    parser = new_parser(__doc__)
-    parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
-    args = parse(parser)
-    require_runs_or_quick(parser, args)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            compare(tiny_recipes(Path(folder)))
-        else:
-            compare([[Path(name) for name in group.split(",")] for group in args.runs])
-
-
 if __name__ == "__main__":
-    main()
+    main_of_table(__doc__, compare, tiny_recipes)

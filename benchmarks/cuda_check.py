@@ -1,13 +1,12 @@
-"""Does everything run on a GPU as on a CPU? For whoever has one and ten minutes; no data needed.
+"""Does everything run on a GPU as on a CPU? A check of ten minutes on drawn data.
 
     $ python benchmarks/cuda_check.py                # the first GPU; runs of the tasks' own size
     $ python benchmarks/cuda_check.py --device cpu   # the same in small: the script itself works
     $ python benchmarks/cuda_check.py --quick        # a few rows in small; without a GPU on the CPU
 
-A row is one check; most of them call train.py as a user does, on drawn data. Of a row that fails
-the end of the output stands below the table. Exit code 1: a row failed; 2: there is no GPU.
-
-A GPU convolves float32 in TF32, as torch has it. Where two devices are compared it is off.
+A row is one check; most of them call train.py as a user does. The end of the output of a failed row
+is printed below the table. Exit code 1: a row failed; 2: there is no GPU. TF32 is on, as in torch,
+except where two devices are compared.
 
 Last result, --device cpu, torch 2.13.0+cpu: 34 passed, 0 failed, 0 skipped, in 4.7 minutes of
 processor time. It has not been run on a GPU yet.
@@ -30,14 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+from _quick import ROOT
 import losses
 from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 FEW = "--train-ratio 0.2 --val-ratio 0.1 --test-ratio 0.7"
-KINDS = {  # name: (flags of a run, what makes it small)
+KINDS = {  # name: (flags of a run, flags that make it small)
     "ocec": ("--task ocec", "--channels 8 --blocks 2"),
     "faceparse": ("--task faceparse", "--size 32 --width 4"),
     "faceparse segformer": ("--task faceparse --network segformer", f"--size 32 {FEW}"),
@@ -71,7 +68,7 @@ class Skipped(Exception):
 
 
 class Failed(Exception):
-    """The check has found something; `output` is what train.py printed."""
+    """The check has failed; `output` is the output of train.py."""
 
     def __init__(self, message, output=""):
         super().__init__(message)
@@ -79,7 +76,7 @@ class Failed(Exception):
 
 
 class Setting:
-    """What all rows share: the device, whether the runs are small, the folder for their files."""
+    """Settings of all rows: the device, whether the runs are small, the folder for their files."""
 
     def __init__(self, device, small, folder):
         self.device, self.small, self.folder = device, small, folder
@@ -89,10 +86,10 @@ class Setting:
         """The command line of a short run of a kind, without the call itself."""
         flags, small = KINDS[kind]
         words = flags.split() + ["--epochs", epochs, "--device", self.device, "--out", out]
-        return words + small.split() * self.small
+        return words + small.split() if self.small else words
 
     def start(self, words, call=("train.py",), **environment):
-        """train.py in a process of its own, and the file into which it prints."""
+        """Start train.py in its own process; returns the file of its output and the process."""
         log = self.folder / "output.txt"
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # EXACT needs it
         with open(log, "w") as file:
@@ -102,7 +99,7 @@ class Setting:
                                          env=os.environ | environment)
 
     def run(self, words, call=("train.py",), **environment):
-        """What train.py prints; Failed unless it ends well, within 15 minutes."""
+        """The output of train.py; raises Failed unless it ends well within 15 minutes."""
         log, process = self.start(words, call, **environment)
         try:
             code = process.wait(timeout=900)
@@ -119,7 +116,7 @@ def last_epoch(folder):
 
 
 def train_row(setting, kind, name, *more, call=("train.py",)):
-    """A short epoch. Its loss is finite, and close to that in float32 if that has been trained."""
+    """A short epoch; its loss must be finite, and near that of the float32 run if there is one."""
     out, reference = setting.folder / f"{kind} {name}", setting.folder / f"{kind} float32"
     output = setting.run([*setting.words(kind, out), *more], call)
     row = last_epoch(out)
@@ -150,7 +147,7 @@ def processes_row(setting, kind):
 
 
 def resume_row(setting, epochs=4):
-    """Kill a run in its second epoch and resume it: the weights are those of one left alone."""
+    """Kill a run in its second epoch and resume it: the weights must equal an unbroken run's."""
     whole, killed = setting.folder / "whole", setting.folder / "killed"
     setting.run(setting.words("ocec", whole, epochs), call=["-c", EXACT])
     log, process = setting.start(setting.words("ocec", killed, epochs), call=["-c", EXACT])
@@ -162,8 +159,8 @@ def resume_row(setting, epochs=4):
     words = ["--task", "ocec", "--out", killed, "--resume", "--device", setting.device]
     setting.run(words, call=["-c", EXACT])
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    alone, resumed = (load(folder / "last.pt")["model"] for folder in (whole, killed))
-    apart = max(float((alone[name] - resumed[name]).abs().max()) for name in alone)
+    unbroken, resumed = load(whole / "last.pt")["model"], load(killed / "last.pt")["model"]
+    apart = max(float((unbroken[name] - resumed[name]).abs().max()) for name in unbroken)
     if not apart <= (1e-3 if setting.on_gpu else 0):
         raise Failed(f"after --resume a weight is off by {apart:.1e}")
     return "the same bit for bit" if apart == 0 else f"no weight is off by more than {apart:.1e}"
@@ -199,7 +196,7 @@ def write_inputs(setting, task):
 
 
 def read_predictions(task, path):
-    """What --predict has written: a table's last column, embeddings, or the class of each pixel."""
+    """Output of --predict: last column of a table, embeddings, or the class of every pixel."""
     if task == "quadmodal":
         return np.load(path)["embeddings"]
     if task != "faceparse":
@@ -214,7 +211,7 @@ def read_predictions(task, path):
 
 
 def compare(predictions, expected):
-    """How far two predictions are apart, in words; Failed if it is more than BOUND."""
+    """The difference of two predictions, as text; raises Failed if it is more than BOUND."""
     if predictions.shape != expected.shape:
         raise Failed(f"predictions {predictions.shape}, on the CPU {expected.shape}")
     if expected.dtype == np.uint8:
@@ -228,21 +225,21 @@ def compare(predictions, expected):
 
 
 def predict_row(setting, task):
-    """--predict on the device and on the CPU. A CPU is compared with its plainest arithmetic."""
+    """--predict on the device and on the CPU; on a CPU, with and without vector instructions."""
     best = setting.folder / f"{task} float32" / "best.pt"
     if not best.is_file():
         raise Skipped(f"{task} float32 has left no checkpoint")
     plainest = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
     words = ["--task", task, "--predict", best, "--data", write_inputs(setting, task), "--out"]
     outs = [setting.folder / f"{task} predictions {name}" for name in ("device", "cpu")]
-    setting.run([*words, outs[0], "--device", setting.device], call=["-c", EXACT],
-                **({} if setting.on_gpu else plainest))
+    environment = {} if setting.on_gpu else plainest
+    setting.run([*words, outs[0], "--device", setting.device], call=["-c", EXACT], **environment)
     setting.run([*words, outs[1], "--device", "cpu"])
-    return compare(*(read_predictions(task, out) for out in outs))
+    return compare(read_predictions(task, outs[0]), read_predictions(task, outs[1]))
 
 
 def export_row(setting, task):
-    """The exported network of a run on the device, and what --predict makes of it on the CPU."""
+    """The exported network of a run on the device against --predict of the run on the CPU."""
     expected, out = setting.folder / f"{task} predictions cpu", setting.folder / f"{task}.pt2"
     if not expected.exists():
         raise Skipped(f"{task} predictions have failed")
@@ -304,7 +301,7 @@ def speed_row(setting, *more):
 
 
 def all_rows(setting):
-    """(title, function, its arguments); what is compared with a row comes after it."""
+    """(title, function, its arguments); a row comes after the row that it is compared with."""
     rows = []
     for kind in KINDS:
         rows.append((f"{kind} float32", train_row, kind, "float32"))
@@ -351,9 +348,9 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, in small")
     args = parser.parse_args()
-    there = torch.cuda.is_available()
-    device = args.device or ("cpu" if args.quick and not there else "cuda")
-    if device == "cuda" and not there:
+    has_gpu = torch.cuda.is_available()
+    device = args.device or ("cpu" if args.quick and not has_gpu else "cuda")
+    if device == "cuda" and not has_gpu:
         parser.error(f"torch {torch.__version__} finds no GPU: install a torch built for CUDA, and "
                      "a driver, or give --device cpu, which makes the same checks in small")
     torch.manual_seed(0)
@@ -364,8 +361,9 @@ def main():
         name = f"{os.cpu_count()} cores"
         if setting.on_gpu:
             name = f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
+        size = ", in small" if setting.small else ""
         print(f"torch {torch.__version__}, {device} ({name}): {len(chosen)} of {len(rows)} rows"
-              + ", in small" * setting.small, flush=True)
+              f"{size}", flush=True)
         return run_rows(setting, chosen) > 0
 
 

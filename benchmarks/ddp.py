@@ -3,30 +3,22 @@
     $ torchrun --nproc-per-node 2 benchmarks/ddp.py
     $ python benchmarks/ddp.py --quick      # without torchrun it starts itself in two processes
 
-Two processes of one thread each, gloo, processes.tune_allocator. Network: 64 channels, 8 blocks;
-128 images of 32 x 64 per process, float32. A step is forward, BCE, backward, gradient norm, AdamW
-and average of the weights, as in train.py.
+Two processes of one thread each, gloo, tuned allocator. 64 channels, 8 blocks, 128 images of
+32 x 64 per process, float32. The kinds of step take turns; all processes start together, and the
+clock stops when the last one is done. A ratio to `alone` is taken within a round.
 
-    alone             no communication (no_sync of DistributedDataParallel)
+    alone             the step of train.py without communication
     waiting           alone, and one number is summed over the processes after backward
-    gradients         processes.share_gradients
+    gradients         the gradients are shared
     all of train.py   gradients, and the sums of loss, rows and signals
 
-The kinds take turns, two steps at a time. All processes start together, and the clock stops when
-the last one is done. Medians over the rounds are printed; a ratio to `alone` is taken within a
-round. The gradient norms must be equal to the bit in both processes for the last two kinds, and
-must differ for the first two.
-
-Last result, torch 2.13.0+cpu, 2 cores, others at work on the machine (load 2):
+Last result, torch 2.13.0+cpu, 2 cores, others at work (load 2); the rounds differ more than the
+kinds:
 
     alone               328.5 ms    +0.0 %   middle half +0.0 to +0.0
     waiting             333.0 ms    +0.5 %   middle half -4.2 to +4.7
     gradients           332.9 ms    +1.2 %   middle half -3.9 to +6.2
     all of train.py     327.4 ms    +4.2 %   middle half -2.7 to +6.9
-
-The rounds differ more than the kinds. Two runs before gave +4.8 and +3.9 % for the gradients, one
-of them +5.3 % for all of train.py, the other +5.1 % for waiting alone. train.py leaves out
-broadcast_buffers=False, gradient_as_bucket_view and static_graph: no difference beyond the noise.
 """
 
 import contextlib
@@ -35,15 +27,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import torch
 
-import train
 from _quick import new_parser, parse
+import train
 from runtime import processes
 from tasks import ocec
 from tasks.common import unit_images

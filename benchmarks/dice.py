@@ -6,15 +6,9 @@
     $ OMP_NUM_THREADS=1 python benchmarks/dice.py 2 19 256 256
     $ python benchmarks/dice.py --quick                    # tiny; one-hot version only
 
-    monai      DiceCELoss of MONAI
-    smp        F.cross_entropy plus DiceLoss of segmentation-models-pytorch
-    one-hot    the formula with a one-hot target
-
-Each contestant runs in a process of its own, and the second of two passes is timed. Memory is the
-peak of the process minus its peak before the loss, as a multiple of the logits; the gradient of the
-logits (1.0) is part of it. The contestants take turns, three rounds. Medians are printed; a ratio
-is taken within a round. The three allocators are the same for all:
-
+Each contestant has a process of its own; the second of two passes is timed. Memory: peak minus the
+peak before the loss, over the size of the logits; their gradient (1.0) is part of it. They take
+turns, three rounds; a ratio is taken within a round. Allocators, the same for all:
     returned   freed memory goes back at once (MALLOC_MMAP_THRESHOLD_): the peak is the need
     default    glibc's default
     tuned      processes.tune_allocator, as in train.py
@@ -23,20 +17,13 @@ The losses agree, except smp's: its Dice pools the batch (5e-7 here) and takes t
 differences of float32 sums (4e-5); in float64 it equals dice_loss(per="batch").
 
 Last result, torch 2.13.0+cpu, MONAI 1.6.1, smp 0.6.0, 2 cores, 1 thread, load 1: seconds, ratio to
-ce_dice_loss, peak memory over the logits.
+ce_dice_loss, peak over the logits.
 
                     returned                 default                  tuned
     ce_dice_loss    0.510 s  1.00 x  1.09    0.381 s  1.00 x  1.10    0.335 s  1.00 x   1.09
     monai           1.102 s  1.89 x  5.00    1.008 s  2.85 x  5.00    1.033 s  3.08 x   9.00
     smp             1.714 s  3.32 x  7.00    1.854 s  4.66 x  7.00    1.109 s  3.25 x  11.00
     one-hot         1.953 s  3.21 x  5.00    1.857 s  4.26 x  5.00    1.141 s  3.45 x   9.00
-
-Another run (load 3) gave 2.8, 2.6 and 2.7 x for MONAI, 4.4, 4.5 and 5.4 x for smp. With 2 threads
-MONAI has 1.9, 2.2 and 4.3 x, and ce_dice_loss 1.1 in memory, 2.1 tuned.
-
-ce_dice_loss, tuned, 0.24 s alone on a core: exp 0.08 (twice, because the softmax is not stored);
-maximum, difference and sum 0.07; gathers and sums by class 0.05; writing the gradient 0.03. The
-default allocator adds 0.08: the kernel hands out pages.
 """
 
 import importlib.util
@@ -45,33 +32,26 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 from _quick import new_parser, parse, require, run_python
+import losses
+from runtime import processes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 TOLERANCES = {"ce_dice_loss": 0.0, "monai": 1e-5, "smp": 1e-4, "one-hot": 1e-5}  # of the loss
 
 
-def our_loss():
-    import losses
-
-    def loss(logits, targets):
-        return losses.ce_dice_loss(logits, targets, absent="count")[0]
-
-    return loss
+def our_loss(logits, targets):
+    return losses.ce_dice_loss(logits, targets, absent="count")[0]
 
 
-def one_hot_loss():
-    import torch.nn.functional as F
-
-    def loss(logits, targets):
-        p = logits.softmax(1)
-        t = F.one_hot(targets, logits.shape[1]).movedim(-1, 1).float()
-        dice = (2 * (p * t).sum((2, 3)) + 1e-5) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-5)
-        return F.cross_entropy(logits, targets) + 1.5 * (1 - dice).mean()
-
-    return loss
+def one_hot_loss(logits, targets):
+    p = logits.softmax(1)
+    t = F.one_hot(targets, logits.shape[1]).movedim(-1, 1).float()
+    dice = (2 * (p * t).sum((2, 3)) + 1e-5) / (p.sum((2, 3)) + t.sum((2, 3)) + 1e-5)
+    return F.cross_entropy(logits, targets) + 1.5 * (1 - dice).mean()
 
 
 def monai_loss():
@@ -79,16 +59,10 @@ def monai_loss():
 
     dice_ce = DiceCELoss(softmax=True, to_onehot_y=True, lambda_ce=1.0, lambda_dice=1.5,
                          smooth_nr=1e-5, smooth_dr=1e-5)
-
-    def loss(logits, targets):
-        return dice_ce(logits, targets.unsqueeze(1))
-
-    return loss
+    return lambda logits, targets: dice_ce(logits, targets.unsqueeze(1))
 
 
 def smp_loss():
-    import torch.nn.functional as F
-
     # The package is registered without running its __init__: that imports timm and torchvision,
     # which must fit the build of torch. The losses need torch and numpy alone.
     spec = importlib.util.find_spec("segmentation_models_pytorch")
@@ -96,14 +70,16 @@ def smp_loss():
     from segmentation_models_pytorch.losses import DiceLoss
 
     dice = DiceLoss("multiclass", smooth=5e-6)  # it halves the sums, hence half the smoothing
-
-    def loss(logits, targets):
-        return F.cross_entropy(logits, targets) + 1.5 * dice(logits, targets)
-
-    return loss
+    return lambda logits, targets: F.cross_entropy(logits, targets) + 1.5 * dice(logits, targets)
 
 
-LOSSES = {"ce_dice_loss": our_loss, "monai": monai_loss, "smp": smp_loss, "one-hot": one_hot_loss}
+def contestant(name):
+    """function(logits, targets) of a name; a peer is imported only in the process that needs it."""
+    if name == "monai":
+        return monai_loss()
+    if name == "smp":
+        return smp_loss()
+    return one_hot_loss if name == "one-hot" else our_loss
 
 
 def peak_memory():
@@ -113,13 +89,9 @@ def peak_memory():
 
 def measure(name, allocator, shape):
     """In a process of its own: print loss, seconds of the second pass, memory over the logits."""
-    import torch
-
     if allocator == "tuned":
-        from runtime import processes
-
         processes.tune_allocator()
-    loss_fn = LOSSES[name]()
+    loss_fn = contestant(name)
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(2, shape[1], 16, 16, generator=generator, requires_grad=True)
     # loads the libraries and starts the threads

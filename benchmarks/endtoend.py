@@ -4,22 +4,17 @@
     $ python benchmarks/endtoend.py
     $ python benchmarks/endtoend.py --quick     # ours only: 1,024 eyes, a tiny network
 
-Data: 4,096 drawn eyes of 32 x 64, PNG files in open/ and closed/; 3,584 for training and 512 for
-validation. Network: baseline, 64 channels, 8 blocks. Batch 256, 2 epochs, 28 steps, float32; crop
-and mixup are left out. The time is that of the whole process, start of Python and imports included.
+4,096 drawn eyes of 32 x 64 as PNG files, 3,584 for training and 512 for validation; 64 channels, 8
+blocks, batch 256, 2 epochs, 28 steps, float32; no crop, no mixup. Whole processes are timed.
 
-    ours    train.py --task ocec --channels 64 --blocks 8 --batch-size 256 ..., as a user calls it:
-            decodes once to memory, flip, photometric changes, CLAHE, channels_last, fused AdamW,
-            EMA, schedule, gradient norm, raw and averaged weights validated before and after each
-            epoch, checkpoints, curves, pictures, diagnosis; tuned allocator
-    peer    a Dataset that opens every file with PIL, torchvision v2 (flip,
-            RandomPhotometricDistort), DataLoader with 2 persistent workers (in its favour), eager
-            network, BCE, AdamW(), validation after each epoch, best weights saved; with glibc's
-            allocator, and with processes.tune_allocator
+    ours    train.py as a user calls it: CLAHE, EMA, schedule, raw and averaged weights validated
+            before and after each epoch, files, pictures and diagnosis included; tuned allocator
+    peer    Dataset with PIL and torchvision v2, DataLoader with 2 persistent workers (in its
+            favour), eager network, AdamW(), validation after each epoch, best weights saved; with
+            glibc's allocator, and tuned
 
-They take turns. images/s: training images over the seconds of the process. Both must take the same
-number of steps, and the loss of the last epoch must be below 0.6 (a constant has 0.69; the loss of
-ours has pos_weight, near 1.1 here).
+They take turns. Both must take the same number of steps, and the loss of the last epoch must be
+below 0.6 (a constant has 0.69; that of ours has pos_weight, near 1.1 here).
 
 Last result, torch 2.13.0+cpu, torchvision 0.28.0 (the CUDA build; beside a CPU torch its three
 compiled operators, unused, were declared by hand), 2 cores, 2 threads, load 1, two rounds:
@@ -27,9 +22,6 @@ compiled operators, unused, were declared by hand), 2 cores, 2 threads, load 1, 
     ours                       454 images/s   1.00 x   15.6, 16.0 s   loss of the last epoch 0.438
     peer, glibc's allocator    161 images/s   2.81 x   44.3, 44.5 s   0.366
     peer, tuned                236 images/s   1.92 x   29.5, 31.3 s   0.366
-
-Another day gave 2.81 and 1.72 x, a run under load 4 gave 2.3 and 1.3 x. Of our 15 s, 28 steps take
-10 and the start 2 (steps.py, start.py); the rest is scoring, batches, files and pictures.
 """
 
 import json
@@ -40,10 +32,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from _quick import new_parser, parse, require, run_python
+from _quick import ROOT, median_ratio, new_parser, parse, require, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 EPOCHS, BATCH, COUNT, TRAIN = 2, 256, 4096, 3584
 OURS = (f"--task ocec --epochs {EPOCHS} --crop 0 --mixup 0 "
         "--train-ratio 0.875 --val-ratio 0.125 --test-ratio 0 --monitor auroc").split()
@@ -127,7 +117,7 @@ def peer(folder, tuned):
 
 
 def timed(words):
-    """Seconds of a Python process and what it printed."""
+    """Seconds of a Python process, and its output."""
     start = time.perf_counter()
     printed = run_python("-W", "ignore", *words)
     return time.perf_counter() - start, printed
@@ -167,7 +157,7 @@ def compare(names, flags, count, train_count, batch, most_loss, number_of_rounds
                 print(f"    round {i + 1}, {name:<24} {seconds:6.1f} s, "
                       f"loss of the last epoch {loss:.3f}", flush=True)
     for name, seconds in rounds.items():
-        ratio = statistics.median(peer / ours for peer, ours in zip(seconds, rounds["ours"]))
+        ratio = median_ratio(seconds, rounds["ours"])
         speed = EPOCHS * train_count / statistics.median(seconds)
         print(f"    {name:<24} {speed:8.0f} images/s   {ratio:5.2f} x", flush=True)
 

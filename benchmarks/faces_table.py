@@ -16,12 +16,10 @@ Seeds of one recipe are joined by commas.
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from _quick import new_parser, parse, require_runs_or_quick
+from _quick import main_of_table
 
 SIDED = ("l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear")
 MIDDLE = ("background", "skin", "nose", "mouth", "u_lip", "l_lip", "hair", "neck", "cloth")
@@ -64,17 +62,5 @@ def tiny_recipes(folder):
     return [runs, runs[1:]]
 
 
-def main():
-    parser = new_parser(__doc__)
-    parser.add_argument("runs", nargs="*", help="folders of finished runs; seeds joined by commas")
-    args = parse(parser)
-    require_runs_or_quick(parser, args)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            print_table(tiny_recipes(Path(folder)))
-        else:
-            print_table([[Path(name) for name in group.split(",")] for group in args.runs])
-
-
 if __name__ == "__main__":
-    main()
+    main_of_table(__doc__, print_table, tiny_recipes)

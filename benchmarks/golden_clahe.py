@@ -7,14 +7,11 @@
 import base64
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from _quick import new_parser, parse, require
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 
 SIZES = [(24, 24), (24, 40), (30, 48), (32, 64), (48, 48), (37, 53), (5, 9), (120, 160)]
@@ -88,16 +85,16 @@ def check_stored():
 
     for size in SIZES:
         if crc_of_grey(size, our_clahe) != CLAHE_GREY[size]:
-            sys.exit(f"grey images of {size}: data.clahe does not give what is stored")
+            sys.exit(f"grey images of {size}: data.clahe differs from the stored value")
     lab = data.rgb_to_lab(torch.from_numpy(colours()).movedim(-1, 0)[None])[0].movedim(0, -1)
     if zlib.crc32(lab.contiguous().numpy().tobytes()) != CLAHE_LAB:
-        sys.exit("data.rgb_to_lab does not give what is stored")
+        sys.exit("data.rgb_to_lab differs from the stored value")
     stored = np.frombuffer(base64.b85decode(CLAHE_COLOUR), np.uint8).reshape(8, 12, 3)
     image = torch.from_numpy(three_patterns()).movedim(-1, 0)[None]
     ours = data.clahe(image, clip_limit=2.0, grid=(2, 3))[0].movedim(0, -1).numpy()
     off = np.abs(ours.astype(int) - stored)
     if off.max() > 1:
-        sys.exit(f"in colour data.clahe is {off.max()} levels off what is stored")
+        sys.exit(f"in colour data.clahe is {off.max()} levels off the stored values")
     print(f"{len(SIZES)} sizes of grey images and {colours().size // 3:,} colours equal the stored "
           f"values bit for bit, the image in colour up to {off.max()} level")
 

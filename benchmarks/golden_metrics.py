@@ -8,13 +8,10 @@ of tests/test_metrics.py.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from _quick import new_parser, parse, require
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses
 
 i = np.arange(2000)
@@ -48,18 +45,15 @@ def print_golden():
     from sklearn import metrics
 
     print("scikit-learn", sklearn.__version__)
-    print("auroc    ", repr(float(metrics.roc_auc_score(labels, scores))))
-    print("auprc    ", repr(float(metrics.average_precision_score(labels, scores))))
-    print("accuracy ", repr(float(metrics.accuracy_score(labels, predicted))))
-    print("precision", repr(float(metrics.precision_score(labels, predicted))))
-    print("recall   ", repr(float(metrics.recall_score(labels, predicted))))
-    print("f1       ", repr(float(metrics.f1_score(labels, predicted))))
+    for metric in (metrics.roc_auc_score, metrics.average_precision_score):
+        print(metric.__name__, float(metric(labels, scores)))
+    for metric in (metrics.accuracy_score, metrics.precision_score, metrics.recall_score,
+                   metrics.f1_score):
+        print(metric.__name__, float(metric(labels, predicted)))
     print("tn fp fn tp", metrics.confusion_matrix(labels, predicted).ravel().tolist())
     print("distinct scores", len(np.unique(scores)), "at the threshold", int((scores == 0).sum()))
-
-    print("mae ", repr(float(metrics.mean_absolute_error(targets, predictions))))
-    print("rmse", repr(float(metrics.root_mean_squared_error(targets, predictions))))
-    print("r2  ", repr(float(metrics.r2_score(targets, predictions))))
+    for metric in (metrics.mean_absolute_error, metrics.root_mean_squared_error, metrics.r2_score):
+        print(metric.__name__, float(metric(targets, predictions)))
 
 
 def check_against_plain():

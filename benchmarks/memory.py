@@ -4,19 +4,14 @@
     $ OMP_NUM_THREADS=1 python benchmarks/memory.py --quick    # two kinds of data, 1 minute
 
 A tiny network trains for one epoch in a fresh process. The larger set repeats the rows of the
-smaller one, under other groups.
+smaller one, under other groups. build: the run makes the cache; mapped: the next run, with the same
+cache; no cache: without --cache (recordings always have one).
 
-    build       the run that makes the cache
-    mapped      the next run, with the same cache
-    no cache    a run without --cache; recordings always have one
-    anon        highest RssAnon: memory of the process, which the kernel cannot take back
-    file        highest RssFile: pages of mapped files, those of torch's libraries included, which
-                the kernel drops when it needs room
-
-A thread reads both from /proc/self/status every 20 ms.
+A thread reads /proc/self/status every 20 ms. anon: highest RssAnon, memory of the process, which
+the kernel cannot take back. file: highest RssFile, pages of mapped files, those of torch's
+libraries included, which the kernel drops when it needs room.
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -30,11 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _quick import new_parser, parse, run_python
 import data
 import train
 from _drawn import recording_tables
-from _quick import run_python
 from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 RUN = "--epochs 1 --device cpu --train-ratio 0.6 --val-ratio 0.2 --test-ratio 0.2"
@@ -173,11 +167,9 @@ def compare(kind, rows, times, calls, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(COMMANDS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="tiny sets, twice the rows")
-    args = parser.parse_args()
+    args = parse(parser)
     default_kinds = ["eyes .npz", "recordings"] if args.quick else COMMANDS
     for kind in args.kinds or default_kinds:
         rows, times = ROWS[kind], 100

@@ -5,17 +5,13 @@
     $ OMP_NUM_THREADS=1 python benchmarks/metrics.py tuned      # processes.tune_allocator, for all
     $ python benchmarks/metrics.py --quick      # few scores and masks, against plain versions
 
-AUROC and average precision: 10 million float32 scores in [0, 1], rounded to 5 digits, 27 %
-positives; exact, without thresholds. (torchmetrics would put other scores through a sigmoid.)
+Rankings: 10 million float32 scores in [0, 1], rounded to 5 digits, 27 % positives; exact, without
+thresholds. Masks: 100 of 512 x 512, 19 classes, blocks of 16 x 16, 10 % of the predictions random,
+1 % of the targets ignored; uint8 as in train.py, int64 as torchmetrics documents. pooled: confusion
+matrix and F over all masks (torchmetrics counts twice). per image: F per class and image.
 
-Confusion matrix and F: 100 masks of 512 x 512, 19 classes, in blocks of 16 x 16; 10 % of the
-predictions are drawn at random, 1 % of the targets are ignored. uint8 as in train.py, int64 as in
-torchmetrics' documentation.
-    pooled       confusion matrix and F of each class over all masks; torchmetrics counts twice
-    per image    F per class and image (multidim_average="samplewise" in torchmetrics)
-
-All take turns in one process. Medians over the rounds are printed; a ratio is taken within a round.
-Results must agree to 1e-9 with scikit-learn and to 1e-5 with torchmetrics, which sums in float32.
+All take turns in one process; a ratio is taken within a round. Results must agree to 1e-9 with
+scikit-learn and to 1e-5 with torchmetrics, which sums in float32.
 
 Last result, torch 2.13.0+cpu, scikit-learn 1.9.1, torchmetrics 1.9.0, 2 cores, 1 thread, others at
 work (load 2 to 4): time over ours, two runs with each allocator.
@@ -28,25 +24,18 @@ work (load 2 to 4): time over ours, two runs with each allocator.
     the same, int64                                              4.7, 5.1     4.9, 5.9
     F per image, uint8                                           256, 295     148, 166
     the same, int64                                               85, 115       56, 61
-
-Our AUROC, tuned, 0.23 s: two sorts 0.09 (numpy, AVX-512), selecting the scores of each class 0.09,
-checks 0.04. Default: half of our time is fresh pages. One uint8 mask, 0.61 ms: np.bincount 0.39,
-zeros under ignored pixels 0.05, cells 0.05, checks 0.03; an int64 mask has eight times the memory.
 """
 
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
+from _quick import median_ratio, new_parser, parse, require
 import losses
-from _quick import new_parser, parse, require
 from golden_metrics import plain_auroc, plain_average_precision
 from runtime import processes
 
@@ -71,7 +60,7 @@ def compare(title, contestants, rounds, tolerances):
                 sys.exit(f"{title}: {name} differs by {worst:.1e}")
     print(title)
     for name, taken in seconds.items():
-        ratio = statistics.median(peer / ours for peer, ours in zip(taken, seconds["ours"]))
+        ratio = median_ratio(taken, seconds["ours"])
         print(f"    {name:<13} {statistics.median(taken):8.3f} s   {ratio:6.1f} x", flush=True)
 
 

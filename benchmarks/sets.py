@@ -6,33 +6,24 @@
 
 Width 64, depth 2: forward, loss of --mode pretrain, backward, fused AdamW.
     packed     as SeqSetVAE takes stays
-    loop       every set alone through set encoder, decoder and Chamfer distance, every stay alone
-               through the sequence encoder; one backward pass. No padding, no masks. It does not
-               count the share of decoded variables, which packed does: in its favour
-    by stay    the loop with a backward pass after every stay: the activations of one stay at a time
+    loop       every set and every stay alone, one backward pass; no padding, no masks, and no share
+               of decoded variables, which packed counts: in its favour
+    by stay    the loop with a backward pass after every stay: activations of one stay at a time
 
-First all three must agree without dropout and noise: the loss to 1e-5 of itself, every gradient to
-1e-4 of its largest entry.
-
-Time: three batches of the bucketed sampler, the kinds in turn in one process after a warm-up step.
-Medians are printed; a ratio is taken within a batch.
-
-Memory (Linux): a fresh process with the first batch; the peak of one step (VmHWM, reset through
-/proc/self/clear_refs) minus what is resident before it. A step of one stay comes first: it loads
-the libraries and makes the state of the optimizer. MALLOC_MMAP_THRESHOLD_ is set for all, so that
-freed memory goes back at once.
+First all must agree without dropout and noise: the loss to 1e-5, gradients to 1e-4. Time: three
+batches, in turn in one process; a ratio is taken within a batch. Memory (Linux): a fresh process
+with the first batch; the peak of one step (VmHWM) minus what is resident before it, where freed
+memory goes back at once (MALLOC_MMAP_THRESHOLD_).
 
 Last result, torch 2.13.0+cpu, 2 cores, 1 thread, physionet2012, 4,000 stays, 75 sets each of 5.9
 events, the largest 39. Load about 4: the seconds are too long; the ratios are taken side by side.
+The row of 64 stays is older: a decoder with an MLP a quarter as wide and seeds only shifted.
 
                   sets     loop      packed    ratio    peak MB: loop   by stay   packed
      8 stays       633    19.36 s    1.35 s    12.7 x             280        36      130
     16 stays     1,110     7.71 s    0.47 s    16.5 x             501        32      218
     32 stays     1,914    32.22 s    2.11 s    15.3 x             879        28      352
     64 stays     5,589    28.52 s    1.72 s    16.5 x           2,331        49      874
-
-The row of 64 stays is of an earlier run: a decoder with an MLP a quarter as wide and seeds that
-were only shifted.
 """
 
 import statistics
@@ -41,15 +32,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 
+from _quick import median_ratio, new_parser, parse, run_python
 import data
 import losses
 import train
-from _quick import new_parser, parse, run_python
 from tasks import seqsetvae_data, seqsetvae_pretrain
 
 
@@ -189,7 +178,7 @@ def compare(stays, name, counts, most_batches, kinds):
             loop.append(step("loop", model, optimizer, inputs, args))
             packed.append(step("packed", model, optimizer, inputs, args))
         peaks = peaks_of_step(kinds, (one_stay, batches[0], largest_set))
-        ratio = statistics.median(slow / fast for slow, fast in zip(loop, packed))
+        ratio = median_ratio(loop, packed)
         sets = statistics.median(len(inputs["sizes"]) for inputs in batches)
         print(f"{count:3} stays of {sets:5,.0f} sets   loop {statistics.median(loop):6.2f} s   "
               f"packed {statistics.median(packed):5.2f} s   {ratio:5.1f} x   peak MB: {peaks}",

@@ -3,12 +3,10 @@
     $ python benchmarks/start.py
     $ python benchmarks/start.py --quick     # one round
 
-Whole processes, as a user starts them: `train.py --task ocec --help`; train.py on 100 eyes of an
-.npz until the end of the first optimizer step (reading, splitting, baselines, scores of the
-untrained network, its checkpoint and the batch included); and a minimal script with one linear
-layer and AdamW(). Twelve rounds in turns, the first to warm up; medians. Bytecode is cached for
-all, except for train.py itself, which Python compiles at every start, like any script. train.py
-tunes its allocator, the others have glibc's default.
+Whole processes, as a user starts them. The first step of train.py is on 100 eyes of an .npz and
+includes reading, baselines, scores of the untrained network and its checkpoint. Twelve rounds in
+turns, the first to warm up; medians. Bytecode is cached, except for train.py itself, which Python
+compiles at every start. train.py tunes its allocator, the others have glibc's default.
 
 Last result, torch 2.13.0+cpu, 1 thread on one of 2 cores, others at work (load 2):
 
@@ -17,22 +15,16 @@ Last result, torch 2.13.0+cpu, 1 thread on one of 2 cores, others at work (load 
     train.py, first step         2.52 s    2.37 x
     linear layer and AdamW()     2.19 s    2.04 x
 
-A run of 1.8 s, timed inside: torch 0.85, torch._dynamo 0.65 to 0.8, our modules 0.1, data, floors,
-untrained scores and files 0.1, the step 0.1. A torch.optim optimizer imports torch._dynamo when it
-is built, and again asks for it in step(). Importing with the garbage collector off gave 1.91 x for
-the first step and 1.11 x for --help; a module that others import must not switch it off.
+A torch.optim optimizer imports torch._dynamo (0.65 to 0.8 s) when it is built.
 """
 
 import os
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-from _quick import new_parser, parse, run_python
+from _quick import ROOT, new_parser, parse, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 LINEAR = """
 import os, torch
 layer = torch.nn.Linear(4, 1)
@@ -59,7 +51,6 @@ def seconds_of(*words):
 def main():
     quick = parse(new_parser(__doc__)).quick
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # so that the second start reads bytecode
-    sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
 

@@ -19,21 +19,17 @@ Last result, torch 2.13.0+cpu, one of 2 busy cores, half a minute a seed:
 
 import copy
 import math
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
+from _quick import new_parser, parse
 import data
 import losses
-import models
 import schedulers
 import train
-from _quick import new_parser, parse
 from stays_table import difference_text, differences_from_regression, mean_and_sd
 from tasks import seqsetvae
 from tasks.common import outputs_over

@@ -26,8 +26,6 @@ import numpy as np
 import torch
 
 from _quick import new_parser, parse, require_runs_or_quick
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 import train
 from runtime import checkpoint
@@ -55,6 +53,15 @@ def test_scores(folder):
     return outputs["logits"].numpy(), seqsetvae.regression(test, facts), test.labels
 
 
+def bootstrap_mean(runs, column, name):
+    """Bootstrap draws of a metric, averaged over the seeds; column: 0 model, 1 regression."""
+    draws = []
+    for seed, run in enumerate(runs):
+        by_metric = losses.bootstrap_ranking(run[column], run[2], resamples=RESAMPLES, seed=seed)
+        draws.append(by_metric[name])
+    return np.mean(draws, axis=0)
+
+
 def differences_from_regression(runs):
     """{metric: (model scores, regression scores, 95 % interval of the mean difference)}.
 
@@ -62,18 +69,10 @@ def differences_from_regression(runs):
     """
     results = {}
     for name, score in METRICS.items():
-        scores, resampled = [], []
-        for logits_of_seeds in ([run[0] for run in runs], [run[1] for run in runs]):
-            values, draws = [], []
-            for seed, (logits, run) in enumerate(zip(logits_of_seeds, runs)):
-                labels = run[2]
-                values.append(score(logits, labels))
-                bootstrap = losses.bootstrap_ranking(logits, labels, resamples=RESAMPLES, seed=seed)
-                draws.append(bootstrap[name])
-            scores.append(np.array(values))
-            resampled.append(np.mean(draws, axis=0))
-        interval = np.nanquantile(resampled[0] - resampled[1], (0.025, 0.975))
-        results[name] = (*scores, interval)
+        of_model = np.array([score(run[0], run[2]) for run in runs])
+        of_regression = np.array([score(run[1], run[2]) for run in runs])
+        differences = bootstrap_mean(runs, 0, name) - bootstrap_mean(runs, 1, name)
+        results[name] = (of_model, of_regression, np.nanquantile(differences, (0.025, 0.975)))
     return results
 
 

@@ -5,21 +5,18 @@
     $ python benchmarks/steps.py step    # or ema; step alone, on all cores
     $ python benchmarks/steps.py --quick
 
-Network: baseline, 64 channels, 8 blocks, 0.55 M parameters. The time before the first step is in
-start.py.
+Network: baseline, 64 channels, 8 blocks. The time before the first step is in start.py.
 
-EMA: all take turns in one process, after processes.tune_allocator, 200 updates each in a round. The
-averaged parameters must agree to 1e-4 (timm copies the buffers, the others average them as well).
+EMA: in turns in one process, tuned allocator, 200 updates each in a round. The averaged parameters
+must agree to 1e-4 (timm copies the buffers, the others average them as well).
 
 Step: batch 256 of 32 x 64, float32 except --amp bf16, BCE, no dropout. Processes of their own, in
-turns; the median of 6 steps after 4, in which the heap grows. The first loss must agree to 1e-3 of
-itself, bf16 to 1e-2.
-    plain    the loop of a tutorial, AdamW(), with glibc's allocator or processes.tune_allocator
-    ours     a step of train.train_epoch, always tuned, AdamW(fused=True); also clipping, the check
-             for NaN, schedule and EMA, which plain does not have
+turns; the median of 6 steps after 4, in which the heap grows. The first losses must agree to 1e-3,
+bf16 to 1e-2. plain: the loop of a tutorial, AdamW(), with glibc's allocator or tuned. ours: a step
+of train.train_epoch, always tuned, AdamW(fused=True); clipping, the check for NaN, schedule and EMA
+included, which plain does not have.
 
-Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, load 2 (two
-other runs: 3.06 and 3.16 x for timm):
+Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, load 2:
 
     EMA of 547,713 parameters
         ours                           0.280 ms    1.00 x
@@ -29,9 +26,8 @@ other runs: 3.06 and 3.16 x for timm):
         torch AveragedModel            3.395 ms   11.59 x
         ema-pytorch                    1.244 ms    4.31 x
 
-Last result of the step, 2 threads, load 1 to 2, two runs: milliseconds, and the ratios to ours of a
-plain loop with glibc's allocator and tuned. g++ 12; the first step of --compile takes 41 to 43 s, 4
-with its code cached.
+Last result of the step, 2 threads, load 1 to 2, two runs: milliseconds, how many times longer plain
+takes with glibc's allocator, and tuned. The first step of --compile takes 41 to 43 s with g++ 12.
 
                                        first run                    second run
     plain, glibc's allocator   1168.8   1.00 x   0.47 x    1265.7   1.00 x   0.47 x
@@ -40,14 +36,6 @@ with its code cached.
     ours                        354.4   3.31 x   1.57 x     353.7   3.58 x   1.67 x
     ours, --amp bf16            462.7   2.53 x   1.20 x     525.9   2.44 x   1.13 x
     ours, --compile             440.6   2.65 x   1.25 x     431.2   2.96 x   1.39 x
-
-Two older runs: ours 3.9 and 3.7 x (tuned 1.7 x), bf16 3.1 and 1.5 x.
-
-An EMA update of 0.22 ms alone on a core: the foreach lerp over 91 tensors 0.10, `to` 0.04, checks
-for replaced tensors 0.03, shapes 0.02. A plain, tuned step of 0.74 s (1 thread): backward of
-convolutions 40 %, of batch norm 19, of ReLU 12; forward 15, 6 and 3. With glibc's allocator half of
-a step is page faults. bf16 is slow because oneDNN takes 100 ms, not 22, for the backward of each of
-the first three depthwise convolutions of stride 2.
 """
 
 import importlib.util
@@ -57,18 +45,14 @@ import sys
 import tempfile
 import time
 import types
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 
+from _quick import median_ratio, new_parser, parse, require, run_python
 import ema
 import models
 import train
-from _quick import new_parser, parse, require, run_python
 from runtime import processes
 from tasks import ocec
 from tasks.common import seed_of
@@ -141,7 +125,7 @@ def compare_averages(quick):
                     sys.exit(f"{name}: not the average of ours, off by {off}")
     print(f"EMA of {models.count_parameters(model):,} parameters")
     for name, seconds in rounds.items():
-        ratio = statistics.median(peer / ours for peer, ours in zip(seconds, rounds["ours"]))
+        ratio = median_ratio(seconds, rounds["ours"])
         print(f"    {name:<26} {statistics.median(seconds) * 1000:9.3f} ms   {ratio:5.2f} x",
               flush=True)
 
