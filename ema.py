@@ -49,13 +49,12 @@ class EMA:
     because a step of (1 - d) rounds away in half precision; give that shadow float32 inputs.
 
     The model may be plain or wrapped, here and in update: DistributedDataParallel, DataParallel,
-    torch.compile, in any nesting. The shadow is the plain model. Names are compared without
-    `module.` and `_orig_mod.`, and again when an update gets another model or a model with a
-    replaced part. For this the EMA refers to the last model; copies of the EMA do not.
+    torch.compile, in any nesting. The shadow is the plain model. Every update pairs the tensors by
+    name, without `module.` and `_orig_mod.`.
 
     Errors: ValueError for a decay outside [0, 1), a name or a shape that only the model or only
             the shadow has
-    Needs:  ema_decay, _unwrap, _named_tensors, _Matched, import copy
+    Needs:  ema_decay, _unwrap, _named_tensors, import copy
     Check:  after the first update the shadow is 0.1 * initial + 0.9 * model
     """
 
@@ -64,7 +63,6 @@ class EMA:
             raise ValueError(f"decay must be in [0, 1), got {decay}: a decay of 1 never leaves the "
                              "initial weights")
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self._matched = None
         self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
         for tensor in _named_tensors(self.module).values():
             if tensor.dtype in (torch.bfloat16, torch.float16):
@@ -77,27 +75,30 @@ class EMA:
         check_finite=True raises ValueError with the name of the first tensor that holds NaN or inf.
         It reads every weight: for loops that do not already skip non-finite steps.
         """
-        if self._matched is None or not self._matched.still_holds(self.module, model):
-            self._matched = _Matched(self.module, model)
-        matched = self._matched
-        for name, shadow, tensor in matched.pairs:
+        shadows, tensors = _named_tensors(self.module), _named_tensors(model)
+        if shadows.keys() != tensors.keys():
+            raise ValueError("the model is not the one averaged: missing "
+                             f"{sorted(shadows.keys() - tensors.keys())}, unexpected "
+                             f"{sorted(tensors.keys() - shadows.keys())}")
+        for name, shadow in shadows.items():
+            tensor = tensors[name]
             if tensor.shape != shadow.shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its average "
                                  f"{tuple(shadow.shape)}")
             if check_finite and not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf; the average was not updated")
 
-        if matched.averaged:
-            shadows = [shadow for _, shadow, _ in matched.averaged]
-            tensors = [tensor.to(shadow) for _, shadow, tensor in matched.averaged]
+        averages, values = [], []
+        for name, shadow in shadows.items():
+            if shadow.is_floating_point() or shadow.is_complex():
+                averages.append(shadow)
+                values.append(tensors[name].to(shadow))
+            else:
+                shadow.copy_(tensors[name])
+        if averages:
             decay = ema_decay(self.updates, self.decay, self.warmup)
-            torch._foreach_lerp_(shadows, tensors, 1 - decay)
-        for _, shadow, tensor in matched.copied:
-            shadow.copy_(tensor)
+            torch._foreach_lerp_(averages, values, 1 - decay)
         self.updates += 1
-
-    def __getstate__(self):  # copy and pickle take the shadow, not the model
-        return self.__dict__ | {"_matched": None}
 
     def state_dict(self):
         """State of an exact resume: plain numbers, and the shadow's own tensors as in nn.Module."""
@@ -111,51 +112,6 @@ class EMA:
                              f"{list(state)}")
         self.module.load_state_dict(state["module"])
         self.updates, self.decay, self.warmup = state["updates"], state["decay"], state["warmup"]
-
-
-class _Matched:
-    """Tensors of a shadow and of a model, paired by name.
-
-    Pairing takes several times as long as averaging, so it is done once. A module keeps its
-    parameters, buffers and submodules in three dictionaries. While those of all modules hold the
-    same objects under the same names, nothing was replaced, added or removed. Values, shapes,
-    types and devices change in place; each update reads them. A dictionary that is itself
-    replaced, which torch does not do, is not noticed.
-
-    Needs:  _named_tensors
-    """
-
-    def __init__(self, module, model):
-        shadows, tensors = _named_tensors(module), _named_tensors(model)
-        if shadows.keys() != tensors.keys():
-            raise ValueError("the model is not the one averaged: missing "
-                             f"{sorted(shadows.keys() - tensors.keys())}, unexpected "
-                             f"{sorted(tensors.keys() - shadows.keys())}")
-        self.pairs = [(name, shadow, tensors[name]) for name, shadow in shadows.items()]
-        self.averaged, self.copied = [], []
-        for pair in self.pairs:
-            _, shadow, _ = pair
-            if shadow.is_floating_point() or shadow.is_complex():
-                self.averaged.append(pair)
-            else:
-                self.copied.append(pair)
-
-        self.module, self.model, self.dictionaries = module, model, []
-        for part in [*module.modules(), *model.modules()]:
-            self.dictionaries += [part._parameters, part._buffers, part._modules]
-        self.entries = [(dictionary, name, value) for dictionary in self.dictionaries
-                        for name, value in dictionary.items()]
-
-    def still_holds(self, module, model):
-        if module is not self.module or model is not self.model:
-            return False
-        if sum(map(len, self.dictionaries)) != len(self.entries):
-            return False
-        for dictionary, name, value in self.entries:
-            # not get(name): None is also a value, that of an absent bias
-            if name not in dictionary or dictionary[name] is not value:
-                return False
-        return True
 
 
 def _unwrap(model):
