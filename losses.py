@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_weights=None,
                           ignore_index=-100, reduction="mean"):
-    """Cross-entropy with smoothed targets and a focal factor on the term of each class.
+    """Cross-entropy with smoothed targets and a focal factor on the term of every class.
 
         loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c
         p = softmax(logits)        q = (1 - smoothing) * t + smoothing / C
@@ -36,7 +36,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     value and gradient. The usual single factor (1 - p_target)^gamma takes the loss to 0 as p_target
     goes to 1, which cancels the smoothing. Here an overconfident prediction is still pulled back.
 
-    "mean" divides by the weights of the targets, sum_c t_c w_c of each; for class probabilities by
+    "mean" divides by the weights of the targets, sum_c t_c w_c; for class probabilities by
     their number, as in torch. Class indices and binary labels equal to ignore_index are left out.
     If none remains, the mean is 0, connected to the graph; torch has NaN. Half precision is
     computed and returned in float32.
@@ -48,6 +48,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     Errors: ValueError for other shapes, a binary label outside [0, 1], an option out of range
     Source: Lin et al. 2017, arXiv:1708.02002, eq. 4
             Szegedy et al. 2016, arXiv:1512.00567, section 7
+    Needs:  _class_weights
     Check:  equal logits cost (1 - 1/C)^gamma * ln C for any target: 0.7798 for C = 4, gamma = 2
     """
     if gamma < 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
@@ -80,12 +81,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities "
                          f"(B, C, ...); {got}")
 
-    classes = logits.shape[1]
-    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
-    if weights.shape != (classes,):
-        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
-                         f"{tuple(weights.shape)}")
-    weights = weights.to(logits)
+    classes, weights = logits.shape[1], _class_weights(class_weights, logits)
     weights_c = weights.view([classes] + [1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     def focal(log_p):
@@ -158,7 +154,7 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
             is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237
             min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  _dice_and_sums, _flat_pixels, _ClassSums, _class_weights
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
     logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
@@ -170,12 +166,7 @@ def _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
     if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
         raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
                          f"got per={per!r}, absent={absent!r}, smooth={smooth}")
-    classes = logits.shape[1]
-    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
-    if weights.shape != (classes,):
-        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
-                         f"{tuple(weights.shape)}")
-
+    weights = _class_weights(class_weights, logits)
     if targets.shape == logits.shape:
         p = logits.masked_fill(~counted.unsqueeze(1), 0).softmax(1) * counted.unsqueeze(1)
         overlap, sum_p, sum_t = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
@@ -191,7 +182,7 @@ def _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
     if absent == "zero":
         dice = dice.masked_fill(~present, 1)
     in_mean = present if absent == "skip" else present.any(1, keepdim=True)
-    weights = weights.to(dice) * in_mean
+    weights = weights * in_mean
     total = weights.sum(1)
     loss = (weights * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
     return loss.sum() / (total > 0).sum().clamp_min(1), ce_sums
@@ -277,7 +268,7 @@ class _ClassSums(torch.autograd.Function):
 class DiceLoss(nn.Module):
     """dice_loss with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  dice_loss, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  dice_loss
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
@@ -307,7 +298,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums, _class_weights
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     weights_ok = ce_weight >= 0 and dice_weight >= 0
@@ -318,9 +309,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
     dice, ce_sums = _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
     soft = targets.shape == logits.shape
-    weights = logits.new_ones(logits.shape[1])
-    if class_weights is not None:
-        weights = torch.as_tensor(class_weights).to(logits)
+    weights = _class_weights(class_weights, logits)
     if not soft and not gamma:  # from the softmax of Dice
         sum_t, log_p_t, log_p_all = ce_sums
         ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
@@ -343,7 +332,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 class CEDiceLoss(nn.Module):
     """Scalar of ce_dice_loss with fixed options; class_weights is a buffer, follows .to(device).
 
-    Needs:  ce_dice_loss, focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums
+    Needs:  ce_dice_loss
     """
 
     def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0,
@@ -361,6 +350,16 @@ class CEDiceLoss(nn.Module):
                             gamma=self.gamma, label_smoothing=self.label_smoothing,
                             class_weights=self.class_weights, ignore_index=self.ignore_index,
                             per=self.per, absent=self.absent, smooth=self.smooth)[0]
+
+
+def _class_weights(class_weights, logits):
+    """class_weights as a checked tensor (C,) of the type and device of the logits; None: ones."""
+    classes = logits.shape[1]
+    weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights must be ({classes},), one for each class, got "
+                         f"{tuple(weights.shape)}")
+    return weights.to(logits)
 
 
 def _flat_pixels(logits, targets, ignore_index):
@@ -486,7 +485,7 @@ def supcon_bounds(labels, *, temperature=0.07):
         collapsed = ln(B - 1)
 
     i runs over the samples that share their class; n_i = number of samples in the class of i; T =
-    temperature. lower belongs to features that are equal within each class and opposite to all
+    temperature. lower belongs to features that are equal within a class and opposite to all
     others. No features have less, two classes can reach it, more classes come close at a low
     temperature. A network whose loss stays at collapsed has learned nothing. With one class both
     are ln(B - 1) and there is nothing to learn. NaN if no two samples share a class.
@@ -515,7 +514,7 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
         KL = sum_d max(free_bits, (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2)
 
     A dimension that costs less than free_bits costs free_bits and has no gradient. So a VAE does
-    not give up its code before the decoder has learned to use it. The maximum is taken for each
+    not give up its code before the decoder has learned to use it. The maximum is taken for every
     row, so the loss of a batch is the sum over its rows, for any batches and processes. Kingma et
     al. take it of the mean over the batch, which does not add up over batches; theirs is never
     larger than the mean of this one. logvar is not clamped: in float32 exp overflows above 88.7.
@@ -525,7 +524,7 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
     Errors: ValueError for unequal shapes or other types, free_bits < 0
     Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B
             free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
-    Check:  mu = 1, logvar = 0 cost 0.5 for each dimension; mu = 0, logvar = ln 4 cost 0.8069;
+    Check:  mu = 1, logvar = 0 cost 0.5 per dimension; mu = 0, logvar = ln 4 cost 0.8069;
             the prior costs free_bits * D
     """
     real = mu.is_floating_point() and logvar.is_floating_point()
@@ -544,12 +543,12 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
 
 
 def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
-    """Cost of matching each vector of one set with each vector of another.
+    """Cost of matching every vector of one set with every vector of another.
 
         cost_ij = direction * (1 - cos(x_i, y_j)) + magnitude * | |x_i| - |y_j| |
                   + distance * |x_i - y_j|^2
 
-    argmin(1) is the nearest x of each y, argmin(2) the nearest y of each x. The caller masks the
+    argmin(1) is the nearest x of every y, argmin(2) the nearest y of every x. The caller masks the
     padding, as chamfer does. A vector shorter than 1e-12 has no direction: cosine 0 with all. The
     gradient is finite everywhere.
 
@@ -842,7 +841,7 @@ def regression_report(predictions, targets, groups=None):
 
 
 def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
-    """Number of pixels of each true class (row) that were predicted as each class (column).
+    """Number of pixels of a true class (row) that were predicted as every class (column).
 
         confusion[t, p] = number of counted pixels with target t and prediction p
 
@@ -878,7 +877,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
 
 
 def f_score_per_image(confusions):
-    """Score of the face-parsing challenge for each image: mean F over the classes in the truth.
+    """Score of the face-parsing challenge, per image: mean F over the classes in the truth.
 
         P = TP / (TP + FP + e)      R = TP / (TP + FN + e)      F_c = 2 P R / (P + R + e)
         score = mean of F_c over the classes with target pixels        e = 1e-7
@@ -901,12 +900,12 @@ def f_score_per_image(confusions):
 
 
 def f_score_pooled(confusion):
-    """F of each class over a whole split, from one pooled confusion matrix.
+    """F of every class over a whole split, from one pooled confusion matrix.
 
         F_c = 2 TP / (2 TP + FP + FN)
 
     NaN for a class that neither truth nor prediction has; 0 if only one of them has it. np.nanmean
-    of the result is the macro F. Large objects dominate here; in f_score_per_image each image
+    of the result is the macro F. Large objects dominate here; in f_score_per_image every image
     counts the same. Say which of the two is reported.
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
@@ -992,7 +991,7 @@ def mean_cosine(features):
 
 
 def knn_predict(train_features, train_labels, features, *, k=5):
-    """Class of each row by the vote of the k training rows with the largest cosine.
+    """Class of every row by the vote of the k training rows with the largest cosine.
 
     It judges an embedding without training on it. The class with most votes wins; of several, the
     one whose votes have the largest sum of cosines; then the smallest label. Training rows tied
@@ -1048,7 +1047,7 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
 
 
 def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Class of each row by ridge regression with one target per class: a simple baseline.
+    """Class of every row by ridge regression with one target per class: a simple baseline.
 
         W = (Z^T Z + penalty I)^-1 Z^T Y     class = argmax_c (z W + mean Y)_c
 
@@ -1078,7 +1077,7 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
 
 
 def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Logit of each row by logistic regression with an L2 penalty: a simple binary baseline.
+    """Logit of every row by logistic regression with an L2 penalty: a simple binary baseline.
 
         minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2
         s = 1 for label 1, -1 for label 0
