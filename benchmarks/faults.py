@@ -83,7 +83,7 @@ def zeros_read(prepare):
 
 
 def rows_not_groups(split_rows):
-    return lambda groups, args: split_rows(np.arange(len(groups)), args)
+    return lambda n, args, groups: split_rows(n, args)
 
 
 def sorted_by_class(plan):

@@ -91,7 +91,8 @@ def split_windows(windows, rows, recordings, args):
         return rows, ("split: the original one, by recording; patients of validation and test "
                       "recordings are in training too")
     patients = np.array([recording["patient"] for recording in recordings])
-    parts = dict(zip(("train", "validation", "test"), split_rows(patients, args)))
+    parts = split_rows(len(patients), args, patients)
+    parts = dict(zip(("train", "validation", "test"), parts))
     parts = {name: part for name, part in parts.items() if len(part)}
     rows = {name: np.flatnonzero(np.isin(windows["recording"], part))
             for name, part in parts.items()}

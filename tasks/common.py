@@ -279,14 +279,19 @@ def finite(outputs):
 # Used by several tasks
 
 
-def split_rows(groups, args):
-    """Rows of train, validation and test, no group on two sides: by the ratios, or by --folds."""
+def split_rows(n, args, groups=None):
+    """The n rows in train, validation and test, by the ratios or by --folds.
+
+    No group is on two sides. Without groups every row is one of its own.
+    """
+    if groups is None:
+        groups = np.arange(n)
     if not args.folds:
         ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
         return data.split_by_group(groups, ratios, seed=args.seed)
     folds = data.split_by_group(groups, np.full(args.folds, 1 / args.folds), seed=args.seed)
     test = folds[args.fold - 1]
-    rest = np.setdiff1d(np.arange(len(groups)), test)
+    rest = np.setdiff1d(np.arange(n), test)
     inner = data.split_by_group(groups[rest], (1 - args.val_ratio, args.val_ratio), seed=args.seed)
     return [rest[rows] for rows in inner] + [test]
 

@@ -80,7 +80,7 @@ def load(path, args):
     models.check_stride_fits(args.size, NETWORKS[args.network].stride)
     check_crop(args)
     images, masks, names = read(path, args)
-    parts = dict(zip(("train", "validation", "test"), split_rows(np.arange(len(masks)), args)))
+    parts = dict(zip(("train", "validation", "test"), split_rows(len(masks), args)))
     for name, rows in parts.items():
         if len(rows) and not any((masks[row] != 255).any() for row in rows):
             raise ValueError(f"all pixels of the {len(rows)} {name} masks are 255, which do not "

@@ -343,8 +343,8 @@ def load(path, args):
     """Read the eyes, split them by face or person, and measure the weight of the open ones."""
     check_crop(args)
     images, labels, groups, names = read(path, args)
-    groups_or_rows = np.arange(len(labels)) if groups is None else groups
-    parts = dict(zip(("training", "validation", "test"), split_rows(groups_or_rows, args)))
+    rows_of_parts = split_rows(len(labels), args, groups)
+    parts = dict(zip(("training", "validation", "test"), rows_of_parts))
     for name, rows in parts.items():
         if len(rows) and len(np.unique(labels[rows])) < 2:
             raise ValueError(f"the {name} split of {len(rows)} rows holds one class only (label "

@@ -33,7 +33,7 @@ def read_modalities(path, *, cache="", need_labels=True):
         labels        (n,) integers from 0, or strings, which are numbered in the order of
                       label_names or else sorted
         label_names   optional, one string per class
-        groups        optional, (n,): the person or recording of each sample
+        groups        optional, (n,): the person or recording of a sample
 
     cache        a folder: modalities are unpacked once into .npy files there, and memory-mapped
     need_labels  False: labels and label_names are not read, for prediction
@@ -126,7 +126,7 @@ def check_modalities(arrays, masks, where):
 
 
 def count_non_finite(array, *, chunk=256):
-    """NaN and infinite values in each row, int (n,); memory-mapped arrays are read in chunks."""
+    """NaN and infinite values in every row, int (n,); memory-mapped arrays are read in chunks."""
     counts = np.zeros(len(array), int)
     if array.dtype.kind == "f":
         for start in range(0, len(array), chunk):
@@ -249,7 +249,7 @@ class ModalSplit:
         return batch
 
     def scaled(self, name, index):
-        """Rows of the whole set as float32 (b, ...), each channel by its mean and sd."""
+        """Rows of the whole set as float32 (b, ...), channels by their mean and sd."""
         array = self.arrays[name]
         # float64 stays: a clock of 1.7e9 s loses its mean before float32 cuts its digits
         values = array[index].astype(np.result_type(array.dtype, np.float32))
@@ -296,7 +296,7 @@ def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):
              or 0
     returns  as read_modalities: arrays, labels, groups, label_names, present
     Errors:  ValueError for other classes, fewer than 4 rows per class, missing outside [0, 1]
-    Check:   on held-out recordings, ridge regression on mean and sd of each channel has an accuracy
+    Check:   on held-out recordings, ridge regression on mean and sd of all channels has an accuracy
              of 0.3 to 0.5 alone and 0.9 on all four, the most frequent class 0.2
     """
     if not 2 <= classes <= 9 or n < 4 * classes or not 0 <= missing <= 1:
@@ -340,7 +340,7 @@ def draw_modalities(signs, recording, rng):
         picture = gain * (grey + 90 * light[:, :, None] * colour[..., None, None])
         return np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
 
-    strength = {}  # {name: (n, 3)}: how strong each colour, band or pair is; 0 for all but the sign
+    strength = {}  # {name: (n, 3)}: how strong a colour, band or pair is; 0 for all but the sign
     for name, sign in signs.items():
         strength[name] = np.eye(3)[sign] * rng.uniform(0, 1, n)[:, None]
 
@@ -373,8 +373,7 @@ def draw_modalities(signs, recording, rng):
 def load(path, args):
     """Read the modalities, split them by group, measure their channels, and check every batch."""
     arrays, labels, groups, names, present = read(path, args)
-    groups_or_rows = np.arange(len(labels)) if groups is None else groups
-    parts = dict(zip(("train", "validation", "test"), split_rows(groups_or_rows, args)))
+    parts = dict(zip(("train", "validation", "test"), split_rows(len(labels), args, groups)))
     shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
     notes = [data_note(path, labels, shapes), split_note(groups, parts)]
     train = parts["train"]
@@ -516,7 +515,7 @@ def loss(model, batch, args, facts):
 
 
 def mixup_loss(model, batch, args):
-    """Mix the features of each row with another row's; weight the losses for both classes.
+    """Mix the features of every row with another row's; weight the losses for both classes.
 
         x = lam x_i + (1 - lam) x_j;  loss = lam SupCon(x, y_i) + (1 - lam) SupCon(x, y_j)
     """
@@ -538,7 +537,7 @@ def mixup_loss(model, batch, args):
 
 
 def outputs(model, batch, args, facts):
-    """The embedding of each row, float (b, embed)."""
+    """The embedding of every row, float (b, embed)."""
     return {"embedding": model(batch["inputs"], batch["present"], encoded=batch["encoded"]).float()}
 
 
@@ -573,14 +572,14 @@ def scores(outputs, split, args, facts):
 
 
 def channel_features(split):
-    """{modality: (n, 2 C)} mean and sd of every channel of each row; 0 where the row lacks it."""
+    """{modality: (n, 2 C)} mean and sd of every channel and row; 0 where the row lacks it."""
     parts = {name: [] for name in split.arrays}
     for start in range(0, len(split), split.chunk):
         rows = split.rows[start : start + split.chunk]
         for name in split.arrays:
             x = split.scaled(name, rows)
             x[torch.from_numpy(~split.present[name][rows])] = 0
-            if x.ndim == 2:  # each feature is a channel
+            if x.ndim == 2:  # a feature is a channel
                 x = x[:, None]
             elif x.ndim > 3:
                 x = x.movedim(-3, -1).flatten(1, -2)
@@ -657,8 +656,8 @@ def export(model, args, facts):
 
 FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0.65, val_ratio=0.15)
 FLAGS.update(
-    sampler=Flag("stratified", "stratified: as many rows of each class in every batch; shuffled: "
-                 "each row once an epoch", choices=("shuffled", "stratified")),
+    sampler=Flag("stratified", "stratified: as many rows of every class in a batch; shuffled: "
+                 "every row once an epoch", choices=("shuffled", "stratified")),
     monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights",
                  choices=("accuracy", "macro_f1", "loss")),
     modalities=Flag("", "which ones to use, names with commas between (default: all)"),
@@ -677,7 +676,7 @@ FLAGS.update(
     freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run "
                 "once on rows that are not augmented"),
     noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
-    scale=Flag(0.4, "multiply each modality of a row by up to 1 +- this", low=0, high=0.99),
+    scale=Flag(0.4, "multiply a modality of a row by up to 1 +- this", low=0, high=0.99),
     shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6),
     mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
     allow_single_class=Flag(False, "train although there is one class, to see the loss stand at "

@@ -34,7 +34,7 @@ def load(path, args):
     stays = read(path, args, need_outcomes=not pretraining)
     labels, ids = stays["labels"], stays["ids"]
     known = known_outcomes(stays, path)
-    parts = [known[rows] for rows in split_rows(np.arange(len(known)), args)]
+    parts = [known[rows] for rows in split_rows(len(known), args)]
     notes = data_notes(path, stays, known)
     notes.append("split: by stay; the files do not say which stays are of one patient")
     for name, rows in zip(("training", "validation", "test"), parts):
