@@ -385,20 +385,6 @@ def call(*words):
     return code, out.getvalue(), err.getvalue()
 
 
-def printed_by(*words):
-    """What train.main prints on these words; it must succeed."""
-    code, out, err = call(*words)
-    assert code == 0, err
-    return out
-
-
-def run(path, *words):
-    """A tiny run on a small .npz beside it; must succeed."""
-    if not (path.parent / "eyes.npz").exists():
-        make_npz(path.parent / "eyes.npz")
-    return printed_by(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
-
-
 def succeeded(*words):
     """What the command prints; it must succeed."""
     code, out, err = call(*words)
@@ -415,6 +401,13 @@ def refused(text, *words):
 
 def read_scores(path):
     return json.loads((path / "scores.json").read_text())
+
+
+def run(path, *words):
+    """A tiny run on a small .npz beside it; must succeed."""
+    if not (path.parent / "eyes.npz").exists():
+        make_npz(path.parent / "eyes.npz")
+    return succeeded(*TINY, "--data", path.parent / "eyes.npz", "--out", path, *words)
 
 
 def result_of(path, name="last.pt"):
@@ -459,7 +452,7 @@ def ppg_folder(f, n=10, seconds=90):
 
 def ppg_run(path, *words):
     words = words if "--data" in words else ["--data", ppg_folder(path.parent), *words]
-    return printed_by(*PPG, "--out", path, *words)
+    return succeeded(*PPG, "--out", path, *words)
 
 
 FACEPARSE = "--task faceparse --epochs 2 --batch-size 8 --device cpu --size 16 --width 4".split()
@@ -479,7 +472,7 @@ def faces_run(path, *words):
     if not (path.parent / "faces.npz").exists():
         faces_npz(path.parent / "faces.npz")
     base = FACEPARSE[:-2] if "segformer" in words else FACEPARSE
-    return printed_by(*base, "--data", path.parent / "faces.npz", "--out", path, *words)
+    return succeeded(*base, "--data", path.parent / "faces.npz", "--out", path, *words)
 
 
 def check_resume(base, run, path, words, data_path=None):
@@ -498,7 +491,7 @@ def check_resume(base, run, path, words, data_path=None):
         assert call(*base, "--data", data_path, "--out", path / "b", *words)[0] == 130
     finally:
         train.finish_epoch = finish
-    assert call(*base[:2], "--out", path / "b", "--resume")[0] == 0
+    succeeded(*base[:2], "--out", path / "b", "--resume")
     for name in ("last.pt", "best.pt"):
         assert same_bits(result_of(path / "a", name), result_of(path / "b", name))
     assert (path / "a" / "curves.svg").read_text() == (path / "b" / "curves.svg").read_text()
@@ -522,7 +515,7 @@ def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):
 def quad_run(path, *words):
     if not (path.parent / "quad.npz").exists():
         quad_npz(path.parent / "quad.npz")
-    return printed_by(*MODAL, "--data", path.parent / "quad.npz", "--out", path, *words)
+    return succeeded(*MODAL, "--data", path.parent / "quad.npz", "--out", path, *words)
 
 
 STAYS = ("--task seqsetvae --epochs 2 --batch-size 8 --device cpu --width 16 --heads 2 --depth 2 "
@@ -553,7 +546,7 @@ def stays_folder(f, name="stays", change=None):
 
 def stays_run(path, *words):
     words = words if "--data" in words else ["--data", stays_folder(path.parent), *words]
-    return printed_by(*STAYS, "--out", path, *words)
+    return succeeded(*STAYS, "--out", path, *words)
 
 
 @contextlib.contextmanager

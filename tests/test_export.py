@@ -15,8 +15,8 @@ from tasks import bidmc_data
 from tasks import faceparse
 from tasks import quadmodal
 from tests.helpers import (
-    call, faces_npz, folder, lived_in, loaded, make_npz, MODAL, near, PPG, ppg_folder, quad_npz,
-    replaced, STAYS, stays_folder, TINY)
+    call, faces_npz, folder, lived_in, loaded, make_npz, MODAL, near, PPG, ppg_folder,
+    quad_npz, replaced, STAYS, stays_folder, succeeded, TINY)
 
 
 LOAD = """
@@ -42,9 +42,7 @@ def untrained(path, *words):
 
 def export(path, task, *words):
     files = ["--export", path / "best.pt", "--out", path / "net.pt2"]
-    code, out, err = call("--task", task, *files, *words)
-    assert code == 0, err
-    return out
+    return succeeded("--task", task, *files, *words)
 
 
 def eyes_exported(f, path, *words):

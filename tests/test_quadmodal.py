@@ -13,7 +13,7 @@ from tasks import quadmodal
 from tasks.common import plan_batches
 from tests.helpers import (
     call, check_resume, folder, loaded, MODAL, near, quad_npz, quad_run, raises, replaced,
-    result_of, seeded)
+    result_of, seeded, succeeded)
 
 
 def settings(*words):
@@ -31,9 +31,8 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
         scores = json.loads((f / "a" / "scores.json").read_text())["test"]
         log = [json.loads(line) for line in (f / "a" / "log.jsonl").read_text().splitlines()]
         args, sets = loaded(*MODAL, "--data", f / "quad.npz")
-        code, _, err = call("--task", "quadmodal", "--predict", f / "a" / "best.pt",
-                            "--data", f / "quad.npz", "--out", f / "z.npz")
-        assert code == 0, err
+        succeeded("--task", "quadmodal", "--predict", f / "a" / "best.pt",
+                  "--data", f / "quad.npz", "--out", f / "z.npz")
         z = np.load(f / "z.npz")["embeddings"]
     assert list(scores) == ["rows", "model", "constant majority", "ridge audio", "ridge sensor",
                             "ridge all", "ceiling"]

@@ -15,7 +15,7 @@ import train
 from tasks import seqsetvae, seqsetvae_data, seqsetvae_pretrain
 from tests.helpers import (
     call, check_resume, edit, folder, loaded, near, result_of, seeded, STAYS, stays_folder,
-    stays_run, write_stay)
+    stays_run, succeeded, write_stay)
 
 
 def loaded_stays(f, *words):
@@ -35,14 +35,13 @@ def test_train_stays_scores_stand_between_chance_and_ceiling_beside_a_logistic_r
         scores = json.loads((f / "a" / "scores.json").read_text())["test"]
         args, sets = loaded_stays(f)
         best = f / "a" / "best.pt"
-        code, _, err = call("--task", "seqsetvae", "--predict", best, "--out", f / "p.csv",
-                            "--data", f / "stays" / "set-a")
-        assert code == 0, err
+        succeeded("--task", "seqsetvae", "--predict", best, "--out", f / "p.csv",
+                  "--data", f / "stays" / "set-a")
         with open(f / "p.csv") as file:
             table = list(csv.DictReader(file))
         stays = seqsetvae_data.read_stays(f / "stays")
-        code, everything, err = call("--task", "seqsetvae", "--eval", best, "--data", f / "stays")
-        assert code == 0 and "all rows, 80 rows" in everything, err
+        everything = succeeded("--task", "seqsetvae", "--eval", best, "--data", f / "stays")
+        assert "all rows, 80 rows" in everything
         assert "training rows included" in everything
     assert list(scores) == ["rows", "model", "constant", "SAPS-I", "SOFA", "logistic regression",
                             "ceiling"]
@@ -251,13 +250,15 @@ def test_train_stays_without_an_event_keep_an_empty_row_in_the_predictions():
     with folder() as f:
         stays_run(f / "a", "--epochs", "1")
         path = stays_folder(f, "empty", add_empty)
-        code, out, err = call("--task", "seqsetvae", "--predict", f / "a" / "best.pt",
-                              "--data", path, "--out", f / "p.csv")
-        assert code == 0 and "stay without an event: 1 (500)" in out, err
+        out = succeeded("--task", "seqsetvae", "--predict", f / "a" / "best.pt",
+                        "--data", path, "--out", f / "p.csv")
+        assert "stay without an event: 1 (500)" in out
         assert (f / "p.csv").read_text().endswith("\n500,,\n")
 
 
-def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
+def refused_calls(f):
+    """[(a part of the message, words)]: bad files, encoders that do not fit, and bad settings."""
+
     def word_as_value(path):
         edit(path / "set-a/3.txt", lambda text: text.rstrip("\n") + "\n07:00,HR,high\n")
 
@@ -276,45 +277,48 @@ def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mes
     def damaged(change):
         return ["--data", stays_folder(f, change.__name__, change)]
 
+    stays_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
+    stays_run(f / "run", "--epochs", "1")
+    content = torch.load(f / "pre" / "best.pt", weights_only=True)
+    content["model"].pop("encoder.layers.1.qkv.weight")
+    torch.save(content, f / "lacking.pt")
+    content = torch.load(f / "pre" / "best.pt", weights_only=True)
+    content["facts"]["scale"]["mean"][5] += 1
+    torch.save(content, f / "scaled.pt")
+    probe = ["--mode", "probe", "--pretrained"]
+    pre = [*probe, f / "pre"]
+    return [
+        ("set-a/3.txt line", damaged(word_as_value)),
+        ("RecordID", damaged(other_record)),
+        ("Outcomes-a.txt is missing", damaged(no_outcomes)),
+        ("has an outcome", ["--mode", "pretrain", *damaged(no_outcomes)]),
+        ("In-hospital_death", damaged(outcome_of_7)),
+        ("stays 0 died", damaged(nobody_died)),
+        ("holds no stays", ["--data", f / "pre"]),
+        ("tensors fit under 'encoder.': missing 1 (layers.1.qkv.weight)",
+         [*probe, f / "lacking.pt"]),
+        ("scaled by other training rows", [*probe, f / "scaled.pt"]),
+        ("of the cases that this run holds out", [*pre, "--seed", "1"]),
+        ("--width 32: the encoder in", [*pre, "--width", "32"]),
+        ("whose encoder has seen labels", [*probe, f / "run"]),
+        ("starts from an encoder: give --pretrained", ["--mode", "finetune"]),
+        ("starts from an encoder: give --pretrained", ["--variant", "after", "--width", "16"]),
+        ("heads must divide channels", ["--heads", "3"]),
+        ("heads must divide channels", ["--set-heads", "3"]),
+        ("--beta is read only with --mode pretrain", ["--beta", "0.1"]),
+        ("--monitor is read only with --mode", ["--mode", "pretrain", "--monitor", "auroc"]),
+        ("--alpha is read only with --loss focal", ["--alpha", "0.3"]),
+        ("--drop-events is read only with --mode", [*pre, "--drop-events", "0.1"]),
+        ("--plateau-watches is read only with --schedule plateau",
+         ["--plateau-watches", "loss"]),
+        ("--drop-events 1 must be finite and at least 0 and at most 0.95",
+         ["--drop-events", "1"]),
+    ]
+
+
+def test_train_stays_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_message():
     with folder() as f:
-        stays_run(f / "pre", "--mode", "pretrain", "--epochs", "1")
-        stays_run(f / "run", "--epochs", "1")
-        content = torch.load(f / "pre" / "best.pt", weights_only=True)
-        content["model"].pop("encoder.layers.1.qkv.weight")
-        torch.save(content, f / "lacking.pt")
-        content = torch.load(f / "pre" / "best.pt", weights_only=True)
-        content["facts"]["scale"]["mean"][5] += 1
-        torch.save(content, f / "scaled.pt")
-        good = stays_folder(f)
-        probe = ["--mode", "probe", "--pretrained"]
-        pre = [*probe, f / "pre"]
-        cases = [
-            ("set-a/3.txt line", damaged(word_as_value)),
-            ("RecordID", damaged(other_record)),
-            ("Outcomes-a.txt is missing", damaged(no_outcomes)),
-            ("has an outcome", ["--mode", "pretrain", *damaged(no_outcomes)]),
-            ("In-hospital_death", damaged(outcome_of_7)),
-            ("stays 0 died", damaged(nobody_died)),
-            ("holds no stays", ["--data", f / "pre"]),
-            ("tensors fit under 'encoder.': missing 1 (layers.1.qkv.weight)",
-             [*probe, f / "lacking.pt"]),
-            ("scaled by other training rows", [*probe, f / "scaled.pt"]),
-            ("of the cases that this run holds out", [*pre, "--seed", "1"]),
-            ("--width 32: the encoder in", [*pre, "--width", "32"]),
-            ("whose encoder has seen labels", [*probe, f / "run"]),
-            ("starts from an encoder: give --pretrained", ["--mode", "finetune"]),
-            ("starts from an encoder: give --pretrained", ["--variant", "after", "--width", "16"]),
-            ("heads must divide channels", ["--heads", "3"]),
-            ("heads must divide channels", ["--set-heads", "3"]),
-            ("--beta is read only with --mode pretrain", ["--beta", "0.1"]),
-            ("--monitor is read only with --mode", ["--mode", "pretrain", "--monitor", "auroc"]),
-            ("--alpha is read only with --loss focal", ["--alpha", "0.3"]),
-            ("--drop-events is read only with --mode", [*pre, "--drop-events", "0.1"]),
-            ("--plateau-watches is read only with --schedule plateau",
-             ["--plateau-watches", "loss"]),
-            ("--drop-events 1 must be finite and at least 0 and at most 0.95",
-             ["--drop-events", "1"]),
-        ]
+        cases, good = refused_calls(f), stays_folder(f)
         for message, words in cases:
             words = words if "--data" in words else [*words, "--data", good]
             code, _, err = call(*STAYS, "--out", f / "new", *words)
