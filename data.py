@@ -2,7 +2,7 @@
 
 A whole data set is one contiguous uint8 array, in memory or memory-mapped. A batch is gathered from
 it by an index array and augmented as a whole, on the device. The order of the rows is a function of
-(seed, epoch), so it needs no checkpoint. The readers of each task's files are in tasks/.
+(seed, epoch), so it needs no checkpoint. Readers of files are in tasks/.
 
 Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a signal.
 
@@ -96,8 +96,8 @@ def split_by_group(groups, shares, *, seed):
     in which the middle of its rows falls, so a share is met to within half a group. Without groups
     pass `np.arange(n)`: every row is a group of its own, and leakage cannot be excluded.
 
-    groups  (n,) any sortable values: one person, patient or face each
-    shares  one number per split, each >= 0, sum 1; a share of 0 gives an empty split
+    groups  (n,) any sortable values: such as persons, patients or faces
+    shares  one number per split, all >= 0, sum 1; a share of 0 gives an empty split
     returns one sorted int64 index array per share
     Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
     Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
@@ -121,8 +121,7 @@ def split_by_group(groups, shares, *, seed):
 
 
 def check_batch_size(n, batch_size, world_size):
-    """Refuse a batch size below 1 and fewer rows than ranks; warn of an epoch of one short batch.
-    """
+    """Refuse a batch size below 1 and fewer rows than ranks; warn of one short batch an epoch."""
     if batch_size < 1 or n < world_size:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
                          f"per rank ({world_size})")
@@ -132,11 +131,11 @@ def check_batch_size(n, batch_size, world_size):
 
 
 def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Class-balanced batches: classes take turns, each gives its rows from a shuffled queue.
+    """Class-balanced batches: classes take turns and give rows from shuffled queues.
 
         slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
 
-    Every batch holds batch_size // k rows of each of the k classes; the classes share the rest in
+    Every batch holds batch_size // k rows of all k classes; the classes share the rest in
     turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat, frequent
     ones are not used up (over the epochs all of their rows are). A queue is shuffled again when it
     runs out: every row of a class is used before one repeats, and a row repeats within a batch only
@@ -147,7 +146,7 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
     returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
             n // world_size, and a warning)
     Errors: ValueError for n < world_size or batch_size < 1.
-    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of each class, see the top of this file
+    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
     Needs:  check_batch_size
     """
     labels = np.asarray(labels)
@@ -188,7 +187,7 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1)
 def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
     """Every row once per epoch, in an order that (seed, epoch) fixes.
 
-    Each global batch is dealt to the ranks in turn, so ranks are disjoint and equal in length. Of n
+    A global batch is dealt to the ranks in turn, so ranks are disjoint and equal in length. Of n
     rows, n % world_size are left out, others in the next epoch. The last batch may be smaller.
 
     returns a list of ceil(n // world_size / batch_size) int64 index arrays
@@ -205,19 +204,17 @@ def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
 def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, pool=16):
     """Every row once per epoch as in shuffled_batches, in batches of similar length.
 
-    Less padding is needed. Rows are shuffled and cut into pools of `pool` batches. Each pool is
+    Less padding is needed. Rows are shuffled and cut into pools of `pool` batches. A pool is
     sorted by length (ties stay shuffled) and cut into batches, and the full batches are shuffled.
-    Rows still meet others in every epoch, since a pool is small against the set. A last, smaller
-    batch is cut off before the sorting: it holds rows of any length, and comes last.
+    A pool is small against the set, so rows meet others in every epoch. A last, smaller batch is
+    cut off before the sorting: it holds rows of any length, and comes last.
 
     lengths  (n,) numbers, such as the sets of a stay
     pool     batches that are sorted together: 1 sorts nothing, n and more sorts the whole epoch
     returns  a list of int64 index arrays, as many as shuffled_batches; a global batch is dealt to
              the ranks in turn
-    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1. Warns when n is smaller than
-            a batch.
-    Check:  with PhysioNet 2012 set a in batches of 32, padding makes 1.08 of 1 set; 1.76 in
-            shuffled_batches
+    Errors: ValueError for n < world_size, batch_size < 1 or pool < 1; warns if n is below a batch
+    Check:  PhysioNet 2012 set a in batches of 32 is padded 1.08 times, 1.76 times if shuffled
     Needs:  check_batch_size
     """
     lengths = np.asarray(lengths)
@@ -238,7 +235,7 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
 
 
 class PlannedBatchSampler(torch.utils.data.Sampler):
-    """A plan of batches as the batch_sampler of a DataLoader; set_epoch(epoch) before each epoch.
+    """A plan of batches as the batch_sampler of a DataLoader; set_epoch(epoch) before an epoch.
 
     plan    a function of the keyword `epoch` that returns a list of index arrays
     """
@@ -258,7 +255,7 @@ class PlannedBatchSampler(torch.utils.data.Sampler):
 
 
 class StratifiedBatchSampler(PlannedBatchSampler):
-    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) each epoch.
+    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
 
     Needs: PlannedBatchSampler, check_batch_size, stratified_batches
     """
@@ -269,7 +266,7 @@ class StratifiedBatchSampler(PlannedBatchSampler):
 
 
 class ShuffledBatchSampler(PlannedBatchSampler):
-    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) each epoch.
+    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
 
     Needs: PlannedBatchSampler, check_batch_size, shuffled_batches
     """
@@ -357,16 +354,15 @@ def encode_png(pixels, palette=None):
             IEND; filter 0 on every row
     """
     pixels = np.ascontiguousarray(pixels)
-    grey = pixels.ndim == 2
     rgb = pixels.ndim == 3 and pixels.shape[2] == 3 and palette is None
-    if pixels.dtype != np.uint8 or not (grey or rgb):
+    if pixels.dtype != np.uint8 or not (rgb or pixels.ndim == 2):
         raise ValueError("a PNG is written from uint8 (h, w) or (h, w, 3), with a palette from "
                          f"(h, w); got {pixels.dtype} {pixels.shape}")
     if palette is not None and pixels.max() >= len(palette):
         raise ValueError(f"id {pixels.max()} has no colour: the palette has {len(palette)}")
     height, width = pixels.shape[:2]
     colour_type = 2 if rgb else 0 if palette is None else 3
-    # filter type 0 before each row
+    # filter type 0 before every row
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
     if palette is not None:
@@ -516,17 +512,16 @@ def resize_uint8(images, size):
 
 
 def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
-    """Mirror each image left to right with probability p, its mask with it.
+    """Mirror images left to right with probability p, and their masks with them.
 
-    A mirrored left eye is a right eye: in a flipped mask the labels of each pair change places.
+    A mirrored left eye is a right eye: in a flipped mask the two labels of a pair change places.
     Without that, every paired class of a flipped image is labelled wrong.
 
     images  (B, ..., W) any dtype
     masks   (B, H, W) integers in [0, 255] or None; a label in no pair, such as 255, stays
     pairs   ((left, right), ...) labels
     returns images, or (images, masks) if masks were given
-    Errors: ValueError for p outside [0, 1]; and with masks for a paired label outside [0, 255] or
-            in two pairs
+    Errors: ValueError for p outside [0, 1], and with masks for the pairs that swap_labels refuses
     Check:  p=1 twice is the identity, for images and masks
     Needs:  swap_labels
     """
@@ -545,9 +540,7 @@ def horizontal_flip(images, *, p=0.5, generator, masks=None, pairs=()):
 
 
 def swap_labels(masks, pairs):
-    """Masks in which the two labels of every pair have changed places.
-
-    A label in no pair, such as 255, stays.
+    """Masks in which the two labels of every pair have changed places; other labels stay.
 
     masks   any shape, integers in [0, 255]
     Errors: ValueError for a paired label outside [0, 255] or in two pairs
@@ -570,15 +563,13 @@ def soft_targets(masks, classes, *, ignore=255):
 
 
 def photometric_distort(images, *, p=0.5, generator):
-    """Change brightness, contrast, saturation, hue and channel order of each image.
+    """Change brightness, contrast, saturation, hue and channel order of images.
 
-    Each of the five has its own draw. One draw for all would leave a share 1 - p of the images
+    The five have draws of their own. One draw for all would leave a share 1 - p of the images
     untouched; five leave (1 - p)^5, which is 3 % at 0.5.
 
-    images  (B, 3, H, W) uint8 RGB
-    returns the same shape, uint8
-    Errors: ValueError for p outside [0, 1], and for anything but uint8 RGB: distort first,
-            normalise afterwards.
+    images  (B, 3, H, W) uint8 RGB  ->  the same
+    Errors: ValueError for p outside [0, 1], for anything but uint8 RGB: normalise afterwards
     Source: Liu et al. 2016 (SSD), arXiv:1512.02325; ranges and order of torchvision's
             v2.RandomPhotometricDistort
     Check:  p=0 returns equal values
@@ -598,9 +589,9 @@ def photometric_distort(images, *, p=0.5, generator):
 
 
 def color_jitter(images, *, strength, generator):
-    """Multiply brightness, contrast and saturation of each image by its own random factors.
+    """Multiply brightness, contrast and saturation of every image by random factors.
 
-        factor ~ U(1 - strength, 1 + strength), drawn for each of the three, in this order
+        factor ~ U(1 - strength, 1 + strength), drawn for all three, in this order
 
     images  (B, 3, H, W) uint8 RGB  ->  the same
     Errors: ValueError for a strength outside [0, 1], for anything but uint8 RGB
@@ -630,7 +621,7 @@ def check_rgb_uint8(images, who, remedy):
 def photometric_draw(n, *, p, generator):
     """Random settings of n images for photometric_apply: CPU tensors under its argument names.
 
-    Each with probability p, else neutral: brightness U(0.875, 1.125), contrast and saturation
+    With probability p, else neutral: brightness U(0.875, 1.125), contrast and saturation
     U(0.5, 1.5), hue U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per
     image puts contrast before saturation or after hue.
     """
@@ -665,9 +656,9 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
         order       channel c becomes what was channel order[c]
 
     In float32; every step is clamped to [0, 255], and the result rounded once. torchvision
-    truncates to uint8 after brightness, contrast and saturation, each time half a grey level
-    darker. The expensive steps run only on the images that drew them: the images are sorted so that
-    those with a change of saturation are one slice, and those with a change of hue another.
+    truncates to uint8 after brightness, contrast and saturation: every time half a grey level
+    darker. Saturation and hue are expensive: the images are sorted so that those with a change of
+    saturation are one slice, and those with a change of hue another.
 
     images  (B, 3, H, W) uint8
     settings (B,) floats and order (B, 3) integers, all of them on one device, any
@@ -700,7 +691,7 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
     blend(x, per_image(contrast_after), x.mean((2, 3), keepdim=True))
     # float to uint8 in one go is several times slower on CPU
     x = x.round_().to(torch.int16).to(torch.uint8)
-    # (B, 3): where the channels of each image are now
+    # (B, 3): where the channels of an image are now
     places = order * n + rows.argsort()[:, None]
     return x.flatten(0, 1).index_select(0, places.flatten().to(device)).view_as(images)
 
@@ -736,7 +727,7 @@ def turn_hue_(planes, turn):
 
 
 def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
-    """Contrast-limited adaptive histogram equalisation: each tile by itself, bilinear between.
+    """Contrast-limited adaptive histogram equalisation: tile by tile, bilinear between.
 
     A bin of a tile's histogram holds at most clip_limit times the mean, which bounds the gain in
     contrast; the rest is spread over all bins. Grey images are bit-equal to OpenCV's
@@ -774,7 +765,7 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
     tiles = padded.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).transpose(2, 3)
     tables = clahe_tables(tiles.flatten(3).flatten(0, 2), clip_limit).flatten()
     image = torch.arange(len(levels), device=device)[:, None, None]
-    # (2, 2, B, H, W): the four tiles about each pixel, upper and lower, left and right
+    # (2, 2, B, H, W): the four tiles about a pixel, upper and lower, left and right
     tile = (image * rows + row[:, None, None, :, None]) * columns + column[:, None, None]
     corners = look_up(tables, 256 * tile + levels).flatten(0, 1)
     upper_left, upper_right, lower_left, lower_right = corners
@@ -786,7 +777,7 @@ def clahe(images, *, clip_limit=2.0, grid=(4, 4)):
 
 @functools.cache
 def clahe_axis(size, tiles, uneven):
-    """One side of an image for clahe: the source of its padded pixels, and the tiles about each.
+    """One side of an image for clahe: the source of its padded pixels, and the tiles about a pixel.
 
     If any side is not a multiple of its tiles (uneven), OpenCV pads both: a side that is one grows
     by one pixel per tile.
@@ -891,7 +882,7 @@ def lab_tables():
 
 
 def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fill_mask=255):
-    """Turn each image about its centre and enlarge it, its mask likewise.
+    """Turn images about their centre and enlarge them, masks likewise.
 
         angle ~ U(-degrees, degrees)        scale = exp(U(-ln zoom, ln zoom))
 
@@ -953,7 +944,7 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
 
 
 def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
-    """Move each image by up to `padding` pixels in both directions: pad, then crop to its size.
+    """Move every image by up to `padding` pixels in both directions: pad, then crop to its size.
 
     The image is padded with its mirror image (reflect-101), not with the zeros of the CIFAR recipe:
     a black bar is an edge that no photograph has. A mask gets `fill_mask` there: mirrored pixels
@@ -962,8 +953,7 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
     images  (B, C, H, W) any dtype
     masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
     returns images, or (images, masks) if masks were given
-    Errors: ValueError for a padding below 0 or not below the shorter side, which is all there is to
-            mirror.
+    Errors: ValueError for a padding below 0, or not below the shorter side (no more to mirror)
     Check:  padding=0 is the identity
     """
     n, channels, height, width = images.shape
@@ -988,7 +978,7 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
 
 
 def mixup(inputs, targets, *, alpha, generator):
-    """Blend each sample with another one, and its target with the same weight.
+    """Blend every sample with another one, and its target with the same weight.
 
         x_i = lam x_i + (1 - lam) x_j        t_i = lam t_i + (1 - lam) t_j
         lam ~ Beta(alpha, alpha), one per batch        j: a permutation of the batch
@@ -1017,7 +1007,7 @@ def mixup(inputs, targets, *, alpha, generator):
 
 
 def cutmix(inputs, targets, *, alpha, generator):
-    """Paste a box of another sample into each one, and mix the targets by the share of pixels.
+    """Paste a box of another sample into every one, and mix the targets by the share of pixels.
 
         lam = 1 - box_height box_width / (H W)        t_i = lam t_i + (1 - lam) t_j
         j: a permutation of the batch
@@ -1067,9 +1057,9 @@ def cutmix(inputs, targets, *, alpha, generator):
 
 
 def standardise(windows):
-    """Each window by itself to mean 0 and sd 1; a flat one becomes 0.
+    """Every window by itself to mean 0 and sd 1; a flat one becomes 0.
 
-    The scale of a PPG carries no information: the device sets it for each recording.
+    The scale of a PPG carries no information: the device sets it for a recording.
 
     windows (..., t) float tensor
     Check:  standardise(4 * x + 1) equals standardise(x)
@@ -1134,7 +1124,7 @@ def spectral_rate(windows, rate_hz, band):
 
 
 def respiratory_signals(windows, rate_hz):
-    """The three ways in which breathing shows in a PPG, each as a signal over time.
+    """The three ways in which breathing shows in a PPG, as signals over time.
 
         baseline   x, the window itself: breathing moves its level
         amplitude  |z|, the height of the pulse: breathing changes the stroke volume
@@ -1147,7 +1137,7 @@ def respiratory_signals(windows, rate_hz):
     turn does not spike there.
 
     windows (n, t) float tensor of any scale; rate_hz samples per second
-    returns (n, 3, t), each signal of mean 0 and sd 1; zeros for a flat window
+    returns (n, 3, t), signals of mean 0 and sd 1; zeros for a flat window
     Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
             amplitude and frequency modulation)
     Needs:  RATE_BANDS, hann_power, spectral_rate, standardise
@@ -1194,7 +1184,7 @@ def band_spectrum(signals, rate_hz, band, bins):
 
 
 def time_stretch(windows, labels, *, limit, generator):
-    """Play each window faster or slower, and scale its rate with it.
+    """Play every window faster or slower, and scale its rate with it.
 
         x'(t) = x(centre + s (t - centre))        label' = s * label
         log s ~ U(-log limit, log limit)
@@ -1206,8 +1196,7 @@ def time_stretch(windows, labels, *, limit, generator):
     labels    (b,) rates, in any unit that is proportional to frequency (not yet z-scored)
     limit     >= 1; 1 is off
     generator a CPU torch.Generator; nothing is changed in place
-    Errors: ValueError for a limit below 1, or of 2 and more (half of a window would be its mirror
-            image).
+    Errors: ValueError for a limit below 1, or from 2 on: half of a window would be mirrored
     Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
     Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
     """
@@ -1225,7 +1214,7 @@ def time_stretch(windows, labels, *, limit, generator):
 
 
 def channel_statistics(array, rows, present=None, *, chunk=2**21):
-    """Mean and sd of each channel over the given rows, to scale by: (x - mean) / sd.
+    """Mean and sd of all channels over the given rows, to scale by: (x - mean) / sd.
 
     Give it training rows only. In float64, `chunk` values at a time, so that a set of any size
     fits. In two passes: the mean of squares minus the square of the mean loses all digits where a

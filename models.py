@@ -69,7 +69,7 @@ def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.I
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the channels of each pixel.
+    """nn.LayerNorm over the channels of every pixel.
 
     Shape: (B, C, H, W) -> the same, in channels_last layout
     Check: ChannelLayerNorm(32) has 64 parameters
@@ -83,7 +83,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class StochasticDepth(nn.Module):
-    """Drops a whole residual branch, for each sample on its own: `x + drop(branch(x))`.
+    """Drops a whole residual branch, sample by sample: `x + drop(branch(x))`.
 
         training:    y = x * keep / (1 - rate), keep ~ Bernoulli(1 - rate) per sample
         evaluation:  y = x
@@ -112,7 +112,7 @@ class StochasticDepth(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate in (0, 1) that is computed from the means of all channels.
+    """Scales every channel by a gate in (0, 1) that is computed from the means of all channels.
 
         y = x * sigmoid(W2 relu(W1 mean_hw(x) + b1) + b2)
         W1 maps C to max(1, C // reduction), W2 maps back; bias=False leaves b1 and b2 out
@@ -214,7 +214,7 @@ def train_mode(model):
 
 
 class DepthwiseBlock(nn.Module):
-    """Depthwise separable convolution: 3x3 in each channel, then 1x1 across channels.
+    """Depthwise separable convolution: 3x3 in every channel, then 1x1 across channels.
 
         y = relu(x + branch(x))
         branch: depthwise 3x3 (stride), BN, ReLU, 1x1, BN
@@ -272,7 +272,7 @@ class InvertedSEBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of each pixel, scaled.
+    """ConvNeXt block: depthwise 7x7, then an MLP on the channels of every pixel, scaled.
 
         x = downsample(x)       only if the shape changes
         y = x + scale * mlp(layernorm(depthwise7x7(x)))
@@ -311,7 +311,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class MixerLayer(nn.Module):
-    """MLP-Mixer layer: an MLP across the tokens of each channel, then one across the channels.
+    """MLP-Mixer layer: an MLP across the tokens of every channel, then one across the channels.
 
         x = x + mlp_T(layernorm(x)^T)^T
         y = x + mlp_C(layernorm(x))
@@ -342,7 +342,7 @@ class MixerLayer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer, norm first: attention among the tokens, then an MLP on each token.
+    """Transformer layer, norm first: attention among the tokens, then an MLP on every token.
 
         x = x + attention(layernorm(x), bias)
         y = x + mlp(layernorm(x))
@@ -350,12 +350,12 @@ class TransformerLayer(nn.Module):
 
     The bias, if given, is added to the attention scores: TimeBias makes the layer causal.
 
-    Dropout is applied to the attention weights and after each linear layer except q, k, v. The key
+    Dropout is applied to the attention weights and after every linear layer except q, k, v. The key
     bias has no effect and no gradient, since it adds the same to all scores of a query;
     qkv_bias=False leaves it out of q, k and v. nn.TransformerEncoderLayer(norm_first=True) computes
     the same, but does not compile in evaluation (torch 2.13); this one does.
 
-    Shape:  x (B, T, C), bias (B, heads, T, T) or None -> (B, T, C); each row of the bias has at
+    Shape:  x (B, T, C), bias (B, heads, T, T) or None -> (B, T, C); every row of the bias has at
             least one finite value
     Errors: ValueError if heads does not divide channels
     Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745;
@@ -651,7 +651,7 @@ class ReducedAttention(nn.Module):
 
 
 class MixMLP(nn.Module):
-    """MLP on the channels of each pixel, with a depthwise 3x3 convolution inside (Mix-FFN).
+    """MLP on the channels of every pixel, with a depthwise 3x3 convolution inside (Mix-FFN).
 
         y = linear(gelu(conv3x3(linear(x))))
 
@@ -882,7 +882,7 @@ class FaceCNN(nn.Module):
         decoder      UpBlock to 1/4, UpBlock to 1/2, 1x1 to the classes, logits upsampled bilinearly
 
     BN follows every convolution but the last, so they keep torch's initial values. A pixel of the
-    bottleneck sees 2 * sum(dilations) = 30 pixels of the 1/8 map to each side, 240 of the image:
+    bottleneck sees 2 * sum(dilations) = 30 pixels of the 1/8 map to either side, 240 of the image:
     left and right can only be distinguished in a wide view. On CUDA the backward of the upsampling
     may add in any order.
 
@@ -1062,7 +1062,7 @@ class MaskedPatchModel(nn.Module):
 
 
 def random_patch_mask(b, t, ratio, *, generator=None):
-    """Draws which of t patches are hidden in each of b rows: bool (b, t), True is hidden.
+    """Draws which of t patches are hidden in b rows: bool (b, t), True is hidden.
 
     Each row hides round(ratio * t) patches, at least 1 and never all.
 
@@ -1083,7 +1083,7 @@ def random_patch_mask(b, t, ratio, *, generator=None):
 def grid_positions(rows, columns, channels):
     """Position codes of the pixels of a map, row by row: half of the channels code the row.
 
-        p[r * columns + c] = concat(sinusoidal(r), sinusoidal(c)), each of channels / 2
+        p[r * columns + c] = concat(sinusoidal(r), sinusoidal(c)), both of channels / 2
 
     Shape:  -> (rows * columns, channels)
     Errors: ValueError if channels is not a multiple of 4
@@ -1265,9 +1265,9 @@ class ModalityReadout(nn.Module):
 
 
 def drop_modalities(present, rate):
-    """Marks each present modality absent with probability `rate`, but never all of a row.
+    """Marks present modalities absent with probability `rate`, but never all of a row.
 
-    In every row the modality with the largest draw is kept. So of k present ones each is dropped
+    In every row the modality with the largest draw is kept. So of k present ones any is dropped
     with probability rate - rate^k / k. Draws from torch's global generator.
 
     Shape:  bool (B, modalities) -> the same; a row without any stays without
@@ -1278,7 +1278,7 @@ def drop_modalities(present, rate):
 
 
 class QuadModal(nn.Module):
-    """One embedding of any number of modalities: an encoder each, fusion by learned tokens, an MLP.
+    """One embedding of any number of modalities: their encoders, fusion by learned tokens, an MLP.
 
         features_m = modality_encoder(x_m)                  the shape decides its kind
         fused_m    = ModalityReadout(tokens, features_m)    (B, tokens, width)
@@ -1289,7 +1289,7 @@ class QuadModal(nn.Module):
 
     `present` marks the rows that have a modality. The values of the other rows, NaN or not, are
     never encoded: they reach neither output nor gradients nor batch statistics. Rows without any
-    modality all have the same embedding. In training each present modality is dropped with
+    modality all have the same embedding. In training a present modality is dropped with
     probability modality_dropout (drop_modalities). `dropout` is applied in the transformer layers,
     to the attention weights and after GELU. The order of `shapes` has no effect: weights belong to
     names, and channels come first in images and videos.
@@ -1457,9 +1457,9 @@ def freeze_encoders(model, names):
 def sets_by_size(sizes, *, chunk=256):
     """Packed sets as padded batches with little padding.
 
-    Sorts the sets by size, cuts the order into chunks, and pads each chunk to its largest set.
+    Sorts the sets by size, cuts the order into chunks, and pads a chunk to its largest set.
 
-    sizes    int64 (S,): elements of each set, at least 1. The elements of all sets are packed one
+    sizes    int64 (S,): elements of every set, at least 1. The elements of all sets are packed one
              set after the other in one tensor (E, ...)
     returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of
              those sets, where mask is True
@@ -1480,8 +1480,7 @@ class AttentionBlock(nn.Module):
     """Queries read a set, then pass an MLP: the Set Transformer's attention block, norm first.
 
         h = q + attention(layernorm(q), layernorm(x))
-        y = h + mlp(layernorm(h))
-        mlp: C to hidden, GELU, back to C
+        y = h + mlp(layernorm(h))        mlp: C to hidden, GELU, back to C
 
     Where mask is False an element is not read: padding changes nothing. Queries, keys and values
     have no bias, because that of the keys would have no gradient. Queries that all sets share are
@@ -1524,7 +1523,7 @@ class AttentionBlock(nn.Module):
 
 
 class InducedSetAttention(nn.Module):
-    """The elements of a set read each other through a few learned points.
+    """The elements of a set read one another through a few learned points.
 
         h = gather(points, x)
         y = spread(x, h)        gather, spread: AttentionBlock
@@ -1548,7 +1547,7 @@ class InducedSetAttention(nn.Module):
 
 
 class SetEncoder(nn.Module):
-    """One vector of each set: levels of induced set attention, then the mean over the elements.
+    """One vector per set: levels of induced set attention, then the mean over the elements.
 
         x = gelu(layernorm(linear(elements)))
         y = layernorm(mean of levels(x))
@@ -1583,7 +1582,7 @@ class SetEncoder(nn.Module):
 
 
 def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
-    """The bucket of each time span; bounds are evenly spaced in log(1 + minutes).
+    """The bucket of a time span; bounds are evenly spaced in log(1 + minutes).
 
     Spans longer than `longest` fall into the last bucket.
 
@@ -1595,7 +1594,7 @@ def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
 
 
 class TimeBias(nn.Module):
-    """Bias for causal attention: the older a token, the lower, at a learned rate for each head.
+    """Bias for causal attention: the older a token, the lower, at a learned rate per head.
 
         bias_ij = -slope * log(1 + (t_i - t_j) / tau)   for j <= i
         bias_ij = -inf                                  for j > i
@@ -1695,7 +1694,7 @@ class SetDecoder(nn.Module):
     The seeds are scaled as well as shifted. If they were only shifted, all elements would move
     alike, and only the block could make them differ.
 
-    Shape:  y (s, width), mask bool (s, n), the first `size` of each row True, n at most `seeds`
+    Shape:  y (s, width), mask bool (s, n), the first `size` of a row True, n at most `seeds`
             -> (s, n, features)
     Errors: ValueError for more elements than seeds
     Check:  SetDecoder(82, width=64, seeds=40) has 66,258 parameters
@@ -1721,7 +1720,7 @@ class SetDecoder(nn.Module):
 
 
 class SeqSetVAE(nn.Module):
-    """Pretraining of a SetSequenceEncoder without labels: reconstruct each set from noisy latents.
+    """Pretraining of a SetSequenceEncoder without labels: reconstruct sets from noisy latents.
 
         mu, logvar = linear(SetEncoder(events))
         latent     = mu + exp(logvar / 2) * noise, mu in eval mode
@@ -1763,7 +1762,7 @@ class SeqSetVAE(nn.Module):
 
 
 class StrongestEvents(nn.Module):
-    """One vector of a stay: for each channel the maximum over all of its events, at any time.
+    """One vector of a stay: per channel the maximum over all of its events, at any time.
 
         x = [value * u, u, minutes / longest]
         y = layernorm(max over events of linear(gelu(layernorm(linear(x)))))
@@ -1842,7 +1841,7 @@ class SeqSetClassifier(nn.Module):
         states = self.features(inputs)
         if self.strongest is not None:
             sizes, lengths = inputs["sizes"], inputs["lengths"]
-            # the stay of each set
+            # the stay of a set
             stay = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
             counts = torch.zeros_like(lengths).index_add(0, stay, sizes)
             minutes = inputs["minutes"].repeat_interleave(sizes)
