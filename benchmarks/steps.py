@@ -16,15 +16,16 @@ bf16 to 1e-2. plain: the loop of a tutorial, AdamW(), with glibc's allocator or 
 of train.train_epoch, always tuned, AdamW(fused=True); clipping, the check for NaN, schedule and EMA
 included, which plain does not have.
 
-Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, load 2:
+Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, nothing
+beside it; the second of two runs, and the ratios of the first in brackets:
 
     EMA of 547,713 parameters
-        ours                           0.280 ms    1.00 x
-        timm ModelEmaV3                1.035 ms    3.23 x
-        timm, foreach=False            1.235 ms    4.28 x
-        torch AveragedModel, foreach   1.365 ms    4.57 x
-        torch AveragedModel            3.395 ms   11.59 x
-        ema-pytorch                    1.244 ms    4.31 x
+        ours                           0.917 ms    1.00 x
+        timm ModelEmaV3                0.989 ms    1.09 x (0.81)
+        timm, foreach=False            1.293 ms    1.43 x (1.17)
+        torch AveragedModel, foreach   1.466 ms    1.57 x (1.68)
+        torch AveragedModel            3.377 ms    3.78 x (3.69)
+        ema-pytorch                    1.380 ms    1.55 x (1.27)
 
 Last result of the step, 2 threads, load 1 to 2, two runs: milliseconds, how many times longer plain
 takes with glibc's allocator, and tuned. The first step of --compile takes 41 to 43 s with g++ 12.
