@@ -96,9 +96,10 @@ def quad_exported(f, path):
     export(path, "quadmodal")
     split = splits.test
     inputs = {}
-    for name, array in split.arrays.items():
+    for name, array in split.arrays.items():  # in the order of about.json: see README
         inputs[name] = torch.from_numpy(array[split.rows])
-        inputs[f"present_{name}"] = torch.from_numpy(split.present[name][split.rows])
+    for name, present in split.present.items():
+        inputs[f"present_{name}"] = torch.from_numpy(present[split.rows])
 
     def own(rows):
         return quadmodal.outputs(model, split.batch(rows), args, splits.facts)["embedding"]
