@@ -1,6 +1,6 @@
 """Run the tests: `python test_all.py` (no test library needed), or `pytest tests`.
 
-    $ python test_all.py                     # all of them, in as many processes as there are cores
+    $ python test_all.py                     # all, in as many processes as cores, one thread each
     $ python test_all.py plateau resume      # only tests whose file or name holds one of the words
     $ python test_all.py -v ema              # and a line per test
 """
@@ -44,7 +44,9 @@ def outcome_of(file, name):
 def main(words):
     names, outcomes = test_names([word for word in words if word != "-v"]), []
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that holds torch may hang
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+    threads = int(os.environ.get("OMP_NUM_THREADS", 1))  # more than the cores wait for each other
+    processes = max(1, os.cpu_count() // threads)
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         running = {pool.submit(outcome_of, *name): ".".join(name) for name in names}
         for future in concurrent.futures.as_completed(running):
             if future.exception():  # a process that dies takes with it the tests still to run
