@@ -138,6 +138,7 @@ class EMA:
                              f"{list(state)}")
         self.module.load_state_dict(state["module"])
         self.updates, self.decay, self.warmup = state["updates"], state["decay"], state["warmup"]
+        self.built = self._writes()
 
 
 def _unwrap(model):
