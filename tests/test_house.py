@@ -163,6 +163,7 @@ PIXELS = "zeros(1, 3, 4, 4, dtype=torch.uint8)"
 TWO_CLASSES = "zeros(1, 2, 4), ones(1, 4).long()"
 
 NAMES = {name: getattr(torch, name) for name in ("arange", "ones", "randn", "tensor", "zeros")}
+NAMES |= {"torch": torch, "nn": torch.nn}
 
 USES = {  # a true expression for every name in README's table and more; see NAMES
     "linear_warmup": "linear_warmup(5, 1.0, warmup_steps=10) == 0.5",
