@@ -203,7 +203,9 @@ class WarmupCosine(_Schedule):
 
     def __init__(self, optimizer, total_steps, *, warmup_steps=0, warmup_start_lr=0.0, min_lr=0.0,
                  warmup_prefix=True):
-        self.total_steps, self.warmup_prefix = total_steps, warmup_prefix
+        # as an attribute, total_steps would make accelerate take this for a OneCycleLR
+        self.settings = dict(total_steps=total_steps, warmup_steps=warmup_steps, min_lr=min_lr,
+                             warmup_start_lr=warmup_start_lr, warmup_prefix=warmup_prefix)
         _require_whole("total_steps", total_steps, 1)
         _require(warmup_steps < total_steps, "warmup_steps", warmup_steps,
                  f"be below total_steps={total_steps}: the peak would never come; train longer or "
@@ -213,9 +215,7 @@ class WarmupCosine(_Schedule):
 
     def lr_at(self, step):
         """Rate of the group with the largest lr during update `step`."""
-        return warmup_cosine(step, self.top_lr(), total_steps=self.total_steps,
-                             warmup_steps=self.warmup_steps, warmup_start_lr=self.warmup_start_lr,
-                             min_lr=self.min_lr, warmup_prefix=self.warmup_prefix)
+        return warmup_cosine(step, self.top_lr(), **self.settings)
 
 
 class WarmRestarts(_Schedule):
@@ -232,7 +232,9 @@ class WarmRestarts(_Schedule):
 
     def __init__(self, optimizer, cycle_steps, *, cycle_mult=1, peak_decay=1.0, warmup_steps=0,
                  warmup_start_lr=0.0, min_lr=0.0):
-        self.cycle_steps, self.cycle_mult, self.peak_decay = cycle_steps, cycle_mult, peak_decay
+        self.settings = dict(cycle_steps=cycle_steps, cycle_mult=cycle_mult, min_lr=min_lr,
+                             peak_decay=peak_decay, warmup_steps=warmup_steps,
+                             warmup_start_lr=warmup_start_lr)
         _require_whole("cycle_steps", cycle_steps, 1)
         _require_whole("cycle_mult", cycle_mult, 1)
         _require(0 < peak_decay <= 1, "peak_decay", peak_decay,
@@ -242,10 +244,7 @@ class WarmRestarts(_Schedule):
 
     def lr_at(self, step):
         """Rate of the group with the largest lr during update `step`."""
-        return warm_restarts(step, self.top_lr(), cycle_steps=self.cycle_steps,
-                             cycle_mult=self.cycle_mult, peak_decay=self.peak_decay,
-                             warmup_steps=self.warmup_steps, warmup_start_lr=self.warmup_start_lr,
-                             min_lr=self.min_lr)
+        return warm_restarts(step, self.top_lr(), **self.settings)
 
 
 class Constant(_Schedule):
