@@ -99,7 +99,8 @@ class EMA:
             else:
                 shadow.copy_(tensor)
         self.updates += 1
-        self.module.eval()
+        if self.module.training:  # a loop that sets the mode of all its models
+            self.module.eval()
 
     def _is_averaged(self, shadow):
         real = shadow.is_floating_point() or shadow.is_complex()
