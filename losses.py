@@ -144,9 +144,8 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
             is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237
             min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  import math, import torch, import torch.nn.functional as F, _check_dice, _as_classes,
-            _two_classes, _probabilities, _class_sums, _sum_by_class, _class_weights,
-            _mean_over_classes
+    Needs:  import torch, import torch.nn.functional as F, _check_dice, _as_classes, _two_classes,
+            _probabilities, _class_sums, _sum_by_class, _class_weights, _mean_over_classes
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
     _check_dice(per, absent, smooth, logits)
@@ -197,7 +196,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError as in dice_loss
     Needs:  import math, import torch, import torch.nn.functional as F, focal_label_smooth_ce,
-            _check_ce_dice, _check_focal, _check_dice, _as_classes, _two_classes, _probabilities,
+            _check_ce_dice, _check_dice, _as_classes, _two_classes, _probabilities,
             _class_sums, _sum_by_class, _class_weights, _mean_over_classes
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
@@ -504,6 +503,8 @@ def all_rows(features, labels):
     """Features and labels of all processes in the order of the ranks, and the number of processes.
 
     Only the own rows of a process keep their graph.
+
+    Needs:  import torch
     """
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -541,7 +542,7 @@ def supcon_bounds(labels, *, temperature=0.07):
     Shape:  labels (B,) of any type, those of all processes  ->  (lower, collapsed) floats
     Errors: ValueError for other shapes, temperature <= 0
     Source: Jensen on the sum over positives, and every cosine in [-1, 1]
-    Needs:  _array
+    Needs:  import math, import numpy as np, import torch, _array
     Check:  32 samples of one class: 3.4340, 3.4340; four classes of 8: ln 7 = 1.9459, 3.4340
     """
     labels = _array(labels)
@@ -572,6 +573,7 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
     Errors: ValueError for unequal shapes or other types, free_bits < 0
     Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B
             free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
+    Needs:  import math, import torch
     Check:  mu = 1, logvar = 0 cost 0.5 per dimension; mu = 0, logvar = ln 4 cost 0.8069;
             the prior costs free_bits * D
     """
@@ -607,6 +609,7 @@ def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
 
     Shape:  x real (S, N, F), y real (S, M, F)  ->  (S, N, M), all >= 0
     Errors: ValueError for other shapes or types, a weight < 0
+    Needs:  import math, import torch
     Check:  (1, 0) costs 0 + 1 + 3 * 1 = 4 to (2, 0), and 1 + 0 + 3 * 2 = 7 to (0, 1)
     """
     fits = x.ndim == y.ndim == 3 and (len(x), x.shape[2]) == (len(y), y.shape[2])
@@ -653,7 +656,7 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
             None: all are elements  ->  (S,)
     Errors: ValueError for other shapes or types, a weight < 0
     Source: Fan et al. 2017, arXiv:1612.00603, section 4.2, there with the distance alone
-    Needs:  set_costs
+    Needs:  import math, import torch, set_costs
     Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
     """
 
@@ -694,7 +697,7 @@ def auto_pos_weight(labels):
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  float
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive, _array
+    Needs:  import warnings, import numpy as np, import torch, _is_positive, _array
     Check:  labels 0, 0, 0, 1 give 3.0
     """
     labels = _is_positive(labels)
@@ -720,7 +723,7 @@ def median_frequency_weights(counts):
     Errors: ValueError for other shapes, negative or non-finite counts
     Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only the
             images that hold the class
-    Needs:  _array
+    Needs:  import warnings, import numpy as np, import torch, _array
     Check:  counts 1, 4, 16 give 2, 1, 0.5
     """
     counts = _array(counts, np.float64)
@@ -752,7 +755,8 @@ def auroc(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  import math, import numpy as np, import torch, _counts_by_score, _scores_and_labels,
+            _is_positive, _array
     Check:  chance is 0.5; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 0.875
     """
     tied, below, not_above, negatives = _counts_by_score(scores, labels)
@@ -773,7 +777,8 @@ def average_precision(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  import math, import numpy as np, import torch, _counts_by_score, _scores_and_labels,
+            _is_positive, _array
     Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give
             (1 + 2/3) / 2
     """
@@ -799,7 +804,8 @@ def binary_report(scores, labels, *, threshold=0.0):
             ->  {"accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1",
                  "auroc", "auprc"} floats, {"tp", "fp", "fn", "tn"} ints
     Errors: ValueError for NaN scores, other labels, unequal lengths
-    Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  import math, import numpy as np, import torch, auroc, average_precision,
+            _counts_by_score, _scores_and_labels, _is_positive, _array
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
     """
     flat_scores, positive = _scores_and_labels(scores, labels)
@@ -831,7 +837,7 @@ def binary_floor(labels):
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)
             ->  {"accuracy", "f1", "auroc", "auprc"} floats
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive, _array
+    Needs:  import math, import numpy as np, import torch, _is_positive, _array
     Check:  with 53 % positives F1 is 0.693: a model that reports it may have learned nothing
     """
     labels = _is_positive(labels)
@@ -858,7 +864,7 @@ def regression_report(predictions, targets, groups=None):
             ->  {"mae", "rmse", "r2"} floats, with groups also {"group_mae", "group_sd"}
     Errors: ValueError for NaN or infinite values, unequal lengths
     Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
-    Needs:  _array
+    Needs:  import math, import numpy as np, import torch, _array
     Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
     """
     predictions, targets = _array(predictions, np.float64), _array(targets, np.float64)
@@ -903,7 +909,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     Shape:  predictions, targets integer, any equal shapes  ->  int64 array (classes, classes)
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
-    Needs:  _array
+    Needs:  import numpy as np, import torch, _array
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
     predictions, targets = _array(predictions), _array(targets)
@@ -940,7 +946,7 @@ def f_score_per_image(confusions):
     Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 (n,), in [0, 1)
     Errors: ValueError for other shapes
     Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
-    Needs:  _counts
+    Needs:  import numpy as np, _counts
     Check:  [[3, 1], [0, 4]] scores (6/7 + 8/9) / 2 = 0.8730
     """
     tp, predicted, truth = _counts(confusions, 3)
@@ -962,7 +968,7 @@ def f_score_pooled(confusion):
     Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
     Errors: ValueError for other shapes
     Source: equal to sklearn.metrics.f1_score(average=None) but for the NaN
-    Needs:  _counts
+    Needs:  import numpy as np, _counts
     Check:  [[3, 1], [0, 4]] gives 6/7, 8/9
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -979,7 +985,7 @@ def mean_iou(confusion):
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float in [0, 1]
     Errors: ValueError for other shapes
-    Needs:  _counts
+    Needs:  import math, import numpy as np, _counts
     Check:  [[3, 1], [0, 4]] gives (3/4 + 4/5) / 2 = 0.775
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -1006,7 +1012,7 @@ def class_report(predictions, labels, classes):
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)), and
             average="weighted"; recall_score, accuracy_score, balanced_accuracy_score
-    Needs:  confusion_matrix, f_score_pooled, _counts, _array
+    Needs:  import math, import numpy as np, confusion_matrix, f_score_pooled, _counts, _array
     Check:  predictions 0, 1, 1 of labels 0, 0, 1 have accuracy 2/3, macro F1 2/3, recalls 1/2 and 1
     """
     confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
@@ -1035,7 +1041,7 @@ def mean_cosine(features):
 
     Shape:  features (n, D)  ->  float
     Errors: ValueError for other shapes, NaN or infinite features
-    Needs:  _unit_rows, _finite_rows, _array
+    Needs:  import math, import numpy as np, import torch, _unit_rows, _finite_rows, _array
     Check:  rows (1, 0), (2, 0), (0, 3) have (1 + 0 + 0) / 3
     """
     unit = _unit_rows(features, "features")
@@ -1058,7 +1064,7 @@ def knn_predict(train_features, train_labels, features, *, k=5):
     Shape:  train_features (n, D), train_labels (n,) integers, features (m, D)
             ->  int64 array (m,)
     Errors: ValueError for other shapes or types, NaN or infinite features, k < 1 or k > n
-    Needs:  _unit_rows, _finite_rows, _integer_labels, _array
+    Needs:  import numpy as np, import torch, _unit_rows, _finite_rows, _integer_labels, _array
     Check:  rows (1, 0), (0, 1), (1, 1) of classes 7, 9, 9 give (3, 1) the class 7 with k = 1 or 2,
             9 with k = 3
     """
@@ -1093,7 +1099,8 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
 
     Shape:  as knn_predict, and labels (m,) integers  ->  float in [0, 1]
     Errors: as knn_predict
-    Needs:  knn_predict, _unit_rows, _finite_rows, _integer_labels, _array
+    Needs:  import math, import numpy as np, import torch, knn_predict, _unit_rows, _finite_rows,
+            _integer_labels, _array
     Check:  training rows predicted from themselves with k = 1 score 1, if no two of different
             classes have the same direction
     """
@@ -1117,7 +1124,7 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
             RidgeClassifier(alpha=penalty)
-    Needs:  _standardised, _finite_rows, _integer_labels, _array
+    Needs:  import numpy as np, import torch, _standardised, _finite_rows, _integer_labels, _array
     Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
     """
     train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
@@ -1151,7 +1158,8 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and
             LogisticRegression(C=1 / penalty)
-    Needs:  _standardised, _finite_rows, _is_positive, _array
+    Needs:  import math, import warnings, import numpy as np, import torch, _standardised,
+            _finite_rows, _is_positive, _array
     Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the
             logit 0.675
     """
@@ -1206,6 +1214,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
     Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which have no spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
+    Needs:  import math, import numpy as np
     Check:  equal values give that value twice
     """
     values = np.asarray(values, dtype=np.float64)
@@ -1230,7 +1239,7 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
             ->  {"auroc", "auprc"} float64 arrays (resamples,)
     Errors: ValueError for NaN scores, other labels, unequal lengths, resamples < 1
     Source: Efron 1979; equal to auroc and average_precision of the drawn rows
-    Needs:  _scores_and_labels, _is_positive, _array
+    Needs:  import math, import numpy as np, import torch, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order have 1 in every resample; constant scores have AUROC 0.5 and
             AP the share of positives drawn
     """
@@ -1277,7 +1286,8 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
     Errors: ValueError for NaN scores, other labels, unequal lengths, level outside (0, 1),
             resamples < 1
     Source: Efron and Tibshirani 1993, chapter 13
-    Needs:  bootstrap_ranking, _scores_and_labels, _is_positive, _array
+    Needs:  import math, import numpy as np, bootstrap_ranking, _scores_and_labels, _is_positive,
+            _array
     Check:  scores in the right order give 1, 1, 1, 1; versus themselves 0, 0, 0, 0
     """
     if not 0 < level < 1:

@@ -323,7 +323,7 @@ def test_project_every_public_definition_works_when_pasted_alone():
             if key not in defined:
                 return set()
             docstring = ast.get_docstring(defined[key]) or ""
-            listed = re.search(r"Needs:\s*((?:\w+(?:,\s*|\b))+)", docstring)
+            listed = re.search(r"Needs:((?:[^,\n]+,\s*)*[^,\n]+)", docstring)
             words = set(re.findall(r"\w+", listed.group(1))) if listed else set()
             words &= defined.keys() | constants.keys()
             return words.union(*map(needs, words))
