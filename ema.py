@@ -5,9 +5,12 @@
         ...                      # forward, backward, optimizer.step()
         ema.update(model)        # once per optimizer step, and only after a step that was applied
     evaluate(ema.module)         # a model like any other, in eval mode and without gradients
+
+GradScaler skipped a step if scaler.update() lowered scaler.get_scale().
 """
 
 import copy
+import warnings
 
 import torch
 import torch.nn as nn
@@ -43,39 +46,70 @@ class EMA:
 
     Choose a horizon well below the length of the run; a longer one only lags behind the model.
 
-    Averaged: parameters and floating-point buffers (batch-norm statistics).
-    Copied:   integer and bool buffers.
+    Averaged: parameters and, unless average_buffers=False, floating-point buffers (batch-norm
+              statistics).
+    Copied:   all other buffers.
     Tied weights are one tensor, averaged once. bfloat16 and float16 weights have a float32 shadow,
-    because a step of (1 - d) rounds away in half precision; give that shadow float32 inputs.
+    because a step of (1 - d) rounds away in half precision; give that shadow float32 inputs. The
+    shadow is in eval mode again after every update.
+
+    A checkpoint that holds the averaged weights alone has no count of updates, and the warm-up
+    would start again: EMA(model, updates=n), with the n of before, goes on where it was.
 
     The model may be plain or wrapped, here and in update: DistributedDataParallel, DataParallel,
     torch.compile, in any nesting. The shadow is the plain model. Every update pairs the tensors by
     name, without `module.` and `_orig_mod.`.
 
-    Errors: ValueError for a decay outside [0, 1), a name or a shape that only the model or only
-            the shadow has
-    Needs:  ema_decay, _unwrap, _named_tensors, import copy
+    Errors: ValueError for a decay outside [0, 1), updates that are no whole number, a name or a
+            shape that only the model or only the shadow has
+    Needs:  ema_decay, _unwrap, _named_tensors, copy, warnings, nn, torch
     Check:  after the first update the shadow is 0.1 * initial + 0.9 * model
     """
 
-    def __init__(self, model, decay=0.999, *, warmup=True):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}: a decay of 1 never leaves the "
-                             "initial weights")
-        self.decay, self.warmup, self.updates = decay, warmup, 0
+    def __init__(self, model, decay=0.999, *, warmup=True, average_buffers=True, updates=0):
+        if not 0 <= decay < 1 or updates < 0 or updates % 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay} (1 never leaves the initial "
+                             f"weights), and updates a whole number, got {updates}")
+        self.decay, self.warmup, self.updates = decay, warmup, updates
+        self.average_buffers = average_buffers
         self.module = copy.deepcopy(_unwrap(model)).eval().requires_grad_(False)
         for tensor in _named_tensors(self.module).values():
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.data = tensor.data.float()
+        self.built = self._writes()
+
+    def __call__(self, *args, **kwargs):
+        """Outputs of the averaged model."""
+        return self.module.eval()(*args, **kwargs)
 
     @torch.no_grad()
-    def update(self, model, check_finite=False):
+    def update(self, model, *, check_finite=False):
         """Move the shadow towards `model`. An update that raises leaves the shadow as it was.
 
         check_finite=True raises ValueError with the name of the first tensor that holds NaN or inf.
         It reads every weight: for loops that do not already skip non-finite steps.
         """
         shadows, tensors = _named_tensors(self.module), _named_tensors(model)
+        self._check(shadows, tensors, check_finite)
+        decay = ema_decay(self.updates, self.decay, self.warmup)
+        for name, shadow in shadows.items():
+            tensor = tensors[name].to(shadow)
+            if self._is_averaged(shadow):
+                shadow.lerp_(tensor, 1 - decay)
+            else:
+                shadow.copy_(tensor)
+        self.updates += 1
+        self.module.eval()
+
+    def _is_averaged(self, shadow):
+        real = shadow.is_floating_point() or shadow.is_complex()
+        return real and (self.average_buffers or isinstance(shadow, nn.Parameter))
+
+    def _writes(self):
+        """Number of times that the weights of the shadow were written to."""
+        return sum(parameter._version for parameter in self.module.parameters())
+
+    def _check(self, shadows, tensors, check_finite):
         if shadows.keys() != tensors.keys():
             raise ValueError("the model is not the one averaged: missing "
                              f"{sorted(shadows.keys() - tensors.keys())}, unexpected "
@@ -87,18 +121,10 @@ class EMA:
                                  f"{tuple(shadow.shape)}")
             if check_finite and not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf; the average was not updated")
-
-        averages, values = [], []
-        for name, shadow in shadows.items():
-            if shadow.is_floating_point() or shadow.is_complex():
-                averages.append(shadow)
-                values.append(tensors[name].to(shadow))
-            else:
-                shadow.copy_(tensors[name])
-        if averages:
-            decay = ema_decay(self.updates, self.decay, self.warmup)
-            torch._foreach_lerp_(averages, values, 1 - decay)
-        self.updates += 1
+        if self.updates == 0 and self.warmup and self._writes() != self.built:
+            warnings.warn("the average was loaded, but its count of updates is 0: the warm-up "
+                          "begins again, and this update keeps only 10 % of the average; build it "
+                          "with EMA(model, updates=n), n as before")
 
     def state_dict(self):
         """State of an exact resume: plain numbers, and the shadow's own tensors as in nn.Module."""

@@ -92,8 +92,7 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
 class FocalLabelSmoothCE(nn.Module):
     """focal_label_smooth_ce with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  import torch, import torch.nn as nn, focal_label_smooth_ce, _check_focal,
-            _weights_buffer
+    Needs:  nn, focal_label_smooth_ce, _check_focal, _weights_buffer
     """
 
     def __init__(self, *, gamma=2.0, smoothing=0.05, class_weights=None, ignore_index=-100,
@@ -160,7 +159,7 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
 class DiceLoss(nn.Module):
     """dice_loss with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  import torch, import torch.nn as nn, dice_loss, _check_dice, _weights_buffer
+    Needs:  nn, dice_loss, _check_dice, _weights_buffer
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
@@ -195,9 +194,8 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     Shape:  logits and targets as in dice_loss
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError as in dice_loss
-    Needs:  import math, import torch, import torch.nn.functional as F, focal_label_smooth_ce,
-            _check_ce_dice, _check_dice, _as_classes, _two_classes, _probabilities,
-            _class_sums, _sum_by_class, _class_weights, _mean_over_classes
+    Needs:  F, focal_label_smooth_ce, _check_ce_dice, _check_dice, _as_classes, _two_classes,
+            _probabilities, _class_sums, _sum_by_class, _class_weights, _mean_over_classes
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     _check_ce_dice(ce_weight, dice_weight, label_smoothing, gamma)
@@ -229,8 +227,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
 class CEDiceLoss(nn.Module):
     """Scalar of ce_dice_loss with fixed options; class_weights is a buffer, follows .to(device).
 
-    Needs:  import torch, import torch.nn as nn, ce_dice_loss, _check_ce_dice, _check_dice,
-            _weights_buffer
+    Needs:  nn, ce_dice_loss, _check_ce_dice, _check_dice, _weights_buffer
     """
 
     def __init__(self, *, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, gamma=0.0,
@@ -439,7 +436,7 @@ def supcon_loss(features, labels=None, *, temperature=0.07, gather=True):
     Errors: ValueError for other shapes or types, temperature <= 0, processes with unequal shapes
     Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out)
             Chen et al. 2020, arXiv:2002.05709, eq. 1 (without labels)
-    Needs:  import math, import warnings, import torch, _rows_of_views, all_rows
+    Needs:  math, warnings, _rows_of_views, all_rows
     Check:  equal features cost ln(B - 1) for any labels, 3.4340 for B = 32; one class never less
     """
     features, labels = _rows_of_views(features, labels, temperature)
@@ -656,7 +653,7 @@ def chamfer(x, y, *, x_mask=None, y_mask=None, direction=1.0, magnitude=1.0, dis
             None: all are elements  ->  (S,)
     Errors: ValueError for other shapes or types, a weight < 0
     Source: Fan et al. 2017, arXiv:1612.00603, section 4.2, there with the distance alone
-    Needs:  import math, import torch, set_costs
+    Needs:  set_costs
     Check:  the sets {(1, 0)} and {(2, 0)} have 4 + 4 = 8; a set and itself 0
     """
 
@@ -804,8 +801,7 @@ def binary_report(scores, labels, *, threshold=0.0):
             ->  {"accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1",
                  "auroc", "auprc"} floats, {"tp", "fp", "fn", "tn"} ints
     Errors: ValueError for NaN scores, other labels, unequal lengths
-    Needs:  import math, import numpy as np, import torch, auroc, average_precision,
-            _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive, _array
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
     """
     flat_scores, positive = _scores_and_labels(scores, labels)
@@ -1012,7 +1008,7 @@ def class_report(predictions, labels, classes):
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)), and
             average="weighted"; recall_score, accuracy_score, balanced_accuracy_score
-    Needs:  import math, import numpy as np, confusion_matrix, f_score_pooled, _counts, _array
+    Needs:  math, confusion_matrix, f_score_pooled, _counts, _array
     Check:  predictions 0, 1, 1 of labels 0, 0, 1 have accuracy 2/3, macro F1 2/3, recalls 1/2 and 1
     """
     confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
@@ -1099,8 +1095,7 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
 
     Shape:  as knn_predict, and labels (m,) integers  ->  float in [0, 1]
     Errors: as knn_predict
-    Needs:  import math, import numpy as np, import torch, knn_predict, _unit_rows, _finite_rows,
-            _integer_labels, _array
+    Needs:  math, knn_predict, _unit_rows, _finite_rows, _integer_labels, _array
     Check:  training rows predicted from themselves with k = 1 score 1, if no two of different
             classes have the same direction
     """
@@ -1286,8 +1281,7 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
     Errors: ValueError for NaN scores, other labels, unequal lengths, level outside (0, 1),
             resamples < 1
     Source: Efron and Tibshirani 1993, chapter 13
-    Needs:  import math, import numpy as np, bootstrap_ranking, _scores_and_labels, _is_positive,
-            _array
+    Needs:  bootstrap_ranking, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order give 1, 1, 1, 1; versus themselves 0, 0, 0, 0
     """
     if not 0 < level < 1:

@@ -337,6 +337,7 @@ def plateau(optimizer, args, steps):
     mode = "min" if watched_by_plateau(args) in LOWER_IS_BETTER else "max"
     return schedulers.Plateau(optimizer, mode=mode, factor=args.plateau_factor,
                               patience=args.plateau_patience, min_lr=args.min_lr,
+                              metric_within=max(1000, steps(2)),
                               **warmup(optimizer, args, steps))
 
 

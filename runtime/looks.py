@@ -38,11 +38,11 @@ def show_schedule(run, splits, width=50):
 
     The reductions of plateau depend on the scores to come.
     """
-    steps, base = run.steps_per_epoch, max(run.schedule.base_lrs)
+    steps = run.steps_per_epoch
     rates = []
     for epoch in range(run.args.epochs):
         first, last = epoch * steps, (epoch + 1) * steps - 1
-        rates.append((run.schedule.lr_at(first, base), run.schedule.lr_at(last, base)))
+        rates.append((run.schedule.lr_at(first), run.schedule.lr_at(last)))
     top = max(1e-12, *(max(pair) for pair in rates))
     for epoch, (first, last) in enumerate(rates, 1):
         print(f"epoch {epoch:4d} | lr {first:.2e} to {last:.2e} | "

@@ -344,9 +344,9 @@ def test_train_faces_original_schedule_has_the_rates_of_the_note():
         # 900 images in batches of 32
         schedule = train.make_schedule(sgd(args.lr), args, faceparse.TASK.flags, 29)
         for epoch, rate in zip(epochs, want):
-            assert near(schedule.lr_at(epoch * 29, args.lr), rate, 6e-3), (variant, epoch)
-        assert math.isclose(schedule.lr_at(5 * 29, args.lr), 8e-4)
-        assert math.isclose(schedule.lr_at(0, args.lr), 8e-5)
+            assert near(schedule.lr_at(epoch * 29), rate, 6e-3), (variant, epoch)
+        assert math.isclose(schedule.lr_at(5 * 29), 8e-4)
+        assert math.isclose(schedule.lr_at(0), 8e-5)
     for words, message in (
             ("--cosine-epochs 0.5", "--warmup-epochs 0.5 must be below --cosine-epochs 0.5"),
             ("--cosine-epochs 100 --epochs 3 --warmup-epochs 5", "5 must be below --epochs 3")):

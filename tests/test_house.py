@@ -165,9 +165,12 @@ TWO_CLASSES = "zeros(1, 2, 4), ones(1, 4).long()"
 NAMES = {name: getattr(torch, name) for name in ("arange", "ones", "randn", "tensor", "zeros")}
 
 USES = {  # a true expression for every name in README's table and more; see NAMES
-    "WarmupCosine": "WarmupCosine(None, 10).lr_at(0, 1.0) == 1",
-    "WarmRestarts": "WarmRestarts(None, 10, cycle_mult=2).lr_at(30, 1.0) == 1",
-    "Constant": "Constant(None).lr_at(9, 1.0) == 1",
+    "linear_warmup": "linear_warmup(5, 1.0, warmup_steps=10) == 0.5",
+    "warmup_cosine": "warmup_cosine(5, 1.0, total_steps=10) == 0.5",
+    "warm_restarts": "warm_restarts(30, 1.0, cycle_steps=10, cycle_mult=2) == 1",
+    "WarmupCosine": f"WarmupCosine({SGD}, 10).lr_at(0) == 1",
+    "WarmRestarts": f"WarmRestarts({SGD}, 10, cycle_mult=2).lr_at(30) == 1",
+    "Constant": f"Constant({SGD}).lr_at(9) == 1",
     "Cyclic": f"Cyclic({SGD}, base_lr=0.1, max_lr=0.5, steps_up=4).get_last_lr() == [0.1]",
     "Plateau": f"Plateau({SGD}).step(3.0) is None",
     "find_lr": "len(find_lr(m := torch.nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1), "
@@ -296,17 +299,24 @@ USES = {  # a true expression for every name in README's table and more; see NAM
 }
 
 
+def needed_by(docstring):
+    """The names under 'Needs:' in a docstring: of this file, and of its imports."""
+    listed = re.search(r"Needs:\s*(.*?)(?=\n *[A-Z][a-z]+: |\Z)", docstring or "", re.S)
+    return set(re.findall(r"\w+", listed.group(1))) if listed else set()
+
+
 def test_project_every_public_definition_works_when_pasted_alone():
-    """Compile its source, with what its docstring names under 'Needs:', in a module that holds only
-    the imports of its file."""
+    """Compile its source, with what its docstring names under 'Needs:', imports too, and nothing
+    else."""
     public = set()
     for name in LIFTABLE:
         source = (HERE / f"{name}.py").read_text()
         tree, lines = ast.parse(source), source.splitlines()
-        imports, constants, defined = [], {}, {}
+        imports, constants, defined = {}, {}, {}
         for node in tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                imports.append(ast.get_source_segment(source, node))
+                for alias in node.names:
+                    imports[alias.asname or alias.name] = ast.get_source_segment(source, node)
             elif isinstance(node, ast.Assign):
                 constants |= {target.id: node for target in node.targets}
             elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -319,23 +329,23 @@ def test_project_every_public_definition_works_when_pasted_alone():
             return "\n".join(lines[min([node.lineno, *decorators]) - 1 : node.end_lineno])
 
         def needs(key):
-            """The names under Needs: of a docstring, and those that these need."""
+            """What 'Needs:' of a definition lists, and what that needs."""
             if key not in defined:
                 return set()
-            docstring = ast.get_docstring(defined[key]) or ""
-            listed = re.search(r"Needs:((?:[^,\n]+,\s*)*[^,\n]+)", docstring)
-            words = set(re.findall(r"\w+", listed.group(1))) if listed else set()
-            words &= defined.keys() | constants.keys()
-            return words.union(*map(needs, words))
+            listed = needed_by(ast.get_docstring(defined[key]))
+            return listed.union(*map(needs, listed))
 
         for key in public & defined.keys():
-            used = {word.id for word in ast.walk(defined[key]) if isinstance(word, ast.Name)}
-            used &= defined.keys() | constants.keys()
-            missing = used - {key} - needs(key)
+            listed = needs(key)
+            order = [word for word in (*constants, *defined) if word in listed | {key}]
+            used = set()
+            for node in [defined[word] for word in order if word in defined]:
+                used |= {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
+            missing = used & (imports | constants | defined).keys() - {key} - listed
             assert not missing, f"{name}.{key}: name {sorted(missing)} under 'Needs:'"
-            order = [word for word in (*constants, *defined) if word in needs(key) | {key}]
+            used_imports = [line for alias, line in imports.items() if alias in listed]
             pasted = {"__name__": "pasted"}
-            code = "\n\n".join([*imports, *map(text_of, order)])
+            code = "\n\n".join([*used_imports, *map(text_of, order)])
             exec(compile(code, f"<{name}.{key} alone>", "exec"), pasted)
             assert eval(USES.get(key, "True"), NAMES | pasted), key
     assert USES.keys() <= public, USES.keys() - public

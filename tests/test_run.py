@@ -112,7 +112,7 @@ def test_train_a_step_that_the_scaler_skips_advances_neither_schedule_nor_ema():
         with replaced(ocec, "criterion", overflows_once):
             assert "| skipped 1" in run(f / "a", "--amp", "fp16", "--epochs", "2")
         last = result_of(f / "a")
-        assert last["step"] == last["schedule"]["steps_done"] == last["ema"]["updates"] == 5  # of 6
+        assert last["step"] == last["schedule"]["last_epoch"] == last["ema"]["updates"] == 5  # of 6
 
 
 def test_train_a_write_that_fails_leaves_the_old_file():

@@ -3,11 +3,15 @@
 import copy
 import json
 import math
+import warnings
 
 import numpy as np
 import torch
 
-from schedulers import Cyclic, Plateau, WarmRestarts, WarmupCosine, find_lr
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+
+from schedulers import (
+    Constant, Cyclic, Plateau, WarmRestarts, WarmupCosine, find_lr, warm_restarts, warmup_cosine)
 from tests.helpers import near, raises, refuses, same_bits, sgd
 
 
@@ -16,15 +20,7 @@ def trajectory(schedule, steps):
     rates = []
     for _ in range(steps):
         rates.append(schedule.get_last_lr()[0])
-        schedule.step()
-    return rates
-
-
-def torch_trajectory(schedule, optimizer, steps):
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        schedule.optimizer.step()
         schedule.step()
     return rates
 
@@ -52,10 +48,11 @@ def drive(schedule, start, stop):
     """One update per step and, for Plateau, one evaluation; the rates of all groups after each."""
     rates = []
     for k in range(start, stop):
+        schedule.optimizer.step()
         schedule.step()
         if isinstance(schedule, Plateau):
             schedule.step(METRICS[k])
-        rates.append([group["lr"] for group in schedule.optimizer.param_groups])
+        rates.append([float(group["lr"]) for group in schedule.optimizer.param_groups])
         assert rates[-1] == schedule.get_last_lr()
     return rates
 
@@ -74,7 +71,7 @@ def test_schedulers_warmup_cosine_equals_torch():
     optimizer = sgd(0.3)
     ours = trajectory(WarmupCosine(sgd(0.3), 20, min_lr=0.01), 21)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, 0.01)
-    assert near(ours, torch_trajectory(theirs, optimizer, 21), 1e-9)
+    assert near(ours, trajectory(theirs, 21), 1e-9)
 
 
 def test_schedulers_warmup_cosine_peaks_once_and_never_rises_after():
@@ -90,44 +87,37 @@ def test_schedulers_construction_puts_the_first_rate_into_the_optimizer():
         optimizer = sgd(0.1)
         schedule = build(optimizer)
         [rate] = schedule.get_last_lr()
-        assert rate == optimizer.param_groups[0]["lr"] == schedule.lr_at(0, schedule.base_lrs[0])
+        assert rate == optimizer.param_groups[0]["lr"] == schedule.lr_at(0)
     optimizer = sgd(0.1)
     Plateau(optimizer, warmup_steps=4, warmup_start_lr=0.02)
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.02)
 
 
-def test_schedulers_closed_forms_are_plotted_without_an_optimizer():
-    plot = WarmupCosine(None, total_steps=1000, warmup_steps=100)
-    rates = [round(plot.lr_at(t, 1e-3), 6) for t in (0, 50, 100, 550, 1000)]
-    assert rates == [0.0, 0.0005, 0.001, 0.0005, 0.0]
-    plot = Cyclic(None, base_lr=0.1, max_lr=0.5, steps_up=4, mode="triangular2")
-    assert near([plot.lr_at(t, 0.1) for t in (0, 4, 8, 12, 16)], [0.1, 0.5, 0.1, 0.3, 0.1], 1e-5)
-    plot = WarmRestarts(None, 10, cycle_mult=2)
-    assert [t for t in range(151) if plot.lr_at(t, 1.0) == 1.0] == [0, 10, 30, 70, 150]
-
-
 def test_schedulers_closed_forms_are_functions_of_the_step_alone():
+    rates = [warmup_cosine(t, 1e-3, total_steps=1000, warmup_steps=100) for t in (50, 100, 550)]
+    assert [round(rate, 6) for rate in rates] == [0.0005, 0.001, 0.0005]
+    restarts = [warm_restarts(t, 1.0, cycle_steps=10, cycle_mult=2) for t in range(151)]
+    assert [t for t in range(151) if restarts[t] == 1.0] == [0, 10, 30, 70, 150]
     for build in CLOSED:
-        schedule = build(sgd(0.1))
-        base = schedule.base_lrs[0]
-        ahead = [schedule.lr_at(t, base) for t in range(40)]
-        assert trajectory(schedule, 40) == ahead == [build(None).lr_at(t, base) for t in range(40)]
+        ahead = build(sgd(0.1))
+        assert trajectory(build(sgd(0.1)), 40) == [ahead.lr_at(t) for t in range(40)]
 
 
 def test_schedulers_restarts_hit_the_peak_on_every_boundary():
     for length, mult, decay in (
             (1, 3, 1.0), (10, 1, 0.9), (7, 2, 0.8), (1, 10, 1.0), (3, 10, 0.5), (100, 1, 1.0)):
-        schedule = WarmRestarts(None, length, cycle_mult=mult, peak_decay=decay, warmup_steps=4)
+        schedule = WarmRestarts(sgd(0.3), length, cycle_mult=mult, peak_decay=decay,
+                                warmup_steps=4)
         boundary, size = 4, length
         for cycle in range(40):
             peak = 0.3 * decay**cycle
-            assert math.isclose(schedule.lr_at(boundary, 0.3), peak), (length, mult, cycle)
+            assert math.isclose(schedule.lr_at(boundary), peak), (length, mult, cycle)
             if size > 1:  # one step before a boundary is the lowest rate of the cycle
                 low = 0.3 * decay**cycle * (1 + math.cos(math.pi * (size - 1) / size)) / 2
-                assert math.isclose(schedule.lr_at(boundary + size - 1, 0.3), low, rel_tol=1e-6)
+                assert math.isclose(schedule.lr_at(boundary + size - 1), low, rel_tol=1e-6)
             boundary, size = boundary + size, size * mult
-    assert WarmRestarts(None, 1, cycle_mult=3).lr_at(121, 1.0) == 1.0
-    assert WarmRestarts(None, 10).lr_at(10**12, 1.0) == 1.0  # in one division, not in 1e11 rounds
+    assert warm_restarts(121, 1.0, cycle_steps=1, cycle_mult=3) == 1.0
+    assert warm_restarts(10**12, 1.0, cycle_steps=10) == 1.0  # in one division, not in 1e11 rounds
 
 
 def test_schedulers_restarts_equal_torch():
@@ -135,7 +125,7 @@ def test_schedulers_restarts_equal_torch():
         optimizer = sgd(0.3)
         ours = trajectory(WarmRestarts(sgd(0.3), 5, cycle_mult=mult, min_lr=0.01), 120)
         theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, mult, 0.01)
-        assert near(ours, torch_trajectory(theirs, optimizer, 120), 1e-9)
+        assert near(ours, trajectory(theirs, 120), 1e-9)
 
 
 def test_schedulers_restarts_warm_up_once_and_stay_above_min_lr():
@@ -153,7 +143,7 @@ def test_schedulers_cyclic_equals_torch():
             options = dict(base_lr=0.01, max_lr=0.2, mode=mode, gamma=gamma)
             theirs = torch.optim.lr_scheduler.CyclicLR(
                 optimizer, step_size_up=up, step_size_down=down, cycle_momentum=False, **options)
-            theirs = torch_trajectory(theirs, optimizer, 60)
+            theirs = trajectory(theirs, 60)
             ours = trajectory(Cyclic(mine, steps_up=up, steps_down=down, **options), 60)
             assert near(ours, theirs, 1e-9), (mode, up)
 
@@ -286,14 +276,12 @@ def test_schedulers_state_is_plain_numbers_and_not_aliased():
 def test_schedulers_refuse_a_foreign_state():
     schedule = WarmupCosine(sgd(0.1), 20)
     state = schedule.state_dict()
-    refuses(schedule.load_state_dict, "expected ['base_lrs', 'steps_done']", {"steps_done": 3})
+    refuses(schedule.load_state_dict, "expected ['base_lrs', 'last_epoch']", {"last_epoch": 3})
     refuses(schedule.load_state_dict, "extra", {**state, "extra": 1})
     refuses(schedule.load_state_dict, "WarmupCosine", Plateau(sgd(0.1)).state_dict())
     refuses(schedule.load_state_dict, "2 param groups, the optimizer has 1",
             WarmupCosine(sgd(0.1, 0.2), 20).state_dict())
     assert schedule.state_dict() == state
-    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1})
-    raises(ValueError, "zip", schedule.step)  # a group added later has no base lr
 
 
 def test_schedulers_refuse_bad_settings_by_name():
@@ -339,10 +327,127 @@ def test_schedulers_refuse_bad_settings_by_name():
             refuses(build, f"{name}=", **{name: value})
 
 
-def test_schedulers_refuse_to_be_stacked_on_a_zeroed_optimizer():
+def test_schedulers_are_lr_schedulers_and_take_turns_in_a_sequential_lr():
+    optimizer, whole = sgd(0.1, 0.02), sgd(0.1, 0.02)
+    first = Constant(optimizer, warmup_steps=4)
+    second = WarmupCosine(optimizer, 6, min_lr=0.01)
+    both = SequentialLR(optimizer, [first, second], milestones=[5])
+    rates = trajectory(both, 12)
+    assert isinstance(first, LRScheduler)
+    assert rates[:5] == trajectory(Constant(whole, warmup_steps=4), 5)
+    assert rates[5:] == [warmup_cosine(t, 0.1, total_steps=6, min_lr=0.01) for t in range(7)]
+    for steps in range(10):  # killed and resumed at every update, before and after the milestone
+        optimizer = sgd(0.1, 0.02)
+        parts = Constant(optimizer, warmup_steps=4), WarmupCosine(optimizer, 6, min_lr=0.01)
+        both = SequentialLR(optimizer, parts, milestones=[5])
+        trajectory(both, steps)
+        saved = copy.deepcopy((optimizer.state_dict(), both.state_dict()))
+        optimizer = sgd(0.1, 0.02)
+        parts = Constant(optimizer, warmup_steps=4), WarmupCosine(optimizer, 6, min_lr=0.01)
+        both = SequentialLR(optimizer, parts, milestones=[5])
+        optimizer.load_state_dict(saved[0])
+        both.load_state_dict(saved[1])
+        assert [group["lr"] for group in optimizer.param_groups][0] == rates[steps]
+        assert trajectory(both, 12 - steps) == rates[steps:]
+    optimizer = sgd(0.1)
+    plateau, constant = Plateau(optimizer), Constant(optimizer)
+    for parts in (plateau, constant), (constant, plateau):
+        raises(ValueError, "Plateau cannot stand in a SequentialLR",
+               lambda: SequentialLR(optimizer, parts, milestones=[3]))
+
+
+def test_schedulers_second_on_an_optimizer_starts_from_the_same_base_lr():
     optimizer = sgd(0.1)
     WarmupCosine(optimizer, 10, warmup_steps=5)  # has set the lr to 0
-    refuses(WarmupCosine, "optimizer lr=[0.0]", optimizer, 10, warmup_steps=5)
+    assert trajectory(WarmupCosine(optimizer, 10, warmup_steps=5), 6)[5] == 0.1
+
+
+def test_schedulers_layer_decay_is_a_factor_of_every_rate():
+    """`lr_scale`, as timm and MAE have it."""
+    optimizer = sgd(0.1, 0.1, 0.1)
+    for group, scale in zip(optimizer.param_groups, (0.25, 0.5, 0.75)):
+        group["lr_scale"] = scale
+    for t, rates in enumerate(drive(WarmupCosine(optimizer, 9, warmup_steps=3, min_lr=0.01), 0, 9)):
+        whole = warmup_cosine(t + 1, 0.1, total_steps=9, warmup_steps=3, min_lr=0.01)
+        assert np.allclose(rates, [0.25 * whole, 0.5 * whole, 0.75 * whole], rtol=1e-12, atol=0)
+
+
+def test_schedulers_fill_a_tensor_as_learning_rate_in_place():
+    for build in (*CLOSED, plateau):
+        rate = torch.tensor(0.1, dtype=torch.float64)
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=rate)
+        schedule = build(optimizer)
+        assert drive(schedule, 0, 9) == drive(build(sgd(0.1)), 0, 9)
+        schedule.load_state_dict(schedule.state_dict())
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert all(type(lr) is float for lr in schedule.state_dict()["base_lrs"])
+    model = torch.nn.Linear(1, 1)
+    seen = []
+
+    def loss(model, x):
+        seen.append(optimizer.param_groups[0]["lr"])
+        return model(x).square().mean()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    find_lr(model, optimizer, loss, [torch.ones(2, 1)], num_steps=5)
+    assert all(lr is rate for lr in seen)
+
+
+def test_schedulers_take_in_a_group_that_is_added_later_and_say_so_once():
+    schedule = WarmupCosine(sgd(0.1), 20, min_lr=0.01)
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.05})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rates = drive(schedule, 0, 20)
+    assert [str(w.message) for w in caught] == [
+        "param group 1 is new to the schedule: 0.05, its lr, is its base lr from here on"]
+    assert np.allclose(rates, [[2 * b, b] for _, b in rates]) and near(rates[-1][0], 0.01, 1e-9)
+    assert schedule.state_dict()["base_lrs"] == [0.1, 0.05]
+    del schedule.optimizer.param_groups[1]
+    refuses(schedule.step, "1 param groups, the schedule has 2")
+
+
+def test_schedulers_plateau_says_when_a_loop_calls_only_one_of_its_two_steps():
+    def warned(work):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        return [str(warning.message) for warning in caught]
+
+    schedule = Plateau(sgd(0.1), warmup_steps=4)
+    assert warned(lambda: trajectory(schedule, 1003)) == []
+    assert "1004 updates and no metric" in warned(lambda: trajectory(schedule, 3000))[0]
+    schedule = Plateau(sgd(0.1), warmup_steps=4)
+    assert warned(lambda: schedule.step(1.0)) == []
+    assert "2 metrics and no update" in warned(lambda: schedule.step(1.0))[0]
+    for used in Plateau(sgd(0.1)), Plateau(sgd(0.1), warmup_steps=4):
+        trajectory(used, used.warmup_steps)
+        assert warned(lambda: [used.step(1.0), used.step(1.0), trajectory(used, 2000)]) == []
+    refuses(schedule.step, "metric=None must be finite", None)
+
+
+def test_schedulers_options_are_keywords_but_for_the_mode_that_torch_has_first():
+    assert Plateau(sgd(0.1), "max", patience=5).mode == "max"
+    raises(TypeError, "positional", lambda: Plateau(sgd(0.1), "max", 0.1))
+    raises(TypeError, "positional", lambda: WarmupCosine(sgd(0.1), 10, 2))
+
+
+def test_schedulers_cosine_may_run_under_the_warm_up():
+    """timm's CosineLRScheduler(t_initial=20, warmup_t=5, warmup_lr_init=0.01, lr_min=0.002)."""
+    schedule = WarmupCosine(sgd(0.3), 20, warmup_steps=5, warmup_start_lr=0.01, min_lr=0.002,
+                            warmup_prefix=False)
+    rates = trajectory(schedule, 25)
+    line = [0.01 + t * (0.3 - 0.01) / 5 for t in range(5)]
+    cosine = [0.002 + 0.5 * (0.3 - 0.002) * (1 + math.cos(math.pi * t / 20)) for t in range(5, 20)]
+    assert np.allclose(rates, [*line, *cosine, *[0.002] * 5], rtol=1e-9, atol=0)
+
+
+def test_schedulers_follow_a_loop_that_counts_updates_itself():
+    for build in CLOSED:
+        schedule = build(sgd(0.1, 0.02))
+        for step in 7, 3, 19:
+            schedule.set_step(step)
+            assert schedule.get_last_lr()[0] == schedule.lr_at(step)
+        assert drive(schedule, 0, 5) == drive(build(sgd(0.1, 0.02)), 0, 24)[19:]
 
 
 class Noisy(torch.nn.Module):
