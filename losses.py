@@ -32,8 +32,8 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c
         p = softmax(logits)        q = (1 - smoothing) * t + smoothing / C
 
-    Without smoothing this is Lin's focal loss, -w_t (1 - p_t)^gamma log p_t. His alpha weighs the
-    class 1 of two, and he divides by a number of samples:
+    Without smoothing this is Lin's focal loss, -w_t (1 - p_t)^gamma log p_t. His alpha is the
+    weight of class 1 of two. torchvision's sigmoid_focal_loss divides by the number of samples:
 
         focal_label_smooth_ce(logits, targets, smoothing=0.0)
         focal_label_smooth_ce(logits, targets, smoothing=0.0, class_weights=[1 - alpha, alpha],
@@ -43,10 +43,10 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     to 1. Here an overconfident prediction is still pulled back. gamma=0.0, smoothing=0.0 is
     F.cross_entropy in value and gradient. smoothing is its label_smoothing, there 0.0 by default.
 
-    A single logit z means two classes with P(1) = sigmoid(z). "mean" divides by the weights of the
+    A single logit z means two classes, P(1) = sigmoid(z). "mean" divides by the weights of the
     targets, sum_c t_c w_c; for class probabilities by their number, as in torch. Class indices and
-    binary labels equal to ignore_index are left out, and so is a pixel whose probabilities are all
-    0; their logits may be NaN. Without any weight the mean is 0, connected to the graph; torch has
+    binary labels equal to ignore_index are left out, and so is a pixel (B, C, H, W) whose
+    probabilities are all 0; their logits may be NaN. Without any weight the mean is 0, connected to the graph; torch has
     NaN. Half precision is computed and returned in float32.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
@@ -54,11 +54,11 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
             binary logits (B,) or (B, 1, ...), targets with or without the 1, of any dtype in [0, 1]
             ->  scalar, or "none": (B, ...)
     Errors: ValueError for other shapes, an index outside 0..C-1, a binary label outside [0, 1],
-            probabilities that do not sum to 1, an option out of range. logits and targets (B, H, W)
-            have no channel.
+            probabilities that do not sum to 1, an option out of range. Masks (B, H, W) have no
+            channel: pass logits.unsqueeze(1).
     Source: Lin et al. 2017, arXiv:1708.02002, eq. 4 and 5
             Szegedy et al. 2016, arXiv:1512.00567, section 7
-    Needs:  import math, import torch, _check_focal, _as_classes, _two_classes, _probabilities,
+    Needs:  math, torch, _check_focal, _as_classes, _two_classes, _probabilities,
             _class_weights
     Check:  equal logits cost (1 - 1/C)^gamma * ln C for any target: 0.7798 for C = 4, gamma = 2
     """
@@ -69,23 +69,26 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     weights_c = weights.view([-1] + [1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     def focal(log_p):
+        if not gamma:
+            return -log_p
         # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
         return -(1 - log_p.exp()).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma * log_p
 
     log_p = logits.log_softmax(1)
     if targets.shape == logits.shape:
-        share = (weights_c * targets).sum(1) if binary else counted.to(logits)
-        loss = (weights_c * targets * focal(log_p)).sum(1)
+        q = (1 - smoothing) * targets + smoothing / logits.shape[1]
+        loss = (weights_c * q * focal(log_p)).sum(1)
+        share = (weights_c * targets).sum(1) if binary else torch.ones_like(loss)
     else:
-        share = weights[targets] * counted
-        loss = share * focal(log_p.gather(1, targets.unsqueeze(1))).squeeze(1)
-    if smoothing:
-        of_all_classes = (weights_c * focal(log_p)).mean(1) * counted
-        loss = (1 - smoothing) * loss + smoothing * of_all_classes
+        share = weights[targets]
+        loss = (1 - smoothing) * share * focal(log_p.gather(1, targets.unsqueeze(1))).squeeze(1)
+        if smoothing:
+            loss = loss + smoothing * (weights_c * focal(log_p)).mean(1)
 
+    loss = loss * counted
     if reduction != "mean":
         return loss.sum() if reduction == "sum" else loss
-    share = share.sum()
+    share = (share * counted).sum()
     return loss.sum() / share.masked_fill(share == 0, math.inf)
 
 
@@ -117,15 +120,16 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
         loss = 1 - mean_c dice_c
 
     p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) equals p * t. For
-    soft targets it makes p = t the minimum, 0. A pixel whose probabilities are all 0 is left out.
-    per="image" is the mean of the images' losses, "batch" pools the sums of all images first.
+    soft targets it makes p = t the minimum, 0. A pixel (B, C, H, W) whose probabilities are all 0
+    is left out. per="image" is the mean of the images' losses, "batch" pools the sums of all images first.
 
     absent says how a class without target pixels (in the image, or in the batch) counts. "skip"
-    leaves it out of the mean over classes. "count" keeps its term, which is close to 1 for the
-    least probability on it. "zero" takes its loss as 0, which only dilutes the others.
+    leaves it out of the mean over classes, and an image without any other out of the mean over
+    images. "count" keeps its term, which is close to 1 for the least probability on it. "zero"
+    takes its loss as 0, which only dilutes the others.
 
-    A single logit z is the foreground of a mask: p = sigmoid(z), and only its Dice counts. absent
-    then says how an image without foreground counts.
+    A single logit z is the foreground of a mask: p = sigmoid(z), and only its Dice counts. An image
+    without foreground follows absent.
 
     class_weights weigh the classes in that mean; include_background=False leaves class 0 out of it.
     Pixels whose class index is ignore_index are left out and may hold NaN logits. An image without
@@ -137,20 +141,21 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
             ->  scalar in [0, 1]
             logits (B, 1, ...), targets with or without the 1, of any dtype in [0, 1]  ->  scalar
     Errors: ValueError for other shapes or types, an index outside 0..C-1, a mask outside [0, 1],
-            probabilities that do not sum to 1, an option out of range. logits and targets (B, H, W)
-            have no channel.
+            probabilities that do not sum to 1, an option out of range. Masks (B, H, W) have no
+            channel: pass logits.unsqueeze(1).
             Probabilities passed as logits cannot be refused: their softmax is nearly flat, and so
             is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237
             min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  import torch, import torch.nn.functional as F, _check_dice, _as_classes, _two_classes,
-            _probabilities, _class_sums, _sum_by_class, _class_weights, _mean_over_classes
+    Needs:  _check_dice, _as_classes, _two_classes, _probabilities, _at_target, _dice_sums,
+            _sum_by_class, _class_weights, _mean_over_classes, torch, F
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
     _check_dice(per, absent, smooth, logits)
-    include_background = include_background and logits.shape[1] > 1
+    include_background = include_background and logits.shape[1] > 1  # one logit: foreground alone
     logits, targets, counted = _as_classes(logits, targets, ignore_index)
-    overlap, sum_p, sum_t, _ = _class_sums(logits.log_softmax(1), targets, counted, per)
+    p = logits.softmax(1)
+    overlap, sum_p, sum_t = _dice_sums(p, _at_target(p, targets), targets, counted, per)
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
     weights = _class_weights(class_weights, logits, include_background)
     return _mean_over_classes(1 - dice, sum_t > 0, absent, weights)
@@ -184,18 +189,19 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
         loss = ce_weight * CE + dice_weight * Dice        Dice as in dice_loss
         CE = -sum_c w_c q_c log p_c / w_t        q = (1 - label_smoothing) * t + label_smoothing / C
 
-    CE is F.cross_entropy with the same defaults, for a single logit F.binary_cross_entropy_with_
-    logits; with gamma > 0 it is focal_label_smooth_ce. label_smoothing applies to CE alone, and
-    include_background to Dice alone. class_weights and ignore_index apply to both, and a pixel
-    whose probabilities are all 0 is ignored too. Ignored pixels may hold NaN logits; if all are
-    ignored, the loss is 0, connected to the graph, where torch has NaN. Computed and returned in
-    float32, or float64 for such logits. Both parts share one log_softmax.
+    CE is F.cross_entropy with the same defaults. For a single logit it is
+    F.binary_cross_entropy_with_logits, with gamma > 0 focal_label_smooth_ce. label_smoothing
+    applies to CE alone, include_background to Dice alone, class_weights and ignore_index to both.
+    A pixel whose probabilities are all 0 is ignored too. Ignored pixels may hold NaN logits; if all
+    are ignored, the loss is 0, connected to the graph, where torch has NaN. Computed and returned
+    in float32, or float64 for such logits.
 
     Shape:  logits and targets as in dice_loss
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
     Errors: ValueError as in dice_loss
-    Needs:  F, focal_label_smooth_ce, _check_ce_dice, _check_dice, _as_classes, _two_classes,
-            _probabilities, _class_sums, _sum_by_class, _class_weights, _mean_over_classes
+    Needs:  focal_label_smooth_ce, _check_ce_dice, _check_dice, _as_classes, _two_classes,
+            _probabilities, _at_target, _dice_sums, _sum_by_class, _class_weights,
+            _mean_over_classes, _cross_entropy, math, torch, F
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
     _check_ce_dice(ce_weight, dice_weight, label_smoothing, gamma)
@@ -203,8 +209,8 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
     given, binary = (logits, targets), logits.shape[1] == 1
     logits, targets, counted = _as_classes(logits, targets, ignore_index)
     log_p = logits.log_softmax(1)
-    overlap, sum_p, sum_t, sum_t_log_p = _class_sums(log_p, targets, counted, per)
-
+    log_p_t = _at_target(log_p, targets)
+    overlap, sum_p, sum_t = _dice_sums(log_p.exp(), log_p_t.exp(), targets, counted, per)
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
     weights = _class_weights(class_weights, logits, include_background and not binary)
     dice = _mean_over_classes(1 - dice, sum_t > 0, absent, weights)
@@ -214,13 +220,7 @@ def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoot
         ce = focal_label_smooth_ce(*given, gamma=gamma, smoothing=label_smoothing,
                                    class_weights=class_weights, ignore_index=ignore_index)
     else:
-        ce = -(1 - label_smoothing) * (weights * sum_t_log_p).sum()
-        if label_smoothing:
-            sum_log_p = (log_p * counted.unsqueeze(1)).transpose(0, 1).flatten(1).sum(1)
-            ce = ce - label_smoothing / len(weights) * (weights * sum_log_p).sum()
-        soft = targets.shape == logits.shape and not binary
-        share = counted.sum() if soft else (weights * sum_t).sum()
-        ce = ce / torch.where(share > 0, share, math.inf)
+        ce = _cross_entropy(log_p, log_p_t, targets, counted, weights, label_smoothing, binary)
     return ce_weight * ce + dice_weight * dice, {"ce": ce.detach(), "dice": dice.detach()}
 
 
@@ -250,28 +250,37 @@ class CEDiceLoss(nn.Module):
                             absent=self.absent, smooth=self.smooth)[0]
 
 
-def _class_sums(log_p, targets, counted, per):
-    """Sums over the counted pixels of every image (b, c), or with per="batch" of all (1, c).
+def _at_target(values, targets):
+    """Values (b, c, ...) of the class that the target names, (b, ...); all for probabilities."""
+    if targets.shape == values.shape:
+        return values
+    return values.gather(1, targets.unsqueeze(1)).squeeze(1)
 
-        sum min(p, t)        sum p        sum t        sum t log p
-    """
-    p, inside = log_p.exp(), counted.to(log_p.dtype)
+
+def _dice_sums(p, p_t, targets, counted, per):
+    """Sums of min(p, t), p and t over the pixels of every image (b, c), or of the batch (1, c)."""
     if not counted.all():
-        p = p * inside.unsqueeze(1)
-    if targets.shape == log_p.shape:
-        overlap, sum_p, sum_t, sum_t_log_p = (
-            values.unsqueeze(-1).flatten(2).sum(2)
-            for values in (torch.minimum(p, targets), p, targets, targets * log_p))
+        p = p * counted.unsqueeze(1)
+    if targets.shape == p.shape:
+        sums = torch.minimum(p_t, targets), p, targets
+        sums = [values.unsqueeze(-1).flatten(2).sum(2) for values in sums]
     else:
-        log_p_t = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
-        overlap = _sum_by_class(inside * log_p_t.exp(), targets, log_p.shape[1])
-        sum_p = p.unsqueeze(-1).flatten(2).sum(2)
-        sum_t = _sum_by_class(inside, targets, log_p.shape[1])
-        sum_t_log_p = _sum_by_class(inside * log_p_t, targets, log_p.shape[1])
-    sums = overlap, sum_p, sum_t, sum_t_log_p
-    if per == "batch":
-        return [values.sum(0, keepdim=True) for values in sums]
-    return sums
+        inside, classes = counted.to(p.dtype), p.shape[1]
+        sums = [_sum_by_class(p_t * inside, targets, classes), p.unsqueeze(-1).flatten(2).sum(2),
+                _sum_by_class(inside, targets, classes)]
+    return [values.sum(0, keepdim=True) for values in sums] if per == "batch" else sums
+
+
+def _cross_entropy(log_p, log_p_t, targets, counted, weights, smoothing, binary):
+    """Mean of F.cross_entropy over the counted pixels, from log p that is already there."""
+    weights_c = weights.view([-1] + [1] * (log_p.ndim - 2))
+    soft = targets.shape == log_p.shape
+    weights_t = weights_c * targets if soft else weights[targets] * counted
+    loss = (1 - smoothing) * (weights_t * log_p_t).sum()
+    if smoothing:
+        loss = loss + smoothing * (weights_c * log_p * counted.unsqueeze(1)).sum() / len(weights)
+    share = counted.sum() if soft and not binary else weights_t.sum()
+    return -loss / torch.where(share > 0, share, math.inf)
 
 
 def _sum_by_class(values, index, classes):
@@ -361,10 +370,6 @@ def _as_classes(logits, targets, ignore_index):
     if classes == 1 and targets.shape in (without_c, logits.shape):
         logits, targets, counted = _two_classes(logits, targets.reshape(without_c), ignore_index)
     elif classes > 1 and targets.shape == logits.shape:
-        if logits.ndim == 3:
-            raise ValueError("masks (B, H, W) have no channel: pass logits.unsqueeze(1); for "
-                             "probabilities (B, C, n) pass logits.unsqueeze(-1) and "
-                             f"targets.unsqueeze(-1); {got}")
         targets, counted = _probabilities(targets.to(logits.dtype))
     elif classes > 1 and targets.shape == without_c and not targets.is_floating_point():
         targets = targets.long()  # before the comparison: -100 as uint8 would be class 156
@@ -400,14 +405,19 @@ def _two_classes(logits, labels, ignore_index):
 
 
 def _probabilities(targets):
-    """Targets that sum to 1 over the classes, and which count: a pixel of zeros does not."""
+    """Targets that sum to 1 over the classes, and which count: a pixel of zeros does not.
+
+    In (b, c, n) zeros are refused: it may be a mask (b, h, w) without foreground.
+    """
     total = targets.sum(1)
-    counted = total != 0 if targets.ndim > 2 else torch.ones_like(total, dtype=torch.bool)
+    counted = total != 0 if targets.ndim > 3 else torch.ones_like(total, dtype=torch.bool)
     wrong = total[counted & ~((total - 1).abs() <= 1e-2)]  # what bfloat16 rounds off
     if len(wrong):
-        raise ValueError(f"class probabilities must sum to 1 over the classes, got {wrong.min():g} "
-                         f"to {wrong.max():g} in {len(wrong)} targets; for several labels at once "
-                         "use F.binary_cross_entropy_with_logits, and divide shares by their sum")
+        raise ValueError(
+            f"class probabilities {tuple(targets.shape)} must sum to 1 over the classes, got "
+            f"{wrong.min():g} to {wrong.max():g} in {len(wrong)} targets; for several labels at "
+            "once use F.binary_cross_entropy_with_logits; masks (B, H, W) have no channel: pass "
+            "logits.unsqueeze(1); ignored pixels of (B, C, n): pass both .unsqueeze(-1)")
     return targets, counted
 
 
@@ -452,7 +462,7 @@ def supcon_loss(features, labels=None, *, temperature=0.07, gather=True):
         warnings.warn(f"supcon_loss: no two of {len(labels)} samples share a class, so there is no "
                       "positive pair and the loss is 0; draw batches that hold at least two "
                       "samples of a class (stratified batches, or larger ones)", stacklevel=2)
-        return 0 * features.sum()
+        return features[:0].sum()  # not 0 * sum: that is NaN for infinite features
     with torch.autocast(features.device.type, enabled=False):
         length = features.norm(dim=1, keepdim=True)
         # F.normalize would give a zero vector 10^12 times its gradient
@@ -478,7 +488,7 @@ def _rows_of_views(features, labels, temperature):
     if labels is not None:
         labels = torch.as_tensor(labels, device=features.device)
         given = f"{tuple(labels.shape)} of {labels.dtype}"
-    elif views > 1:
+    elif features.ndim == 3:
         dist = torch.distributed
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(features), device=features.device) + rank * len(features)
@@ -501,7 +511,7 @@ def all_rows(features, labels):
 
     Only the own rows of a process keep their graph.
 
-    Needs:  import torch
+    Needs:  torch
     """
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -539,7 +549,7 @@ def supcon_bounds(labels, *, temperature=0.07):
     Shape:  labels (B,) of any type, those of all processes  ->  (lower, collapsed) floats
     Errors: ValueError for other shapes, temperature <= 0
     Source: Jensen on the sum over positives, and every cosine in [-1, 1]
-    Needs:  import math, import numpy as np, import torch, _array
+    Needs:  math, np, torch, _array
     Check:  32 samples of one class: 3.4340, 3.4340; four classes of 8: ln 7 = 1.9459, 3.4340
     """
     labels = _array(labels)
@@ -570,7 +580,7 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
     Errors: ValueError for unequal shapes or other types, free_bits < 0
     Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B
             free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
-    Needs:  import math, import torch
+    Needs:  math, torch
     Check:  mu = 1, logvar = 0 cost 0.5 per dimension; mu = 0, logvar = ln 4 cost 0.8069;
             the prior costs free_bits * D
     """
@@ -606,7 +616,7 @@ def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
 
     Shape:  x real (S, N, F), y real (S, M, F)  ->  (S, N, M), all >= 0
     Errors: ValueError for other shapes or types, a weight < 0
-    Needs:  import math, import torch
+    Needs:  math, torch
     Check:  (1, 0) costs 0 + 1 + 3 * 1 = 4 to (2, 0), and 1 + 0 + 3 * 2 = 7 to (0, 1)
     """
     fits = x.ndim == y.ndim == 3 and (len(x), x.shape[2]) == (len(y), y.shape[2])
@@ -694,7 +704,7 @@ def auto_pos_weight(labels):
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  float
     Errors: ValueError for other labels or shapes
-    Needs:  import warnings, import numpy as np, import torch, _is_positive, _array
+    Needs:  warnings, np, torch, _is_positive, _array
     Check:  labels 0, 0, 0, 1 give 3.0
     """
     labels = _is_positive(labels)
@@ -720,7 +730,7 @@ def median_frequency_weights(counts):
     Errors: ValueError for other shapes, negative or non-finite counts
     Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only the
             images that hold the class
-    Needs:  import warnings, import numpy as np, import torch, _array
+    Needs:  warnings, np, torch, _array
     Check:  counts 1, 4, 16 give 2, 1, 0.5
     """
     counts = _array(counts, np.float64)
@@ -752,7 +762,7 @@ def auroc(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
-    Needs:  import math, import numpy as np, import torch, _counts_by_score, _scores_and_labels,
+    Needs:  math, np, torch, _counts_by_score, _scores_and_labels,
             _is_positive, _array
     Check:  chance is 0.5; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 0.875
     """
@@ -774,7 +784,7 @@ def average_precision(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
-    Needs:  import math, import numpy as np, import torch, _counts_by_score, _scores_and_labels,
+    Needs:  math, np, torch, _counts_by_score, _scores_and_labels,
             _is_positive, _array
     Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give
             (1 + 2/3) / 2
@@ -833,7 +843,7 @@ def binary_floor(labels):
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)
             ->  {"accuracy", "f1", "auroc", "auprc"} floats
     Errors: ValueError for other labels or shapes
-    Needs:  import math, import numpy as np, import torch, _is_positive, _array
+    Needs:  math, np, torch, _is_positive, _array
     Check:  with 53 % positives F1 is 0.693: a model that reports it may have learned nothing
     """
     labels = _is_positive(labels)
@@ -860,7 +870,7 @@ def regression_report(predictions, targets, groups=None):
             ->  {"mae", "rmse", "r2"} floats, with groups also {"group_mae", "group_sd"}
     Errors: ValueError for NaN or infinite values, unequal lengths
     Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
-    Needs:  import math, import numpy as np, import torch, _array
+    Needs:  math, np, torch, _array
     Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
     """
     predictions, targets = _array(predictions, np.float64), _array(targets, np.float64)
@@ -905,7 +915,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     Shape:  predictions, targets integer, any equal shapes  ->  int64 array (classes, classes)
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
-    Needs:  import numpy as np, import torch, _array
+    Needs:  np, torch, _array
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
     predictions, targets = _array(predictions), _array(targets)
@@ -942,7 +952,7 @@ def f_score_per_image(confusions):
     Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 (n,), in [0, 1)
     Errors: ValueError for other shapes
     Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
-    Needs:  import numpy as np, _counts
+    Needs:  np, _counts
     Check:  [[3, 1], [0, 4]] scores (6/7 + 8/9) / 2 = 0.8730
     """
     tp, predicted, truth = _counts(confusions, 3)
@@ -964,7 +974,7 @@ def f_score_pooled(confusion):
     Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
     Errors: ValueError for other shapes
     Source: equal to sklearn.metrics.f1_score(average=None) but for the NaN
-    Needs:  import numpy as np, _counts
+    Needs:  np, _counts
     Check:  [[3, 1], [0, 4]] gives 6/7, 8/9
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -981,7 +991,7 @@ def mean_iou(confusion):
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float in [0, 1]
     Errors: ValueError for other shapes
-    Needs:  import math, import numpy as np, _counts
+    Needs:  math, np, _counts
     Check:  [[3, 1], [0, 4]] gives (3/4 + 4/5) / 2 = 0.775
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -1037,7 +1047,7 @@ def mean_cosine(features):
 
     Shape:  features (n, D)  ->  float
     Errors: ValueError for other shapes, NaN or infinite features
-    Needs:  import math, import numpy as np, import torch, _unit_rows, _finite_rows, _array
+    Needs:  math, np, torch, _unit_rows, _finite_rows, _array
     Check:  rows (1, 0), (2, 0), (0, 3) have (1 + 0 + 0) / 3
     """
     unit = _unit_rows(features, "features")
@@ -1060,7 +1070,7 @@ def knn_predict(train_features, train_labels, features, *, k=5):
     Shape:  train_features (n, D), train_labels (n,) integers, features (m, D)
             ->  int64 array (m,)
     Errors: ValueError for other shapes or types, NaN or infinite features, k < 1 or k > n
-    Needs:  import numpy as np, import torch, _unit_rows, _finite_rows, _integer_labels, _array
+    Needs:  np, torch, _unit_rows, _finite_rows, _integer_labels, _array
     Check:  rows (1, 0), (0, 1), (1, 1) of classes 7, 9, 9 give (3, 1) the class 7 with k = 1 or 2,
             9 with k = 3
     """
@@ -1119,7 +1129,7 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
             RidgeClassifier(alpha=penalty)
-    Needs:  import numpy as np, import torch, _standardised, _finite_rows, _integer_labels, _array
+    Needs:  np, torch, _standardised, _finite_rows, _integer_labels, _array
     Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
     """
     train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
@@ -1153,7 +1163,7 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and
             LogisticRegression(C=1 / penalty)
-    Needs:  import math, import warnings, import numpy as np, import torch, _standardised,
+    Needs:  math, warnings, np, torch, _standardised,
             _finite_rows, _is_positive, _array
     Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the
             logit 0.675
@@ -1209,7 +1219,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
     Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which have no spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
-    Needs:  import math, import numpy as np
+    Needs:  math, np
     Check:  equal values give that value twice
     """
     values = np.asarray(values, dtype=np.float64)
@@ -1234,7 +1244,7 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
             ->  {"auroc", "auprc"} float64 arrays (resamples,)
     Errors: ValueError for NaN scores, other labels, unequal lengths, resamples < 1
     Source: Efron 1979; equal to auroc and average_precision of the drawn rows
-    Needs:  import math, import numpy as np, import torch, _scores_and_labels, _is_positive, _array
+    Needs:  math, np, torch, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order have 1 in every resample; constant scores have AUROC 0.5 and
             AP the share of positives drawn
     """
