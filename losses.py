@@ -46,8 +46,8 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
     A single logit z means two classes, P(1) = sigmoid(z). "mean" divides by the weights of the
     targets, sum_c t_c w_c; for class probabilities by their number, as in torch. Class indices and
     binary labels equal to ignore_index are left out, and so is a pixel (B, C, H, W) whose
-    probabilities are all 0; their logits may be NaN. Without any weight the mean is 0, connected to the graph; torch has
-    NaN. Half precision is computed and returned in float32.
+    probabilities are all 0; their logits may be NaN. Without any weight the mean is 0, connected to
+    the graph; torch has NaN. Half precision is computed and returned in float32.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, or "none": (B, ...)
@@ -121,7 +121,7 @@ def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class
 
     p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) equals p * t. For
     soft targets it makes p = t the minimum, 0. A pixel (B, C, H, W) whose probabilities are all 0
-    is left out. per="image" is the mean of the images' losses, "batch" pools the sums of all images first.
+    is left out. per="image" is the mean of the images' losses, "batch" pools the sums first.
 
     absent says how a class without target pixels (in the image, or in the batch) counts. "skip"
     leaves it out of the mean over classes, and an image without any other out of the mean over
