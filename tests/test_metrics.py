@@ -63,7 +63,8 @@ def test_losses_metrics_equal_scikit_learn_on_tied_logits():
     scores = ((7919 * i) % 61 - 40 + 20 * labels) / 8.0
     golden = {"accuracy": 0.6565, "balanced_accuracy": 0.6576512592137592,
               "specificity": 922 / 1408, "precision": 0.44583808437856326,
-              "recall": 0.660472972972973, "f1": 0.5323349217154527, "auroc": 0.7698155808507371, "auprc": 0.6591635468547066,
+              "recall": 0.660472972972973, "f1": 0.5323349217154527,
+              "auroc": 0.7698155808507371, "auprc": 0.6591635468547066,
               "tp": 391, "fp": 486, "fn": 201, "tn": 922}
     report = binary_report(scores, labels)
     assert report.keys() == golden.keys()
