@@ -32,65 +32,51 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         loss = -sum_c w_c q_c (1 - p_c)^gamma log p_c
         p = softmax(logits)        q = (1 - smoothing) * t + smoothing / C
 
-    Binary logits z are the case C = 2 with P(1) = sigmoid(z). gamma = 0 is F.cross_entropy, in
-    value and gradient. The usual single factor (1 - p_target)^gamma takes the loss to 0 as p_target
-    goes to 1, which cancels the smoothing. Here an overconfident prediction is still pulled back.
+    Without smoothing this is Lin's focal loss, -w_t (1 - p_t)^gamma log p_t. His alpha is the
+    weight of class 1 of two. torchvision's sigmoid_focal_loss divides by the number of samples:
 
-    "mean" divides by the weights of the targets, sum_c t_c w_c; for class probabilities by
-    their number, as in torch. Class indices and binary labels equal to ignore_index are left out.
-    If none remains, the mean is 0, connected to the graph; torch has NaN. Half precision is
-    computed and returned in float32.
+        focal_label_smooth_ce(logits, targets, smoothing=0.0)
+        focal_label_smooth_ce(logits, targets, smoothing=0.0, class_weights=[1 - alpha, alpha],
+                              reduction="none").mean()
+
+    With smoothing his single factor (1 - p_t)^gamma would cancel it: the loss goes to 0 as p_t goes
+    to 1. Here an overconfident prediction is still pulled back. gamma=0.0, smoothing=0.0 is
+    F.cross_entropy in value and gradient. smoothing is its label_smoothing, there 0.0 by default.
+
+    A single logit z means two classes, P(1) = sigmoid(z). "mean" divides by the weights of the
+    targets, sum_c t_c w_c; for class probabilities by their number, as in torch. Class indices and
+    binary labels equal to ignore_index are left out, and so is a pixel (B, C, H, W) whose
+    probabilities are all 0; their logits may be NaN. Without any weight the mean is 0, connected to
+    the graph; torch has NaN. Half precision is computed and returned in float32.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar, or "none": (B, ...)
-            binary logits (B,) or (B, 1), targets (B,) or (B, 1) of any dtype in [0, 1]
-            ->  scalar, or "none": (B,)
-    Errors: ValueError for other shapes, a binary label outside [0, 1], an option out of range
-    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4
+            binary logits (B,) or (B, 1, ...), targets with or without the 1, of any dtype in [0, 1]
+            ->  scalar, or "none": (B, ...)
+    Errors: ValueError for other shapes, an index outside 0..C-1, a binary label outside [0, 1],
+            probabilities that do not sum to 1, an option out of range. Masks (B, H, W) have no
+            channel: pass logits.unsqueeze(1).
+    Source: Lin et al. 2017, arXiv:1708.02002, eq. 4 and 5
             Szegedy et al. 2016, arXiv:1512.00567, section 7
-    Needs:  _class_weights
+    Needs:  math, torch, _check_focal, _as_classes, _two_classes, _probabilities,
+            _class_weights
     Check:  equal logits cost (1 - 1/C)^gamma * ln C for any target: 0.7798 for C = 4, gamma = 2
     """
-    if gamma < 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
-        raise ValueError("need gamma >= 0, smoothing in [0, 1] and reduction mean, sum or none; "
-                         f"got gamma={gamma}, smoothing={smoothing}, reduction={reduction!r}")
-    got = f"got logits {tuple(logits.shape)}, targets {tuple(targets.shape)} of {targets.dtype}"
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    binary = logits.ndim == 1 or logits.shape[1:] == (1,)
-    if binary:
-        if targets.shape not in [(len(logits),), (len(logits), 1)]:
-            raise ValueError(f"binary logits (B,) or (B, 1) need targets (B,) or (B, 1); {got}")
-        labels = targets.flatten().to(logits.dtype)
-        counted = labels != ignore_index
-        labels = labels.masked_fill(~counted, 0)
-        if not ((labels >= 0) & (labels <= 1)).all():
-            raise ValueError(f"binary labels must be in [0, 1], got {labels.min():g} to "
-                             f"{labels.max():g}")
-        logits = F.pad(logits.reshape(-1, 1), (1, 0))  # softmax([0, z])[1] is sigmoid(z)
-        targets = torch.stack([1 - labels, labels], 1)
-    elif logits.ndim < 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits must be (B, C, ...) with C > 1, or binary (B,) or (B, 1); {got}")
-    elif targets.shape == logits.shape:
-        targets = targets.to(logits.dtype)
-        counted = torch.ones_like(logits[:, 0], dtype=torch.bool)
-    elif targets.shape == logits[:, 0].shape and not targets.is_floating_point():
-        targets = targets.long()  # before the comparison: -100 as uint8 would be class 156
-        counted = targets != ignore_index
-        targets = targets.masked_fill(~counted, 0)
-    else:
-        raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities "
-                         f"(B, C, ...); {got}")
-
-    classes, weights = logits.shape[1], _class_weights(class_weights, logits)
-    weights_c = weights.view([classes] + [1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
+    _check_focal(gamma, smoothing, reduction)
+    binary = logits.ndim == 1 or logits.shape[1:2] == (1,)
+    logits, targets, counted = _as_classes(logits, targets, ignore_index)
+    weights = _class_weights(class_weights, logits)
+    weights_c = weights.view([-1] + [1] * (logits.ndim - 2))  # broadcasts over (b, c, ...)
 
     def focal(log_p):
+        if not gamma:
+            return -log_p
         # for gamma < 1 the slope of (1 - p)^gamma is infinite at p = 1; the clamp makes it 0 there
         return -(1 - log_p.exp()).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma * log_p
 
-    log_p = F.log_softmax(logits, 1)
+    log_p = logits.log_softmax(1)
     if targets.shape == logits.shape:
-        q = (1 - smoothing) * targets + smoothing / classes
+        q = (1 - smoothing) * targets + smoothing / logits.shape[1]
         loss = (weights_c * q * focal(log_p)).sum(1)
         share = (weights_c * targets).sum(1) if binary else torch.ones_like(loss)
     else:
@@ -99,27 +85,26 @@ def focal_label_smooth_ce(logits, targets, *, gamma=2.0, smoothing=0.05, class_w
         if smoothing:
             loss = loss + smoothing * (weights_c * focal(log_p)).mean(1)
 
-    loss = loss.masked_fill(~counted, 0)
+    loss = loss * counted
     if reduction != "mean":
         return loss.sum() if reduction == "sum" else loss
-    share = share.masked_fill(~counted, 0).sum()
-    return loss.sum() / torch.where(counted.any(), share, 1)
+    share = (share * counted).sum()
+    return loss.sum() / share.masked_fill(share == 0, math.inf)
 
 
 class FocalLabelSmoothCE(nn.Module):
     """focal_label_smooth_ce with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  focal_label_smooth_ce
+    Needs:  nn, focal_label_smooth_ce, _check_focal, _weights_buffer
     """
 
-    def __init__(self, smoothing=0.05, gamma=2.0, *, class_weights=None, ignore_index=-100,
+    def __init__(self, *, gamma=2.0, smoothing=0.05, class_weights=None, ignore_index=-100,
                  reduction="mean"):
         super().__init__()
-        self.smoothing, self.gamma = smoothing, gamma
+        _check_focal(gamma, smoothing, reduction)
+        self.gamma, self.smoothing = gamma, smoothing
         self.ignore_index, self.reduction = ignore_index, reduction
-        if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights)
-        self.register_buffer("class_weights", class_weights)
+        self.register_buffer("class_weights", _weights_buffer(class_weights))
 
     def forward(self, logits, targets):
         return focal_label_smooth_ce(logits, targets, gamma=self.gamma, smoothing=self.smoothing,
@@ -128,280 +113,328 @@ class FocalLabelSmoothCE(nn.Module):
 
 
 def dice_loss(logits, targets, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
-              ignore_index=None):
+              include_background=True, ignore_index=None):
     """One minus the overlap of prediction and truth, a mean in which all classes count the same.
 
         dice_c = (2 sum min(p_c, t_c) + smooth) / (sum p_c + sum t_c + smooth)
         loss = 1 - mean_c dice_c
 
     p = softmax(logits); the sums run over the pixels. For hard targets min(p, t) equals p * t. For
-    soft targets it makes p = t the minimum, 0. A pixel whose probabilities are all 0 is left out.
-    per="image" is the mean of the images' losses, "batch" pools the sums of all images first.
+    soft targets it makes p = t the minimum, 0. A pixel (B, C, H, W) whose probabilities are all 0
+    is left out. per="image" is the mean of the images' losses, "batch" pools the sums first.
 
     absent says how a class without target pixels (in the image, or in the batch) counts. "skip"
-    leaves it out of the mean over classes. "count" keeps its term, which is close to 1 for the
-    least probability on it. "zero" takes its loss as 0, which only dilutes the others.
+    leaves it out of the mean over classes, and an image without any other out of the mean over
+    images. "count" keeps its term, which is close to 1 for the least probability on it. "zero"
+    takes its loss as 0, which only dilutes the others.
 
-    class_weights weigh the classes in that mean. Pixels whose class index is ignore_index are left
-    out and may hold NaN logits. An image without counted pixels is left out of the mean over
-    images; if none is left, the loss is 0, connected to the graph. Half precision is computed and
-    returned in float32. Index targets are never expanded to one-hot.
+    A single logit z is the foreground of a mask: p = sigmoid(z), and only its Dice counts. An image
+    without foreground follows absent.
+
+    class_weights weigh the classes in that mean; include_background=False leaves class 0 out of it.
+    Pixels whose class index is ignore_index are left out and may hold NaN logits. An image without
+    counted pixels is left out of the mean over images; if none is left, the loss is 0, connected to
+    the graph. Half precision is computed and returned in float32. Index targets are never expanded
+    to one-hot.
 
     Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
             ->  scalar in [0, 1]
-    Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range.
+            logits (B, 1, ...), targets with or without the 1, of any dtype in [0, 1]  ->  scalar
+    Errors: ValueError for other shapes or types, an index outside 0..C-1, a mask outside [0, 1],
+            probabilities that do not sum to 1, an option out of range. Masks (B, H, W) have no
+            channel: pass logits.unsqueeze(1).
             Probabilities passed as logits cannot be refused: their softmax is nearly flat, and so
             is the loss.
     Source: Sudre et al. 2017, arXiv:1707.03237
             min for soft targets: Wang et al. 2023, arXiv:2303.16296
-    Needs:  _dice_and_sums, _flat_pixels, _ClassSums, _class_weights
+    Needs:  _check_dice, _as_classes, _two_classes, _probabilities, _at_target, _dice_sums,
+            _sum_by_class, _class_weights, _mean_over_classes, torch, F
     Check:  one pixel, two equal logits: dice of its class is 2 * 0.5 / (0.5 + 1), the loss 1/3
     """
-    logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
-    return _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)[0]
-
-
-def _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights):
-    """dice_loss of flat pixels; for class indices also the sums for a cross-entropy, else None."""
-    if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
-        raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
-                         f"got per={per!r}, absent={absent!r}, smooth={smooth}")
-    weights = _class_weights(class_weights, logits)
-    if targets.shape == logits.shape:
-        p = logits.masked_fill(~counted.unsqueeze(1), 0).softmax(1) * counted.unsqueeze(1)
-        overlap, sum_p, sum_t = torch.minimum(p, targets).sum(2), p.sum(2), targets.sum(2)
-        ce_sums = None
-    else:
-        overlap, sum_p, sum_t, log_p_t, log_p_all = _ClassSums.apply(logits, targets, counted)
-        ce_sums = sum_t, log_p_t, log_p_all
-    if per == "batch":
-        overlap, sum_p, sum_t = (sums.sum(0, keepdim=True) for sums in (overlap, sum_p, sum_t))
-
+    _check_dice(per, absent, smooth, logits)
+    include_background = include_background and logits.shape[1] > 1  # one logit: foreground alone
+    logits, targets, counted = _as_classes(logits, targets, ignore_index)
+    p = logits.softmax(1)
+    overlap, sum_p, sum_t = _dice_sums(p, _at_target(p, targets), targets, counted, per)
     dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
-    present = sum_t > 0
-    if absent == "zero":
-        dice = dice.masked_fill(~present, 1)
-    in_mean = present if absent == "skip" else present.any(1, keepdim=True)
-    weights = weights * in_mean
-    total = weights.sum(1)
-    loss = (weights * (1 - dice)).sum(1) / total.masked_fill(total == 0, 1)
-    return loss.sum() / (total > 0).sum().clamp_min(1), ce_sums
-
-
-class _ClassSums(torch.autograd.Function):
-    """Five sums (b, c) over the counted pixels of an image; t class indices, p = softmax(logits).
-
-        overlap      sum of p_c where t = c
-        sum_p        sum of p_c
-        sum_t        number of pixels where t = c
-        log_p_t      sum of log p_c where t = c
-        log_p_all    sum of log p_c
-
-    Dice and cross-entropy, with weights and smoothing, are functions of these. O, P, L, A are the
-    gradients of overlap, sum_p, log_p_t and log_p_all. The gradient of a pixel is
-
-        grad_k = p_k (P_k - sum_j P_j p_j - sum_j A_j - u) + A_k + [k = t] u
-        u = O_t p_t + L_t
-
-    Autograd would pass and store several arrays of the size of the logits. Here the gradient is the
-    only one: the pixels are processed in chunks that stay in the cache, and backward computes the
-    softmax again. The definition in plain torch is its oracle in the tests. Differentiable once; a
-    second time is an error.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, counted):
-        ctx.save_for_backward(logits, targets, counted)
-        ctx.set_materialize_grads(False)
-        # float64: a running float32 sum of 2^18 terms rounds the last ones off
-        sums = logits.new_zeros(5, *logits.shape[:2], dtype=torch.float64)
-        overlap, sum_p, sum_t, log_p_t, log_p_all = sums
-        for _, index, inside, p, log_p in _ClassSums.chunks(logits, targets, counted):
-            index_b1m = index.unsqueeze(1)
-            overlap.scatter_add_(1, index, p.gather(1, index_b1m).squeeze(1).double())
-            sum_p += p.sum(2)
-            sum_t.scatter_add_(1, index, inside.double())
-            log_p_t.scatter_add_(1, index, log_p.gather(1, index_b1m).squeeze(1).double())
-            log_p_all += log_p.sum(2)
-        return sums.to(logits.dtype).unbind()
-
-    @staticmethod
-    def chunks(logits, targets, counted):
-        """Yield a slice of m pixels, its index and counted (b, m), its p and log p (b, c, m).
-
-        At pixels that are not counted p and log p are 0, even for NaN logits.
-        """
-        values = torch.get_num_threads() * 2**18 if logits.device.type == "cpu" else 2**24
-        step = max(1, values // max(1, logits.shape[0] * logits.shape[1]))
-        for start in range(0, logits.shape[2], step):
-            pixels = slice(start, start + step)
-            z, inside = logits[:, :, pixels], counted[:, pixels]
-            log_p = z - z.amax(1, keepdim=True)
-            p = log_p.exp()
-            total = p.sum(1, keepdim=True)
-            p, log_p = p.div_(total), log_p.sub_(total.log())
-            image, pixel = (~inside).nonzero(as_tuple=True)
-            p[image, :, pixel] = 0  # many times faster than masked_fill
-            log_p[image, :, pixel] = 0
-            yield pixels, targets[:, pixels].masked_fill(~inside, 0), inside, p, log_p
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, overlap_grad, sum_p_grad, _, log_p_t_grad, log_p_all_grad):
-        logits, targets, counted = ctx.saved_tensors
-        smoothed = log_p_all_grad is not None
-        zeros = logits.new_zeros(logits.shape[:2])
-        grads = overlap_grad, sum_p_grad, log_p_t_grad, log_p_all_grad
-        O, P, L, A = (zeros if grad is None else grad for grad in grads)
-        P, A, sum_A = P.unsqueeze(2), A.unsqueeze(2), A.sum(1)[:, None, None]
-        logits_grad = torch.empty_like(logits)
-        for pixels, index, inside, p, _ in _ClassSums.chunks(logits, targets, counted):
-            index_b1m = index.unsqueeze(1)
-            p_t = p.gather(1, index_b1m).squeeze(1)
-            u = (p_t * O.gather(1, index) + inside * L.gather(1, index)).unsqueeze(1)
-            part = (P - ((P * p).sum(1, keepdim=True) + sum_A + u)).mul_(p)
-            part = part.scatter_add_(1, index_b1m, u)
-            logits_grad[:, :, pixels] = part.add_(A * inside.unsqueeze(1)) if smoothed else part
-        return logits_grad, None, None
+    weights = _class_weights(class_weights, logits, include_background)
+    return _mean_over_classes(1 - dice, sum_t > 0, absent, weights)
 
 
 class DiceLoss(nn.Module):
     """dice_loss with fixed options; class_weights is a buffer and follows .to(device).
 
-    Needs:  dice_loss
+    Needs:  nn, dice_loss, _check_dice, _weights_buffer
     """
 
     def __init__(self, *, per="image", absent="skip", smooth=1e-5, class_weights=None,
-                 ignore_index=None):
+                 include_background=True, ignore_index=None):
         super().__init__()
-        self.per, self.absent, self.smooth, self.ignore_index = per, absent, smooth, ignore_index
-        if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights)
-        self.register_buffer("class_weights", class_weights)
+        _check_dice(per, absent, smooth)
+        self.per, self.absent, self.smooth = per, absent, smooth
+        self.include_background, self.ignore_index = include_background, ignore_index
+        self.register_buffer("class_weights", _weights_buffer(class_weights))
 
     def forward(self, logits, targets):
         return dice_loss(logits, targets, per=self.per, absent=self.absent, smooth=self.smooth,
-                         class_weights=self.class_weights, ignore_index=self.ignore_index)
+                         class_weights=self.class_weights, ignore_index=self.ignore_index,
+                         include_background=self.include_background)
 
 
 def ce_dice_loss(logits, targets, *, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, gamma=0.0,
-                 class_weights=None, ignore_index=-100, per="image", absent="skip", smooth=1e-5):
+                 class_weights=None, include_background=True, ignore_index=-100, per="image",
+                 absent="skip", smooth=1e-5):
     """Cross-entropy, a mean over pixels, plus Dice, a mean over classes.
 
-        loss = ce_weight * CE + dice_weight * Dice
+        loss = ce_weight * CE + dice_weight * Dice        Dice as in dice_loss
+        CE = -sum_c w_c q_c log p_c / w_t        q = (1 - label_smoothing) * t + label_smoothing / C
 
-    CE is F.cross_entropy, or with gamma > 0 focal_label_smooth_ce. label_smoothing applies to CE
-    alone. class_weights and ignore_index apply to both, and a pixel whose probabilities are all 0
-    is ignored too. Ignored pixels may hold NaN logits; if all are ignored, the loss is 0, connected
-    to the graph, where torch has NaN. Computed and returned in float32, or float64 for such logits.
+    CE is F.cross_entropy with the same defaults. For a single logit it is
+    F.binary_cross_entropy_with_logits, with gamma > 0 focal_label_smooth_ce. label_smoothing
+    applies to CE alone, include_background to Dice alone, class_weights and ignore_index to both.
+    A pixel whose probabilities are all 0 is ignored too. Ignored pixels may hold NaN logits; if all
+    are ignored, the loss is 0, connected to the graph, where torch has NaN. Computed and returned
+    in float32, or float64 for such logits.
 
-    Shape:  logits (B, C, ...), targets (B, ...) class indices or (B, C, ...) probabilities
+    Shape:  logits and targets as in dice_loss
             ->  scalar, and for the log its parts without weights or graph, {"ce", "dice"}
-    Errors: ValueError for other shapes or types, an index outside 0..C-1, an option out of range
-    Needs:  focal_label_smooth_ce, _dice_and_sums, _flat_pixels, _ClassSums, _class_weights
+    Errors: ValueError as in dice_loss
+    Needs:  focal_label_smooth_ce, _check_ce_dice, _check_dice, _as_classes, _two_classes,
+            _probabilities, _at_target, _dice_sums, _sum_by_class, _class_weights,
+            _mean_over_classes, _cross_entropy, math, torch, F
     Check:  one pixel, two equal logits: ln 2 + 1.5 / 3 = 1.1931
     """
-    weights_ok = ce_weight >= 0 and dice_weight >= 0
-    if not (weights_ok and 0 <= label_smoothing <= 1 and gamma >= 0):
-        raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; "
-                         f"got ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, "
-                         f"label_smoothing={label_smoothing}")
-    logits, targets, counted = _flat_pixels(logits, targets, ignore_index)
-    dice, ce_sums = _dice_and_sums(logits, targets, counted, per, absent, smooth, class_weights)
-    soft = targets.shape == logits.shape
+    _check_ce_dice(ce_weight, dice_weight, label_smoothing, gamma)
+    _check_dice(per, absent, smooth, logits)
+    given, binary = (logits, targets), logits.shape[1] == 1
+    logits, targets, counted = _as_classes(logits, targets, ignore_index)
+    log_p = logits.log_softmax(1)
+    log_p_t = _at_target(log_p, targets)
+    overlap, sum_p, sum_t = _dice_sums(log_p.exp(), log_p_t.exp(), targets, counted, per)
+    dice = (2 * overlap + smooth) / (sum_p + sum_t + smooth)
+    weights = _class_weights(class_weights, logits, include_background and not binary)
+    dice = _mean_over_classes(1 - dice, sum_t > 0, absent, weights)
+
     weights = _class_weights(class_weights, logits)
-    if not soft and not gamma:  # from the softmax of Dice
-        sum_t, log_p_t, log_p_all = ce_sums
-        ce = -(1 - label_smoothing) * (weights * log_p_t).sum()
-        if label_smoothing:
-            ce = ce - label_smoothing * (weights * log_p_all).sum() / logits.shape[1]
-        ce = ce / torch.where(counted.any(), (weights * sum_t).sum(), 1)
-    elif not counted.any():
-        ce = 0 * dice
-    else:  # only the counted pixels, in one row: NaN in the others would reach the gradient
-        logits = logits.movedim(1, 2)[counted]
-        targets = targets.movedim(1, 2)[counted] if soft else targets[counted]
-        if gamma:
-            ce = focal_label_smooth_ce(logits, targets, gamma=gamma, smoothing=label_smoothing,
-                                       class_weights=class_weights)
-        else:
-            ce = F.cross_entropy(logits, targets, weights, label_smoothing=label_smoothing)
+    if gamma:
+        ce = focal_label_smooth_ce(*given, gamma=gamma, smoothing=label_smoothing,
+                                   class_weights=class_weights, ignore_index=ignore_index)
+    else:
+        ce = _cross_entropy(log_p, log_p_t, targets, counted, weights, label_smoothing, binary)
     return ce_weight * ce + dice_weight * dice, {"ce": ce.detach(), "dice": dice.detach()}
 
 
 class CEDiceLoss(nn.Module):
     """Scalar of ce_dice_loss with fixed options; class_weights is a buffer, follows .to(device).
 
-    Needs:  ce_dice_loss
+    Needs:  nn, ce_dice_loss, _check_ce_dice, _check_dice, _weights_buffer
     """
 
-    def __init__(self, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, *, gamma=0.0,
-                 class_weights=None, ignore_index=-100, per="image", absent="skip", smooth=1e-5):
+    def __init__(self, *, ce_weight=1.0, dice_weight=1.5, label_smoothing=0.0, gamma=0.0,
+                 class_weights=None, include_background=True, ignore_index=-100, per="image",
+                 absent="skip", smooth=1e-5):
         super().__init__()
+        _check_ce_dice(ce_weight, dice_weight, label_smoothing, gamma)
+        _check_dice(per, absent, smooth)
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
         self.label_smoothing, self.gamma = label_smoothing, gamma
-        self.ignore_index, self.per, self.absent, self.smooth = ignore_index, per, absent, smooth
-        if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights)
-        self.register_buffer("class_weights", class_weights)
+        self.include_background, self.ignore_index = include_background, ignore_index
+        self.per, self.absent, self.smooth = per, absent, smooth
+        self.register_buffer("class_weights", _weights_buffer(class_weights))
 
     def forward(self, logits, targets):
         return ce_dice_loss(logits, targets, ce_weight=self.ce_weight, dice_weight=self.dice_weight,
                             gamma=self.gamma, label_smoothing=self.label_smoothing,
                             class_weights=self.class_weights, ignore_index=self.ignore_index,
-                            per=self.per, absent=self.absent, smooth=self.smooth)[0]
+                            include_background=self.include_background, per=self.per,
+                            absent=self.absent, smooth=self.smooth)[0]
 
 
-def _class_weights(class_weights, logits):
+def _at_target(values, targets):
+    """Values (b, c, ...) of the class that the target names, (b, ...); all for probabilities."""
+    if targets.shape == values.shape:
+        return values
+    return values.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _dice_sums(p, p_t, targets, counted, per):
+    """Sums of min(p, t), p and t over the pixels of every image (b, c), or of the batch (1, c)."""
+    if not counted.all():
+        p = p * counted.unsqueeze(1)
+    if targets.shape == p.shape:
+        sums = torch.minimum(p_t, targets), p, targets
+        sums = [values.unsqueeze(-1).flatten(2).sum(2) for values in sums]
+    else:
+        inside, classes = counted.to(p.dtype), p.shape[1]
+        sums = [_sum_by_class(p_t * inside, targets, classes), p.unsqueeze(-1).flatten(2).sum(2),
+                _sum_by_class(inside, targets, classes)]
+    return [values.sum(0, keepdim=True) for values in sums] if per == "batch" else sums
+
+
+def _cross_entropy(log_p, log_p_t, targets, counted, weights, smoothing, binary):
+    """Mean of F.cross_entropy over the counted pixels, from log p that is already there."""
+    weights_c = weights.view([-1] + [1] * (log_p.ndim - 2))
+    soft = targets.shape == log_p.shape
+    weights_t = weights_c * targets if soft else weights[targets] * counted
+    loss = (1 - smoothing) * (weights_t * log_p_t).sum()
+    if smoothing:
+        loss = loss + smoothing * (weights_c * log_p * counted.unsqueeze(1)).sum() / len(weights)
+    share = counted.sum() if soft and not binary else weights_t.sum()
+    return -loss / torch.where(share > 0, share, math.inf)
+
+
+def _sum_by_class(values, index, classes):
+    """Sums (b, c) of the values (b, ...) whose index is the class.
+
+    In rows of 64: scatter_add adds one by one, which in float32 is off by 1e-2 after 2^21 pixels.
+    """
+    values, index = values.unsqueeze(-1).flatten(1), index.unsqueeze(-1).flatten(1)
+    rest = -values.shape[1] % 64
+    if rest:
+        values, index = F.pad(values, (0, rest)), F.pad(index, (0, rest))
+    rows = len(values), values.shape[1] // 64
+    table = values.new_zeros(*rows, classes)
+    return table.scatter_add(2, index.view(*rows, 64), values.view(*rows, 64)).sum(1)
+
+
+def _mean_over_classes(loss, present, absent, weights):
+    """Mean of the classes' losses (b, c), then of the images that have any; 0 without one."""
+    if absent == "zero":
+        loss = loss.masked_fill(~present, 0)
+    in_mean = present if absent == "skip" else present.any(1, keepdim=True)
+    weights = weights * in_mean
+    total = weights.sum(1)
+    loss = (weights * loss).sum(1) / total.masked_fill(total == 0, 1)
+    return loss.sum() / (total > 0).sum().clamp_min(1)
+
+
+def _check_focal(gamma, smoothing, reduction):
+    if not gamma >= 0 or not 0 <= smoothing <= 1 or reduction not in ("mean", "sum", "none"):
+        raise ValueError("need gamma >= 0, smoothing in [0, 1] and reduction mean, sum or none; "
+                         f"got gamma={gamma}, smoothing={smoothing}, reduction={reduction!r}")
+
+
+def _check_ce_dice(ce_weight, dice_weight, label_smoothing, gamma):
+    weights_ok = ce_weight >= 0 and dice_weight >= 0
+    if not (weights_ok and 0 <= label_smoothing <= 1 and gamma >= 0):
+        raise ValueError("need ce_weight, dice_weight, gamma >= 0 and label_smoothing in [0, 1]; "
+                         f"got ce_weight={ce_weight}, dice_weight={dice_weight}, gamma={gamma}, "
+                         f"label_smoothing={label_smoothing}")
+
+
+def _check_dice(per, absent, smooth, logits=None):
+    """Of the options, and that the logits, where there are any, have pixels of an image."""
+    if per not in ("image", "batch") or absent not in ("skip", "count", "zero") or not smooth > 0:
+        raise ValueError("need per image or batch, absent skip, count or zero, and smooth > 0; "
+                         f"got per={per!r}, absent={absent!r}, smooth={smooth}")
+    if logits is not None and (logits.ndim < 2 or logits.shape[1:] == (1,)):
+        raise ValueError(f"Dice needs logits (B, C, ...) or (B, 1, ...) with pixels, got "
+                         f"{tuple(logits.shape)}; the pixels of one image are (1, 1, n)")
+
+
+def _weights_buffer(class_weights):
+    """class_weights as a tensor (C,), or None."""
+    if class_weights is None:
+        return None
+    weights = torch.as_tensor(class_weights)
+    if weights.ndim != 1 or not (weights >= 0).all():
+        raise ValueError(f"class_weights must be (C,) and >= 0, one for each class; got {weights}")
+    return weights
+
+
+def _class_weights(class_weights, logits, include_background=True):
     """class_weights as a checked tensor (C,) of the type and device of the logits; None: ones."""
     classes = logits.shape[1]
     weights = torch.ones(classes) if class_weights is None else torch.as_tensor(class_weights)
     if weights.shape != (classes,):
         raise ValueError(f"class_weights must be ({classes},), one for each class, got "
                          f"{tuple(weights.shape)}")
-    return weights.to(logits)
+    weights = weights.to(logits)
+    return weights if include_background else torch.cat([0 * weights[:1], weights[1:]])
 
 
-def _flat_pixels(logits, targets, ignore_index):
-    """Checked logits (b, c, n) as float32 or float64, targets and a mask of the counted pixels.
+def _as_classes(logits, targets, ignore_index):
+    """Checked logits (b, c, ...), targets, and which targets count, bool (b, ...).
 
-    Class indices are int64 (b, n), probabilities (b, c, n); the mask is bool (b, n).
+    Targets are int64 class indices (b, ...), 0 where they do not count, or probabilities of the
+    shape of the logits. Where a target does not count, the logits are 0 and have no gradient.
     """
     got = (f"got logits {tuple(logits.shape)} of {logits.dtype}, targets {tuple(targets.shape)} of "
            f"{targets.dtype}")
-    if logits.ndim < 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be real (B, C, ...) with C > 1; {got}")
-    soft, classes = targets.shape == logits.shape, logits.shape[1]
-    indices = targets.shape == logits[:, 0].shape and not targets.is_floating_point()
-    if not soft and not indices:
+    if not logits.is_floating_point() or not logits.ndim or 0 in logits.shape[1:2]:
+        raise ValueError(f"logits must be real (B, C, ...); {got}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.ndim == 1:
+        logits = logits.unsqueeze(1)
+    classes, without_c = logits.shape[1], logits[:, 0].shape
+    if classes == 1 and targets.shape in (without_c, logits.shape):
+        logits, targets, counted = _two_classes(logits, targets.reshape(without_c), ignore_index)
+    elif classes > 1 and targets.shape == logits.shape:
+        targets, counted = _probabilities(targets.to(logits.dtype))
+    elif classes > 1 and targets.shape == without_c and not targets.is_floating_point():
+        targets = targets.long()  # before the comparison: -100 as uint8 would be class 156
+        counted = torch.ones_like(targets, dtype=torch.bool)
+        if ignore_index is not None:
+            counted = targets != ignore_index
+        targets = targets.masked_fill(~counted, 0)
+        if targets.numel() and not 0 <= targets.min() <= targets.max() < classes:
+            raise ValueError(f"class indices must be in 0..{classes - 1} or "
+                             f"ignore_index={ignore_index}, got {targets.min()} to "
+                             f"{targets.max()}; for void pixels pass their value as ignore_index")
+    else:
         raise ValueError("logits (B, C, ...) need integer targets (B, ...) or probabilities "
-                         f"(B, C, ...); {got}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unsqueeze(-1).flatten(2)
-    if soft:
-        targets = targets.to(logits.dtype).unsqueeze(-1).flatten(2)
-        return logits, targets, targets.sum(1) > 0
-    # before the comparison: -100 as uint8 would be class 156
-    targets = targets.long().unsqueeze(-1).flatten(1)
-    counted = torch.ones_like(targets, dtype=torch.bool)
-    if ignore_index is not None:
-        counted = targets != ignore_index
-    wrong = targets[counted & ((targets < 0) | (targets >= classes))]
-    if len(wrong):
-        raise ValueError(f"class indices must be in 0..{classes - 1} or "
-                         f"ignore_index={ignore_index}, got {wrong.min()} to {wrong.max()} in "
-                         f"{len(wrong)} pixels; for void pixels pass their value as ignore_index")
+                         "(B, C, ...), and binary logits (B, 1, ...) need targets (B, ...) or "
+                         f"(B, 1, ...); {got}")
+    if not counted.all():
+        logits = logits.masked_fill(~counted.unsqueeze(1), 0)
     return logits, targets, counted
 
 
-def supcon_loss(features, labels, *, temperature=0.07, gather=True):
+def _two_classes(logits, labels, ignore_index):
+    """Logits 0 and z, whose softmax is 1 - sigmoid(z), sigmoid(z), and probabilities 1 - t, t."""
+    labels = labels.to(logits.dtype)
+    counted = torch.ones_like(labels, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = labels != ignore_index
+    labels = labels.masked_fill(~counted, 0)
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError(f"binary labels must be in [0, 1] or ignore_index={ignore_index}, got "
+                         f"{labels.min():g} to {labels.max():g}")
+    targets = torch.stack([counted.to(labels) - labels, labels], 1)
+    return torch.cat([torch.zeros_like(logits), logits], 1), targets, counted
+
+
+def _probabilities(targets):
+    """Targets that sum to 1 over the classes, and which count: a pixel of zeros does not.
+
+    In (b, c, n) zeros are refused: it may be a mask (b, h, w) without foreground.
+    """
+    total = targets.sum(1)
+    counted = total != 0 if targets.ndim > 3 else torch.ones_like(total, dtype=torch.bool)
+    wrong = total[counted & ~((total - 1).abs() <= 1e-2)]  # what bfloat16 rounds off
+    if len(wrong):
+        raise ValueError(
+            f"class probabilities {tuple(targets.shape)} must sum to 1 over the classes, got "
+            f"{wrong.min():g} to {wrong.max():g} in {len(wrong)} targets; for several labels at "
+            "once use F.binary_cross_entropy_with_logits; masks (B, H, W) have no channel: pass "
+            "logits.unsqueeze(1); ignored pixels of (B, C, n): pass both .unsqueeze(-1)")
+    return targets, counted
+
+
+def supcon_loss(features, labels=None, *, temperature=0.07, gather=True):
     """Supervised contrastive loss: samples of one class should be more similar than all others.
 
         loss = mean_i  mean_{p in P_i}  -log( exp(s_ip / T) / sum_{a != i} exp(s_ia / T) )
 
     s = cosine of two features, normalised here; P_i = the other samples of the class of i; T =
     temperature. A sample that is alone in its class is left out of the mean and is still a negative
-    for the others. A zero vector has cosine 0 with all and a finite gradient. Two views of a sample
-    are two rows with one label. For the scale of the value see supcon_bounds.
+    for the others. A batch without a positive pair has the loss 0, connected to the graph, with a
+    warning. A zero vector has cosine 0 with all and a finite gradient.
+
+    With features (B, V, D) the V views of a sample share its label; without labels they are its
+    only positives, which is SimCLR's loss. The authors' code multiplies by T / 0.07 (temperature /
+    base_temperature), which is 1 at their default; this function does not. For the scale of the
+    value see supcon_bounds.
 
     With torch.distributed initialised the batch is that of all processes, and all of them must call
     this function. Each returns the loss of the whole batch. The mean of their gradients, which DDP
@@ -409,23 +442,15 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     for scoring rows that every process has. Computed and returned in float32, also under autocast,
     or in float64 for such features.
 
-    Shape:  features (B, D), labels (B,) integers  ->  scalar
-    Errors: ValueError for other shapes or types, no two samples of one class, temperature <= 0,
-            processes with unequal shapes
+    Shape:  features (B, D) or (B, V, D), labels (B,) integers; None with (B, V, D)  ->  scalar
+    Errors: ValueError for other shapes or types, temperature <= 0, processes with unequal shapes
     Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out)
-    Needs:  all_rows
+            Chen et al. 2020, arXiv:2002.05709, eq. 1 (without labels)
+    Needs:  math, warnings, _rows_of_views, all_rows
     Check:  equal features cost ln(B - 1) for any labels, 3.4340 for B = 32; one class never less
     """
-    labels = torch.as_tensor(labels, device=features.device)
-    real = features.is_floating_point() and not labels.is_floating_point()
-    if not real or features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError("need real features (B, D) and integer labels (B,); got "
-                         f"{tuple(features.shape)} of {features.dtype}, labels "
-                         f"{tuple(labels.shape)} of {labels.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"need temperature > 0, got {temperature}")
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    labels, processes = labels.long(), 1
+    features, labels = _rows_of_views(features, labels, temperature)
+    processes = 1
     if gather:
         features, labels, processes = all_rows(features, labels)
 
@@ -434,9 +459,10 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     positives = positive.sum(1)
     anchor = positives > 0
     if not anchor.any():
-        raise ValueError(f"no two of {len(labels)} samples share a class ({len(labels.unique())} "
-                         "classes), so there is no positive pair; draw batches that hold at least "
-                         "two samples of a class (stratified batches, or larger ones)")
+        warnings.warn(f"supcon_loss: no two of {len(labels)} samples share a class, so there is no "
+                      "positive pair and the loss is 0; draw batches that hold at least two "
+                      "samples of a class (stratified batches, or larger ones)", stacklevel=2)
+        return features[:0].sum()  # not 0 * sum: that is NaN for infinite features
     with torch.autocast(features.device.type, enabled=False):
         length = features.norm(dim=1, keepdim=True)
         # F.normalize would give a zero vector 10^12 times its gradient
@@ -452,10 +478,40 @@ def supcon_loss(features, labels, *, temperature=0.07, gather=True):
     return loss.detach() + processes * (loss - loss.detach())
 
 
+def _rows_of_views(features, labels, temperature):
+    """Checked features (n, D) as float32 or float64, labels int64 (n,); the views are rows.
+
+    Without labels the number of the sample, over all processes, is the label.
+    """
+    views = features.shape[1] if features.ndim == 3 else 1
+    given = "None"
+    if labels is not None:
+        labels = torch.as_tensor(labels, device=features.device)
+        given = f"{tuple(labels.shape)} of {labels.dtype}"
+    elif features.ndim == 3:
+        dist = torch.distributed
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        labels = torch.arange(len(features), device=features.device) + rank * len(features)
+    fits = labels is not None and labels.shape == features.shape[:1]
+    if not fits or features.ndim not in (2, 3) or labels.is_floating_point() or (
+            not features.is_floating_point()):
+        raise ValueError("need real features (B, D) and integer labels (B,), or (B, V, D) and "
+                         "labels (B,) or None; got "
+                         f"{tuple(features.shape)} of {features.dtype}, labels {given}")
+    if not temperature > 0:
+        raise ValueError(f"need temperature > 0, got {temperature}")
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if features.ndim == 3:
+        features = features.flatten(0, 1)
+    return features, labels.long().repeat_interleave(views)
+
+
 def all_rows(features, labels):
     """Features and labels of all processes in the order of the ranks, and the number of processes.
 
     Only the own rows of a process keep their graph.
+
+    Needs:  torch
     """
     dist = torch.distributed
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -493,7 +549,7 @@ def supcon_bounds(labels, *, temperature=0.07):
     Shape:  labels (B,) of any type, those of all processes  ->  (lower, collapsed) floats
     Errors: ValueError for other shapes, temperature <= 0
     Source: Jensen on the sum over positives, and every cosine in [-1, 1]
-    Needs:  _array
+    Needs:  math, np, torch, _array
     Check:  32 samples of one class: 3.4340, 3.4340; four classes of 8: ln 7 = 1.9459, 3.4340
     """
     labels = _array(labels)
@@ -524,6 +580,7 @@ def kl_to_standard_normal(mu, logvar, *, free_bits=0.0):
     Errors: ValueError for unequal shapes or other types, free_bits < 0
     Source: Kingma and Welling 2014, arXiv:1312.6114, appendix B
             free bits: Kingma et al. 2016, arXiv:1606.04934, eq. 15
+    Needs:  math, torch
     Check:  mu = 1, logvar = 0 cost 0.5 per dimension; mu = 0, logvar = ln 4 cost 0.8069;
             the prior costs free_bits * D
     """
@@ -559,6 +616,7 @@ def set_costs(x, y, *, direction=1.0, magnitude=1.0, distance=3.0):
 
     Shape:  x real (S, N, F), y real (S, M, F)  ->  (S, N, M), all >= 0
     Errors: ValueError for other shapes or types, a weight < 0
+    Needs:  math, torch
     Check:  (1, 0) costs 0 + 1 + 3 * 1 = 4 to (2, 0), and 1 + 0 + 3 * 2 = 7 to (0, 1)
     """
     fits = x.ndim == y.ndim == 3 and (len(x), x.shape[2]) == (len(y), y.shape[2])
@@ -646,7 +704,7 @@ def auto_pos_weight(labels):
 
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)  ->  float
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive, _array
+    Needs:  warnings, np, torch, _is_positive, _array
     Check:  labels 0, 0, 0, 1 give 3.0
     """
     labels = _is_positive(labels)
@@ -672,7 +730,7 @@ def median_frequency_weights(counts):
     Errors: ValueError for other shapes, negative or non-finite counts
     Source: Eigen and Fergus 2015, arXiv:1411.4734; there without the root, and counting only the
             images that hold the class
-    Needs:  _array
+    Needs:  warnings, np, torch, _array
     Check:  counts 1, 4, 16 give 2, 1, 0.5
     """
     counts = _array(counts, np.float64)
@@ -704,7 +762,8 @@ def auroc(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: Hanley and McNeil 1982; equal to sklearn.metrics.roc_auc_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  math, np, torch, _counts_by_score, _scores_and_labels,
+            _is_positive, _array
     Check:  chance is 0.5; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give 0.875
     """
     tied, below, not_above, negatives = _counts_by_score(scores, labels)
@@ -725,7 +784,8 @@ def average_precision(scores, labels):
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)  ->  float in [0, 1]
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Source: equal to sklearn.metrics.average_precision_score
-    Needs:  _counts_by_score, _scores_and_labels, _is_positive, _array
+    Needs:  math, np, torch, _counts_by_score, _scores_and_labels,
+            _is_positive, _array
     Check:  chance is the share of positives; scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 give
             (1 + 2/3) / 2
     """
@@ -741,14 +801,15 @@ def binary_report(scores, labels, *, threshold=0.0):
 
         precision = TP / (TP + FP)            recall = TP / (TP + FN)
         F1 = 2 TP / (2 TP + FP + FN)          accuracy = (TP + TN) / n
+        specificity = TN / (TN + FP)          balanced accuracy = (recall + specificity) / 2
 
     A score equal to the threshold is a positive: 0.0 on logits is P >= 0.5, and probabilities need
     threshold=0.5. Undefined is NaN: precision without predicted positives; recall, F1, AUPRC
-    without positives; AUROC with one class.
+    without positives; specificity without negatives; AUROC, balanced accuracy with one class.
 
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1)
-            ->  {"accuracy", "precision", "recall", "f1", "auroc", "auprc"} floats,
-                {"tp", "fp", "fn", "tn"} ints
+            ->  {"accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1",
+                 "auroc", "auprc"} floats, {"tp", "fp", "fn", "tn"} ints
     Errors: ValueError for NaN scores, other labels, unequal lengths
     Needs:  auroc, average_precision, _counts_by_score, _scores_and_labels, _is_positive, _array
     Check:  scores 2, 0.5, 0.5, -1 of labels 1, 1, 0, 0 have precision 2/3, recall 1, F1 0.8
@@ -761,9 +822,11 @@ def binary_report(scores, labels, *, threshold=0.0):
     def ratio(part, whole):
         return part / whole if whole else math.nan
 
+    recall, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)
     return {"accuracy": ratio(tp + tn, tp + tn + fp + fn),
+            "balanced_accuracy": (recall + specificity) / 2,
             "precision": ratio(tp, tp + fp),
-            "recall": ratio(tp, tp + fn),
+            "recall": recall, "specificity": specificity,
             "f1": ratio(2 * tp, 2 * tp + fp + fn) if tp + fn else math.nan,
             "auroc": auroc(scores, labels), "auprc": average_precision(scores, labels),
             "tp": tp, "fp": fp, "fn": fn, "tn": tn}
@@ -780,7 +843,7 @@ def binary_floor(labels):
     Shape:  labels 0 / 1 of any type, (n,) or (n, 1)
             ->  {"accuracy", "f1", "auroc", "auprc"} floats
     Errors: ValueError for other labels or shapes
-    Needs:  _is_positive, _array
+    Needs:  math, np, torch, _is_positive, _array
     Check:  with 53 % positives F1 is 0.693: a model that reports it may have learned nothing
     """
     labels = _is_positive(labels)
@@ -807,7 +870,7 @@ def regression_report(predictions, targets, groups=None):
             ->  {"mae", "rmse", "r2"} floats, with groups also {"group_mae", "group_sd"}
     Errors: ValueError for NaN or infinite values, unequal lengths
     Source: equal to sklearn.metrics.mean_absolute_error, root_mean_squared_error, r2_score
-    Needs:  _array
+    Needs:  math, np, torch, _array
     Check:  predictions 12, 20 of targets 14, 18 have MAE 2, RMSE 2, R2 0
     """
     predictions, targets = _array(predictions, np.float64), _array(targets, np.float64)
@@ -852,7 +915,7 @@ def confusion_matrix(predictions, targets, classes, *, ignore_index=255):
     Shape:  predictions, targets integer, any equal shapes  ->  int64 array (classes, classes)
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
     Source: equal to sklearn.metrics.confusion_matrix(targets, predictions, labels=range(classes))
-    Needs:  _array
+    Needs:  np, torch, _array
     Check:  predictions 0, 1, 1, 1 of targets 0, 0, 1, 255 with 2 classes give [[1, 1], [0, 1]]
     """
     predictions, targets = _array(predictions), _array(targets)
@@ -889,7 +952,7 @@ def f_score_per_image(confusions):
     Shape:  confusions (n, C, C) counts, rows the truth, one per image  ->  float64 (n,), in [0, 1)
     Errors: ValueError for other shapes
     Source: scoring program of the NTU CE7454 / AI6126 face-parsing challenge
-    Needs:  _counts
+    Needs:  np, _counts
     Check:  [[3, 1], [0, 4]] scores (6/7 + 8/9) / 2 = 0.8730
     """
     tp, predicted, truth = _counts(confusions, 3)
@@ -911,7 +974,7 @@ def f_score_pooled(confusion):
     Shape:  confusion (C, C) counts, rows the truth  ->  float64 array (C,)
     Errors: ValueError for other shapes
     Source: equal to sklearn.metrics.f1_score(average=None) but for the NaN
-    Needs:  _counts
+    Needs:  np, _counts
     Check:  [[3, 1], [0, 4]] gives 6/7, 8/9
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -928,7 +991,7 @@ def mean_iou(confusion):
 
     Shape:  confusion (C, C) counts, rows the truth  ->  float in [0, 1]
     Errors: ValueError for other shapes
-    Needs:  _counts
+    Needs:  math, np, _counts
     Check:  [[3, 1], [0, 4]] gives (3/4 + 4/5) / 2 = 0.775
     """
     tp, predicted, truth = _counts(confusion, 2)
@@ -942,29 +1005,34 @@ def class_report(predictions, labels, classes):
 
         accuracy = share of right rows
         F1_c = 2 TP / (2 TP + FP + FN)        recall_c = TP / (TP + FN)
-        macro_f1 = mean of F1_c over the classes that occur in labels
+        balanced_accuracy, macro_f1 = means of recall_c, F1_c over the classes that labels have
+        weighted_f1 = mean of F1_c over the rows, c the class of the row
 
     Macro F1 counts a class of 5 rows as much as one of 500. NaN where undefined: recall of a class
-    without rows, F1 of a class that has no rows and is not predicted, accuracy and macro F1 without
-    rows. F1 of a class that is only predicted is 0, as in f_score_pooled, and does not count in the
-    macro F1.
+    without rows, F1 of a class that has no rows and is not predicted, the four totals without
+    rows. F1 of a class that is only predicted is 0, as in f_score_pooled, and counts in no mean.
 
     Shape:  predictions, labels integers in 0..classes-1, (n,)
-            ->  {"accuracy", "macro_f1"} floats,
+            ->  {"accuracy", "balanced_accuracy", "macro_f1", "weighted_f1"} floats,
                 {"classes"} a list of {"rows": int, "f1": float, "recall": float}
     Errors: ValueError for unequal shapes, values that are no integers or outside 0..classes-1
-    Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)),
-            recall_score, accuracy_score
-    Needs:  confusion_matrix, f_score_pooled, _counts, _array
+    Source: equal to sklearn.metrics.f1_score(average="macro", labels=np.unique(labels)), and
+            average="weighted"; recall_score, accuracy_score, balanced_accuracy_score
+    Needs:  math, confusion_matrix, f_score_pooled, _counts, _array
     Check:  predictions 0, 1, 1 of labels 0, 0, 1 have accuracy 2/3, macro F1 2/3, recalls 1/2 and 1
     """
     confusion = confusion_matrix(predictions, labels, classes, ignore_index=None)
     tp, _, rows = _counts(confusion, 2)
     f1, present = f_score_pooled(confusion), rows > 0
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is meant
-        recall = tp / rows
-    return {"accuracy": float(tp.sum() / rows.sum()) if present.any() else math.nan,
-            "macro_f1": float(f1[present].mean()) if present.any() else math.nan,
+        recall, share = tp / rows, rows[present] / rows.sum()
+        accuracy = tp.sum() / rows.sum()
+
+    def mean(values):
+        return float(values[present].mean()) if present.any() else math.nan
+
+    return {"accuracy": float(accuracy), "balanced_accuracy": mean(recall), "macro_f1": mean(f1),
+            "weighted_f1": float((share * f1[present]).sum()) if present.any() else math.nan,
             "classes": [{"rows": int(n), "f1": float(f), "recall": float(r)}
                         for n, f, r in zip(rows, f1, recall)]}
 
@@ -979,7 +1047,7 @@ def mean_cosine(features):
 
     Shape:  features (n, D)  ->  float
     Errors: ValueError for other shapes, NaN or infinite features
-    Needs:  _unit_rows, _finite_rows, _array
+    Needs:  math, np, torch, _unit_rows, _finite_rows, _array
     Check:  rows (1, 0), (2, 0), (0, 3) have (1 + 0 + 0) / 3
     """
     unit = _unit_rows(features, "features")
@@ -1002,7 +1070,7 @@ def knn_predict(train_features, train_labels, features, *, k=5):
     Shape:  train_features (n, D), train_labels (n,) integers, features (m, D)
             ->  int64 array (m,)
     Errors: ValueError for other shapes or types, NaN or infinite features, k < 1 or k > n
-    Needs:  _unit_rows, _finite_rows, _integer_labels, _array
+    Needs:  np, torch, _unit_rows, _finite_rows, _integer_labels, _array
     Check:  rows (1, 0), (0, 1), (1, 1) of classes 7, 9, 9 give (3, 1) the class 7 with k = 1 or 2,
             9 with k = 3
     """
@@ -1037,7 +1105,7 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
 
     Shape:  as knn_predict, and labels (m,) integers  ->  float in [0, 1]
     Errors: as knn_predict
-    Needs:  knn_predict, _unit_rows, _finite_rows, _integer_labels, _array
+    Needs:  math, knn_predict, _unit_rows, _finite_rows, _integer_labels, _array
     Check:  training rows predicted from themselves with k = 1 score 1, if no two of different
             classes have the same direction
     """
@@ -1061,7 +1129,7 @@ def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
             RidgeClassifier(alpha=penalty)
-    Needs:  _standardised, _finite_rows, _integer_labels, _array
+    Needs:  np, torch, _standardised, _finite_rows, _integer_labels, _array
     Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
     """
     train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
@@ -1095,7 +1163,8 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             penalty <= 0
     Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and
             LogisticRegression(C=1 / penalty)
-    Needs:  _standardised, _finite_rows, _is_positive, _array
+    Needs:  math, warnings, np, torch, _standardised,
+            _finite_rows, _is_positive, _array
     Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the
             logit 0.675
     """
@@ -1150,6 +1219,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
     Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which have no spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
+    Needs:  math, np
     Check:  equal values give that value twice
     """
     values = np.asarray(values, dtype=np.float64)
@@ -1174,7 +1244,7 @@ def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
             ->  {"auroc", "auprc"} float64 arrays (resamples,)
     Errors: ValueError for NaN scores, other labels, unequal lengths, resamples < 1
     Source: Efron 1979; equal to auroc and average_precision of the drawn rows
-    Needs:  _scores_and_labels, _is_positive, _array
+    Needs:  math, np, torch, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order have 1 in every resample; constant scores have AUROC 0.5 and
             AP the share of positives drawn
     """

@@ -48,7 +48,7 @@ def print_golden():
     for metric in (metrics.roc_auc_score, metrics.average_precision_score):
         print(metric.__name__, float(metric(labels, scores)))
     for metric in (metrics.accuracy_score, metrics.precision_score, metrics.recall_score,
-                   metrics.f1_score):
+                   metrics.f1_score, metrics.balanced_accuracy_score):
         print(metric.__name__, float(metric(labels, predicted)))
     print("tn fp fn tp", metrics.confusion_matrix(labels, predicted).ravel().tolist())
     print("distinct scores", len(np.unique(scores)), "at the threshold", int((scores == 0).sum()))
@@ -62,7 +62,9 @@ def check_against_plain():
     error = predictions - targets
     plain = {"auroc": plain_auroc(scores, labels), "auprc": plain_average_precision(scores, labels),
              "accuracy": (tp + tn) / len(i), "precision": tp / (tp + fp), "recall": tp / (tp + fn),
-             "f1": 2 * tp / (2 * tp + fp + fn), "tp": tp, "fp": fp, "fn": fn, "tn": tn,
+             "f1": 2 * tp / (2 * tp + fp + fn), "specificity": tn / (tn + fp),
+             "balanced_accuracy": (tp / (tp + fn) + tn / (tn + fp)) / 2,
+             "tp": tp, "fp": fp, "fn": fn, "tn": tn,
              "mae": np.abs(error).mean(), "rmse": np.sqrt((error**2).mean()),
              "r2": 1 - (error**2).mean() / targets.var()}
     ours = losses.binary_report(scores, labels) | losses.regression_report(predictions, targets)
@@ -71,7 +73,7 @@ def check_against_plain():
     for name, value in plain.items():
         if abs(ours[name] - value) > 1e-12 * abs(value):
             sys.exit(f"{name}: {ours[name]}, the plain version has {value}")
-        print(f"{name:<9} {value}")
+        print(f"{name:<17} {value}")
 
 
 def main():

@@ -337,7 +337,8 @@ class FaceSplit:
             targets = data.soft_targets(masks, self.classes)
             inputs, targets = data.mixup(inputs, targets, alpha=on["mixup"], generator=generator)
             # if one of the two pixels is ignored, the other counts
-            targets = targets / targets.sum(1, keepdim=True).clamp_min(1e-6)
+            total = targets.sum(1, keepdim=True)
+            targets = targets / total.masked_fill(total == 0, 1)
         inputs, targets = data.cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
         return {"inputs": inputs, "targets": targets if on["mixup"] else targets.long()}
 

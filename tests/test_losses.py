@@ -10,7 +10,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import grad, gradcheck
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import losses
 from losses import focal_label_smooth_ce as focal
@@ -154,12 +156,12 @@ def test_losses_focal_refuses_what_does_not_fit():
     zeros, long = torch.zeros, long_zeros
     for logits, targets in ((zeros(4), long(3)), (zeros(4, 1), long(4, 2)),
                             (zeros(4, 3), long(4, 1)), (zeros(4, 3), zeros(4)),
-                            (zeros(4, 3), long(5)), (zeros(2, 1, 5), long(2, 5)),
-                            (zeros(()), long(1)), (zeros(2, 3, 5, 5), long(2, 3, 5))):
+                            (zeros(4, 3), long(5)), (zeros(()), long(1)),
+                            (zeros(2, 3, 5, 5), long(2, 3, 5))):
         for shape in logits.shape, targets.shape:
             refuses(focal, str(tuple(shape)), logits, targets)
     for labels, options, text in (
-            ([0, 2], {}, "[0, 1], got 0 to 2"), ([0, -1], {}, "got -1 to 0"),
+            ([0, 2], {}, "[0, 1] or ignore_index=-100, got 0 to 2"), ([0, -1], {}, "got -1 to 0"),
             ([0.0, math.nan], {}, "[0, 1]"), ([0, 0], {"class_weights": [1.0] * 3}, "(2,)"),
             ([0, 0], {"gamma": -1}, "gamma=-1"), ([0, 0], {"smoothing": 1.5}, "smoothing=1.5"),
             ([0, 0], {"reduction": "average"}, "'average'")):
@@ -176,7 +178,7 @@ def test_losses_focal_of_equal_logits_is_the_number_in_its_docstring():
 def test_losses_focal_module_is_the_function_with_weights_as_a_buffer():
     logits, targets = torch.randn(6, 3, generator=seeded()), torch.tensor([0, 1, 2, 2, 9, 0])
     options = dict(class_weights=[1.0, 2.0, 3.0], ignore_index=9, reduction="sum")
-    module = losses.FocalLabelSmoothCE(0.1, 1.5, **options)
+    module = losses.FocalLabelSmoothCE(smoothing=0.1, gamma=1.5, **options)
     want = focal(logits, targets, smoothing=0.1, gamma=1.5, **options)
     assert torch.equal(module(logits, targets), want)
     assert module.double().class_weights.dtype == torch.float64
@@ -245,59 +247,40 @@ def test_losses_dice_gradient_equals_finite_differences():
         assert gradcheck(lambda z: dice_loss(z, targets, **options), logits)
 
 
-def test_losses_ce_dice_in_many_chunks_equals_the_definition_in_value_and_gradient():
-    # A chunk holds threads * 2^18 numbers: there are five of them, the last one is short.
-    g, n = seeded(), torch.get_num_threads() * 2**17
-    targets = torch.randint(0, 4, (3, n), generator=g)
-    targets = targets.masked_fill(torch.rand(3, n, generator=g) < 0.2, 255)
-    targets[0, n // 3 : n // 2] = targets[0, -5:] = 255
-    logits = 2 * torch.randn(3, 3, n, generator=g, dtype=torch.float64)
-    targets, kept = targets.masked_fill(targets == 3, 255), (targets < 3)
-    one_hot = F.one_hot(targets.masked_fill(~kept, 0), 3).transpose(1, 2).double()
-    weights, void = [1.0, 2.0, 0.5], ~kept.unsqueeze(1).expand_as(logits)
-    for per, smoothing in ("image", 0.0), ("batch", 0.1):
-        shared = dict(ignore_index=255, label_smoothing=smoothing)
-
-        def definition(z):
-            ce = F.cross_entropy(z, targets, torch.tensor(weights).double(), **shared)
-            return ce + 1.5 * slow_dice(z, one_hot, kept, per=per, absent="skip", smooth=1e-5,
-                                        weights=weights)
-
-        want, gradient = with_gradient(definition, logits)
-        got, full = with_gradient(
-            lambda z: ce_dice_loss(z, targets, per=per, class_weights=weights, **shared)[0],
-            logits.masked_fill(void, math.nan))
-        assert abs(got - want) < 1e-10 * want and (full[void] == 0).all()
-        assert (full - gradient).abs().max() < 1e-9 * gradient.abs().max()
+def test_losses_dice_of_large_images_in_float32_is_the_one_in_float64():
+    targets = torch.arange(2**21).reshape(1, 2**21) % 5 % 2
+    logits = torch.randn(1, 2, 2**21, generator=seeded())
+    for pixels in 2**21, 2**21 - 5:  # rows of 64, the last one short
+        given = logits[..., :pixels], targets[:, :pixels]
+        for loss in dice_loss, lambda z, t: ce_dice_loss(z, t)[0]:
+            want, gradient = with_gradient(loss, given[0].double(), given[1])
+            got, single = with_gradient(loss, *given)
+            assert near(got, want, 1e-6) and near(single, gradient, 1e-5)
 
 
-def test_losses_ce_dice_keeps_nothing_of_the_size_of_the_logits_but_them_and_can_be_passed_twice():
-    logits, targets = torch.randn(2, 5, 40, generator=seeded()), torch.arange(80).reshape(2, 40) % 5
-    logits.requires_grad_()
-    for smoothing in 0.0, 0.1:
-        saved = []
+def test_losses_of_pixels_are_plain_torch_without_float64_and_with_a_second_derivative():
+    made = set()
 
-        def save(tensor):
-            saved.append(tensor)
-            return tensor
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), options=None):
+            result = function(*args, **options or {})
+            made.update(leaf.dtype for leaf in tree_leaves(result) if torch.is_tensor(leaf))
+            return result
 
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            loss = ce_dice_loss(logits, targets, label_smoothing=smoothing)[0]
-        large = [tensor for tensor in saved if tensor.numel() >= logits.numel()]
-        assert {tensor.data_ptr() for tensor in large} == {logits.data_ptr()}
-        first, again = (grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-        assert torch.equal(first, again)
-        [gradient] = grad(loss, logits, create_graph=True)
-        raises(RuntimeError, "once_differentiable", gradient.sum().backward)
+    logits, targets = torch.randn(2, 3, 4, generator=seeded()), torch.arange(8).view(2, 4) % 3
+    for loss in dice_loss, lambda z, t: ce_dice_loss(z, t, label_smoothing=0.1)[0], focal:
+        with Dtypes():
+            with_gradient(loss, logits, targets)
+        assert torch.float32 in made and torch.float64 not in made
+        assert gradgradcheck(lambda z: loss(z, targets), logits.double().requires_grad_())
 
 
-def test_losses_ce_dice_gradient_keeps_the_memory_format_of_the_logits():
+def test_losses_ce_dice_gradient_does_not_depend_on_the_memory_format():
     logits = torch.randn(2, 3, 4, 5, generator=seeded())
     targets = torch.arange(40).reshape(2, 4, 5) % 3
     last = logits.to(memory_format=torch.channels_last).requires_grad_()
     want, got = (grad(ce_dice_loss(z, targets)[0], z)[0] for z in (logits.requires_grad_(), last))
     assert_near(got, want)
-    assert want.is_contiguous() and got.is_contiguous(memory_format=torch.channels_last)
 
 
 def confident(targets, classes):
@@ -450,8 +433,8 @@ def test_losses_dice_modules_are_the_functions_with_weights_as_a_buffer():
     full = dict(per="batch", absent="count", smooth=1.0, class_weights=[1.0, 2.0, 3.0])
     for options in full, {}:
         options = dict(ignore_index=9, **options)
-        dice, both = losses.DiceLoss(**options), losses.CEDiceLoss(0.5, 2.0, 0.1, **options)
         ce = dict(ce_weight=0.5, dice_weight=2.0, label_smoothing=0.1)
+        dice, both = losses.DiceLoss(**options), losses.CEDiceLoss(**ce, **options)
         assert torch.equal(dice(logits, targets), dice_loss(logits, targets, **options))
         assert torch.equal(both(logits, targets), ce_dice_loss(logits, targets, **ce, **options)[0])
         for module in dice, both:
@@ -470,15 +453,16 @@ def test_losses_dice_refuses_what_does_not_fit():
     for loss in dice_loss, ce_dice_loss:
         for logits, targets in ((zeros(2, 3, 5, 5), long(2, 1, 5, 5)),
                                 (zeros(2, 3, 5, 5), long(2, 5)), (zeros(2, 3, 5), zeros(2, 5)),
-                                (zeros(2, 3, 4, 4), long(2, 8, 8)), (zeros(2, 1, 5), long(2, 5)),
-                                (zeros(4), long(4)), (long(2, 3, 5), long(2, 5))):
+                                (zeros(2, 3, 4, 4), long(2, 8, 8)), (long(2, 3, 5), long(2, 5))):
             for tensor in logits, targets:
                 for text in str(tuple(tensor.shape)), str(tensor.dtype):
                     refuses(loss, text, logits, targets)
+        for logits in zeros(4), zeros(4, 1):
+            refuses(loss, "(1, 1, n)", logits, long(4))
         targets = torch.tensor([[0, 255, -1, 3, 7]])
-        refuses(loss, "0..2 or ignore_index=7, got -1 to 255 in 3 pixels; for void pixels",
+        refuses(loss, "0..2 or ignore_index=7, got -1 to 255; for void pixels",
                 zeros(1, 3, 5), targets, ignore_index=7)
-        refuses(loss, "got 255 to 255 in 2 pixels", small[0], small[1] + 255)
+        refuses(loss, "got 255 to 255", small[0], small[1] + 255)
         for option, text in ((dict(per="pixel"), "per='pixel'"),
                              (dict(absent="drop"), "absent='drop'"), (dict(smooth=0), "smooth=0"),
                              (dict(smooth=math.nan), "smooth=nan"),
@@ -498,6 +482,108 @@ def test_losses_dice_of_one_pixel_is_the_number_in_its_docstring():
     loss, parts = ce_dice_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8).long())
     rounded = [round(value.item(), 3) for value in (loss, parts["ce"], parts["dice"])]
     assert rounded == [1.193, 0.693, 0.333]
+
+
+def test_losses_one_logit_is_a_mask_of_the_foreground():
+    g = seeded()
+    z, masks = 2 * torch.randn(3, 1, 6, 7, generator=g), torch.rand(3, 6, 7, generator=g) < 0.4
+    masks[2], soft = False, torch.rand(3, 6, 7, generator=g)  # no foreground in the last image
+
+    def foreground_dice(z, t, absent="skip"):
+        p = torch.sigmoid(z[:, 0]).flatten(1)
+        t = t.float().flatten(1)
+        dice = (2 * torch.minimum(p, t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
+        present = t.sum(1) > 0
+        if absent == "skip":
+            dice = dice[present]
+        return 1 - dice.where(present, 1).mean() if absent == "zero" else 1 - dice.mean()
+
+    def bce(z, t):
+        return F.binary_cross_entropy_with_logits(z[:, 0], t.float())
+
+    for absent, t in product(ABSENT, (masks, masks.long(), soft)):
+        want = with_gradient(foreground_dice, z, t, absent)
+        both = with_gradient(lambda z: bce(z, t) + 1.5 * foreground_dice(z, t, absent), z)
+        for given in t, t.unsqueeze(1):
+            assert_near(with_gradient(dice_loss, z, given, absent=absent), want)
+            got = with_gradient(lambda z: ce_dice_loss(z, given, absent=absent)[0], z)
+            assert_near(got, both)
+            got = with_gradient(focal, z, given, gamma=0, smoothing=0)
+            assert_near(got, with_gradient(bce, z, t))
+    for value, want in (9.0, 0.0), (-9.0, 1.0):
+        got = dice_loss(torch.full((2, 1, 48, 48), value), torch.ones(2, 48, 48))
+        assert abs(got - want) < 1e-3
+    void = masks.long().masked_fill(masks, 255)
+    assert dice_loss(z, void, ignore_index=255) == 0 == dice_loss(z, void, ignore_index=255).dim()
+    for loss, t in product((dice_loss, ce_dice_loss, focal), (torch.ones, torch.zeros)):
+        refuses(loss, "no channel: pass logits.unsqueeze(1)", z[:, 0], t(3, 6, 7))
+
+
+def test_losses_probabilities_sum_to_one_or_are_refused_with_the_loss_that_fits():
+    several, nothing = torch.tensor([[1.0, 1, 0]]), torch.zeros(1, 3)
+    halves = torch.full((2, 3, 4, 4), 0.5)
+    for loss, t in (focal, several), (focal, nothing), (dice_loss, halves), (ce_dice_loss, halves):
+        refuses(loss, "F.binary_cross_entropy_with_logits", torch.zeros(t.shape), t)
+    rounded = torch.randn(2, 19, 8, 8, generator=seeded()).softmax(1).bfloat16()
+    for loss in focal, dice_loss, lambda z, t: ce_dice_loss(z, t)[0]:
+        assert loss(torch.zeros(rounded.shape), rounded).isfinite()
+
+
+def test_losses_options_are_keywords_checked_when_the_module_is_built():
+    modules = losses.FocalLabelSmoothCE, losses.DiceLoss, losses.CEDiceLoss
+    for module in modules:
+        raises(TypeError, "positional", lambda: module(1.0))
+        refuses(module, "class_weights", class_weights=[1.0, -1.0])
+    for module, options in (
+            (modules[0], dict(gamma=-1)), (modules[0], dict(smoothing=2)),
+            (modules[0], dict(reduction="average")), (modules[1], dict(per="pixel")),
+            (modules[1], dict(smooth=0)), (modules[2], dict(absent="drop")),
+            (modules[2], dict(ce_weight=-1)), (modules[2], dict(label_smoothing=1.5))):
+        [(name, value)] = options.items()
+        refuses(module, f"{name}={value!r}", **options)
+
+
+def test_losses_focal_names_an_index_out_of_range_and_is_zero_without_weight():
+    for targets in torch.tensor([0, 3]), torch.tensor([-1, 2]):
+        text = f"0..2 or ignore_index=-100, got {targets.min()} to {targets.max()}"
+        refuses(focal, text, torch.zeros(2, 3), targets)
+    logits = torch.randn(2, 3, generator=seeded()).requires_grad_()
+    for loss in (focal(logits, torch.tensor([1, 1]), class_weights=[1.0, 0, 1]),
+                 focal(logits[:, 0], torch.tensor([1, 1]), class_weights=[1.0, 0])):
+        assert loss == 0 and (grad(loss, logits)[0] == 0).all()
+
+
+def test_losses_focal_is_the_loss_of_lin_by_the_calls_in_its_docstring():
+    z, y, alpha = torch.linspace(-4, 4, 9), torch.arange(9) % 2, 0.25
+    weights = torch.where(y == 1, alpha, 1 - alpha)
+
+    def lin(z):  # times alpha as torchvision.ops.sigmoid_focal_loss
+        p_t = torch.sigmoid(torch.where(y == 1, z, -z))
+        return -(1 - p_t) ** 2 * p_t.log()
+
+    calls = {"focal_label_smooth_ce(logits, targets, smoothing=0.0)": lambda z: lin(z).mean(),
+             "focal_label_smooth_ce(logits, targets, smoothing=0.0, class_weights=[1 - alpha, "
+             'alpha], reduction="none").mean()': lambda z: (weights * lin(z)).mean()}
+    for call, want in calls.items():
+        assert call in " ".join(focal.__doc__.split())
+        names = {"focal_label_smooth_ce": focal, "targets": y, "alpha": alpha}
+        got = with_gradient(lambda z: eval(call, names | {"logits": z}), z)
+        assert_near(got, with_gradient(want, z))
+
+
+def test_losses_dice_without_the_background_is_the_mean_of_the_other_classes():
+    g = seeded()
+    logits, targets = torch.randn(2, 3, 8, 8, generator=g), torch.arange(128).view(2, 8, 8) % 3
+    targets[1] = 0  # an image of background alone
+    without = dict(include_background=False)
+    for absent in ABSENT:
+        options = dict(absent=absent)
+        want = dice_loss(logits, targets, class_weights=[0.0, 1, 1], **options)
+        assert dice_loss(logits, targets, **without, **options) == want
+        assert losses.DiceLoss(**without, **options)(logits, targets) == want
+        loss, parts = ce_dice_loss(logits, targets, **without, **options)
+        assert_near(parts, {"ce": F.cross_entropy(logits, targets), "dice": want})
+        assert losses.CEDiceLoss(**without, **options)(logits, targets) == loss
 
 
 def test_losses_auto_pos_weight_is_negatives_over_positives_for_any_container():
@@ -638,18 +724,37 @@ def test_losses_supcon_takes_integer_labels_of_any_type_and_does_not_depend_on_t
 def test_losses_supcon_refuses_what_it_cannot_compare():
     x, y = torch.randn(4, 3), [0, 0, 1, 1]
     for features, labels, text in (
-            (x, [3, 1, 2, 0], "no two of 4 samples share a class (4 classes)"),
-            (x, [3, 1, 2, 0], "stratified batches"), (x[:1], [3], "no two of 1 samples"),
-            (x[:0], long_zeros(0), "no two of 0 samples"),
             (x, [0, 0, 1], "got (4, 3) of torch.float32, labels (3,)"),
             (x, torch.zeros(4), "labels (4,) of torch.float32"),
-            (torch.randn(4, 2, 3), y, "got (4, 2, 3)"), (x.long(), y, "(4, 3) of torch.int64")):
+            (torch.randn(4, 2, 3, 1), y, "got (4, 2, 3, 1)"), (x, None, "labels None"),
+            (x.long(), y, "(4, 3) of torch.int64")):
         refuses(supcon_loss, text, features, labels)
     for temperature in (0, -1, math.nan):
         refuses(supcon_loss, f"temperature > 0, got {temperature}", x, y, temperature=temperature)
         refuses(supcon_bounds, f"temperature > 0, got (2,) and {temperature}",
                 [0, 0], temperature=temperature)
     refuses(supcon_bounds, "(2, 2)", np.zeros((2, 2)))
+
+
+def test_losses_supcon_without_a_positive_pair_is_zero_and_connected_with_a_warning():
+    for features, labels in ((torch.randn(4, 3), [3, 1, 2, 0]), (torch.randn(1, 3), [3]),
+                             (torch.zeros(0, 3), long_zeros(0)), (torch.randn(4, 1, 3), None)):
+        features.requires_grad_()
+        loss, message = warned(lambda: supcon_loss(features, labels))
+        assert f"no two of {len(features)} samples share a class" in message
+        assert loss == 0 and (grad(loss, features)[0] == 0).all()
+
+
+def test_losses_supcon_views_are_rows_with_the_label_of_their_sample_or_simclr_without_labels():
+    views, labels = torch.randn(5, 2, 4, generator=seeded()), torch.tensor([0, 1, 0, 2, 1])
+    rows = views.transpose(0, 1).flatten(0, 1)  # all first views, then all second views
+    want = with_gradient(supcon_loss, rows, labels.repeat(2))
+    loss, gradient = with_gradient(supcon_loss, views, labels)
+    assert_near((loss, gradient.transpose(0, 1).flatten(0, 1)), want)
+    unit = F.normalize(rows, dim=1)
+    s = (unit @ unit.T / 0.5).masked_fill(torch.eye(10).bool(), -math.inf)
+    nt_xent = F.cross_entropy(s, (torch.arange(10) + 5) % 10)
+    assert_near(supcon_loss(views, temperature=0.5), nt_xent)
 
 
 TWO_PROCESSES = """

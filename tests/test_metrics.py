@@ -61,8 +61,10 @@ def test_losses_metrics_equal_scikit_learn_on_tied_logits():
     i = np.arange(2000)  # numbers by benchmarks/golden_metrics.py, scikit-learn 1.9.1
     labels = (37 * i * i + 11 * i) % 101 < 30
     scores = ((7919 * i) % 61 - 40 + 20 * labels) / 8.0
-    golden = {"accuracy": 0.6565, "precision": 0.44583808437856326, "recall": 0.660472972972973,
-              "f1": 0.5323349217154527, "auroc": 0.7698155808507371, "auprc": 0.6591635468547066,
+    golden = {"accuracy": 0.6565, "balanced_accuracy": 0.6576512592137592,
+              "specificity": 922 / 1408, "precision": 0.44583808437856326,
+              "recall": 0.660472972972973, "f1": 0.5323349217154527,
+              "auroc": 0.7698155808507371, "auprc": 0.6591635468547066,
               "tp": 391, "fp": 486, "fn": 201, "tn": 922}
     report = binary_report(scores, labels)
     assert report.keys() == golden.keys()
@@ -124,11 +126,14 @@ def undefined(report):
 
 
 def test_losses_undefined_metrics_are_nan_and_never_zero():
-    everything = {"accuracy", "precision", "recall", "f1", "auroc", "auprc"}
+    everything = {"accuracy", "balanced_accuracy", "specificity", "precision", "recall", "f1",
+                  "auroc", "auprc"}
     with warnings.catch_warnings(action="error"):  # NaN is a decision, not a division by zero
         assert undefined(binary_report([-1.0, -2.0], [1, 0])) == {"precision"}
-        assert undefined(binary_report([1.0, -2.0], [0, 0])) == {"recall", "f1", "auroc", "auprc"}
-        assert undefined(binary_report([1.0, -2.0], [1, 1])) == {"auroc"}
+        assert undefined(binary_report([1.0, -2.0], [0, 0])) == {
+            "recall", "f1", "auroc", "auprc", "balanced_accuracy"}
+        assert undefined(binary_report([1.0, -2.0], [1, 1])) == {
+            "specificity", "auroc", "balanced_accuracy"}
         assert undefined(binary_report([], [])) == everything
         assert undefined(binary_floor([0, 0])) == {"f1", "auroc", "auprc"}
         assert undefined(binary_floor([1])) == {"auroc"}
@@ -337,12 +342,16 @@ def test_losses_class_report_equals_the_slow_loop():
             assert near(got["f1"], f1s[c], 1e-12) if c < 5 else math.isnan(got["f1"])
         assert near(report["accuracy"], np.mean(predictions == labels), 1e-12)
         assert near(report["macro_f1"], np.mean(f1s[:4]), 1e-12)
+        assert near(report["weighted_f1"], np.mean([f1s[c] for c in labels]), 1e-12)
+        recalls = [row["recall"] for row in report["classes"][:4]]
+        assert near(report["balanced_accuracy"], np.mean(recalls), 1e-12)
 
 
 def test_losses_class_report_by_hand_and_nan_where_undefined():
     report = class_report([0, 1, 1], [0, 0, 1], 2)
     classes = [{"rows": 2, "f1": 2 / 3, "recall": 0.5}, {"rows": 1, "f1": 2 / 3, "recall": 1.0}]
-    assert report == {"accuracy": 2 / 3, "macro_f1": 2 / 3, "classes": classes}
+    assert report == {"accuracy": 2 / 3, "balanced_accuracy": 0.75, "macro_f1": 2 / 3,
+                      "weighted_f1": 2 / 3, "classes": classes}
     with warnings.catch_warnings(action="error"):
         report = class_report([0, 0, 0, 2], [0, 0, 1, 0], 4)
         classes = report["classes"]
@@ -350,7 +359,8 @@ def test_losses_class_report_by_hand_and_nan_where_undefined():
         assert [c["f1"] for c in classes[:3]] == [2 / 3, 0, 0] and classes[3]["rows"] == 0
         assert undefined(classes[2]) == {"recall"} and undefined(classes[3]) == {"f1", "recall"}
         empty = class_report(np.zeros(0, int), np.zeros(0, int), 2)
-        assert math.isnan(empty["accuracy"]) and math.isnan(empty["macro_f1"])
+        assert undefined({key: empty[key] for key in report if key != "classes"}) == {
+            "accuracy", "balanced_accuracy", "macro_f1", "weighted_f1"}
     assert class_report([255], [255], 256)["accuracy"] == 1  # no class is ignored
     refuses(class_report, "predictions must be in 0..1, got 0 to 2", [0, 2], [0, 1], 2)
     refuses(class_report, "targets (3,)", [0, 1], [0, 1, 1], 2)
