@@ -657,72 +657,63 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
 
     In float32; every step is clamped to [0, 255], and the result rounded once. torchvision
     truncates to uint8 after brightness, contrast and saturation: every time half a grey level
-    darker. Saturation and hue are expensive: the images are sorted so that those with a change of
-    saturation are one slice, and those with a change of hue another.
+    darker. Hue is expensive: only the images that it turns are computed.
 
     images  (B, 3, H, W) uint8
     settings (B,) floats and order (B, 3) integers, all of them on one device, any
-    Needs:  turn_hue_
+    Needs:  turn_hue_, torch
     """
-    n, device = len(images), images.device
-    # 0 neither, 1 saturation, 2 both, 3 hue
-    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))
-    rows = kind.argsort()
-    # where kinds 1, 2 and 3 begin
-    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()
-    saturated, turned = slice(first, last), slice(both, n)
+    def grey(x):
+        red, green, blue = x.split(1, dim=1)
+        return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
     def per_image(setting):
-        return setting[rows].to(device)[:, None, None]
+        return setting.to(images.device)[:, None, None, None]
 
-    def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number
-        grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
-        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+    def blend_(x, factor, other):
+        return x.mul_(per_image(factor)).add_(other * per_image(1 - factor)).clamp_(0, 255)
 
-    # (3, B): all the reds in their new order, then the greens, then the blues
-    source = 3 * rows + torch.arange(3, device=rows.device)[:, None]
-    planes = images.flatten(0, 1).index_select(0, source.flatten().to(device))
-    x = planes.view(3, *images[:, 0].shape).float()
-    x.mul_(per_image(brightness)).clamp_(max=255)
+    x = images.float().mul_(per_image(brightness)).clamp_(0, 255)
     # the grey of the means is the mean of the grey
-    blend(x, per_image(contrast_before), x.mean((2, 3), keepdim=True))
-    blend(x[:, saturated], per_image(saturation)[saturated], x[:, saturated])
-    turn_hue_(x[:, turned], per_image(hue)[turned])
-    blend(x, per_image(contrast_after), x.mean((2, 3), keepdim=True))
+    blend_(x, contrast_before, grey(x.mean((2, 3), keepdim=True)))
+    blend_(x, saturation, grey(x))
+    turned = hue.nonzero()[:, 0]
+    part = x.index_select(0, turned.to(x.device))
+    turn_hue_(part.unbind(1), per_image(hue[turned])[:, 0])
+    x.index_copy_(0, turned.to(x.device), part)
+    blend_(x, contrast_after, grey(x.mean((2, 3), keepdim=True)))
     # float to uint8 in one go is several times slower on CPU
     x = x.round_().to(torch.int16).to(torch.uint8)
-    # (B, 3): where the channels of an image are now
-    places = order * n + rows.argsort()[:, None]
-    return x.flatten(0, 1).index_select(0, places.flatten().to(device)).view_as(images)
+    places = order + 3 * torch.arange(len(x), device=order.device)[:, None]
+    return x.flatten(0, 1).index_select(0, places.flatten().to(x.device)).view_as(images)
 
 
 def turn_hue_(planes, turn):
     """Turn the hue in place by a part of the full circle; value (max) and chroma (max - min) stay.
 
-    RGB to HSV and back, in sixths of the circle times the chroma, with red at 0, green at 2, blue
-    at -2; without a branch and without a division:
+    The circle has six parts; the places of R, G and B on it are 0, 2 and -2.
 
-        hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
-        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)
-        centre 0, 2, -2 for R, G, B
+        hue      = copysign(chroma + G + B - R - min, G - B) / chroma + 6 turn
+        nearness = | |hue - place| - 3 |        3 at the channel's own place, 0 opposite to it
+        channel  = min + chroma clamp(nearness - 1, 0, 1)
 
-    The second line is the trapezoid that a channel follows: chroma up to one sixth from its centre,
-    0 from two sixths on.
+    The first line is RGB to HSV without a branch. The last is the trapezoid of HSV to RGB: all of
+    the chroma up to one sixth from the channel's place, none of it from two sixths on.
 
     planes  (3, ...) float RGB of any scale
-    turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
-    Check:  red turned by 1/3 is green; grey stays grey
+    turn    part of the full circle, any number, to broadcast with a plane
+    Check:  red turned by 1/3 is green, by 1/2 cyan; grey stays grey
+    Needs:  torch
     """
     red, green, blue = planes
     low = torch.minimum(torch.minimum(red, green), blue)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - low
-    hue = (green + blue).sub_(red).sub_(low).add_(chroma)
-    hue = torch.copysign(hue, green - blue).add_(6 * turn * chroma)
-    three, base = 3 * chroma, low - chroma
-    for channel, centre in zip(planes, (0, 2, -2)):
-        torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
-        torch.clamp(channel, low, high, out=channel)
+    chroma = torch.maximum(torch.maximum(red, green), blue) - low
+    hue = torch.copysign(chroma + green + blue - red - low, green - blue)
+    hue = hue / chroma.clamp(min=torch.finfo(hue.dtype).tiny) + 6 * turn
+    hue = hue - 6 * (hue / 6).round()  # half a circle on either side of red
+    for channel, place in zip(planes, (0, 2, -2)):
+        nearness = (hue - place).abs_().sub_(3).abs_()
+        torch.addcmul(low, chroma, nearness.sub_(1).clamp_(0, 1), out=channel)
     return planes
 
 
@@ -1013,7 +1004,8 @@ def cutmix(inputs, targets, *, alpha, generator):
         j: a permutation of the batch
 
     One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, a random centre,
-    cut off at the edge. lam is counted after that, in whole pixels.
+    cut off at the edge. Its sides are rounded to whole pixels (the authors' code rounds them down),
+    so its area is near the drawn one only. lam is counted after all that: the targets are exact.
 
     inputs  (B, C, H, W) any dtype
     targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the
