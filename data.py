@@ -45,12 +45,14 @@ class LabelScaler:
         inverse(predictions) = predictions * scale + mean
 
     Fit it on training rows only and save it with the weights. Score after inverse, in the unit of
-    the labels: an error in that unit cannot be read from the loss. Constant labels have scale 1.
-    Arrays and tensors keep their kind, device and type.
+    the labels: an error in that unit cannot be read from the loss. Several targets have a mean and
+    a scale each. Constant labels have scale 1. Arrays and tensors keep their kind, device and type.
 
-    Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was
-            neither fitted nor loaded.
+    labels  (n,), with mean and scale as floats; or (n, targets), with lists of one float per column
+    Errors: ValueError for no labels, NaN or infinity in fit, other than `targets` columns later;
+            RuntimeError for a scaler that was neither fitted nor loaded.
     Check:  fit([10, 20]) has mean 15 and scale 5
+    Needs:  np, torch
     """
 
     def __init__(self):
@@ -58,31 +60,49 @@ class LabelScaler:
 
     def fit(self, labels):
         labels = np.asarray(labels, dtype=np.float64)
-        if labels.size == 0 or not np.isfinite(labels).all():
-            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or "
-                             "infinite: leave out rows without a label before fitting")
-        self.mean = float(labels.mean())
-        self.scale = float(labels.std()) if labels.min() < labels.max() else 1.0
+        self._check(labels)
+        constant = labels.min(axis=0) == labels.max(axis=0)
+        self.mean = labels.mean(axis=0).tolist()
+        self.scale = np.where(constant, 1.0, labels.std(axis=0)).tolist()
         return self
 
     def transform(self, labels):
-        self.check()
-        return (labels - self.mean) / self.scale
+        mean, scale = self._like(labels)
+        return (labels - mean) / scale
 
     def inverse(self, predictions):
-        self.check()
-        return predictions * self.scale + self.mean
-
-    def check(self):
-        if self.mean is None:
-            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or "
-                               "load its state")
+        mean, scale = self._like(predictions)
+        return predictions * scale + mean
 
     def state_dict(self):
         return {"mean": self.mean, "scale": self.scale}
 
     def load_state_dict(self, state):
         self.mean, self.scale = state["mean"], state["scale"]
+
+    def _check(self, labels):
+        if labels.ndim not in (1, 2):
+            raise ValueError(f"labels of shape {labels.shape} must be (n,) or (n, targets): "
+                             "reshape them so that a column is what has a mean of its own")
+        if labels.size == 0 or not np.isfinite(labels).all():
+            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or "
+                             "infinite: leave out rows without a label before fitting")
+
+    def _like(self, labels):
+        """Mean and scale as floats, or in the kind and type of labels with several columns."""
+        if self.mean is None:
+            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or "
+                               "load its state")
+        if not isinstance(self.mean, list):
+            return self.mean, self.scale
+        if tuple(labels.shape[-1:]) != (len(self.mean),):
+            raise ValueError(f"labels of shape {tuple(labels.shape)} must have {len(self.mean)} "
+                             "columns, as in fit")
+        pair = np.array([self.mean, self.scale])
+        if torch.is_tensor(labels):
+            kind = labels.dtype if labels.is_floating_point() else torch.get_default_dtype()
+            return torch.from_numpy(pair).to(kind).to(labels.device)
+        return pair.astype(labels.dtype if labels.dtype.kind == "f" else np.float64)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import zlib
 
 import numpy as np
@@ -282,6 +283,26 @@ def test_data_label_scaler_is_exact_for_arrays_and_tensors():
     loaded = LabelScaler()
     loaded.load_state_dict(simple.state_dict())
     assert loaded.transform(20) == 1.0 and loaded.inverse(-1) == 10.0
+
+
+def test_data_label_scaler_has_a_mean_and_a_scale_for_every_column():
+    labels = np.array([[10, 3.0, 500], [20, 3.0, 900]])
+    scaler, loaded = LabelScaler().fit(labels), LabelScaler()
+    assert scaler.state_dict() == {"mean": [15, 3, 700], "scale": [5, 1, 200]}
+    file = io.BytesIO()
+    torch.save(scaler.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert json.loads(json.dumps(loaded.state_dict())) == scaler.state_dict()
+    for kind in (labels, labels.astype(np.float16), torch.from_numpy(labels).half()):
+        z = loaded.transform(kind)
+        assert type(z) is type(kind) and z.dtype == kind.dtype
+        assert z.tolist() == [[-1, 0, -1], [1, 0, 1]]
+        assert loaded.inverse(z).tolist() == labels.tolist()
+    assert loaded.transform(labels[0].astype(int)).tolist() == [-1, 0, -1]
+    for shape in ((3, 1), (2,), ()):  # broadcasting would take them
+        refuses(loaded.inverse, "must have 3 columns", torch.ones(shape))
+    refuses(LabelScaler().fit, "(n,) or (n, targets)", np.ones((2, 3, 4)))
 
 
 def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():
