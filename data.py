@@ -140,68 +140,122 @@ def split_by_group(groups, shares, *, seed):
     return splits
 
 
-def check_batch_size(n, batch_size, world_size):
-    """Refuse a batch size below 1 and fewer rows than ranks; warn of one short batch an epoch."""
+def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1, per_class=None):
+    """Class-balanced batches: classes take turns and give rows from shuffled queues.
+
+        slot s of the epoch takes the next row of class s % k, of k classes
+        per_class=m: m slots at a time take rows of one class, the next one in a queue of classes
+
+    Every batch holds batch_size // k rows of all k classes; the classes share the rest in turn.
+    With per_class it holds m rows of each of batch_size // m classes, as contrastive losses of many
+    classes need. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat,
+    frequent ones are not used up (over the epochs all of their rows are). The batches of
+    `world_size` ranks are the slices of one global draw. Balanced batches and class weights both
+    correct the imbalance: use one.
+
+    A queue is shuffled again when it runs out: every row of a class is used before one repeats. A
+    row repeats within a batch only if its class is smaller than its quota there.
+
+    labels  (n,) integers or other values; a row is an index into them, so that for a Subset they
+            are all_labels[subset.indices]
+    returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
+            n // world_size, and a warning)
+    Errors: ValueError for labels that are not (n,), n < world_size, batch_size < 1, a rank that is
+            not below world_size, a batch_size that is no multiple of per_class. Warns once, without
+            per_class, of batches in which rows are alone in their class.
+    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
+    Needs:  check_batch_size, check_labels, indices_by_value, np, shuffled_queue, stratified_shape,
+            warnings
+    """
+    rows_by_class = indices_by_value(check_labels(labels))
+    k = len(rows_by_class)
+    num_batches, batch_size = stratified_shape(len(labels), k, batch_size, rank, world_size,
+                                               per_class)
+    global_batch = batch_size * world_size
+    rng = np.random.default_rng([seed, epoch])
+    slots = np.arange(num_batches * global_batch)
+    places = [slice(c, None, k) for c in range(k)]  # the slots of every class
+    if per_class is not None:
+        turns = shuffled_queue(np.arange(k), slots[::per_class], global_batch, rng)
+        by_class = np.argsort(np.repeat(turns, per_class), kind="stable")
+        places = np.split(by_class, np.cumsum(per_class * np.bincount(turns, minlength=k))[:-1])
+    plan = np.empty_like(slots)
+    for rows, mine in zip(rows_by_class, places):
+        plan[mine] = shuffled_queue(rows, slots[mine], global_batch, rng)
+    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
+
+
+def shuffled_queue(items, slots, batch_size, rng):
+    """One item for each slot: all of them in random order, and again whenever they run out.
+
+    Items that the batch of the next slot already holds go to the end. If it has more slots than
+    there are items, they come in the order in which it took them: the uses of an item in a batch
+    are then len(items) apart, and no rank's slice of it holds an item twice unless it must.
+
+    slots   (p,) places in an epoch, ascending; slot s lies in batch s // batch_size; returns (p,)
+    """
+    queue = np.empty(len(slots), dtype=np.int64)
+    filled = 0
+    while filled < len(queue):
+        again = rng.permutation(items)
+        start = slots[filled] // batch_size * batch_size
+        first, end = np.searchsorted(slots, (start, start + batch_size))
+        taken = queue[first:filled]
+        if len(taken):
+            again = again[: len(queue) - first]  # enough, even if all of `taken` is among them
+            repeated = np.isin(again, taken)
+            late = again[repeated] if end - first <= len(items) else taken[-len(items) :]
+            again = np.concatenate([again[~repeated], late])
+        again = again[: len(queue) - filled]
+        queue[filled : filled + len(again)] = again
+        filled += len(again)
+    return queue
+
+
+def indices_by_value(values):
+    """[the indices of every value, ascending], in the order of the values (n,)."""
+    if values.dtype.kind in "iu" and len(values) and 0 <= values.min() <= values.max() < 2**16:
+        # of 16 bits, numpy's stable sort is a radix sort: five times faster
+        values = values.astype(np.uint16)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+
+
+def stratified_shape(n, k, batch_size, rank, world_size, per_class):
+    """Batches in an epoch of stratified_batches, and rows in one of them; refuses, and warns."""
+    check_batch_size(n, batch_size, rank, world_size)
+    batch_size = min(batch_size, n // world_size)
+    if per_class is not None:
+        if per_class < 1 or batch_size % per_class:
+            raise ValueError(f"a batch of {batch_size} rows must be a multiple of per_class "
+                             f"{per_class}, which is at least 1: change one of them")
+    elif batch_size < 2 * k and k > 1:
+        warnings.warn(f"{k} classes in batches of {batch_size}: rows are alone in their class, "
+                      "and a contrastive loss has no pairs. per_class=m draws m rows of a class")
+    return -(-n // (batch_size * world_size)), batch_size
+
+
+def check_labels(labels):
+    """Labels as an array (n,); refuse what numpy would read as one with other axes."""
+    shape = "" if isinstance(labels, torch.utils.data.Dataset) else np.shape(labels)
+    if len(shape) != 1:
+        raise ValueError(f"labels must be (n,), one class per row, got {type(labels).__name__} "
+                         f"{shape}: of a Subset give all_labels[subset.indices], of (n, 1) "
+                         "labels[:, 0], of one-hot rows labels.argmax(1)")
+    return np.asarray(labels)
+
+
+def check_batch_size(n, batch_size, rank, world_size):
+    """Refuse a batch size below 1, fewer rows than ranks, no such rank; warn of one short batch."""
     if batch_size < 1 or n < world_size:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
                          f"per rank ({world_size})")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} must be at least 0 and below world_size {world_size}")
     if n < batch_size * world_size:
         warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
                       "batch an epoch")
-
-
-def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Class-balanced batches: classes take turns and give rows from shuffled queues.
-
-        slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
-
-    Every batch holds batch_size // k rows of all k classes; the classes share the rest in
-    turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat, frequent
-    ones are not used up (over the epochs all of their rows are). A queue is shuffled again when it
-    runs out: every row of a class is used before one repeats, and a row repeats within a batch only
-    if its class is smaller than its quota there. The batches of `world_size` ranks are the slices
-    of one global draw. Balanced batches and class weights both correct the imbalance: use one.
-
-    labels  (n,) integers, any values
-    returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
-            n // world_size, and a warning)
-    Errors: ValueError for n < world_size or batch_size < 1.
-    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
-    Needs:  check_batch_size
-    """
-    labels = np.asarray(labels)
-    n = len(labels)
-    check_batch_size(n, batch_size, world_size)
-    batch_size = min(batch_size, n // world_size)
-    global_batch = batch_size * world_size
-    num_batches = -(-n // global_batch)
-    rng = np.random.default_rng([seed, epoch])
-    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
-        # of 16 bits, numpy's stable sort is a radix sort: five times faster
-        labels = labels.astype(np.uint16)
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
-    k = len(rows_by_class)
-    plan = np.empty(num_batches * global_batch, dtype=np.int64)
-    for c, rows in enumerate(rows_by_class):
-        queue = plan[c::k]  # a view: slot s of the plan is place s // k of its class's queue
-        filled = 0
-        while filled < len(queue):
-            again = rng.permutation(rows)
-            # The batch that is now half filled must not see a row twice: rows that it already
-            # holds, from place `first` of the queue on, go to the end.
-            batch_start = (c + filled * k) // global_batch * global_batch
-            first = max(-((c - batch_start) // k), 0)
-            if first < filled:
-                # enough, even if all that the batch holds is among them
-                again = again[: len(queue) - first]
-                repeated = np.isin(again, queue[first:filled])
-                again = np.concatenate([again[~repeated], again[repeated]])
-            again = again[: len(queue) - filled]
-            queue[filled : filled + len(again)] = again
-            filled += len(again)
-    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
 
 
 def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
@@ -215,7 +269,7 @@ def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
     Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
     Needs:  check_batch_size
     """
-    check_batch_size(n, batch_size, world_size)
+    check_batch_size(n, batch_size, rank, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(n)
     mine = order[: n - n % world_size][rank::world_size]
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -239,7 +293,7 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
     """
     lengths = np.asarray(lengths)
     n, global_batch = len(lengths), batch_size * world_size
-    check_batch_size(n, batch_size, world_size)
+    check_batch_size(n, batch_size, rank, world_size)
     if pool < 1:
         raise ValueError(f"pool {pool} must be at least 1 batch (1: no sorting, 16 is common)")
     rng = np.random.default_rng([seed, epoch])
