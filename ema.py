@@ -99,7 +99,8 @@ class EMA:
             else:
                 shadow.copy_(tensor)
         self.updates += 1
-        self.module.eval()
+        if self.module.training:  # a loop that sets the mode of all its models
+            self.module.eval()
 
     def _is_averaged(self, shadow):
         real = shadow.is_floating_point() or shadow.is_complex()
@@ -138,6 +139,7 @@ class EMA:
                              f"{list(state)}")
         self.module.load_state_dict(state["module"])
         self.updates, self.decay, self.warmup = state["updates"], state["decay"], state["warmup"]
+        self.built = self._writes()
 
 
 def _unwrap(model):

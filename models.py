@@ -48,6 +48,7 @@ def init_kaiming_xavier(module):
     bias 0. Norms and convolution biases keep torch's initial values.
 
     Source: He et al. 2015, arXiv:1502.01852; Glorot and Bengio 2010
+    Needs:  nn
     Check:  the weights of nn.Conv2d(3, 64, 3) have standard deviation sqrt(2 / (64 * 9)) = 0.059
     """
     if isinstance(module, nn.Conv2d):
@@ -61,6 +62,7 @@ def conv_bn(inputs, outputs, kernel, *, stride=1, dilation=1, groups=1, act=nn.I
     """Convolution (odd kernel, padded, no bias since the norm has one), batch norm, activation.
 
     Shape: (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
+    Needs:  nn
     Check: conv_bn(3, 32, 3) has 928 parameters
     """
     padding = dilation * (kernel // 2)
@@ -72,6 +74,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the channels of every pixel.
 
     Shape: (B, C, H, W) -> the same, in channels_last layout
+    Needs:  nn
     Check: ChannelLayerNorm(32) has 64 parameters
     """
 
@@ -94,6 +97,7 @@ class StochasticDepth(nn.Module):
     Shape:  (B, ...) -> the same
     Errors: ValueError unless 0 <= rate < 1
     Source: Huang et al. 2016, arXiv:1603.09382 (there evaluation multiplies by 1 - rate instead)
+    Needs:  F, nn
     Check:  with rate 0.25 a sample is multiplied by 0 or by 4/3
     """
 
@@ -119,6 +123,7 @@ class SqueezeExcite(nn.Module):
 
     Shape:  (B, C, H, W) -> the same
     Source: Hu et al. 2018, arXiv:1709.01507
+    Needs:  nn
     Check:  SqueezeExcite(128) has 4,240 parameters
     """
 
@@ -224,7 +229,7 @@ class DepthwiseBlock(nn.Module):
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride))
     Source: Howard et al. 2017 (MobileNet), arXiv:1704.04861; the shortcut is an addition
     Check:  DepthwiseBlock(32, 32) has 1,440 parameters
-    Needs:  conv_bn, StochasticDepth
+    Needs:  conv_bn, StochasticDepth, F, nn
     """
 
     def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
@@ -252,7 +257,7 @@ class InvertedSEBlock(nn.Module):
     Source: Sandler et al. 2018 (MobileNetV2), arXiv:1801.04381, which has ReLU6 inside and nothing
             after the sum
     Check:  InvertedSEBlock(32, 32) has 14,160 parameters
-    Needs:  conv_bn, StochasticDepth, SqueezeExcite
+    Needs:  conv_bn, StochasticDepth, SqueezeExcite, F, nn
     """
 
     def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
@@ -286,7 +291,7 @@ class ConvNeXtBlock(nn.Module):
     Shape:  (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)
     Source: Liu et al. 2022, arXiv:2201.03545
     Check:  ConvNeXtBlock(32, 32) has 10,048 parameters, ConvNeXtBlock(32, 64, stride=2) has 44,800
-    Needs:  ChannelLayerNorm, StochasticDepth
+    Needs:  ChannelLayerNorm, StochasticDepth, F, nn, torch
     """
 
     def __init__(self, inputs, outputs, *, stride=1, drop_rate=0.0):
@@ -322,6 +327,7 @@ class MixerLayer(nn.Module):
 
     Shape:  (B, T, C) -> the same
     Source: Tolstikhin et al. 2021, arXiv:2105.01601
+    Needs:  nn
     Check:  MixerLayer(6, 64) has 16,994 parameters
     """
 
@@ -360,6 +366,7 @@ class TransformerLayer(nn.Module):
     Errors: ValueError if heads does not divide channels
     Source: Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745;
             a bias on the scores: Press et al. 2022 (ALiBi), arXiv:2108.12409
+    Needs:  F, nn
     Check:  TransformerLayer(64, heads=8, hidden=128) has 33,472 parameters
     """
 
@@ -407,7 +414,7 @@ class TokenHead(nn.Module):
     Errors: ValueError for an unknown mixer
     Check:  with 64 channels, grid (2, 3) and 2 layers the transformer has 67,137 parameters,
             mlp_mixer 34,181
-    Needs:  TransformerLayer, MixerLayer
+    Needs:  TransformerLayer, MixerLayer, F, nn
     """
 
     def __init__(self, channels, *, mixer, grid=(2, 3), layers=2, dropout=0.0):
@@ -433,7 +440,7 @@ class TokenHead(nn.Module):
 
 
 class AvgMaxPool(nn.Module):
-    """Concatenates mean and maximum over the pixels: (B, C, H, W) -> (B, 2C)."""
+    """Concatenates mean and maximum over the pixels: (B, C, H, W) -> (B, 2C). Needs: nn, torch"""
 
     def forward(self, x):
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
@@ -498,7 +505,7 @@ class EyeNet(nn.Module):
             of the table
     Needs:  init_kaiming_xavier, conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite,
             DepthwiseBlock, InvertedSEBlock, ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead,
-            AvgMaxPool, eye_map_size
+            AvgMaxPool, eye_map_size, F, nn, torch
     """
 
     def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto",
@@ -591,6 +598,7 @@ def check_stride_fits(size, stride):
     """Refuses (rows, columns) that are not multiples of `stride`, and names the nearest that are.
 
     Errors: ValueError
+    Needs:  math
     Check:  (100, 128) with stride 32: the nearest sizes that fit are 96x128 and 128x128
     """
     if all(n >= stride and n % stride == 0 for n in size):
@@ -618,7 +626,7 @@ class ReducedAttention(nn.Module):
             equation 2
     Check:  ReducedAttention(32, reduction=8) has 69,856 parameters; with reduction 1 it is
             nn.MultiheadAttention
-    Needs:  ChannelLayerNorm
+    Needs:  ChannelLayerNorm, F, nn
     """
 
     def __init__(self, channels, *, reduction, heads=1, dropout=0.0):
@@ -660,6 +668,7 @@ class MixMLP(nn.Module):
 
     Shape:  (B, H, W, C) -> the same, hidden width ratio * C
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 3
+    Needs:  nn
     Check:  MixMLP(32) has 4,832 parameters, 4,192 without the depthwise convolution
     """
 
@@ -686,7 +695,7 @@ class SegFormerLayer(nn.Module):
 
     Shape:  (B, H, W, C) -> the same
     Check:  SegFormerLayer(32, reduction=8) has 74,816 parameters
-    Needs:  ReducedAttention, MixMLP, ChannelLayerNorm
+    Needs:  ReducedAttention, MixMLP, ChannelLayerNorm, F, nn
     """
 
     def __init__(self, channels, *, reduction, mix_ffn=True, dropout=0.0):
@@ -707,7 +716,7 @@ class SegFormerStage(nn.Module):
     Shape:  (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)), in channels_last
             layout
     Check:  SegFormerStage(3, 32, kernel=7, stride=4, layers=1, reduction=8) has 79,680 parameters
-    Needs:  SegFormerLayer, ReducedAttention, MixMLP, ChannelLayerNorm
+    Needs:  SegFormerLayer, ReducedAttention, MixMLP, ChannelLayerNorm, F, nn
     """
 
     def __init__(self, inputs, outputs, *, kernel, stride, layers, reduction, mix_ffn=True,
@@ -734,6 +743,7 @@ class AllMLPDecoder(nn.Module):
 
     Shape:  [(B, widths[i], H_i, W_i)] -> (B, channels, H_0, W_0)
     Source: Xie et al. 2021 (SegFormer), arXiv:2105.15203, equation 4
+    Needs:  F, nn, torch
     Check:  AllMLPDecoder((32, 64, 128, 192)) has 135,936 parameters
     """
 
@@ -757,7 +767,7 @@ class LMSA(nn.Module):
 
     Shape:  (B, C, H, W) -> the same
     Check:  LMSA(128) has 25,984 parameters
-    Needs:  conv_bn, SqueezeExcite
+    Needs:  conv_bn, SqueezeExcite, nn
     """
 
     def __init__(self, channels):
@@ -793,7 +803,7 @@ class MicroSegFormer(nn.Module):
     Check:  1,763,923 parameters; without Mix-FFN 1,747,923, without LMSA too 1,721,939
     Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
             conv_bn, ChannelLayerNorm, SqueezeExcite, ReducedAttention, MixMLP, SegFormerLayer,
-            SegFormerStage, AllMLPDecoder, LMSA
+            SegFormerStage, AllMLPDecoder, LMSA, F, math, nn, torch
     """
 
     stride = 32
@@ -839,7 +849,7 @@ class DilatedBlock(nn.Module):
     Shape:  (B, C, H, W) -> the same
     Source: He et al. 2016, arXiv:1512.03385; dilation: Yu and Koltun 2016, arXiv:1511.07122
     Check:  DilatedBlock(128, dilation=2) has 295,424 parameters
-    Needs:  conv_bn
+    Needs:  conv_bn, F, nn
     """
 
     def __init__(self, channels, *, dilation):
@@ -861,7 +871,7 @@ class UpBlock(nn.Module):
     Shape:  x (B, inputs, H, W), skip (B, outputs, 2H, 2W) -> (B, outputs, 2H, 2W)
     Source: Ronneberger et al. 2015 (U-Net), arXiv:1505.04597
     Check:  UpBlock(128, 64) has 82,176 parameters
-    Needs:  conv_bn
+    Needs:  conv_bn, F, nn, torch
     """
 
     def __init__(self, inputs, outputs):
@@ -892,7 +902,7 @@ class FaceCNN(nn.Module):
     Source: Ronneberger et al. 2015, arXiv:1505.04597; Yu and Koltun 2016, arXiv:1511.07122
     Check:  1,572,563 parameters
     Needs:  FACE_PARAMETER_LIMIT, count_parameters, check_parameter_limit, check_stride_fits,
-            conv_bn, DilatedBlock, UpBlock
+            conv_bn, DilatedBlock, UpBlock, F, math, nn, torch
     """
 
     stride = 8
@@ -958,6 +968,7 @@ def sinusoidal_positions(n, channels):
     Shape:  -> (n, channels)
     Errors: ValueError for an odd number of channels
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5
+    Needs:  math, torch
     Check:  row 0 is 0, 1, 0, 1, ...
     """
     if channels % 2:
@@ -982,7 +993,7 @@ class PPGEncoder(nn.Module):
             divide width, an odd width
     Source: Dosovitskiy et al. 2021 (ViT), arXiv:2010.11929, in one dimension
     Check:  PPGEncoder(channels=3, patch=4, width=64, depth=2) has 100,928 parameters
-    Needs:  TransformerLayer, sinusoidal_positions
+    Needs:  TransformerLayer, sinusoidal_positions, F, math, nn, torch
     """
 
     def __init__(self, *, channels=1, patch=4, width=64, depth=2, heads=4, dropout=0.1):
@@ -1018,7 +1029,7 @@ class PPGRegressor(nn.Module):
     """One number, a z-scored label, from a signal: encoder, mean over the tokens, linear head.
 
     Shape:  (B, channels, n) -> (B,)
-    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
+    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions, nn
     """
 
     def __init__(self, encoder):
@@ -1046,7 +1057,7 @@ class MaskedPatchModel(nn.Module):
             True in the mask is hidden
     Source: He et al. 2022 (MAE), arXiv:2111.06377; with one encoder for all tokens as in SimMIM,
             arXiv:2111.09886
-    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions
+    Needs:  PPGEncoder, TransformerLayer, sinusoidal_positions, nn, torch
     """
 
     def __init__(self, encoder):
@@ -1067,6 +1078,7 @@ def random_patch_mask(b, t, ratio, *, generator=None):
     Each row hides round(ratio * t) patches, at least 1 and never all.
 
     Errors: ValueError for fewer than 2 patches or a ratio outside (0, 1)
+    Needs:  torch
     """
     if t < 2 or not 0 < ratio < 1:
         raise ValueError(f"{t} patches at a mask ratio of {ratio:g}: needs at least 2 patches "
@@ -1088,7 +1100,7 @@ def grid_positions(rows, columns, channels):
     Shape:  -> (rows * columns, channels)
     Errors: ValueError if channels is not a multiple of 4
     Check:  pixel 0 is 0, 1, 0, 1, ...
-    Needs:  sinusoidal_positions
+    Needs:  sinusoidal_positions, math, torch
     """
     if channels % 4:
         raise ValueError(f"channels must be a multiple of 4, got {channels}: "
@@ -1108,7 +1120,7 @@ def strided_cnn(channels, size, *, width):
     Errors: ValueError for an image of a single pixel
     Check:  strided_cnn(3, (32, 32), width=64) has 23,696 parameters and a map of 4x4; a size of
             (9, 9) gives 2x2
-    Needs:  conv_bn
+    Needs:  conv_bn, nn
     """
     rows, columns = size
     if rows * columns < 2:
@@ -1133,6 +1145,7 @@ class VectorTokens(nn.Module):
     There are several, because attention to a single token has no choice.
 
     Shape:  (B, features) -> (B, tokens, width)
+    Needs:  nn
     Check:  VectorTokens(512, width=64) has 131,456 parameters
     """
 
@@ -1152,7 +1165,7 @@ class SequenceTokens(PPGEncoder):
     Shape:  (B, n, channels) -> (B, n // patch, width); a rest at the end that is shorter than a
             patch is dropped
     Check:  SequenceTokens(channels=3, patch=8, width=64, depth=1, heads=8) has 51,712 parameters
-    Needs:  TransformerLayer, sinusoidal_positions, PPGEncoder
+    Needs:  TransformerLayer, sinusoidal_positions, PPGEncoder, F, math, nn, torch
     """
 
     def forward(self, x_btc):
@@ -1166,7 +1179,7 @@ class ImageTokens(nn.Module):
 
     Shape:  (B, channels, H, W), with (H, W) = size -> (B, T, width), T about H / 8 * W / 8
     Check:  ImageTokens(3, (32, 32), width=64) has 23,824 parameters
-    Needs:  conv_bn, strided_cnn, sinusoidal_positions, grid_positions
+    Needs:  conv_bn, strided_cnn, sinusoidal_positions, grid_positions, math, nn, torch
     """
 
     def __init__(self, channels, size, *, width):
@@ -1187,7 +1200,8 @@ class VideoTokens(nn.Module):
 
     Shape:  (B, T, channels, H, W), with (H, W) = size -> (B, T, width)
     Check:  VideoTokens(3, (32, 32), width=64) has 77,968 parameters
-    Needs:  conv_bn, strided_cnn, TransformerLayer, sinusoidal_positions, PPGEncoder, SequenceTokens
+    Needs:  conv_bn, strided_cnn, TransformerLayer, sinusoidal_positions, PPGEncoder,
+            SequenceTokens, F, math, nn, torch
     """
 
     def __init__(self, channels, size, *, width, depth=1, heads=8, dropout=0.1):
@@ -1214,7 +1228,7 @@ def modality_encoder(shape, *, width, tokens=4, heads=8, depth=1, patch=8, dropo
     Errors: ValueError for another number of sides, a side of 0, a sequence shorter than a patch, an
             image of one pixel
     Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions,
-            strided_cnn, VectorTokens, SequenceTokens, ImageTokens, VideoTokens
+            strided_cnn, VectorTokens, SequenceTokens, ImageTokens, VideoTokens, F, math, nn, torch
     """
     shape = tuple(shape)
     if not 1 <= len(shape) <= 4 or min(shape) < 1:
@@ -1245,6 +1259,7 @@ class ModalityReadout(nn.Module):
     Shape:  tokens (N, width), features (B, T, width), present bool (B,) -> (B, N, width)
     Source: the attention of Vaswani et al. 2017, arXiv:1706.03762; learned queries as in Jaegle et
             al. 2021 (Perceiver), arXiv:2103.03206
+    Needs:  nn, torch
     Check:  ModalityReadout(64, heads=8) has 16,832 parameters
     """
 
@@ -1271,6 +1286,7 @@ def drop_modalities(present, rate):
     with probability rate - rate^k / k. Draws from torch's global generator.
 
     Shape:  bool (B, modalities) -> the same; a row without any stays without
+    Needs:  torch
     Check:  at rate 0.5 one of 2 modalities is dropped in 3 of 8 rows, a single one never
     """
     draw = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
@@ -1307,7 +1323,7 @@ class QuadModal(nn.Module):
     Check:  four modalities of (128, 3): 414,272 parameters
     Needs:  conv_bn, TransformerLayer, sinusoidal_positions, PPGEncoder, grid_positions,
             strided_cnn, VectorTokens, SequenceTokens, ImageTokens, VideoTokens, modality_encoder,
-            ModalityReadout, drop_modalities
+            ModalityReadout, drop_modalities, F, math, nn, torch
     """
 
     def __init__(self, shapes, *, width=64, tokens=4, heads=8, depth=1, hidden=128, embed=64,
@@ -1438,6 +1454,7 @@ def freeze_encoders(model, names):
 
     Warns:  if no encoder is left to train
     Errors: ValueError, and nothing is frozen, for a name that the model does not have
+    Needs:  warnings
     """
     unknown = [repr(name) for name in names if name not in model.shapes]
     if unknown:
@@ -1463,6 +1480,7 @@ def sets_by_size(sizes, *, chunk=256):
              set after the other in one tensor (E, ...)
     returns  a list of (sets (s,), index (s, n), mask bool (s, n)): x[index] are the elements of
              those sets, where mask is True
+    Needs:  torch
     Check:   sizes 1, 3, 1 in chunks of 2 give sets [0, 2] padded to 1 and set [1] padded to 3
     """
     order = sizes.argsort(stable=True)
@@ -1491,6 +1509,7 @@ class AttentionBlock(nn.Module):
     Errors: ValueError if heads does not divide channels
     Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, MAB, with the norms in front: Xiong
             et al. 2020, arXiv:2002.04745
+    Needs:  F, nn
     Check:  AttentionBlock(64, heads=2, hidden=128) has 33,408 parameters
     """
 
@@ -1533,7 +1552,7 @@ class InducedSetAttention(nn.Module):
     Shape:  x (S, N, C), mask bool (S, N) or None -> (S, N, C); rows of padding have no meaning
     Source: Lee et al. 2019 (Set Transformer), arXiv:1810.00825, ISAB
     Check:  InducedSetAttention(64, heads=2, points=16) has 51,328 parameters
-    Needs:  AttentionBlock
+    Needs:  AttentionBlock, F, nn, torch
     """
 
     def __init__(self, channels, *, heads=2, points=16):
@@ -1558,7 +1577,7 @@ class SetEncoder(nn.Module):
     Shape:  elements (E, features), one set after the other, sizes int64 (S,), no set empty
             -> (S, width)
     Check:  SetEncoder(82, width=64) has 108,224 parameters
-    Needs:  sets_by_size, AttentionBlock, InducedSetAttention
+    Needs:  sets_by_size, AttentionBlock, InducedSetAttention, F, nn, torch
     """
 
     def __init__(self, features, *, width, heads=2, points=16, levels=2):
@@ -1587,6 +1606,7 @@ def log_time_buckets(minutes, *, buckets=64, longest=2880.0):
     Spans longer than `longest` fall into the last bucket.
 
     Shape:  float (...), >= 0 -> int64 (...)
+    Needs:  math, torch
     Check:  0 minutes are in bucket 0, 1 minute in 5, an hour in 33, a day in 58, two days in 63
     """
     scaled = torch.log1p(minutes.clamp(min=0)) / math.log1p(longest)
@@ -1604,6 +1624,7 @@ class TimeBias(nn.Module):
     everywhere, and it would never learn.
 
     Shape:  minutes (B, T) -> (B, heads, T, T); minutes of padding at the end may have any value
+    Needs:  math, nn, torch
     Check:  an hour apart, at the start, -log 2 = -0.693
     """
 
@@ -1640,7 +1661,7 @@ class SetSequenceEncoder(nn.Module):
     Source: the sets and their order: sxtforreal/SeqSetVAE (MIT); Lee et al. 2019, arXiv:1810.00825
     Check:  SetSequenceEncoder(41, width=64, depth=2) has 183,184 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
-            log_time_buckets, TimeBias, TransformerLayer
+            log_time_buckets, TimeBias, TransformerLayer, F, math, nn, torch
     """
 
     def __init__(self, variables, *, width=64, depth=2, heads=8, hidden=128, set_heads=2, points=16,
@@ -1698,7 +1719,7 @@ class SetDecoder(nn.Module):
             -> (s, n, features)
     Errors: ValueError for more elements than seeds
     Check:  SetDecoder(82, width=64, seeds=40) has 66,258 parameters
-    Needs:  AttentionBlock
+    Needs:  AttentionBlock, F, nn, torch
     """
 
     def __init__(self, features, *, width, seeds, heads=2):
@@ -1733,7 +1754,8 @@ class SeqSetVAE(nn.Module):
             of an event is the encoder's input for it
     Source: sxtforreal/SeqSetVAE (MIT); Kingma and Welling 2014, arXiv:1312.6114
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
-            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, SetDecoder
+            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, SetDecoder, F, nn,
+            torch
     """
 
     def __init__(self, encoder, *, seeds):
@@ -1775,6 +1797,7 @@ class StrongestEvents(nn.Module):
             counts int64 (B,) of events per stay, none 0 -> (B, width)
     Source: Qi et al. 2017 (PointNet), arXiv:1612.00593, eq. 1; Zaheer et al. 2017 (Deep Sets),
             arXiv:1703.06114
+    Needs:  nn, torch
     Check:  StrongestEvents(82, width=64) has 9,792 parameters
     """
 
@@ -1810,7 +1833,8 @@ class SeqSetClassifier(nn.Module):
     Shape:  inputs as in SetSequenceEncoder -> logits (B,)
     Check:  the head at width 256, without events: 65,793 parameters
     Needs:  sinusoidal_positions, sets_by_size, AttentionBlock, InducedSetAttention, SetEncoder,
-            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, StrongestEvents
+            log_time_buckets, TimeBias, TransformerLayer, SetSequenceEncoder, StrongestEvents, math,
+            nn, torch
     """
 
     def __init__(self, encoder, *, layers=2, hidden=128, dropout=0.1, prior=0.5, events=False,

@@ -51,7 +51,7 @@ def warmup_cosine(step, base_lr, *, total_steps, warmup_steps=0, warmup_start_lr
     rate falls at t = W from the line to the cosine (timm's default).
 
     Source: Loshchilov & Hutter 2017 (SGDR), arXiv:1608.03983, eq. 5 with one cycle
-    Needs:  import math, linear_warmup
+    Needs:  math, linear_warmup
     Check:  T=1000, W=100, base 1e-3: 5e-4 at t=50 and at t=550
     """
     if step < warmup_steps:
@@ -72,7 +72,7 @@ def warm_restarts(step, base_lr, *, cycle_steps, cycle_mult=1, peak_decay=1.0, w
         U = cycle_steps * cycle_mult**i, the length of cycle i; u = 0 .. U - 1, the place in it
 
     Source: Loshchilov & Hutter 2017 (SGDR), arXiv:1608.03983, eq. 5
-    Needs:  import math, linear_warmup
+    Needs:  math, linear_warmup
     Check:  cycle_steps=10, cycle_mult=2: peaks at t = 0, 10, 30, 70, 150
     """
     if step < warmup_steps:
@@ -203,7 +203,9 @@ class WarmupCosine(_Schedule):
 
     def __init__(self, optimizer, total_steps, *, warmup_steps=0, warmup_start_lr=0.0, min_lr=0.0,
                  warmup_prefix=True):
-        self.total_steps, self.warmup_prefix = total_steps, warmup_prefix
+        # as an attribute, total_steps would make accelerate take this for a OneCycleLR
+        self.settings = dict(total_steps=total_steps, warmup_steps=warmup_steps, min_lr=min_lr,
+                             warmup_start_lr=warmup_start_lr, warmup_prefix=warmup_prefix)
         _require_whole("total_steps", total_steps, 1)
         _require(warmup_steps < total_steps, "warmup_steps", warmup_steps,
                  f"be below total_steps={total_steps}: the peak would never come; train longer or "
@@ -213,9 +215,7 @@ class WarmupCosine(_Schedule):
 
     def lr_at(self, step):
         """Rate of the group with the largest lr during update `step`."""
-        return warmup_cosine(step, self.top_lr(), total_steps=self.total_steps,
-                             warmup_steps=self.warmup_steps, warmup_start_lr=self.warmup_start_lr,
-                             min_lr=self.min_lr, warmup_prefix=self.warmup_prefix)
+        return warmup_cosine(step, self.top_lr(), **self.settings)
 
 
 class WarmRestarts(_Schedule):
@@ -232,7 +232,9 @@ class WarmRestarts(_Schedule):
 
     def __init__(self, optimizer, cycle_steps, *, cycle_mult=1, peak_decay=1.0, warmup_steps=0,
                  warmup_start_lr=0.0, min_lr=0.0):
-        self.cycle_steps, self.cycle_mult, self.peak_decay = cycle_steps, cycle_mult, peak_decay
+        self.settings = dict(cycle_steps=cycle_steps, cycle_mult=cycle_mult, min_lr=min_lr,
+                             peak_decay=peak_decay, warmup_steps=warmup_steps,
+                             warmup_start_lr=warmup_start_lr)
         _require_whole("cycle_steps", cycle_steps, 1)
         _require_whole("cycle_mult", cycle_mult, 1)
         _require(0 < peak_decay <= 1, "peak_decay", peak_decay,
@@ -242,17 +244,14 @@ class WarmRestarts(_Schedule):
 
     def lr_at(self, step):
         """Rate of the group with the largest lr during update `step`."""
-        return warm_restarts(step, self.top_lr(), cycle_steps=self.cycle_steps,
-                             cycle_mult=self.cycle_mult, peak_decay=self.peak_decay,
-                             warmup_steps=self.warmup_steps, warmup_start_lr=self.warmup_start_lr,
-                             min_lr=self.min_lr)
+        return warm_restarts(step, self.top_lr(), **self.settings)
 
 
 class Constant(_Schedule):
     """linear_warmup as a schedule: a line up to the optimizer's lr, then constant.
 
-    Needs:  linear_warmup, _Schedule, _require, _require_whole, _set_lr, import math,
-            import warnings, import torch, from torch.optim.lr_scheduler import LRScheduler
+    Needs:  linear_warmup, _Schedule, _require, _require_whole, _set_lr, math,
+            warnings, torch, LRScheduler
     Check:  W=10, lr 1e-3: 5e-4 at t=5, 1e-3 at t=10 and at every later t
     """
 
@@ -275,8 +274,8 @@ class Cyclic(_Schedule):
     Equal to torch's CyclicLR without its momentum cycling; there 2,000 is the default of steps_up.
     Of the optimizer's own lrs only the ratio is used.
 
-    Needs:  _Schedule, _require, _require_whole, _set_lr, import math, import warnings,
-            import torch, from torch.optim.lr_scheduler import LRScheduler
+    Needs:  _Schedule, _require, _require_whole, _set_lr, math, warnings,
+            torch, LRScheduler
     Source: Smith 2017, arXiv:1506.01186
     Check:  base 0.1, max 0.5, steps_up=4, "triangular2": 0.1 at t = 0, 8, 16; 0.5 at t = 4;
             0.3 at t = 12
@@ -328,8 +327,8 @@ class Plateau(_Schedule):
                        {"scheduler": s, "reduce_on_plateau": True, "monitor": "val_loss"}
         transformers   a TrainerCallback whose on_evaluate calls s.step(metrics["eval_loss"])
 
-    Needs:  linear_warmup, _Schedule, _require, _require_whole, _set_lr, import math,
-            import warnings, import torch, from torch.optim.lr_scheduler import LRScheduler
+    Needs:  linear_warmup, _Schedule, _require, _require_whole, _set_lr, math,
+            warnings, torch, LRScheduler
     Errors: ValueError in a SequentialLR, which steps by epoch
     Check:  patience=2, factor=0.5, lr 1.0: the metrics 3, 3, 3, 3 give 1, 1, 1, 0.5
     """
@@ -456,7 +455,7 @@ def find_lr(model, optimizer, loss_fn, batches, *, start_lr=1e-7, end_lr=1.0, nu
     its average that is filled. Without the weight the noise of the first batches often wins where
     there is little to learn, and the suggestion is start_lr.
 
-    Needs:  _restored, _set_lr, import contextlib, import copy, import math, import torch
+    Needs:  _restored, _set_lr, contextlib, copy, math, torch
     Errors: ValueError if the first loss is not finite, or not 0 < start_lr < end_lr
     Source: Smith 2017, arXiv:1506.01186, section 3.3
     Check:  smooth_0 = loss_0

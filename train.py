@@ -254,7 +254,7 @@ def fit(run, splits, folder, stop):
         run.history.append(processes.gather_objects(score_epoch(run, row, splits))[0])
         finish_epoch(run, folder)
     while run.history[-1]["epoch"] < args.epochs:
-        best = report.best_row(run.history, monitor)
+        best = report.best_row(run.history, monitor, args.min_delta)
         if args.patience and best and run.history[-1]["epoch"] - best["epoch"] >= args.patience:
             print(f"stopped early: no new best {monitor} for {args.patience} epochs")
             break

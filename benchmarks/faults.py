@@ -134,7 +134,7 @@ def all_in_train_mode(train_mode):
 def far_too_high_later(lr_at):
     """From the middle of the run on the weights are thrown away."""
     def wrong(self, step):
-        return lr_at(self, step) if 2 * step < self.total_steps else 30
+        return lr_at(self, step) if 2 * step < self.settings["total_steps"] else 30
     return wrong
 
 

@@ -16,16 +16,16 @@ bf16 to 1e-2. plain: the loop of a tutorial, AdamW(), with glibc's allocator or 
 of train.train_epoch, always tuned, AdamW(fused=True); clipping, the check for NaN, schedule and EMA
 included, which plain does not have.
 
-Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, 2 cores, 1 thread, nothing
-beside it; the second of two runs, and the ratios of the first in brackets:
+Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch, AMD EPYC, 2 cores, 1 thread, load 1.5;
+two runs, and the ratios of the other in brackets:
 
     EMA of 547,713 parameters
-        ours                           0.917 ms    1.00 x
-        timm ModelEmaV3                0.989 ms    1.09 x (0.81)
-        timm, foreach=False            1.293 ms    1.43 x (1.17)
-        torch AveragedModel, foreach   1.466 ms    1.57 x (1.68)
-        torch AveragedModel            3.377 ms    3.78 x (3.69)
-        ema-pytorch                    1.380 ms    1.55 x (1.27)
+        ours                           1.116 ms    1.00 x
+        timm ModelEmaV3                0.960 ms    0.86 x (0.87)
+        timm, foreach=False            1.228 ms    1.10 x (1.13)
+        torch AveragedModel, foreach   1.483 ms    1.31 x (1.36)
+        torch AveragedModel            3.748 ms    3.35 x (3.21)
+        ema-pytorch                    1.309 ms    1.18 x (1.20)
 
 Last result of the step, 2 threads, load 1 to 2, two runs: milliseconds, how many times longer plain
 takes with glibc's allocator, and tuned. The first step of --compile takes 41 to 43 s with g++ 12.

@@ -17,13 +17,16 @@ def gain(key, score, than):
     return than - score if key in LOWER_IS_BETTER else score - than
 
 
-def best_row(history, monitor):
-    """The first row with the best score, without the untrained network; None before epoch 1."""
+def best_row(history, monitor, min_delta=0.0):
+    """The first row with the best score, without the untrained network; None before epoch 1.
+
+    With min_delta a row replaces the best before it only if it is better by more than that.
+    """
     best = None
     for row in history[1:]:
         if math.isnan(row["score"]):
             continue
-        if best is None or gain(monitor, row["score"], best["score"]) > 0:
+        if best is None or gain(monitor, row["score"], best["score"]) > min_delta:
             best = row
     return best
 

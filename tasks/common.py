@@ -118,6 +118,7 @@ SHARED_FLAGS = dict(
     ema_decay=Flag(0.99, "average of the weights, horizon 1 / (1 - decay) steps, warmed up (0 = "
                    "off)", low=0, high=0.99999),
     patience=Flag(0, "stop after this many epochs without a new best (0 = never)", low=0),
+    min_delta=Flag(0.0, "a new best must be this much better to count for --patience", low=0),
     amp=Flag("off", "autocast precision of forward and loss", choices=("off", "bf16", "fp16")),
     compile=Flag(False, "torch.compile the network"),
     seed=Flag(0, "fixes the split, the initial weights, the order and the augmentation", low=0),

@@ -261,6 +261,7 @@ def test_schedulers_resume_when_the_schedule_is_built_on_a_loaded_optimizer():
 def test_schedulers_state_is_plain_numbers_and_not_aliased():
     for build in (*CLOSED, plateau):
         schedule = build(sgd(0.1, 0.02))
+        schedule.optimizer.step()
         schedule.step()
         state = schedule.state_dict()
         for value in state.values():
