@@ -12,6 +12,7 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
     [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
+import bisect
 import contextlib
 import csv
 import functools
@@ -120,6 +121,7 @@ def split_by_group(groups, shares, *, seed):
     shares  one number per split, all >= 0, sum 1; a share of 0 gives an empty split
     returns one sorted int64 index array per share
     Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
+    Needs:  np
     Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
     """
     shares = np.asarray(shares, dtype=np.float64)
@@ -164,8 +166,8 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1,
             not below world_size, a batch_size that is no multiple of per_class. Warns once, without
             per_class, of batches in which rows are alone in their class.
     Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
-    Needs:  check_batch_size, check_labels, indices_by_value, np, shuffled_queue, stratified_shape,
-            warnings
+    Needs:  check_batch_size, check_labels, indices_by_value, shuffled_queue, stratified_shape,
+            bisect
     """
     rows_by_class = indices_by_value(check_labels(labels))
     k = len(rows_by_class)
@@ -173,15 +175,16 @@ def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1,
                                                per_class)
     global_batch = batch_size * world_size
     rng = np.random.default_rng([seed, epoch])
-    slots = np.arange(num_batches * global_batch)
-    places = [slice(c, None, k) for c in range(k)]  # the slots of every class
-    if per_class is not None:
-        turns = shuffled_queue(np.arange(k), slots[::per_class], global_batch, rng)
-        by_class = np.argsort(np.repeat(turns, per_class), kind="stable")
-        places = np.split(by_class, np.cumsum(per_class * np.bincount(turns, minlength=k))[:-1])
-    plan = np.empty_like(slots)
-    for rows, mine in zip(rows_by_class, places):
-        plan[mine] = shuffled_queue(rows, slots[mine], global_batch, rng)
+    plan = np.empty(num_batches * global_batch, dtype=np.int64)
+    if per_class is None:
+        for c, rows in enumerate(rows_by_class):
+            plan[c::k] = shuffled_queue(rows, range(c, len(plan), k), global_batch, rng)
+    else:
+        turns = shuffled_queue(np.arange(k), range(0, len(plan), per_class), global_batch, rng)
+        slots = np.argsort(np.repeat(turns, per_class), kind="stable")
+        ends = per_class * np.cumsum(np.bincount(turns, minlength=k))
+        for rows, mine in zip(rows_by_class, np.split(slots, ends[:-1])):
+            plan[mine] = shuffled_queue(rows, mine, global_batch, rng)
     return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
 
 
@@ -192,14 +195,15 @@ def shuffled_queue(items, slots, batch_size, rng):
     there are items, they come in the order in which it took them: the uses of an item in a batch
     are then len(items) apart, and no rank's slice of it holds an item twice unless it must.
 
-    slots   (p,) places in an epoch, ascending; slot s lies in batch s // batch_size; returns (p,)
+    slots   (p,) places in an epoch, ascending, or a range; slot s lies in batch s // batch_size; returns (p,)
+    Needs:  np, bisect
     """
     queue = np.empty(len(slots), dtype=np.int64)
     filled = 0
     while filled < len(queue):
         again = rng.permutation(items)
         start = slots[filled] // batch_size * batch_size
-        first, end = np.searchsorted(slots, (start, start + batch_size))
+        first, end = (bisect.bisect_left(slots, s) for s in (start, start + batch_size))
         taken = queue[first:filled]
         if len(taken):
             again = again[: len(queue) - first]  # enough, even if all of `taken` is among them
@@ -213,7 +217,7 @@ def shuffled_queue(items, slots, batch_size, rng):
 
 
 def indices_by_value(values):
-    """[the indices of every value, ascending], in the order of the values (n,)."""
+    """[the indices of every value, ascending], in the order of the values (n,). Needs: np"""
     if values.dtype.kind in "iu" and len(values) and 0 <= values.min() <= values.max() < 2**16:
         # of 16 bits, numpy's stable sort is a radix sort: five times faster
         values = values.astype(np.uint16)
@@ -223,7 +227,10 @@ def indices_by_value(values):
 
 
 def stratified_shape(n, k, batch_size, rank, world_size, per_class):
-    """Batches in an epoch of stratified_batches, and rows in one of them; refuses, and warns."""
+    """Batches in an epoch of stratified_batches, and rows in one of them; refuses, and warns.
+
+    Needs:  check_batch_size
+    """
     check_batch_size(n, batch_size, rank, world_size)
     batch_size = min(batch_size, n // world_size)
     if per_class is not None:
@@ -237,17 +244,24 @@ def stratified_shape(n, k, batch_size, rank, world_size, per_class):
 
 
 def check_labels(labels):
-    """Labels as an array (n,); refuse what numpy would read as one with other axes."""
-    shape = "" if isinstance(labels, torch.utils.data.Dataset) else np.shape(labels)
+    """Labels as an array (n,); refuse what numpy would read as one with other axes.
+
+    Needs:  np, torch
+    """
+    is_dataset = isinstance(labels, torch.utils.data.Dataset)
+    shape = () if is_dataset else tuple(np.shape(labels))
     if len(shape) != 1:
-        raise ValueError(f"labels must be (n,), one class per row, got {type(labels).__name__} "
-                         f"{shape}: of a Subset give all_labels[subset.indices], of (n, 1) "
+        raise ValueError(f"labels must be (n,), one class per row, got {type(labels).__name__}"
+                         f"{'' if is_dataset else f' {shape}'}: of a Subset give all_labels[subset.indices], of (n, 1) "
                          "labels[:, 0], of one-hot rows labels.argmax(1)")
     return np.asarray(labels)
 
 
 def check_batch_size(n, batch_size, rank, world_size):
-    """Refuse a batch size below 1, fewer rows than ranks, no such rank; warn of one short batch."""
+    """Refuse a batch size below 1, fewer rows than ranks, no such rank; warn of one short batch.
+
+    Needs:  warnings
+    """
     if batch_size < 1 or n < world_size:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
                          f"per rank ({world_size})")
@@ -267,7 +281,7 @@ def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
     returns a list of ceil(n // world_size / batch_size) int64 index arrays
     Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch.
     Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
-    Needs:  check_batch_size
+    Needs:  check_batch_size, np
     """
     check_batch_size(n, batch_size, rank, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -289,7 +303,7 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
              the ranks in turn
     Errors: ValueError for n < world_size, batch_size < 1 or pool < 1; warns if n is below a batch
     Check:  PhysioNet 2012 set a in batches of 32 is padded 1.08 times, 1.76 times if shuffled
-    Needs:  check_batch_size
+    Needs:  check_batch_size, np
     """
     lengths = np.asarray(lengths)
     n, global_batch = len(lengths), batch_size * world_size
@@ -308,46 +322,63 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
     return [rows[rank::world_size] for rows in (*batches, rest) if len(rows)]
 
 
-class PlannedBatchSampler(torch.utils.data.Sampler):
-    """A plan of batches as the batch_sampler of a DataLoader; set_epoch(epoch) before an epoch.
+class StratifiedBatchSampler(torch.utils.data.Sampler):
+    """`stratified_batches` as the batch_sampler= of a DataLoader; as its sampler= it is wrong.
 
-    plan    a function of the keyword `epoch` that returns a list of index arrays
+    It counts epochs itself: the epoch advances when the first batch of an iteration is drawn, so
+    that a loop may break off. `set_epoch` overrides the count, before an iteration. To go on in the
+    middle of epoch e, call set_epoch(e) and skip the batches that were seen.
+
+    labels, batch_size, seed, per_class, Errors: as for stratified_batches
+    rank, world_size    of this process; if None, torch.distributed's where it is initialised, else
+                        0 and 1. A client that deals out whole batches itself needs rank=0,
+                        world_size=1 (accelerate, and so transformers' Trainer)
+    Check:  its third iteration draws stratified_batches(..., epoch=2)
+    Needs:  check_batch_size, check_labels, indices_by_value, shuffled_queue, stratified_batches,
+            stratified_shape, bisect
     """
 
-    def __init__(self, plan):
-        self.plan, self.epoch = plan, 0
-        self.length = len(plan(epoch=0))
+    drop_last = False  # accelerate reads it, and batch_size: every batch is full
+
+    def __init__(self, labels, batch_size, *, seed=0, rank=None, world_size=None, per_class=None):
+        self.labels, self.batch_size = check_labels(labels), batch_size
+        self.seed, self.per_class, self.epoch = seed, per_class, 0
+        self.rank, self.world_size = rank, world_size
+        self.num_classes = len(np.unique(self.labels))
+        len(self)  # refuses bad sizes now
+
+    def place(self):
+        """Rank and world size, looked up late: a group may be initialised after the sampler."""
+        group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if group else 0
+        world_size = torch.distributed.get_world_size() if group else 1
+        return {"rank": rank if self.rank is None else self.rank,
+                "world_size": world_size if self.world_size is None else self.world_size}
+
+    def __iter__(self):
+        batches = stratified_batches(self.labels, self.batch_size, seed=self.seed, epoch=self.epoch,
+                                     per_class=self.per_class, **self.place())
+        self.epoch += 1
+        for rows in batches:
+            yield rows.tolist()
+
+    def __len__(self):
+        return stratified_shape(len(self.labels), self.num_classes, self.batch_size,
+                                per_class=self.per_class, **self.place())[0]
+
+    @property
+    def sampler(self):
+        """The object itself: Lightning calls set_epoch of batch_sampler.sampler."""
+        return self
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __len__(self):
-        return self.length
+    def state_dict(self):
+        return {"epoch": self.epoch}
 
-    def __iter__(self):
-        return (rows.tolist() for rows in self.plan(epoch=self.epoch))
-
-
-class StratifiedBatchSampler(PlannedBatchSampler):
-    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
-
-    Needs: PlannedBatchSampler, check_batch_size, stratified_batches
-    """
-
-    def __init__(self, labels, batch_size, *, seed=0, rank=0, world_size=1):
-        super().__init__(functools.partial(stratified_batches, labels, batch_size, seed=seed,
-                                           rank=rank, world_size=world_size))
-
-
-class ShuffledBatchSampler(PlannedBatchSampler):
-    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
-
-    Needs: PlannedBatchSampler, check_batch_size, shuffled_batches
-    """
-
-    def __init__(self, n, batch_size, *, seed=0, rank=0, world_size=1):
-        super().__init__(functools.partial(shuffled_batches, n, batch_size, seed=seed,
-                                           rank=rank, world_size=world_size))
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
 
 
 def sampler_report(batches, labels):
@@ -364,6 +395,7 @@ def sampler_report(batches, labels):
         repeats                   second and later uses of a row in its batch, over all batches
         never_drawn               rows of the set that are in no batch
     Errors: ValueError for no batches, or an empty one
+    Needs:  np
     Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1,
             repeats 1, never_drawn 0
     """
@@ -400,6 +432,8 @@ def atomic_write(path, mode="wb"):
     """Open a file under a temporary name beside path, and move it there at the end.
 
     A reader sees the old file or the new one, never a half. On an error the old one stays.
+
+    Needs:  Path, contextlib, os
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -412,7 +446,10 @@ def atomic_write(path, mode="wb"):
 
 
 def write_csv(path, header, rows):
-    """A table of rows under a header, written whole or not at all. Needs: atomic_write"""
+    """A table of rows under a header, written whole or not at all.
+
+    Needs:  atomic_write, csv
+    """
     with atomic_write(path, "w") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
@@ -426,6 +463,7 @@ def encode_png(pixels, palette=None):
     Errors: ValueError for other shapes, types or ids
     Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT,
             IEND; filter 0 on every row
+    Needs:  np, struct, zlib
     """
     pixels = np.ascontiguousarray(pixels)
     rgb = pixels.ndim == 3 and pixels.shape[2] == 3 and palette is None
@@ -458,7 +496,7 @@ def write_npy(path, dtype, row_shape, pieces):
     row_shape  shape of one row, () for numbers
     pieces     iterable of arrays (k, *row_shape), of any lengths k
     Check:     np.load gives the concatenated pieces, of the given type
-    Needs:     atomic_write
+    Needs:  atomic_write, np
     """
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
     rows = 0
@@ -474,7 +512,7 @@ def write_npy(path, dtype, row_shape, pieces):
 
 
 def map_npy(path):
-    """An .npy file, memory-mapped: a change of the array does not change the file."""
+    """An .npy file, memory-mapped: a change of the array does not change the file. Needs: np"""
     return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
 
 
@@ -486,7 +524,7 @@ def file_stamps(files, root):
 
 
 def short_digest(parts):
-    """16 characters that tell one sequence of values from another."""
+    """16 characters that tell one sequence of values from another. Needs: hashlib"""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr(part).encode())
@@ -498,7 +536,7 @@ def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
 
     load   decodes rows start to stop, at most `chunk` of them
     key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
-    Needs: atomic_write, map_npy, short_digest, write_npy
+    Needs:  atomic_write, map_npy, short_digest, write_npy, torch, warnings
     """
     chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
     if not cache:
@@ -524,7 +562,7 @@ def unpack_once(path, name, cache):
     """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
 
     Errors: ValueError for an array that is damaged or no plain numbers
-    Needs:  atomic_write, file_stamps, map_npy, short_digest
+    Needs:  atomic_write, file_stamps, map_npy, short_digest, shutil, warnings, zipfile, zlib
     """
     file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
     try:
@@ -552,6 +590,7 @@ def read_image(path):
 
     Errors: ValueError for a file that cannot be read or has more than 8 bits per channel;
             ImportError with the command that installs Pillow.
+    Needs:  np
     """
     try:
         from PIL import Image
@@ -572,6 +611,8 @@ def resize_uint8(images, size):
     """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size).
 
     Bilinear with antialiasing, rounded; images that have the size are not changed.
+
+    Needs:  F, np, torch
     """
     images = torch.from_numpy(np.ascontiguousarray(images))
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -618,6 +659,7 @@ def swap_labels(masks, pairs):
 
     masks   any shape, integers in [0, 255]
     Errors: ValueError for a paired label outside [0, 255] or in two pairs
+    Needs:  torch
     Check:  twice is the identity
     """
     labels = [label for pair in pairs for label in pair]
@@ -630,7 +672,10 @@ def swap_labels(masks, pairs):
 
 
 def soft_targets(masks, classes, *, ignore=255):
-    """Class ids (b, h, w) as probabilities (b, classes, h, w); an ignored pixel is 0 throughout."""
+    """Class ids (b, h, w) as probabilities (b, classes, h, w); an ignored pixel is 0 throughout.
+
+    Needs:  torch
+    """
     valid = (masks != ignore).unsqueeze(1)
     soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
     return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~valid, 0), valid.float())
@@ -685,7 +730,10 @@ def color_jitter(images, *, strength, generator):
 
 
 def check_rgb_uint8(images, who, remedy):
-    """Refuse anything but uint8 RGB (B, 3, H, W): colour changes clamp at 0 and 255."""
+    """Refuse anything but uint8 RGB (B, 3, H, W): colour changes clamp at 0 and 255.
+
+    Needs:  torch
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{who} needs uint8 RGB (B, 3, H, W), got {images.dtype} "
                          f"{tuple(images.shape)}: {remedy} before you normalise, the limits are 0 "
@@ -698,6 +746,8 @@ def photometric_draw(n, *, p, generator):
     With probability p, else neutral: brightness U(0.875, 1.125), contrast and saturation
     U(0.5, 1.5), hue U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per
     image puts contrast before saturation or after hue.
+
+    Needs:  torch
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five "
@@ -735,7 +785,7 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
 
     images  (B, 3, H, W) uint8
     settings (B,) floats and order (B, 3) integers, all of them on one device, any
-    Needs:  turn_hue_, torch
+    Needs:  turn_hue_
     """
     def grey(x):
         red, green, blue = x.split(1, dim=1)
@@ -849,6 +899,7 @@ def clahe_axis(size, tiles, uneven):
 
     returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; the
             function caches them, so do not change them
+    Needs:  functools, torch
     Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge
             (reflect-101)
     """
@@ -863,7 +914,10 @@ def clahe_axis(size, tiles, uneven):
 
 
 def clahe_tables(tiles, clip_limit):
-    """Clipped cumulative histograms of n tiles (n, pixels) int64: new levels (n, 256) float32."""
+    """Clipped cumulative histograms of n tiles (n, pixels) int64: new levels (n, 256) float32.
+
+    Needs:  torch
+    """
     n, area = tiles.shape
     bins = torch.arange(256, device=tiles.device)
     tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
@@ -935,6 +989,7 @@ def lab_tables():
 
     returns linear light (256,) of the sRGB levels, in 1/2040; f (3072,) of the light, in 1/2^15;
             the float matrix (3, 3) from XYZ over the white point to linear RGB
+    Needs:  functools, torch
     """
     level = torch.arange(256, dtype=torch.float64) / 255
     light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
@@ -956,7 +1011,7 @@ def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fil
     returns images, or (images, masks) if masks were given, as `affine` makes them
     Errors: ValueError for degrees outside [0, 180], zoom below 1
     Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
-    Needs:  affine
+    Needs:  affine, math
     """
     if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
         raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at "
@@ -980,6 +1035,7 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
     masks   (B, h, w) integers of any size; the nearest pixel, once, straight into the size of the
             images
     returns images, or (images, masks) if masks were given
+    Needs:  F, torch
     Check:  angle pi / 2 on a square is torch.rot90
     """
     height, width = images.shape[2:]
@@ -1019,6 +1075,7 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
     masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
     returns images, or (images, masks) if masks were given
     Errors: ValueError for a padding below 0, or not below the shorter side (no more to mirror)
+    Needs:  torch
     Check:  padding=0 is the identity
     """
     n, channels, height, width = images.shape
@@ -1056,6 +1113,7 @@ def mixup(inputs, targets, *, alpha, generator):
     returns mixed inputs, mixed targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, integer inputs or targets.
     Source: Zhang et al. 2018, arXiv:1710.09412
+    Needs:  np, torch
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
@@ -1087,6 +1145,7 @@ def cutmix(inputs, targets, *, alpha, generator):
     returns inputs, targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
     Source: Yun et al. 2019, arXiv:1905.04899
+    Needs:  np, torch
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
@@ -1128,6 +1187,7 @@ def standardise(windows):
     The scale of a PPG carries no information: the device sets it for a recording.
 
     windows (..., t) float tensor
+    Needs:  torch
     Check:  standardise(4 * x + 1) equals standardise(x)
     """
     windows = windows - windows[..., :1]  # so that a flat window is exactly 0, whatever its level
@@ -1152,6 +1212,8 @@ def hann_power(x, rate_hz, frequencies):
         power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2
 
     x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
+
+    Needs:  torch
     """
     t = x.shape[-1]
     angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * frequencies
@@ -1206,7 +1268,7 @@ def respiratory_signals(windows, rate_hz):
     returns (n, 3, t), signals of mean 0 and sd 1; zeros for a flat window
     Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
             amplitude and frequency modulation)
-    Needs:  RATE_BANDS, hann_power, spectral_rate, standardise
+    Needs:  RATE_BANDS, hann_power, spectral_rate, standardise, F
     """
     x = standardise(windows)
     pulse_hz = torch.nan_to_num(spectral_rate(x, rate_hz, RATE_BANDS["hr"]) / 60, nan=1.0)[:, None]
@@ -1264,6 +1326,7 @@ def time_stretch(windows, labels, *, limit, generator):
     generator a CPU torch.Generator; nothing is changed in place
     Errors: ValueError for a limit below 1, or from 2 on: half of a window would be mirrored
     Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
+    Needs:  math, torch
     Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
     """
     if not 1 <= limit < 2:
@@ -1292,6 +1355,7 @@ def channel_statistics(array, rows, present=None, *, chunk=2**21):
     present (n,) bool or None: only the present rows count
     returns mean, sd: float64 tensors (channels,); sd 1 for a constant channel; mean 0 and sd 1
             where no row is present
+    Needs:  math, np, torch
     Check:  channel_statistics(np.array([[1.0], [5.0]]), [0, 1]) is ([3], [2])
     """
     rows = np.asarray(rows, dtype=np.int64)
