@@ -249,9 +249,10 @@ def test_data_stratified_sampler_counts_its_own_epochs():
     loader = torch.utils.data.DataLoader(torch.arange(100), batch_sampler=sampler)
     epochs = [stratified_batches(labels, 10, seed=3, epoch=epoch) for epoch in range(50)]
     for epoch in range(49):
-        assert len(sampler) == 10 and sampler.state_dict() == {"epoch": epoch}
         iter(sampler)  # nothing is drawn of it
+        assert len(sampler) == 10
         assert np.array_equal([rows.tolist() for rows in loader], epochs[epoch])
+    assert sampler.state_dict() == {"epoch": 49}
     next(iter(loader))  # a loop that breaks off
     assert sampler.state_dict() == {"epoch": 50}
     sampler.sampler.set_epoch(7)  # where Lightning looks for it
