@@ -195,7 +195,8 @@ def shuffled_queue(items, slots, batch_size, rng):
     there are items, they come in the order in which it took them: the uses of an item in a batch
     are then len(items) apart, and no rank's slice of it holds an item twice unless it must.
 
-    slots   (p,) places in an epoch, ascending, or a range; slot s lies in batch s // batch_size; returns (p,)
+    slots   (p,) places in an epoch, ascending, or a range; slot s lies in batch s // batch_size
+    returns (p,) items
     Needs:  np, bisect
     """
     queue = np.empty(len(slots), dtype=np.int64)
@@ -252,8 +253,9 @@ def check_labels(labels):
     shape = () if is_dataset else tuple(np.shape(labels))
     if len(shape) != 1:
         raise ValueError(f"labels must be (n,), one class per row, got {type(labels).__name__}"
-                         f"{'' if is_dataset else f' {shape}'}: of a Subset give all_labels[subset.indices], of (n, 1) "
-                         "labels[:, 0], of one-hot rows labels.argmax(1)")
+                         f"{'' if is_dataset else f' {shape}'}: of a Subset give "
+                         "all_labels[subset.indices], of (n, 1) labels[:, 0], of one-hot rows "
+                         "labels.argmax(1)")
     return np.asarray(labels)
 
 
