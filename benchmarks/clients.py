@@ -17,7 +17,21 @@ seventh epoch and resumed from the client's own checkpoint. Checked:
 The settings that a client needs are the comments in its function here. Last result, torch
 2.13.0+cpu, lightning 2.6.6, transformers 5.24.0, accelerate 1.15.0, timm 1.0.31:
 
-LAST RESULT
+    client        processes  updates  rows   rate, resume, rows
+    plain                 1      120   100   as they should be
+    plain                 2       60   100   as they should be
+    sequential            1      120   100   as they should be
+    sequential            2       60   100   as they should be
+    timm                  1      120   100   as they should be
+    lightning             1      120   100   as they should be
+    lightning             2       60   100   as they should be
+    transformers          1      120   100   as they should be
+    transformers          2       60   100   as they should be
+    accelerate            1      120   100   as they should be
+    accelerate            2      120   100   as they should be
+    accumulation          1       60   100   as they should be
+    accumulation          2       60   100   as they should be
+    0 failed
 """
 
 import hashlib
@@ -98,7 +112,7 @@ class Recorder:
         self.file = open(folder / f"updates-{rank}.jsonl", "a")
 
     def watch(self, net, optimizer):
-        def before_step(optimizer, args, kwargs):
+        def after_step(optimizer, args, kwargs):  # in Lightning the step runs forward and backward
             line = {"update": self.update, "rows": list(net.seen),
                     "rates": [float(group["lr"]) for group in optimizer.param_groups]}
             print(json.dumps(line), file=self.file, flush=True)
@@ -106,7 +120,7 @@ class Recorder:
             if self.update == self.kill and os.environ.get("RANK", "0") == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             self.update += 1
-        optimizer.register_step_pre_hook(before_step)
+        optimizer.register_step_post_hook(after_step)
 
     def end(self, net):
         weights = b"".join(p.detach().numpy().tobytes() for p in net.parameters())
@@ -246,8 +260,9 @@ def transformers(recorder, folder, updates):
 
     class StratifiedTrainer(Trainer):
         def get_train_dataloader(self):
-            # not prepared by accelerate, which would deal the batches out once more
-            return batches_of_rows()[1]
+            # accelerate deals the batches out, and hands set_epoch on when the Trainer resumes
+            _, batches = batches_of_rows(rank=0, world_size=1)
+            return self.accelerator.prepare(batches)
 
     net = Net()
     optimizer = optimizer_of(net)

@@ -193,7 +193,8 @@ def test_data_ranks_together_are_one_process_with_the_whole_batch():
 
 
 def test_data_stratified_batches_of_a_rank_repeat_a_row_only_when_they_must():
-    for counts, size, ranks in (((3, 5), 4, 2), ((3, 50), 4, 3), ((2, 9, 9), 6, 4), ((5, 80), 8, 3)):
+    cases = ((3, 5), 4, 2), ((3, 50), 4, 3), ((2, 9, 9), 6, 3), ((5, 80), 8, 3)
+    for counts, size, ranks in cases:
         labels = np.repeat(np.arange(len(counts)), counts)
         for epoch, rank in itertools.product(range(10), range(ranks)):
             for rows in stratified_batches(labels, size, seed=1, epoch=epoch, rank=rank,
