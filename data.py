@@ -12,6 +12,7 @@ Dimension key: b batch, c channel, h w space, n rows of the set, t samples of a 
     [[13, 12], [12, 13], [13, 12], [12, 13]]
 """
 
+import bisect
 import contextlib
 import csv
 import functools
@@ -45,12 +46,14 @@ class LabelScaler:
         inverse(predictions) = predictions * scale + mean
 
     Fit it on training rows only and save it with the weights. Score after inverse, in the unit of
-    the labels: an error in that unit cannot be read from the loss. Constant labels have scale 1.
-    Arrays and tensors keep their kind, device and type.
+    the labels: an error in that unit cannot be read from the loss. Several targets have a mean and
+    a scale each. Constant labels have scale 1. Arrays and tensors keep their kind, device and type.
 
-    Errors: ValueError for no labels, NaN or infinity in fit; RuntimeError for a scaler that was
-            neither fitted nor loaded.
+    labels  (n,), with mean and scale as floats; or (n, targets), with lists of one float per column
+    Errors: ValueError for no labels, NaN or infinity in fit, other than `targets` columns later;
+            RuntimeError for a scaler that was neither fitted nor loaded.
     Check:  fit([10, 20]) has mean 15 and scale 5
+    Needs:  np, torch
     """
 
     def __init__(self):
@@ -58,31 +61,49 @@ class LabelScaler:
 
     def fit(self, labels):
         labels = np.asarray(labels, dtype=np.float64)
-        if labels.size == 0 or not np.isfinite(labels).all():
-            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or "
-                             "infinite: leave out rows without a label before fitting")
-        self.mean = float(labels.mean())
-        self.scale = float(labels.std()) if labels.min() < labels.max() else 1.0
+        self._check(labels)
+        constant = labels.min(axis=0) == labels.max(axis=0)
+        self.mean = labels.mean(axis=0).tolist()
+        self.scale = np.where(constant, 1.0, labels.std(axis=0)).tolist()
         return self
 
     def transform(self, labels):
-        self.check()
-        return (labels - self.mean) / self.scale
+        mean, scale = self._like(labels)
+        return (labels - mean) / scale
 
     def inverse(self, predictions):
-        self.check()
-        return predictions * self.scale + self.mean
-
-    def check(self):
-        if self.mean is None:
-            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or "
-                               "load its state")
+        mean, scale = self._like(predictions)
+        return predictions * scale + mean
 
     def state_dict(self):
         return {"mean": self.mean, "scale": self.scale}
 
     def load_state_dict(self, state):
         self.mean, self.scale = state["mean"], state["scale"]
+
+    def _check(self, labels):
+        if labels.ndim not in (1, 2):
+            raise ValueError(f"labels of shape {labels.shape} must be (n,) or (n, targets): "
+                             "reshape them so that a column is what has a mean of its own")
+        if labels.size == 0 or not np.isfinite(labels).all():
+            raise ValueError(f"{labels.size} labels, {(~np.isfinite(labels)).sum()} of them NaN or "
+                             "infinite: leave out rows without a label before fitting")
+
+    def _like(self, labels):
+        """Mean and scale as floats, or in the kind and type of labels with several columns."""
+        if self.mean is None:
+            raise RuntimeError("LabelScaler has no mean yet: fit it on the training labels, or "
+                               "load its state")
+        if not isinstance(self.mean, list):
+            return self.mean, self.scale
+        if tuple(labels.shape[-1:]) != (len(self.mean),):
+            raise ValueError(f"labels of shape {tuple(labels.shape)} must have {len(self.mean)} "
+                             "columns, as in fit")
+        pair = np.array([self.mean, self.scale])
+        if torch.is_tensor(labels):
+            kind = labels.dtype if labels.is_floating_point() else torch.get_default_dtype()
+            return torch.from_numpy(pair).to(kind).to(labels.device)
+        return pair.astype(labels.dtype if labels.dtype.kind == "f" else np.float64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,6 +121,7 @@ def split_by_group(groups, shares, *, seed):
     shares  one number per split, all >= 0, sum 1; a share of 0 gives an empty split
     returns one sorted int64 index array per share
     Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
+    Needs:  np
     Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
     """
     shares = np.asarray(shares, dtype=np.float64)
@@ -120,68 +142,136 @@ def split_by_group(groups, shares, *, seed):
     return splits
 
 
-def check_batch_size(n, batch_size, world_size):
-    """Refuse a batch size below 1 and fewer rows than ranks; warn of one short batch an epoch."""
+def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1, per_class=None):
+    """Class-balanced batches: classes take turns and give rows from shuffled queues.
+
+        slot s of the epoch takes the next row of class s % k, of k classes
+        per_class=m: m slots at a time take rows of one class, the next one in a queue of classes
+
+    Every batch holds batch_size // k rows of all k classes; the classes share the rest in turn.
+    With per_class it holds m rows of each of batch_size // m classes, as contrastive losses of many
+    classes need. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat,
+    frequent ones are not used up (over the epochs all of their rows are). The batches of
+    `world_size` ranks are the slices of one global draw. Balanced batches and class weights both
+    correct the imbalance: use one.
+
+    A queue is shuffled again when it runs out: every row of a class is used before one repeats. A
+    row repeats within a batch only if its class is smaller than its quota there.
+
+    labels  (n,) integers or other values; a row is an index into them, so that for a Subset they
+            are all_labels[subset.indices]
+    returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
+            n // world_size, and a warning)
+    Errors: ValueError for labels that are not (n,), n < world_size, batch_size < 1, a rank that is
+            not below world_size, a batch_size that is no multiple of per_class. Warns once, without
+            per_class, of batches in which rows are alone in their class.
+    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
+    Needs:  check_batch_size, check_labels, indices_by_value, shuffled_queue, stratified_shape,
+            bisect
+    """
+    rows_by_class = indices_by_value(check_labels(labels))
+    k = len(rows_by_class)
+    num_batches, batch_size = stratified_shape(len(labels), k, batch_size, rank, world_size,
+                                               per_class)
+    global_batch = batch_size * world_size
+    rng = np.random.default_rng([seed, epoch])
+    plan = np.empty(num_batches * global_batch, dtype=np.int64)
+    if per_class is None:
+        for c, rows in enumerate(rows_by_class):
+            plan[c::k] = shuffled_queue(rows, range(c, len(plan), k), global_batch, rng)
+    else:
+        turns = shuffled_queue(np.arange(k), range(0, len(plan), per_class), global_batch, rng)
+        slots = np.argsort(np.repeat(turns, per_class), kind="stable")
+        ends = per_class * np.cumsum(np.bincount(turns, minlength=k))
+        for rows, mine in zip(rows_by_class, np.split(slots, ends[:-1])):
+            plan[mine] = shuffled_queue(rows, mine, global_batch, rng)
+    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
+
+
+def shuffled_queue(items, slots, batch_size, rng):
+    """One item for each slot: all of them in random order, and again whenever they run out.
+
+    Items that the batch of the next slot already holds go to the end. If it has more slots than
+    there are items, they come in the order in which it took them: the uses of an item in a batch
+    are then len(items) apart, and no rank's slice of it holds an item twice unless it must.
+
+    slots   (p,) places in an epoch, ascending, or a range; slot s lies in batch s // batch_size
+    returns (p,) items
+    Needs:  np, bisect
+    """
+    queue = np.empty(len(slots), dtype=np.int64)
+    filled = 0
+    while filled < len(queue):
+        again = rng.permutation(items)
+        start = slots[filled] // batch_size * batch_size
+        first, end = (bisect.bisect_left(slots, s) for s in (start, start + batch_size))
+        taken = queue[first:filled]
+        if len(taken):
+            again = again[: len(queue) - first]  # enough, even if all of `taken` is among them
+            repeated = np.isin(again, taken)
+            late = again[repeated] if end - first <= len(items) else taken[-len(items) :]
+            again = np.concatenate([again[~repeated], late])
+        again = again[: len(queue) - filled]
+        queue[filled : filled + len(again)] = again
+        filled += len(again)
+    return queue
+
+
+def indices_by_value(values):
+    """[the indices of every value, ascending], in the order of the values (n,). Needs: np"""
+    if values.dtype.kind in "iu" and len(values) and 0 <= values.min() <= values.max() < 2**16:
+        # of 16 bits, numpy's stable sort is a radix sort: five times faster
+        values = values.astype(np.uint16)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+
+
+def stratified_shape(n, k, batch_size, rank, world_size, per_class):
+    """Batches in an epoch of stratified_batches, and rows in one of them; refuses, and warns.
+
+    Needs:  check_batch_size
+    """
+    check_batch_size(n, batch_size, rank, world_size)
+    batch_size = min(batch_size, n // world_size)
+    if per_class is not None:
+        if per_class < 1 or batch_size % per_class:
+            raise ValueError(f"a batch of {batch_size} rows must be a multiple of per_class "
+                             f"{per_class}, which is at least 1: change one of them")
+    elif batch_size < 2 * k and k > 1:
+        warnings.warn(f"{k} classes in batches of {batch_size}: rows are alone in their class, "
+                      "and a contrastive loss has no pairs. per_class=m draws m rows of a class")
+    return -(-n // (batch_size * world_size)), batch_size
+
+
+def check_labels(labels):
+    """Labels as an array (n,); refuse what numpy would read as one with other axes.
+
+    Needs:  np, torch
+    """
+    is_dataset = isinstance(labels, torch.utils.data.Dataset)
+    shape = () if is_dataset else tuple(np.shape(labels))
+    if len(shape) != 1:
+        raise ValueError(f"labels must be (n,), one class per row, got {type(labels).__name__}"
+                         f"{'' if is_dataset else f' {shape}'}: of a Subset give "
+                         "all_labels[subset.indices], of (n, 1) labels[:, 0], of one-hot rows "
+                         "labels.argmax(1)")
+    return np.asarray(labels)
+
+
+def check_batch_size(n, batch_size, rank, world_size):
+    """Refuse a batch size below 1, fewer rows than ranks, no such rank; warn of one short batch.
+
+    Needs:  warnings
+    """
     if batch_size < 1 or n < world_size:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and {n} rows at least one "
                          f"per rank ({world_size})")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} must be at least 0 and below world_size {world_size}")
     if n < batch_size * world_size:
         warnings.warn(f"{n} rows are fewer than a batch of {batch_size * world_size}: one partial "
                       "batch an epoch")
-
-
-def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1):
-    """Class-balanced batches: classes take turns and give rows from shuffled queues.
-
-        slot s of the epoch holds class s % k, and the (s // k)-th row of that class's queue
-
-    Every batch holds batch_size // k rows of all k classes; the classes share the rest in
-    turn. An epoch is ceil(n / batch_size / world_size) full batches: rare classes repeat, frequent
-    ones are not used up (over the epochs all of their rows are). A queue is shuffled again when it
-    runs out: every row of a class is used before one repeats, and a row repeats within a batch only
-    if its class is smaller than its quota there. The batches of `world_size` ranks are the slices
-    of one global draw. Balanced batches and class weights both correct the imbalance: use one.
-
-    labels  (n,) integers, any values
-    returns a list of int64 index arrays of batch_size rows (with fewer rows than that, of
-            n // world_size, and a warning)
-    Errors: ValueError for n < world_size or batch_size < 1.
-    Check:  90 and 10 rows in batches of 25 hold 12 or 13 of either class, see the top of this file
-    Needs:  check_batch_size
-    """
-    labels = np.asarray(labels)
-    n = len(labels)
-    check_batch_size(n, batch_size, world_size)
-    batch_size = min(batch_size, n // world_size)
-    global_batch = batch_size * world_size
-    num_batches = -(-n // global_batch)
-    rng = np.random.default_rng([seed, epoch])
-    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
-        # of 16 bits, numpy's stable sort is a radix sort: five times faster
-        labels = labels.astype(np.uint16)
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    rows_by_class = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
-    k = len(rows_by_class)
-    plan = np.empty(num_batches * global_batch, dtype=np.int64)
-    for c, rows in enumerate(rows_by_class):
-        queue = plan[c::k]  # a view: slot s of the plan is place s // k of its class's queue
-        filled = 0
-        while filled < len(queue):
-            again = rng.permutation(rows)
-            # The batch that is now half filled must not see a row twice: rows that it already
-            # holds, from place `first` of the queue on, go to the end.
-            batch_start = (c + filled * k) // global_batch * global_batch
-            first = max(-((c - batch_start) // k), 0)
-            if first < filled:
-                # enough, even if all that the batch holds is among them
-                again = again[: len(queue) - first]
-                repeated = np.isin(again, queue[first:filled])
-                again = np.concatenate([again[~repeated], again[repeated]])
-            again = again[: len(queue) - filled]
-            queue[filled : filled + len(again)] = again
-            filled += len(again)
-    return list(plan.reshape(num_batches, world_size, batch_size)[:, rank])
 
 
 def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
@@ -193,9 +283,9 @@ def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
     returns a list of ceil(n // world_size / batch_size) int64 index arrays
     Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch.
     Check:  [len(rows) for rows in shuffled_batches(10, 4, seed=0, epoch=0)] == [4, 4, 2]
-    Needs:  check_batch_size
+    Needs:  check_batch_size, np
     """
-    check_batch_size(n, batch_size, world_size)
+    check_batch_size(n, batch_size, rank, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(n)
     mine = order[: n - n % world_size][rank::world_size]
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -215,11 +305,11 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
              the ranks in turn
     Errors: ValueError for n < world_size, batch_size < 1 or pool < 1; warns if n is below a batch
     Check:  PhysioNet 2012 set a in batches of 32 is padded 1.08 times, 1.76 times if shuffled
-    Needs:  check_batch_size
+    Needs:  check_batch_size, np
     """
     lengths = np.asarray(lengths)
     n, global_batch = len(lengths), batch_size * world_size
-    check_batch_size(n, batch_size, world_size)
+    check_batch_size(n, batch_size, rank, world_size)
     if pool < 1:
         raise ValueError(f"pool {pool} must be at least 1 batch (1: no sorting, 16 is common)")
     rng = np.random.default_rng([seed, epoch])
@@ -234,46 +324,63 @@ def bucketed_batches(lengths, batch_size, *, seed, epoch, rank=0, world_size=1, 
     return [rows[rank::world_size] for rows in (*batches, rest) if len(rows)]
 
 
-class PlannedBatchSampler(torch.utils.data.Sampler):
-    """A plan of batches as the batch_sampler of a DataLoader; set_epoch(epoch) before an epoch.
+class StratifiedBatchSampler(torch.utils.data.Sampler):
+    """`stratified_batches` as the batch_sampler= of a DataLoader; as its sampler= it is wrong.
 
-    plan    a function of the keyword `epoch` that returns a list of index arrays
+    It counts epochs itself: the epoch advances when the first batch of an iteration is drawn, so
+    that a loop may break off. `set_epoch` overrides the count, before an iteration. To go on in the
+    middle of epoch e, call set_epoch(e) and skip the batches that were seen.
+
+    labels, batch_size, seed, per_class, Errors: as for stratified_batches
+    rank, world_size    of this process; if None, torch.distributed's where it is initialised, else
+                        0 and 1. A client that deals out whole batches itself needs rank=0,
+                        world_size=1 (accelerate, and so transformers' Trainer)
+    Check:  its third iteration draws stratified_batches(..., epoch=2)
+    Needs:  check_batch_size, check_labels, indices_by_value, shuffled_queue, stratified_batches,
+            stratified_shape, bisect
     """
 
-    def __init__(self, plan):
-        self.plan, self.epoch = plan, 0
-        self.length = len(plan(epoch=0))
+    drop_last = False  # accelerate reads it, and batch_size: every batch is full
+
+    def __init__(self, labels, batch_size, *, seed=0, rank=None, world_size=None, per_class=None):
+        self.labels, self.batch_size = check_labels(labels), batch_size
+        self.seed, self.per_class, self.epoch = seed, per_class, 0
+        self.rank, self.world_size = rank, world_size
+        self.num_classes = len(np.unique(self.labels))
+        len(self)  # refuses bad sizes now
+
+    def place(self):
+        """Rank and world size, looked up late: a group may be initialised after the sampler."""
+        group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if group else 0
+        world_size = torch.distributed.get_world_size() if group else 1
+        return {"rank": rank if self.rank is None else self.rank,
+                "world_size": world_size if self.world_size is None else self.world_size}
+
+    def __iter__(self):
+        batches = stratified_batches(self.labels, self.batch_size, seed=self.seed, epoch=self.epoch,
+                                     per_class=self.per_class, **self.place())
+        self.epoch += 1
+        for rows in batches:
+            yield rows.tolist()
+
+    def __len__(self):
+        return stratified_shape(len(self.labels), self.num_classes, self.batch_size,
+                                per_class=self.per_class, **self.place())[0]
+
+    @property
+    def sampler(self):
+        """The object itself: Lightning calls set_epoch of batch_sampler.sampler."""
+        return self
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __len__(self):
-        return self.length
+    def state_dict(self):
+        return {"epoch": self.epoch}
 
-    def __iter__(self):
-        return (rows.tolist() for rows in self.plan(epoch=self.epoch))
-
-
-class StratifiedBatchSampler(PlannedBatchSampler):
-    """`stratified_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
-
-    Needs: PlannedBatchSampler, check_batch_size, stratified_batches
-    """
-
-    def __init__(self, labels, batch_size, *, seed=0, rank=0, world_size=1):
-        super().__init__(functools.partial(stratified_batches, labels, batch_size, seed=seed,
-                                           rank=rank, world_size=world_size))
-
-
-class ShuffledBatchSampler(PlannedBatchSampler):
-    """`shuffled_batches` as the batch_sampler of a DataLoader; set_epoch(epoch) per epoch.
-
-    Needs: PlannedBatchSampler, check_batch_size, shuffled_batches
-    """
-
-    def __init__(self, n, batch_size, *, seed=0, rank=0, world_size=1):
-        super().__init__(functools.partial(shuffled_batches, n, batch_size, seed=seed,
-                                           rank=rank, world_size=world_size))
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
 
 
 def sampler_report(batches, labels):
@@ -290,6 +397,7 @@ def sampler_report(batches, labels):
         repeats                   second and later uses of a row in its batch, over all batches
         never_drawn               rows of the set that are in no batch
     Errors: ValueError for no batches, or an empty one
+    Needs:  np
     Check:  [[0, 1], [2, 2]] of labels a, b, b: classes_min 1, classes_mean 1.5, single_class 1,
             repeats 1, never_drawn 0
     """
@@ -326,6 +434,8 @@ def atomic_write(path, mode="wb"):
     """Open a file under a temporary name beside path, and move it there at the end.
 
     A reader sees the old file or the new one, never a half. On an error the old one stays.
+
+    Needs:  Path, contextlib, os
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -338,7 +448,10 @@ def atomic_write(path, mode="wb"):
 
 
 def write_csv(path, header, rows):
-    """A table of rows under a header, written whole or not at all. Needs: atomic_write"""
+    """A table of rows under a header, written whole or not at all.
+
+    Needs:  atomic_write, csv
+    """
     with atomic_write(path, "w") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
@@ -352,6 +465,7 @@ def encode_png(pixels, palette=None):
     Errors: ValueError for other shapes, types or ids
     Source: PNG specification, 3rd edition (W3C 2025), chapter 11: signature, IHDR, PLTE, IDAT,
             IEND; filter 0 on every row
+    Needs:  np, struct, zlib
     """
     pixels = np.ascontiguousarray(pixels)
     rgb = pixels.ndim == 3 and pixels.shape[2] == 3 and palette is None
@@ -384,7 +498,7 @@ def write_npy(path, dtype, row_shape, pieces):
     row_shape  shape of one row, () for numbers
     pieces     iterable of arrays (k, *row_shape), of any lengths k
     Check:     np.load gives the concatenated pieces, of the given type
-    Needs:     atomic_write
+    Needs:  atomic_write, np
     """
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
     rows = 0
@@ -400,7 +514,7 @@ def write_npy(path, dtype, row_shape, pieces):
 
 
 def map_npy(path):
-    """An .npy file, memory-mapped: a change of the array does not change the file."""
+    """An .npy file, memory-mapped: a change of the array does not change the file. Needs: np"""
     return np.load(path, mmap_mode="c", allow_pickle=False)  # torch warns of read-only arrays ("r")
 
 
@@ -412,7 +526,7 @@ def file_stamps(files, root):
 
 
 def short_digest(parts):
-    """16 characters that tell one sequence of values from another."""
+    """16 characters that tell one sequence of values from another. Needs: hashlib"""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr(part).encode())
@@ -424,7 +538,7 @@ def decode_once(load, shape, *, key, cache="", kind="eyes", chunk=256):
 
     load   decodes rows start to stop, at most `chunk` of them
     key    iterable of values; a file in the folder `cache` belongs to one key, kind and shape
-    Needs: atomic_write, map_npy, short_digest, write_npy
+    Needs:  atomic_write, map_npy, short_digest, write_npy, torch, warnings
     """
     chunks = [slice(start, min(start + chunk, shape[0])) for start in range(0, shape[0], chunk)]
     if not cache:
@@ -450,7 +564,7 @@ def unpack_once(path, name, cache):
     """Array `name` of an .npz file, unpacked into the folder `cache` and memory-mapped.
 
     Errors: ValueError for an array that is damaged or no plain numbers
-    Needs:  atomic_write, file_stamps, map_npy, short_digest
+    Needs:  atomic_write, file_stamps, map_npy, short_digest, shutil, warnings, zipfile, zlib
     """
     file = Path(cache) / f"npz-{short_digest([name, *file_stamps([path], path.parent)])}.npy"
     try:
@@ -478,6 +592,7 @@ def read_image(path):
 
     Errors: ValueError for a file that cannot be read or has more than 8 bits per channel;
             ImportError with the command that installs Pillow.
+    Needs:  np
     """
     try:
         from PIL import Image
@@ -498,6 +613,8 @@ def resize_uint8(images, size):
     """uint8 images (n, h, w) or (n, h, w, 3) as a uint8 tensor (n, 3, *size).
 
     Bilinear with antialiasing, rounded; images that have the size are not changed.
+
+    Needs:  F, np, torch
     """
     images = torch.from_numpy(np.ascontiguousarray(images))
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -544,6 +661,7 @@ def swap_labels(masks, pairs):
 
     masks   any shape, integers in [0, 255]
     Errors: ValueError for a paired label outside [0, 255] or in two pairs
+    Needs:  torch
     Check:  twice is the identity
     """
     labels = [label for pair in pairs for label in pair]
@@ -556,7 +674,10 @@ def swap_labels(masks, pairs):
 
 
 def soft_targets(masks, classes, *, ignore=255):
-    """Class ids (b, h, w) as probabilities (b, classes, h, w); an ignored pixel is 0 throughout."""
+    """Class ids (b, h, w) as probabilities (b, classes, h, w); an ignored pixel is 0 throughout.
+
+    Needs:  torch
+    """
     valid = (masks != ignore).unsqueeze(1)
     soft = torch.zeros(len(masks), classes, *masks.shape[1:], device=masks.device)
     return soft.scatter_(1, masks.unsqueeze(1).long().masked_fill(~valid, 0), valid.float())
@@ -611,7 +732,10 @@ def color_jitter(images, *, strength, generator):
 
 
 def check_rgb_uint8(images, who, remedy):
-    """Refuse anything but uint8 RGB (B, 3, H, W): colour changes clamp at 0 and 255."""
+    """Refuse anything but uint8 RGB (B, 3, H, W): colour changes clamp at 0 and 255.
+
+    Needs:  torch
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{who} needs uint8 RGB (B, 3, H, W), got {images.dtype} "
                          f"{tuple(images.shape)}: {remedy} before you normalise, the limits are 0 "
@@ -624,6 +748,8 @@ def photometric_draw(n, *, p, generator):
     With probability p, else neutral: brightness U(0.875, 1.125), contrast and saturation
     U(0.5, 1.5), hue U(-0.05, 0.05) of a full turn, a random order of the channels. A fair coin per
     image puts contrast before saturation or after hue.
+
+    Needs:  torch
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p {p} must be in [0, 1]: it is the probability of each of the five "
@@ -657,72 +783,63 @@ def photometric_apply(images, *, brightness, contrast_before, saturation, hue, c
 
     In float32; every step is clamped to [0, 255], and the result rounded once. torchvision
     truncates to uint8 after brightness, contrast and saturation: every time half a grey level
-    darker. Saturation and hue are expensive: the images are sorted so that those with a change of
-    saturation are one slice, and those with a change of hue another.
+    darker. Hue is expensive: only the images that it turns are computed.
 
     images  (B, 3, H, W) uint8
     settings (B,) floats and order (B, 3) integers, all of them on one device, any
     Needs:  turn_hue_
     """
-    n, device = len(images), images.device
-    # 0 neither, 1 saturation, 2 both, 3 hue
-    kind = 2 * (hue != 0) + ((hue != 0) != (saturation != 1))
-    rows = kind.argsort()
-    # where kinds 1, 2 and 3 begin
-    first, both, last = kind.bincount(minlength=4).cumsum(0)[:3].tolist()
-    saturated, turned = slice(first, last), slice(both, n)
+    def grey(x):
+        red, green, blue = x.split(1, dim=1)
+        return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
     def per_image(setting):
-        return setting[rows].to(device)[:, None, None]
+        return setting.to(images.device)[:, None, None, None]
 
-    def blend(x, factor, other):  # changes x; torch.lerp is slower where `other` is one number
-        grey = (0.2989 * other[0]).add_(other[1], alpha=0.587).add_(other[2], alpha=0.114)
-        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+    def blend_(x, factor, other):
+        return x.mul_(per_image(factor)).add_(other * per_image(1 - factor)).clamp_(0, 255)
 
-    # (3, B): all the reds in their new order, then the greens, then the blues
-    source = 3 * rows + torch.arange(3, device=rows.device)[:, None]
-    planes = images.flatten(0, 1).index_select(0, source.flatten().to(device))
-    x = planes.view(3, *images[:, 0].shape).float()
-    x.mul_(per_image(brightness)).clamp_(max=255)
+    x = images.float().mul_(per_image(brightness)).clamp_(0, 255)
     # the grey of the means is the mean of the grey
-    blend(x, per_image(contrast_before), x.mean((2, 3), keepdim=True))
-    blend(x[:, saturated], per_image(saturation)[saturated], x[:, saturated])
-    turn_hue_(x[:, turned], per_image(hue)[turned])
-    blend(x, per_image(contrast_after), x.mean((2, 3), keepdim=True))
+    blend_(x, contrast_before, grey(x.mean((2, 3), keepdim=True)))
+    blend_(x, saturation, grey(x))
+    turned = hue.nonzero()[:, 0]
+    part = x.index_select(0, turned.to(x.device))
+    turn_hue_(part.unbind(1), per_image(hue[turned])[:, 0])
+    x.index_copy_(0, turned.to(x.device), part)
+    blend_(x, contrast_after, grey(x.mean((2, 3), keepdim=True)))
     # float to uint8 in one go is several times slower on CPU
     x = x.round_().to(torch.int16).to(torch.uint8)
-    # (B, 3): where the channels of an image are now
-    places = order * n + rows.argsort()[:, None]
-    return x.flatten(0, 1).index_select(0, places.flatten().to(device)).view_as(images)
+    places = order + 3 * torch.arange(len(x), device=order.device)[:, None]
+    return x.flatten(0, 1).index_select(0, places.flatten().to(x.device)).view_as(images)
 
 
 def turn_hue_(planes, turn):
     """Turn the hue in place by a part of the full circle; value (max) and chroma (max - min) stay.
 
-    RGB to HSV and back, in sixths of the circle times the chroma, with red at 0, green at 2, blue
-    at -2; without a branch and without a division:
+    The circle has six parts; the places of R, G and B on it are 0, 2 and -2.
 
-        hue = copysign(chroma + G + B - R - min, G - B) + 6 turn chroma
-        channel = min + clamp(abs(abs(hue - centre chroma) - 3 chroma) - chroma, 0, chroma)
-        centre 0, 2, -2 for R, G, B
+        hue      = copysign(chroma + G + B - R - min, G - B) / chroma + 6 turn
+        nearness = | |hue - place| - 3 |        3 at the channel's own place, 0 opposite to it
+        channel  = min + chroma clamp(nearness - 1, 0, 1)
 
-    The second line is the trapezoid that a channel follows: chroma up to one sixth from its centre,
-    0 from two sixths on.
+    The first line is RGB to HSV without a branch. The last is the trapezoid of HSV to RGB: all of
+    the chroma up to one sixth from the channel's place, none of it from two sixths on.
 
     planes  (3, ...) float RGB of any scale
-    turn    part of the full circle, |turn| <= 1/3, to broadcast with a plane
-    Check:  red turned by 1/3 is green; grey stays grey
+    turn    part of the full circle, any number, to broadcast with a plane
+    Check:  red turned by 1/3 is green, by 1/2 cyan; grey stays grey
+    Needs:  torch
     """
     red, green, blue = planes
     low = torch.minimum(torch.minimum(red, green), blue)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - low
-    hue = (green + blue).sub_(red).sub_(low).add_(chroma)
-    hue = torch.copysign(hue, green - blue).add_(6 * turn * chroma)
-    three, base = 3 * chroma, low - chroma
-    for channel, centre in zip(planes, (0, 2, -2)):
-        torch.sub(hue, chroma, alpha=centre, out=channel).abs_().sub_(three).abs_().add_(base)
-        torch.clamp(channel, low, high, out=channel)
+    chroma = torch.maximum(torch.maximum(red, green), blue) - low
+    hue = torch.copysign(chroma + green + blue - red - low, green - blue)
+    hue = hue / chroma.clamp(min=torch.finfo(hue.dtype).tiny) + 6 * turn
+    hue = hue - 6 * (hue / 6).round()  # half a circle on either side of red
+    for channel, place in zip(planes, (0, 2, -2)):
+        nearness = (hue - place).abs_().sub_(3).abs_()
+        torch.addcmul(low, chroma, nearness.sub_(1).clamp_(0, 1), out=channel)
     return planes
 
 
@@ -784,6 +901,7 @@ def clahe_axis(size, tiles, uneven):
 
     returns source (padded size,), tiles (2, size), weight of the second tile (size,) float32; the
             function caches them, so do not change them
+    Needs:  functools, torch
     Check:  the sources of 3 pixels in 4 tiles are 0 1 2 1: mirrored without repeating the edge
             (reflect-101)
     """
@@ -798,7 +916,10 @@ def clahe_axis(size, tiles, uneven):
 
 
 def clahe_tables(tiles, clip_limit):
-    """Clipped cumulative histograms of n tiles (n, pixels) int64: new levels (n, 256) float32."""
+    """Clipped cumulative histograms of n tiles (n, pixels) int64: new levels (n, 256) float32.
+
+    Needs:  torch
+    """
     n, area = tiles.shape
     bins = torch.arange(256, device=tiles.device)
     tiles = tiles + 256 * torch.arange(n, device=tiles.device)[:, None]
@@ -870,6 +991,7 @@ def lab_tables():
 
     returns linear light (256,) of the sRGB levels, in 1/2040; f (3072,) of the light, in 1/2^15;
             the float matrix (3, 3) from XYZ over the white point to linear RGB
+    Needs:  functools, torch
     """
     level = torch.arange(256, dtype=torch.float64) / 255
     light = torch.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
@@ -891,7 +1013,7 @@ def random_affine(images, *, degrees=15.0, zoom=1.25, generator, masks=None, fil
     returns images, or (images, masks) if masks were given, as `affine` makes them
     Errors: ValueError for degrees outside [0, 180], zoom below 1
     Check:  degrees=0, zoom=1 is the identity for images and for masks of their size
-    Needs:  affine
+    Needs:  affine, math
     """
     if not 0 <= degrees <= 180 or not 1 <= zoom < float("inf"):
         raise ValueError(f"degrees {degrees} must be in [0, 180] (0 = off) and zoom {zoom} at "
@@ -915,6 +1037,7 @@ def affine(images, angle, scale, *, masks=None, fill_mask=255):
     masks   (B, h, w) integers of any size; the nearest pixel, once, straight into the size of the
             images
     returns images, or (images, masks) if masks were given
+    Needs:  F, torch
     Check:  angle pi / 2 on a square is torch.rot90
     """
     height, width = images.shape[2:]
@@ -954,6 +1077,7 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
     masks   (B, H, W) or None; moves by the same whole pixels, so labels stay labels
     returns images, or (images, masks) if masks were given
     Errors: ValueError for a padding below 0, or not below the shorter side (no more to mirror)
+    Needs:  torch
     Check:  padding=0 is the identity
     """
     n, channels, height, width = images.shape
@@ -991,6 +1115,7 @@ def mixup(inputs, targets, *, alpha, generator):
     returns mixed inputs, mixed targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, integer inputs or targets.
     Source: Zhang et al. 2018, arXiv:1710.09412
+    Needs:  np, torch
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
@@ -1013,7 +1138,8 @@ def cutmix(inputs, targets, *, alpha, generator):
         j: a permutation of the batch
 
     One box per batch: the shape of the image, 1 - Beta(alpha, alpha) of its area, a random centre,
-    cut off at the edge. lam is counted after that, in whole pixels.
+    cut off at the edge. Its sides are rounded to whole pixels (the authors' code rounds them down),
+    so its area is near the drawn one only. lam is counted after all that: the targets are exact.
 
     inputs  (B, C, H, W) any dtype
     targets (B,) or (B, C) float; or masks (B, H, W) or (B, C, H, W) of any dtype, into which the
@@ -1021,6 +1147,7 @@ def cutmix(inputs, targets, *, alpha, generator):
     returns inputs, targets; the arguments themselves for alpha = 0 (off)
     Errors: ValueError for alpha below 0 or not finite, class indices, masks of another size.
     Source: Yun et al. 2019, arXiv:1905.04899
+    Needs:  np, torch
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha {alpha} must be at least 0 (off) and finite")
@@ -1062,6 +1189,7 @@ def standardise(windows):
     The scale of a PPG carries no information: the device sets it for a recording.
 
     windows (..., t) float tensor
+    Needs:  torch
     Check:  standardise(4 * x + 1) equals standardise(x)
     """
     windows = windows - windows[..., :1]  # so that a flat window is exactly 0, whatever its level
@@ -1086,6 +1214,8 @@ def hann_power(x, rate_hz, frequencies):
         power(f) = |sum_t hann(t) x(t) exp(-2 pi i f t)|^2
 
     x (..., t) float tensor, rate_hz samples per second, frequencies float64 (k,) in Hz -> (..., k)
+
+    Needs:  torch
     """
     t = x.shape[-1]
     angle = 2 * torch.pi / rate_hz * torch.arange(t, dtype=torch.float64)[:, None] * frequencies
@@ -1140,7 +1270,7 @@ def respiratory_signals(windows, rate_hz):
     returns (n, 3, t), signals of mean 0 and sd 1; zeros for a flat window
     Source: Charlton et al. 2018, IEEE Reviews in Biomedical Engineering 11 (baseline wander,
             amplitude and frequency modulation)
-    Needs:  RATE_BANDS, hann_power, spectral_rate, standardise
+    Needs:  RATE_BANDS, hann_power, spectral_rate, standardise, F
     """
     x = standardise(windows)
     pulse_hz = torch.nan_to_num(spectral_rate(x, rate_hz, RATE_BANDS["hr"]) / 60, nan=1.0)[:, None]
@@ -1198,6 +1328,7 @@ def time_stretch(windows, labels, *, limit, generator):
     generator a CPU torch.Generator; nothing is changed in place
     Errors: ValueError for a limit below 1, or from 2 on: half of a window would be mirrored
     Source: Um et al. 2017, arXiv:1706.00527, where "time-warping" is smooth and the label stays
+    Needs:  math, torch
     Check:  a sine of 18 per minute that comes back with the label 15 has its spectral peak at 15
     """
     if not 1 <= limit < 2:
@@ -1226,6 +1357,7 @@ def channel_statistics(array, rows, present=None, *, chunk=2**21):
     present (n,) bool or None: only the present rows count
     returns mean, sd: float64 tensors (channels,); sd 1 for a constant channel; mean 0 and sd 1
             where no row is present
+    Needs:  math, np, torch
     Check:  channel_statistics(np.array([[1.0], [5.0]]), [0, 1]) is ([3], [2])
     """
     rows = np.asarray(rows, dtype=np.int64)

@@ -16,7 +16,7 @@ bf16 to 1e-2. plain: the loop of a tutorial, AdamW(), with glibc's allocator or 
 of train.train_epoch, always tuned, AdamW(fused=True); clipping, the check for NaN, schedule and EMA
 included, which plain does not have.
 
-Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch, AMD EPYC, 2 cores, 1 thread, load 1.5;
+Last result of EMA, torch 2.13.0+cpu, timm 1.0.31, ema-pytorch 0.8.3, AMD EPYC, 2 cores, 1 thread;
 two runs, and the ratios of the other in brackets:
 
     EMA of 547,713 parameters

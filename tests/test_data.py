@@ -2,14 +2,16 @@
 
 import io
 import itertools
+import json
 import zlib
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import (
-    LabelScaler, ShuffledBatchSampler, StratifiedBatchSampler, bucketed_batches, encode_png,
+    LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png,
     map_npy, resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
     write_npy)
 from tasks import faceparse
@@ -45,10 +47,14 @@ def balanced(plan, labels):
     return [np.bincount(labels[rows], minlength=labels.max() + 1) for rows in plan]
 
 
+def plan_quietly(labels, size, **options):
+    return warned(lambda: stratified_batches(labels, size, **options))[0]
+
+
 def test_data_stratified_batches_keep_quota_and_length():
     labels = np.repeat([0, 1, 2], [97, 13, 5])
     for size in (6, 7, 31):
-        plan = stratified_batches(labels, size, seed=1, epoch=0)
+        plan = plan_quietly(labels, size, seed=1, epoch=0)
         assert len(plan) == -(-len(labels) // size) and all(len(rows) == size for rows in plan)
         for counts in balanced(plan, labels):
             assert counts.min() >= size // 3 and counts.max() <= size // 3 + 1
@@ -61,7 +67,7 @@ def test_data_stratified_batches_repeat_a_row_only_when_they_must():
                          *(((550, 10, 8, 6, 5, 4), size) for size in (32, 31, 37, 5))):
         labels = np.repeat(np.arange(len(counts)), counts)
         for epoch in range(4):
-            plan = stratified_batches(labels, size, seed=5, epoch=epoch)
+            plan = plan_quietly(labels, size, seed=5, epoch=epoch)
             for rows in plan:
                 for c, n in enumerate(counts):
                     mine = rows[labels[rows] == c]
@@ -81,27 +87,30 @@ def test_data_stratified_batches_hold_two_classes_whatever_their_size():
             for ranks in (1, 2):
                 full = min(size, len(labels) // ranks)
                 for rank in range(ranks):
-                    for rows in stratified_batches(labels, full, seed=1, epoch=2, rank=rank,
-                                                   world_size=ranks):
+                    for rows in plan_quietly(labels, full, seed=1, epoch=2, rank=rank,
+                                             world_size=ranks):
                         present = len(set(labels[rows]))
                         assert len(rows) == full, (counts, size, ranks)
                         assert present == min(full, len(counts)), (counts, size, ranks)
     # With the sampler of the note, 16 of 18 batches hold one class.
     labels = np.repeat(np.arange(6), (550, 10, 8, 6, 5, 4))
     for epoch in range(3):
-        plan = stratified_batches(labels, 32, seed=0, epoch=epoch)
+        plan = plan_quietly(labels, 32, seed=0, epoch=epoch)
         assert [len(set(labels[rows])) for rows in plan] == [6] * 19
 
 
 def test_data_stratified_batches_of_one_class_are_shuffled_batches_that_are_full():
     for labels in (np.zeros(23, int), np.full(23, 4), np.array(["walk"] * 23)):
-        plan = stratified_batches(labels, 7, seed=0, epoch=0)
+        plan = plan_quietly(labels, 7, seed=0, epoch=0)
         assert [len(rows) for rows in plan] == [7] * 4 and all(len(set(rows)) == 7 for rows in plan)
         assert set(np.concatenate(plan)) == set(range(23))
 
 
 def slow_stratified(labels, size, seed, epoch):
-    """Slot s takes a row of class s % k from its queue; a refill puts rows of the batch last."""
+    """Slot s takes a row of class s % k from its queue; a refill puts rows of the batch last.
+
+    They come shuffled, but in the order of their use where the batch needs more than there are.
+    """
     classes, rng = np.unique(labels), np.random.default_rng([seed, epoch])
     slots = -(-len(labels) // size) * size
     plan = [None] * slots
@@ -110,9 +119,12 @@ def slow_stratified(labels, size, seed, epoch):
         for s in range(c, slots, len(classes)):
             if not queue:
                 start = s - s % size
-                rows, batch = np.flatnonzero(labels == label), plan[start : start + size]
+                mine = range(start + (c - start) % len(classes), start + size, len(classes))
+                rows, used = np.flatnonzero(labels == label), [plan[t] for t in mine if t < s]
                 again = rng.permutation(rows).tolist()
-                queue = sorted(again, key=lambda row: row in batch)  # stable
+                fresh = [row for row in again if row not in used]
+                late = [row for row in again if row in used]
+                queue = fresh + (used[-len(rows) :] if len(mine) > len(rows) else late)
             plan[s] = queue.pop(0)
     return np.reshape(plan, (-1, size))
 
@@ -124,7 +136,7 @@ def test_data_stratified_batches_equal_the_slow_version():
         size, seed, epoch = (int(x) for x in rng.integers(1, 40, 3))
         # The first kind takes the faster sort.
         for labels in (labels, labels - 3, labels * 70000, labels.astype(str)):
-            plan = stratified_batches(labels, size, seed=seed, epoch=epoch)
+            plan = plan_quietly(labels, size, seed=seed, epoch=epoch)
             assert np.array_equal(plan, slow_stratified(labels, size, seed, epoch)), (labels, size)
 
 
@@ -180,15 +192,101 @@ def test_data_ranks_together_are_one_process_with_the_whole_batch():
             assert not set(a) & set(b) and sorted([*a, *b]) == sorted(rows)
 
 
-def test_data_samplers_have_the_length_they_yield_and_follow_set_epoch():
-    labels = np.repeat([0, 1], [30, 21])
-    for sampler in (ShuffledBatchSampler(51, 8, seed=2), StratifiedBatchSampler(labels, 8, seed=2)):
-        first = list(sampler)
-        assert len(sampler) == len(first) == 7 and first == list(sampler)
-        sampler.set_epoch(1)
-        assert list(sampler) != first
-        loader = torch.utils.data.DataLoader(torch.arange(51), batch_sampler=sampler)
-        assert [rows.tolist() for rows in loader] == list(sampler)
+def test_data_stratified_batches_of_a_rank_repeat_a_row_only_when_they_must():
+    cases = ((3, 5), 4, 2), ((3, 50), 4, 3), ((2, 9, 9), 6, 3), ((5, 80), 8, 3)
+    for counts, size, ranks in cases:
+        labels = np.repeat(np.arange(len(counts)), counts)
+        for epoch, rank in itertools.product(range(10), range(ranks)):
+            for rows in stratified_batches(labels, size, seed=1, epoch=epoch, rank=rank,
+                                           world_size=ranks):
+                for c, n in enumerate(counts):
+                    mine = rows[labels[rows] == c]
+                    assert len(set(mine)) == min(n, len(mine)), (counts, rows)
+    for rank in (-1, 2, 5):
+        for plan in (lambda **kw: stratified_batches(labels, 2, **kw),
+                     lambda **kw: shuffled_batches(9, 2, **kw),
+                     lambda **kw: bucketed_batches(range(9), 2, **kw)):
+            refuses(plan, f"rank {rank} must be", seed=0, epoch=0, rank=rank, world_size=2)
+
+
+def test_data_stratified_batches_per_class_hold_as_many_rows_of_every_class_drawn():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), [9] * 60 + [30] * 40))
+    _, message = warned(lambda: stratified_batches(labels, 32, seed=0, epoch=0))
+    assert "rows are alone in their class" in message and "per_class" in message
+    orders = set()
+    for m, size in ((4, 32), (2, 32), (8, 8), (1, 32)):
+        plan, message = warned(
+            lambda: stratified_batches(labels, size, seed=0, epoch=m, per_class=m))
+        assert message == "" and len(plan) == -(-len(labels) // size)
+        drawn = np.zeros(100, int)
+        for rows in plan:
+            counts = np.bincount(labels[rows], minlength=100)
+            assert set(counts) == {0, m} and len(rows) == len(set(rows)) == size
+            drawn += counts
+        assert drawn.max() - drawn.min() <= m  # classes take turns
+        orders.add(tuple(labels[np.concatenate(plan[:3])]))
+        for rank in range(2):
+            half = stratified_batches(labels, size // 2, seed=0, epoch=m, per_class=m, rank=rank,
+                                      world_size=2) if size > m else []
+            assert all(np.array_equal(rows, whole[rank * len(rows) : (rank + 1) * len(rows)])
+                       for rows, whole in zip(half, plan))
+    assert len(orders) == 4
+    for m in (0, 5):
+        refuses(stratified_batches, f"per_class {m}", labels, 32, seed=0, epoch=0, per_class=m)
+    # with fewer classes than a batch has turns, a class has several
+    [rows] = stratified_batches(np.repeat([0, 1], 4), 8, seed=0, epoch=0, per_class=2)
+    assert sorted(rows) == list(range(8))
+
+
+def test_data_stratified_batches_refuse_labels_that_are_not_one_class_per_row():
+    subset = torch.utils.data.Subset(torch.arange(6), [0, 2, 4])
+    one_hot = np.eye(2)[[0, 1, 1, 0]]
+    for make in (lambda labels: stratified_batches(labels, 2, seed=0, epoch=0),
+                 lambda labels: StratifiedBatchSampler(labels, 2)):
+        refuses(make, "got Subset: of a Subset give all_labels[subset.indices]", subset)
+        refuses(make, "got ndarray (4, 2)", one_hot)
+        refuses(make, "got Tensor (4, 1)", torch.ones(4, 1))
+
+
+def test_data_stratified_sampler_counts_its_own_epochs():
+    labels = [0] * 90 + [1] * 10
+    sampler = StratifiedBatchSampler(labels, 10, seed=3)
+    loader = torch.utils.data.DataLoader(torch.arange(100), batch_sampler=sampler)
+    epochs = [stratified_batches(labels, 10, seed=3, epoch=epoch) for epoch in range(50)]
+    for epoch in range(49):
+        iter(sampler)  # nothing is drawn of it
+        assert len(sampler) == 10
+        assert np.array_equal([rows.tolist() for rows in loader], epochs[epoch])
+    assert sampler.state_dict() == {"epoch": 49}
+    next(iter(loader))  # a loop that breaks off
+    assert sampler.state_dict() == {"epoch": 50}
+    sampler.sampler.set_epoch(7)  # where Lightning looks for it
+    assert np.array_equal(list(sampler), epochs[7]) and sampler.epoch == 8
+    other = StratifiedBatchSampler(labels, 10, seed=3)
+    other.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert np.array_equal(list(other), epochs[8])
+
+
+def test_data_stratified_sampler_asks_torch_distributed_for_its_place():
+    labels = [0] * 20 + [1] * 10
+    places = [dict(rank=rank, world_size=2) for rank in range(2)]
+    halves = [stratified_batches(labels, 5, seed=0, epoch=0, **place) for place in places]
+    early = StratifiedBatchSampler(labels, 5)  # before the group is there
+    dist = torch.distributed
+    with mock.patch.multiple(dist, is_initialized=lambda: True, get_world_size=lambda: 2,
+                             get_rank=lambda: 1):
+        for sampler in (early, StratifiedBatchSampler(labels, 5)):
+            assert len(sampler) == 3 and np.array_equal(list(sampler), halves[1])
+        assert np.array_equal(list(StratifiedBatchSampler(labels, 5, rank=0)), halves[0])
+        alone = StratifiedBatchSampler(labels, 5, rank=0, world_size=1)
+        assert np.array_equal(list(alone), stratified_batches(labels, 5, seed=0, epoch=0))
+
+
+def test_data_stratified_sampler_checks_its_options_when_it_is_built():
+    raises(TypeError, "positional", lambda: StratifiedBatchSampler([0, 1], 2, 0))
+    for options, text in (({"batch_size": 0}, "batch_size 0"), ({"rank": 1}, "rank 1 must be"),
+                          ({"per_class": 3}, "per_class 3")):
+        refuses(StratifiedBatchSampler, text, [0, 1] * 4, **{"batch_size": 4} | options)
 
 
 def test_data_fewer_rows_than_a_batch_is_one_partial_batch_and_a_warning():
@@ -282,6 +380,26 @@ def test_data_label_scaler_is_exact_for_arrays_and_tensors():
     loaded = LabelScaler()
     loaded.load_state_dict(simple.state_dict())
     assert loaded.transform(20) == 1.0 and loaded.inverse(-1) == 10.0
+
+
+def test_data_label_scaler_has_a_mean_and_a_scale_for_every_column():
+    labels = np.array([[10, 3.0, 500], [20, 3.0, 900]])
+    scaler, loaded = LabelScaler().fit(labels), LabelScaler()
+    assert scaler.state_dict() == {"mean": [15, 3, 700], "scale": [5, 1, 200]}
+    file = io.BytesIO()
+    torch.save(scaler.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert json.loads(json.dumps(loaded.state_dict())) == scaler.state_dict()
+    for kind in (labels, labels.astype(np.float16), torch.from_numpy(labels).half()):
+        z = loaded.transform(kind)
+        assert type(z) is type(kind) and z.dtype == kind.dtype
+        assert z.tolist() == [[-1, 0, -1], [1, 0, 1]]
+        assert loaded.inverse(z).tolist() == labels.tolist()
+    assert loaded.transform(labels[0].astype(int)).tolist() == [-1, 0, -1]
+    for shape in ((3, 1), (2,), ()):  # broadcasting would take them
+        refuses(loaded.inverse, "must have 3 columns", torch.ones(shape))
+    refuses(LabelScaler().fit, "(n,) or (n, targets)", np.ones((2, 3, 4)))
 
 
 def test_data_label_scaler_tolerates_constant_labels_and_refuses_none_or_nan():

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import grad, gradcheck
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import losses
 from losses import focal_label_smooth_ce as focal
@@ -254,6 +256,23 @@ def test_losses_dice_of_large_images_in_float32_is_the_one_in_float64():
             want, gradient = with_gradient(loss, given[0].double(), given[1])
             got, single = with_gradient(loss, *given)
             assert near(got, want, 1e-6) and near(single, gradient, 1e-5)
+
+
+def test_losses_of_pixels_are_plain_torch_without_float64_and_with_a_second_derivative():
+    made = set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), options=None):
+            result = function(*args, **options or {})
+            made.update(leaf.dtype for leaf in tree_leaves(result) if torch.is_tensor(leaf))
+            return result
+
+    logits, targets = torch.randn(2, 3, 4, generator=seeded()), torch.arange(8).view(2, 4) % 3
+    for loss in dice_loss, lambda z, t: ce_dice_loss(z, t, label_smoothing=0.1)[0], focal:
+        with Dtypes():
+            with_gradient(loss, logits, targets)
+        assert torch.float32 in made and torch.float64 not in made
+        assert gradgradcheck(lambda z: loss(z, targets), logits.double().requires_grad_())
 
 
 def test_losses_ce_dice_gradient_does_not_depend_on_the_memory_format():
@@ -534,16 +553,22 @@ def test_losses_focal_names_an_index_out_of_range_and_is_zero_without_weight():
         assert loss == 0 and (grad(loss, logits)[0] == 0).all()
 
 
-def test_losses_focal_is_the_loss_of_lin_with_alpha_as_class_weights():
+def test_losses_focal_is_the_loss_of_lin_by_the_calls_in_its_docstring():
     z, y, alpha = torch.linspace(-4, 4, 9), torch.arange(9) % 2, 0.25
+    weights = torch.where(y == 1, alpha, 1 - alpha)
 
-    def lin(z):  # as torchvision.ops.sigmoid_focal_loss(reduction="mean")
+    def lin(z):  # times alpha as torchvision.ops.sigmoid_focal_loss
         p_t = torch.sigmoid(torch.where(y == 1, z, -z))
-        return -(torch.where(y == 1, alpha, 1 - alpha) * (1 - p_t) ** 2 * p_t.log()).mean()
+        return -(1 - p_t) ** 2 * p_t.log()
 
-    got = with_gradient(lambda z: focal(z, y, smoothing=0.0, class_weights=[1 - alpha, alpha],
-                                        reduction="none").mean(), z)
-    assert_near(got, with_gradient(lin, z))
+    calls = {"focal_label_smooth_ce(logits, targets, smoothing=0.0)": lambda z: lin(z).mean(),
+             "focal_label_smooth_ce(logits, targets, smoothing=0.0, class_weights=[1 - alpha, "
+             'alpha], reduction="none").mean()': lambda z: (weights * lin(z)).mean()}
+    for call, want in calls.items():
+        assert call in " ".join(focal.__doc__.split())
+        names = {"focal_label_smooth_ce": focal, "targets": y, "alpha": alpha}
+        got = with_gradient(lambda z: eval(call, names | {"logits": z}), z)
+        assert_near(got, with_gradient(want, z))
 
 
 def test_losses_dice_without_the_background_is_the_mean_of_the_other_classes():
