@@ -1114,75 +1114,112 @@ def knn_accuracy(train_features, train_labels, features, labels, *, k=5):
     return float(right.mean()) if right.size else math.nan
 
 
+def linear_scores(fit, x):
+    """Scores of a fitted linear model: (x - mean) / sd @ weights + intercept.
+
+    fit     what ridge_fit or logistic_fit return, or the same read from a file
+    Shape:  x (m, D)  ->  float64 (m,), or (m, K) of a model with K targets
+    Errors: ValueError for other shapes, NaN or infinite features
+    Needs:  np, torch, _finite_rows, _array
+    Check:  mean 1, sd 2, weight 3 and intercept 4 give 5 the score 10
+    """
+    x = _finite_rows(x, "x")
+    if x.shape[1] != len(fit["mean"]):
+        raise ValueError(f"the model was fitted on {len(fit['mean'])} columns, got x {x.shape}")
+    z = (x - np.array(fit["mean"])) / np.array(fit["sd"])
+    return z @ np.array(fit["weights"]) + np.array(fit["intercept"])
+
+
+def ridge_fit(train_x, targets, *, penalty=1.0):
+    """Ridge regression on real-valued targets, one or several at once.
+
+        W = (Z^T Z + penalty I)^-1 Z^T Y     score = z W + mean Y
+
+    Z = the columns standardised by mean and sd of the training rows; the intercept is not
+    penalised. A column that is constant in training has weight 0. Meant for some hundred columns:
+    time grows with their cube.
+
+    Shape:  train_x (n, D), targets (n,) or (n, K)
+            ->  {"mean", "sd": D numbers, "weights": (D,) or (D, K), "intercept": 1 or K numbers},
+            plain lists that a checkpoint or JSON can hold; score by linear_scores
+    Errors: ValueError for other shapes, no training rows, NaN or infinite values, penalty <= 0
+    Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
+            Ridge(alpha=penalty)
+    Needs:  np, torch, _finite_rows, _array, _scale_of
+    Check:  x = 0, 2 with targets 0, 2 and penalty 2 give weight 0.5 on z = -1, 1, and intercept 1
+    """
+    train, y = _finite_rows(train_x, "train_x"), _array(targets, np.float64)
+    if not len(train) or len(y) != len(train) or not np.isfinite(y).all() or not penalty > 0:
+        raise ValueError("need training rows, one finite target for each and penalty > 0; got "
+                         f"train_x {train.shape}, targets {y.shape}, penalty={penalty}")
+    mean, sd = _scale_of(train)
+    z = (train - mean) / sd
+    weights = np.linalg.solve(z.T @ z + penalty * np.eye(z.shape[1]), z.T @ (y - y.mean(0)))
+    return {"mean": mean.tolist(), "sd": sd.tolist(), "weights": weights.tolist(),
+            "intercept": y.mean(0).tolist()}
+
+
 def ridge_predict(train_x, train_labels, x, *, penalty=1.0):
     """Class of every row by ridge regression with one target per class: a simple baseline.
 
-        W = (Z^T Z + penalty I)^-1 Z^T Y     class = argmax_c (z W + mean Y)_c
+        class = argmax_c of the scores of ridge_fit, whose targets are 1 for the class of a row and
+        0 else
 
-    Z = the columns standardised by mean and sd of the training rows, Y = 1 for the class of a row
-    and 0 else; the intercept is not penalised. Columns that are constant in training are left out.
-    Of equal scores the smallest label wins; without any column that is the most frequent class.
-    Meant for some hundred columns: time grows with their cube.
+    Of equal scores the smallest label wins; without any column that varies, that is the most
+    frequent class.
 
     Shape:  train_x (n, D), train_labels (n,) integers, x (m, D)  ->  int64 array (m,)
     Errors: ValueError for other shapes or types, no training rows, NaN or infinite values,
             penalty <= 0
-    Source: Hoerl and Kennard 1970; equal to sklearn's StandardScaler followed by
-            RidgeClassifier(alpha=penalty)
-    Needs:  np, torch, _standardised, _finite_rows, _integer_labels, _array
+    Source: equal to sklearn's StandardScaler followed by RidgeClassifier(alpha=penalty)
+    Needs:  np, torch, ridge_fit, linear_scores, _finite_rows, _integer_labels, _array, _scale_of
     Check:  x = 0, 1, 2, 9 of classes 3, 3, 3, 5 give 5 the class 3 and 6 the class 5
     """
     train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
     train_labels = _integer_labels(train_labels, len(train), "train_labels")
-    classes, member = np.unique(train_labels, return_inverse=True)
     if not len(train) or x.shape[1] != train.shape[1] or not penalty > 0:
         raise ValueError("need training rows, the same columns in both and penalty > 0; got "
                          f"train_x {train.shape}, x {x.shape}, penalty={penalty}")
-    train, x = _standardised(train, x)
-    y = np.eye(len(classes))[member]
-    weights = np.linalg.solve(train.T @ train + penalty * np.eye(train.shape[1]), train.T @ y)
-    return classes[(x @ weights + y.mean(0)).argmax(1)]
+    classes, member = np.unique(train_labels, return_inverse=True)
+    fit = ridge_fit(train, np.eye(len(classes))[member], penalty=penalty)
+    return classes[linear_scores(fit, x).argmax(1)]
 
 
-def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
-    """Logit of every row by logistic regression with an L2 penalty: a simple binary baseline.
+def logistic_fit(train_x, train_labels, *, penalty=1.0):
+    """Logistic regression with an L2 penalty.
 
         minimise  sum_i ln(1 + exp(-s_i (z_i . w + b))) + penalty / 2 |w|^2
         s = 1 for label 1, -1 for label 0
 
     z = the columns standardised by mean and sd of the training rows; the intercept b is not
-    penalised. Columns that are constant in training are left out; without any other the logit is
+    penalised. A column that is constant in training has weight 0; without any other the logit is
     the log-odds of the training labels. Newton's method in float64; the step is halved while the
     loss does not fall. The penalty keeps separable data finite. The result is exact to the last
     digits, so there is no tolerance to choose. Meant for some hundred columns: time grows with
     their square, times the rows.
 
-    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,), x (m, D)
-            ->  float64 logits (m,)
+    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,)
+            ->  {"mean", "sd", "weights": D numbers each, "intercept": number}, plain lists that a
+            checkpoint or JSON can hold; logits by linear_scores
     Errors: ValueError for other shapes or labels, labels of one class, NaN or infinite values,
             penalty <= 0
     Source: Hastie et al. 2009, section 4.4.1; equal to sklearn's StandardScaler and
             LogisticRegression(C=1 / penalty)
-    Needs:  math, warnings, np, torch, _standardised,
-            _finite_rows, _is_positive, _array
-    Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: x = 1 has the
-            logit 0.675
+    Needs:  math, warnings, np, torch, _finite_rows, _is_positive, _array, _scale_of
+    Check:  x = 0, 1 of labels 0, 1 gives w with w (1 + exp(w)) = 2 on z = -1, 1: 0.675
     """
-    train, x = _finite_rows(train_x, "train_x"), _finite_rows(x, "x")
-    positive = _is_positive(train_labels)
+    train, positive = _finite_rows(train_x, "train_x"), _is_positive(train_labels)
     n = len(train)
-    if positive.size != n or x.shape[1] != train.shape[1] or not 0 < penalty < math.inf:
-        raise ValueError("need one label for each training row, the same columns in both and "
-                         f"penalty > 0; got train_x {train.shape}, {positive.size} labels, x "
-                         f"{x.shape}, penalty={penalty}")
+    if positive.size != n or not 0 < penalty < math.inf:
+        raise ValueError("need one label for each training row and penalty > 0; got train_x "
+                         f"{train.shape}, {positive.size} labels, penalty={penalty}")
     if positive.all() or not positive.any():
         raise ValueError(f"training labels must hold both classes, got {positive.sum()} ones among "
                          f"{n} rows; split the rows so that each part has both (stratified), or "
                          "report binary_floor instead")
-    train, x = _standardised(train, x)
+    mean, sd = _scale_of(train)
     # the last column is the intercept
-    z = np.hstack([train, np.ones((n, 1))])
-    x = np.hstack([x, np.ones((len(x), 1))])
+    z = np.hstack([(train - mean) / sd, np.ones((n, 1))])
     sign = np.where(positive, 1.0, -1.0)
     ridge = np.append(np.full(train.shape[1], float(penalty)), 0.0)
 
@@ -1206,9 +1243,23 @@ def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
             size /= 2
         weights = weights - size * step
     else:
-        warnings.warn(f"logistic_predict: the gradient is still {np.abs(gradient).max():.2g} after "
-                      f"200 steps; raise penalty={penalty}", stacklevel=2)
-    return x @ weights
+        warnings.warn(f"logistic_fit: the gradient is still {np.abs(gradient).max():.2g} after 200 "
+                      f"steps; raise penalty={penalty}", stacklevel=2)
+    return {"mean": mean.tolist(), "sd": sd.tolist(), "weights": weights[:-1].tolist(),
+            "intercept": float(weights[-1])}
+
+
+def logistic_predict(train_x, train_labels, x, *, penalty=1.0):
+    """Logit of every row by logistic_fit on the training rows: a simple binary baseline.
+
+    Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,), x (m, D)
+            ->  float64 logits (m,)
+    Errors: as logistic_fit and linear_scores
+    Needs:  math, warnings, np, torch, logistic_fit, linear_scores,
+            _finite_rows, _is_positive, _array, _scale_of
+    Check:  x = 0, 1 of labels 0, 1 gives x = 1 the logit 0.675
+    """
+    return linear_scores(logistic_fit(train_x, train_labels, penalty=penalty), x)
 
 
 def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
@@ -1347,13 +1398,11 @@ def _unit_rows(x, name):
     return x / np.where(length > 0, length, 1)
 
 
-def _standardised(train, x):
-    """Columns of both scaled by mean and sd of train, without those that are constant in train."""
+def _scale_of(x):
+    """Mean and sd of the columns; a constant column gets its value and 1, so that it becomes 0."""
     # not sd > 0: the mean of equal numbers may differ from them in the last bit
-    varies = train.min(0) < train.max(0)
-    train, x = train[:, varies], x[:, varies]
-    mean, sd = train.mean(0), train.std(0)
-    return (train - mean) / sd, (x - mean) / sd
+    varies = x.min(0) < x.max(0)
+    return np.where(varies, x.mean(0), x[0]), np.where(varies, x.std(0), 1.0)
 
 
 def _integer_labels(labels, n, name):

@@ -216,6 +216,15 @@ def joined_outputs(model, split, run):
     return {name: finite(values) for name, values in joined.items()}
 
 
+def scored_floors(task, split, args, facts):
+    """{name: scores} of the task's floors; the strong one, which is outputs, is scored here."""
+    floors = task.floors(split, args, facts)
+    for name, value in floors.items():
+        if name.startswith("strong"):
+            floors[name] = task.scores(value, split, args, facts)
+    return floors
+
+
 def score_epoch(run, row, splits):
     """The row with validation scores of raw and averaged weights, and which of the two count."""
     if splits.validation is None:
@@ -465,8 +474,8 @@ def prepare(args):
     args = settled_args(args)
     checks.warn_slow_amp(args)
     splits = load_splits(args)
-    if content and content["facts"] != splits.facts:
-        differ = [key for key, value in splits.facts.items() if content["facts"].get(key) != value]
+    differ = differing(content["facts"], splits.facts) if content else []
+    if differ:
         raise ValueError(f"the data or their split are not those of the run in {folder}: they "
                          f"differ in {', '.join(differ)}; restore them, or start a new run in "
                          "another --out")
@@ -499,6 +508,11 @@ def settled_args(args):
     return args
 
 
+def differing(before, now):
+    """Names of the facts that have changed; a fitted model differs in its last digits anyway."""
+    return [key for key, value in now.items() if key != "strong" and before.get(key) != value]
+
+
 def load_splits(args):
     """The task's splits, with their notes printed; rank 0 fills a cache, the others read it."""
     for turn in ("rank 0", "the others"):
@@ -514,7 +528,7 @@ def prepare_run(args, splits, content):
     task = task_of(args)
     floors = {}
     if splits.validation is not None:
-        floors = task.floors(splits.validation, args, splits.facts)
+        floors = scored_floors(task, splits.validation, args, splits.facts)
     constant = report.best_constant(floors)
     if floors and args.monitor not in constant:
         raise ValueError(f"--monitor {args.monitor}: the floors of task {args.task} need a "
@@ -625,7 +639,7 @@ def report_best(run, splits, folder, seconds):
 def print_scores(title, model, split, run):
     """Score a split and print it between the baselines and the ceiling on the same rows."""
     scores = evaluate(model, split, run)
-    floors = run.task.floors(split, run.args, run.facts)
+    floors = scored_floors(run.task, split, run.args, run.facts)
     report.print_scores(title, len(split), scores, floors)
     return {"rows": len(split), "model": scores} | floors
 
@@ -696,7 +710,7 @@ def score_checkpoint(model, run):
     print("\n".join(loaded.notes))
     splits = loaded.named()
     name = args.split or list(splits)[-1]  # test, or validation, or training rows
-    if any(run.facts[key] != value for key, value in loaded.facts.items()):
+    if differing(run.facts, loaded.facts):
         raise ValueError(f"--split {name}: these are not the data that the run split; --split all "
                          "scores every row")
     if name not in splits:

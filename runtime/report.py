@@ -42,6 +42,14 @@ def best_constant(rows):
     return best
 
 
+def strong_floor(rows):
+    """Name, without `strong: `, and scores of the strongest simple model; "" and {} without one."""
+    for name, scores in rows.items():
+        if name.startswith("strong"):
+            return name.removeprefix("strong: "), scores
+    return "", {}
+
+
 def plain(scores):
     """The scores that are numbers, without the tables, such as a score of every class."""
     return {key: value for key, value in scores.items() if not isinstance(value, dict)}
@@ -90,9 +98,14 @@ def watched_scores(row, task, monitor):
 
 
 def epoch_line(run):
-    """`*` marks a new best of --monitor; `floor` is what the best constant has on the same rows."""
+    """`*` marks a new best of --monitor.
+
+    On the same rows, `floor` is the score of the best constant; the name and score of the strong
+    floor follow it.
+    """
     history, args = run.history, run.args
     row, constant = history[-1], best_constant(run.floors)
+    simple_model, strong = strong_floor(run.floors)
     parts = [f"epoch {row['epoch']:3d}/{args.epochs}"]
     if row["epoch"]:
         parts += [f"lr {row['lr_end']:.2e}", f"train {row['train_loss']:.4f}"]
@@ -106,6 +119,8 @@ def epoch_line(run):
             if "train_eval" in row:
                 parts.append(f"train {name} {row['train_eval'][name]:.4f}")
             parts.append(f"floor {constant[name]:.4f}")
+            if name in strong:
+                parts.append(f"{simple_model} {strong[name]:.4f}")
     if not row["epoch"]:
         return " | ".join(parts + ["untrained"])
     parts += [f"grad {row['grad_norm']:6.2f}", f"{row['rows_per_s']:5.0f} rows/s"]

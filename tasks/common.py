@@ -191,7 +191,8 @@ class Splits:
 
     facts: plain values measured on training rows (class weights, label scale), kept in every
     checkpoint. `data` and `split` are checksums. `seen` and `held_out` are the cases of the
-    training rows and of the others: a pretrained encoder must not have seen the latter.
+    training rows and of the others: a pretrained encoder must not have seen the latter. `strong`
+    is the simple model that stands beside the network, fitted on training rows.
     """
 
     train: object
@@ -235,7 +236,10 @@ class Task:
     # {column: number} in place of the number is a row of a table, such as a score of every class
     scores: Callable
     # (split, args, facts) -> {name: scores}: constants, simple models, ceilings; the name of a
-    # constant begins with `constant`, and one of them has every score of --monitor
+    # constant begins with `constant`, and one of them has every score of --monitor. The strongest
+    # simple model, chosen here and not by its score, is named `strong: ...`: its value is outputs,
+    # as `scores` takes them, so that it is scored as the network is, row by row. What it learnt
+    # from training rows is in facts["strong"]; without that there is no such entry
     floors: Callable
     # (batches, split, out, args, facts) -> rows written to out; batches: (batch, outputs) pairs
     predictions: Callable

@@ -355,6 +355,7 @@ def load(path, args):
     balanced = args.loss == "focal" or args.sampler == "stratified"
     training_weight = 1.0 if balanced else losses.auto_pos_weight(labels[parts["training"]])
     facts["pos_weight"] = args.pos_weight or training_weight
+    facts["strong"] = fit_hog(images, labels, parts["training"])
 
     augment = {name: getattr(args, name) for name in AUGMENTATIONS}
     splits = []
@@ -364,6 +365,23 @@ def load(path, args):
         splits.append(split if len(rows) else None)
     notes = [data_note(path, labels), split_note(groups, parts)]
     return Splits(*splits, facts, notes)
+
+
+def fit_hog(images, labels, rows):
+    """Logistic regression on hog_features of these rows.
+
+    The penalty is the number of columns: before any data is seen each logit then has an sd of 1,
+    so that P(open) is mostly between 0.1 and 0.9.
+    """
+    x = hog_of(images, rows)
+    return losses.logistic_fit(x, labels[rows], penalty=float(x.shape[1]))
+
+
+def hog_of(images, rows, chunk=512):
+    """hog_features of some rows, float32 (m, 468)."""
+    parts = [images.index_select(0, torch.from_numpy(rows[start : start + chunk]))
+             for start in range(0, len(rows), chunk)]
+    return torch.cat([data.hog_features(part) for part in parts])
 
 
 def rows(path, args, facts, need_labels):
@@ -436,15 +454,22 @@ def scores(outputs, split, args, facts):
 
 
 def floors(split, args, facts):
-    """The best constants on these rows: always open for F1, the majority for accuracy."""
+    """The best constants on these rows, and logistic regression on gradient histograms.
+
+    The constants: always open for F1, the majority for accuracy.
+    """
     targets = torch.from_numpy(split.labels).float()
     constant = losses.binary_floor(split.labels)
     constant["loss"] = math.inf
     for logit in np.linspace(-6, 6, 241):
         value = criterion(torch.full_like(targets, logit), targets, args, facts)
         constant["loss"] = min(constant["loss"], float(value))
-    ceiling = {name: 0.0 if name == "loss" else 1.0 for name in constant}
-    return {"constant": constant, "ceiling": ceiling}
+    rows = {"constant": constant}
+    if "strong" in facts:
+        logits = losses.linear_scores(facts["strong"], hog_of(split.images, split.rows))
+        rows["strong: logistic on HOG"] = {"logits": torch.from_numpy(logits).float()}
+    rows["ceiling"] = {name: 0.0 if name == "loss" else 1.0 for name in constant}
+    return rows
 
 
 def predictions(batches, split, out, args, facts):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import zlib
 from unittest import mock
 
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png,
-    map_npy, resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
+    LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png, hog_features, map_npy,
+    resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
     write_npy)
 from tasks import faceparse
 from tasks import ocec
@@ -481,3 +482,54 @@ def test_data_bucketed_batches_are_padded_less_in_an_order_that_tells_nothing_of
     assert same != in_order  # ties stay shuffled
     batches = {frozenset(rows.tolist()) for rows in [*plans[0], *plans[1]]}
     assert len(batches) == 2 * len(plan)  # a row meets others in the next epoch
+
+
+def slow_hog(grey, cells):
+    """hog_features of one square float64 image (side, side) in 0..1, pixel by pixel."""
+    side, features = len(grey), []
+    for cell in cells:
+        count = side // cell
+        histograms = np.zeros((count, count, 9))
+        for y in range(side):
+            for x in range(side):
+                dx = grey[y, min(x + 1, side - 1)] - grey[y, max(x - 1, 0)]
+                dy = grey[min(y + 1, side - 1), x] - grey[max(y - 1, 0), x]
+                place = math.degrees(math.atan2(dy, dx)) % 360 / 40
+                left, share = int(place), place - int(place)
+                length = math.hypot(dx, dy)
+                histograms[y // cell, x // cell, left % 9] += (1 - share) * length
+                histograms[y // cell, x // cell, (left + 1) % 9] += share * length
+        for y in range(count - 1):
+            for x in range(count - 1):
+                # bins first, then the 2 x 2 cells
+                block = histograms[y : y + 2, x : x + 2].transpose(2, 0, 1).ravel()
+                block = block / math.sqrt(0.01 + sum(value**2 for value in block))
+                block = np.minimum(block, 0.2)
+                features.append(block / math.sqrt(0.01 + sum(value**2 for value in block)))
+    return features
+
+
+def test_data_hog_equals_a_loop_over_the_pixels():
+    images = random_images(4, 3, 48, 48)
+    images[0, :, :, :20] = 90  # flat, with one edge
+    got = hog_features(images)
+    assert got.shape == (4, 468) and got.dtype == torch.float32
+    for image, row in zip(images.double().mean(1).numpy() / 255, got):
+        assert near(row, np.concatenate(slow_hog(image, (12, 16))), 1e-5)
+    small = random_images(2, 1, 20, 30)
+    square = F.interpolate(small.float(), size=(24, 24), mode="bilinear", antialias=True)
+    got = hog_features(small, side=24, cells=(6,))
+    for image, row in zip(square[:, 0].double().numpy() / 255, got):
+        assert near(row, np.concatenate(slow_hog(image, (6,))), 1e-5)
+
+
+def test_data_hog_ignores_contrast_and_level_and_is_zero_where_nothing_is():
+    images = random_images(3, 1, 48, 48).float()
+    assert near(hog_features(images / 2 + 60), hog_features(images), 1e-4)
+    assert near(hog_features(images[:, :1].expand(-1, 3, -1, -1)),
+                hog_features(images), 1e-5)
+    flat = torch.full((1, 3, 32, 64), 77, dtype=torch.uint8)
+    assert hog_features(flat).abs().max() < 1e-3
+    for side, cells in ((48, (10,)), (48, (48,))):
+        refuses(hog_features, f"cells of {cells[0]} pixels must divide 48", images, side=side,
+                cells=cells)

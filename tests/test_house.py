@@ -197,6 +197,10 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "knn_accuracy": "knn_accuracy([[1, 0], [0, 1]], [7, 9], [[3, 1]], [7], k=1) == 1",
     "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
     "ridge_predict": "ridge_predict([[0], [1], [9]], [3, 3, 5], [[0], [9]]).tolist() == [3, 5]",
+    "ridge_fit": "ridge_fit([[0], [2]], [0, 2], penalty=2)['weights'] == [0.5]",
+    "linear_scores": "linear_scores({'mean': [1], 'sd': [2], 'weights': [3], 'intercept': 4}, "
+                     "[[5]]) == 10",
+    "logistic_fit": "round(logistic_fit([[0], [1]], [0, 1])['weights'][0], 3) == 0.675",
     "kl_to_standard_normal": "kl_to_standard_normal(ones(3), zeros(3)) == 1.5",
     "set_costs": "set_costs(tensor([[[1.0, 0]]]), tensor([[[2.0, 0]]])).item() == 4",
     "chamfer": "chamfer(tensor([[[1.0, 0]]]), tensor([[[2.0, 0]]]), "
@@ -247,6 +251,7 @@ USES = {  # a true expression for every name in README's table and more; see NAM
                     "== (2, 4, 4, 6)",
     "LabelScaler": "LabelScaler().fit([10, 20]).transform(20) == 1",
     "short_digest": "short_digest([1, 'a']) != short_digest(['1a'])",
+    "hog_features": "hog_features(zeros(2, 3, 24, 40)).shape == (2, 468)",
     "sampler_report": "sampler_report([[0, 1], [1, 1]], [5, 6])['single_class'] == 1",
     "channel_statistics": "channel_statistics(np.array([[1.0], [5.0]]), [0, 1])[1].tolist() == [2]",
     "bucketed_batches": "len(bucketed_batches([3, 1, 2, 9, 5], 2, seed=0, epoch=0)) == 3",

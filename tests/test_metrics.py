@@ -1,5 +1,6 @@
 """Tests of metrics."""
 
+import json
 import math
 import tracemalloc
 import warnings
@@ -13,8 +14,8 @@ from numpy.testing import assert_allclose
 from losses import (
     auroc, auto_pos_weight, average_precision, binary_floor, binary_report, bootstrap_interval,
     bootstrap_ranking, class_report, confusion_matrix, f_score_per_image, f_score_pooled,
-    knn_accuracy, knn_predict, logistic_predict, mean_cosine, mean_iou, median_frequency_weights,
-    ranking_interval, regression_report, ridge_predict)
+    knn_accuracy, knn_predict, linear_scores, logistic_predict, mean_cosine, mean_iou,
+    median_frequency_weights, ranking_interval, regression_report, ridge_fit, ridge_predict)
 from tests.helpers import near, refuses, warned
 
 
@@ -515,6 +516,31 @@ def test_losses_ridge_forgets_units_and_constant_columns_and_uses_training_stati
     assert got.tolist() == [3, 5]  # the number in the docstring
 
 
+def test_losses_ridge_fit_of_real_targets_equals_least_squares_and_scores_equal_a_loop():
+    for seed, (penalty, targets) in enumerate(product((0.01, 1.0, 100.0), (1, 3))):
+        x, _, new = ridge_case(seed, 3)
+        x[:, 2] = 7  # a constant column has weight 0
+        y = 50 + 20 * np.random.default_rng(seed).normal(size=(40, targets)) + x[:, :1] * 5
+        fit = ridge_fit(torch.tensor(x), y if targets > 1 else y[:, 0], penalty=penalty)
+        assert json.loads(json.dumps(fit)) == fit  # a plain content, for a checkpoint
+        got = linear_scores(fit, new).reshape(200, targets)
+        varies = [0, 1, 3, 4, 5]
+        mean, sd = x[:, varies].mean(0), x[:, varies].std(0)
+        penalty_rows = [math.sqrt(penalty) * np.eye(5), np.zeros((5, 1))]
+        rows = np.block([[(x[:, varies] - mean) / sd, np.ones((40, 1))], penalty_rows])
+        for k in range(targets):
+            w = np.linalg.lstsq(rows, np.append(y[:, k], np.zeros(5)), rcond=None)[0]
+            for i in range(200):
+                want = w[5]
+                for j, column in enumerate(varies):
+                    want += w[j] * (new[i, column] - mean[j]) / sd[j]
+                assert math.isclose(got[i, k], want, rel_tol=1e-8), (seed, i, k)
+    fit = ridge_fit([[0], [2]], [0, 2], penalty=2)
+    assert fit["weights"] == [0.5] and fit["intercept"] == 1  # the numbers in the docstring
+    refuses(ridge_fit, "targets (2,)", np.eye(3), [1, 2])
+    refuses(ridge_fit, "targets (3,)", np.eye(3), [1, 2, math.nan])
+
+
 def logistic_case(seed, n=80, d=6):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, d) + rng.normal(size=d)
@@ -617,8 +643,8 @@ def test_losses_logistic_refuses_what_it_cannot_fit():
         refuses(fit, f"got {sum(labels)} ones among 3 rows; split the rows so", x, labels, x)
     refuses(fit, "got 0 ones among 0 rows", np.zeros((0, 3)), [], x)
     refuses(fit, "labels must be 0 or 1, got [0 2]", x, [0, 2, 2], x)
-    refuses(fit, "train_x (3, 3), 2 labels, x (3, 3)", x, [0, 1], x)
-    refuses(fit, "train_x (3, 3), 3 labels, x (2, 4)", x, y, np.ones((2, 4)))
+    refuses(fit, "train_x (3, 3), 2 labels, penalty", x, [0, 1], x)
+    refuses(fit, "fitted on 3 columns, got x (2, 4)", x, y, np.ones((2, 4)))
     for penalty in (0, -1, math.nan, math.inf):
         refuses(fit, f"penalty={penalty}", x, y, x, penalty=penalty)
     refuses(fit, "1 of 2 rows of x hold NaN", x, y, [[1, 2, math.nan], [1, 2, 3]])

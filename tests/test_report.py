@@ -46,6 +46,33 @@ def test_train_prints_the_constant_beside_every_score():
         assert scores[split]["ceiling"]["f1"] == 1
 
 
+def test_train_strong_floor_is_scored_as_the_network_is_and_kept_for_new_rows():
+    with folder() as f:
+        out = run(f / "a")
+        _, splits = loaded(*TINY, "--data", f / "eyes.npz")
+        best = result_of(f / "a", "best.pt")
+        new = make_npz(f / "new.npz", n=40)
+        again = succeeded("--task", "ocec", "--eval", str(f / "a" / "best.pt"), "--data", str(new))
+        scores = json.loads((f / "a" / "scores.json").read_text())
+    name = "strong: logistic on HOG"
+    assert out.count(f"\n{name} ") == 3 and f"\n{name} " in again
+    parts = (splits.train, splits.test)
+    x = [data.hog_features(split.images[split.rows]) for split in parts]
+    logits = losses.logistic_predict(x[0], splits.train.labels, x[1], penalty=468)
+    report_of = losses.binary_report(logits, splits.test.labels)
+    assert math.isclose(scores["test"][name]["auroc"], report_of["auroc"])
+    assert math.isclose(scores["test"][name]["f1"], report_of["f1"])
+    assert near(best["facts"]["strong"]["weights"], splits.facts["strong"]["weights"], 1e-6)
+    f1 = scores["validation"][name]["f1"]
+    assert out.count(f"| logistic on HOG {f1:.4f} ") == 4  # of four epochs
+
+
+def test_train_resume_accepts_a_strong_floor_whose_last_digits_differ():
+    now = {"data": 1, "strong": {"weights": [0.1]}}
+    assert train.differing(now | {"strong": {"weights": [0.1 + 1e-15]}}, now) == []
+    assert train.differing({"data": 2}, now) == ["data"]
+
+
 def test_train_debug_prints_labels_gradients_and_a_checklist_and_changes_nothing():
     with folder() as f:
         plain = quad_run(f / "a", "--epochs", "3")
