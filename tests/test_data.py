@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png,
-    map_npy, numbered_groups, resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
-    write_npy)
+    LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png, map_npy, numbered_groups,
+    resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches, write_npy)
 from tasks import faceparse
 from tasks import ocec
 from tasks import quadmodal
