@@ -117,17 +117,21 @@ def split_by_group(groups, shares, *, seed):
     in which the middle of its rows falls, so a share is met to within half a group. Without groups
     pass `np.arange(n)`: every row is a group of its own, and leakage cannot be excluded.
 
-    groups  (n,) any sortable values: such as persons, patients or faces
+    Splits do not depend on how groups are stored: groups that all spell integers are sorted as
+    integers, others as strings.
+
+    groups  (n,) such as persons, patients or faces: integers or strings, of whatever type
     shares  one number per split, all >= 0, sum 1; a share of 0 gives an empty split
     returns one sorted int64 index array per share
     Errors: ValueError if the shares do not add up to 1, or if a split with a share gets no group.
-    Needs:  np
+    Needs:  np, numbered_groups
     Check:  split_by_group(np.arange(10), (0.8, 0.2), seed=0) gives 8 and 2 rows
     """
     shares = np.asarray(shares, dtype=np.float64)
     if not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"shares {shares.tolist()} must be at least 0 and add up to 1")
-    _, group_of_row, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    group_of_row = numbered_groups(groups)
+    counts = np.bincount(group_of_row)
     order = np.random.default_rng(seed).permutation(len(counts))
     middle = np.empty(len(counts))
     middle[order] = np.cumsum(counts[order]) - counts[order] / 2
@@ -140,6 +144,22 @@ def split_by_group(groups, shares, *, seed):
                              f"{len(counts)} groups: raise its share, change the seed, or give "
                              "groups that are smaller")
     return splits
+
+
+def numbered_groups(groups):
+    """Groups (n,) as numbers from 0, in the order of integers if all spell one, else of strings.
+
+    Needs: np
+    """
+    groups = np.asarray(groups)
+    if groups.dtype.kind in "iu":
+        return np.unique(groups, return_inverse=True)[1]
+    names, group_of_row = np.unique(groups.astype(str), return_inverse=True)
+    try:
+        order = np.argsort(names.astype(np.int64), kind="stable")
+    except ValueError:
+        return group_of_row
+    return np.argsort(order)[group_of_row]
 
 
 def stratified_batches(labels, batch_size, *, seed, epoch, rank=0, world_size=1, per_class=None):

@@ -36,7 +36,8 @@ import ema
 import models
 import schedulers
 from runtime import (
-    checkpoint, checks, debug, diagnosis, export, looks, page, pretrained, processes, report)
+    checkpoint, checks, debug, diagnosis, export, looks, page, pretrained, processes, report,
+    series)
 from runtime.checkpoint import RUN_FILES
 from runtime.processes import Interrupted, ProcessLost, rank, world_size
 from runtime.settings import (
@@ -582,8 +583,8 @@ def train(run, splits, folder):
             report_best(run, splits, folder, time.perf_counter() - start)
             if run.args.debug:
                 debug.print_verdicts(run, splits)
-            if run.args.fold:
-                stop.check()  # asked to end while this fold was scored: the next must not begin
+            if run.args.out != run.args.home:
+                stop.check()  # asked to end while it was scored: the next fold must not begin
     except ProcessLost as error:
         raise ProcessLost(
             f"{error}; {report.saved(run, folder)}; go on with\n    {again}") from error
@@ -719,46 +720,45 @@ def score_checkpoint(model, run):
     print_scores(name, model, splits[name], run)
 
 
-def fold_settings(args, folder):
-    """The settings of every fold's run, in OUT/fold-1, ..., checked before the first is trained."""
-    flags = TASKS[args.task].flags
-    if args.resume and (folder / "fold-1" / "last.pt").is_file():
-        content = checkpoint.load(folder / "fold-1" / "last.pt", args.task, flags)
-        args = checkpoint.adopt_recipe(args, content)
-    runs = []
-    for fold in range(1, args.folds + 1):
-        out = folder / f"fold-{fold}"
-        resume = args.resume and (fold == 1 or (out / "last.pt").is_file())
-        typed = args.typed | {"variant", *flags} - {"fold"}  # a fold of another recipe is refused
-        runs.append(args.replace(fold=fold, out=str(out), typed=typed, resume=resume))
-    for settings in runs:
-        print(f"checking fold {settings.fold} of {args.folds}", flush=True)
+def check_series(args):
+    """Prepare every run of a series: what the user can cause to fail, fails before the first."""
+    for settings in series.series_settings(args, TASKS[args.task].flags):
+        if series.is_series(settings):
+            check_series(settings)
+            continue
+        print(f"checking {Path(settings.out).name} in {args.out}", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             prepare(settings)
-    return runs
 
 
-def cross_validate(args):
-    """--folds: a run for each fold, then mean and standard deviation of their test scores."""
+def train_series(args, check=True):
+    """The runs of a series, then mean and standard deviation of their scores."""
     folder = Path(args.out)
     with refusals():
-        runs = fold_settings(args, folder)
+        runs = series.series_settings(args, TASKS[args.task].flags)
+        if check:
+            check_series(args)
         if args.overwrite:
-            for stale in [folder / "scores.json", *folder.glob("fold-*/*")]:
+            for stale in [folder / "scores.json", *folder.glob("fold-*/*"),
+                          *folder.glob("seed-*/*"), *folder.glob("seed-*/fold-*/*")]:
                 if stale.name in RUN_FILES:
                     stale.unlink(missing_ok=True)
-    for settings in runs:
-        print(f"\nfold {settings.fold} of {args.folds}")
+        for settings in runs:
+            Path(settings.out).mkdir(parents=True, exist_ok=True)  # they tell --resume the seeds
+    for i, settings in enumerate(runs):
+        kind, number = Path(settings.out).name.split("-")
+        print(f"\n{kind} {number} of {args.seeds or len(runs)}")
         try:
-            code = train_once(settings)
+            several = series.is_series(settings)
+            code = train_series(settings, check=False) if several else train_once(settings)
         except (Refused, KeyboardInterrupt):
-            if (folder / "fold-1" / "last.pt").is_file():
-                print(f"the folds before fold {settings.fold} are finished; go on with\n    "
+            if i and checkpoint.runs_in(Path(runs[0].out)):
+                print(f"the runs before {kind} {number} are finished; go on with\n    "
                       f"{resume_command(args)}", flush=True)
             raise
         if code:
             return code
-    report.write_fold_scores(folder, [Path(settings.out) for settings in runs])
+    series.write_series_scores(folder, [Path(settings.out) for settings in runs])
     return 0
 
 
@@ -797,12 +797,15 @@ def run_command(argv):
     args = args.replace(out=out, home=out)
     with refusals():  # a folder that may not be looked into
         folder = Path(out)
-        begun = (folder / "fold-1" / "last.pt").is_file() and not (folder / "last.pt").is_file()
-    several = begun if args.resume and not args.folds else args.folds and not args.fold
+        begun = args.resume and not (folder / "last.pt").is_file() and checkpoint.runs_in(folder)
+        if begun and not args.seeds:
+            args = args.replace(seeds=checkpoint.seeds_in(folder))
+    several = series.is_series(args) or begun and not args.folds
     if several and world_size() > 1:
-        raise Refused(f"--folds runs in one process, not in {world_size()}: train one fold at a "
-                      "time with --fold, or start it with python in place of torchrun")
-    return cross_validate(args) if several else train_once(args)
+        raise Refused(f"--folds and --seeds run in one process, not in {world_size()}: train one "
+                      "at a time with --fold and --seed, or start it with python in place of "
+                      "torchrun")
+    return train_series(args) if several else train_once(args)
 
 
 def show_warning(message, *_):

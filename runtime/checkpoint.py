@@ -144,15 +144,34 @@ def open_run_folder(args):
             raise ValueError(f"--resume: there is no run in {folder} (no last.pt); leave --resume "
                              "out, or give its --out")
         return folder
-    if (folder / "fold-1").is_dir():  # its files would be taken for those of a single run
+    # the files of a series would be taken for those of a single run, and the other way round
+    if (folder / "fold-1").is_dir():
         raise ValueError(f"{folder} holds the folds of a cross-validation: choose another --out")
+    if seeds_in(folder):
+        raise ValueError(f"{folder} holds the runs of seeds {seeds_in(folder)}: choose another "
+                         "--out")
     parent_holds_run = any((folder.parent / name).exists() for name in ("last.pt", "best.pt"))
-    if args.fold and folder.name == f"fold-{args.fold}" and parent_holds_run:
-        raise ValueError(f"{folder.parent} holds a run without --folds: choose another --out")
+    if folder.name in (f"fold-{args.fold}", f"seed-{args.seed}") and parent_holds_run:
+        raise ValueError(f"{folder.parent} holds a run without --folds or --seeds: choose another "
+                         "--out")
     if any((folder / name).exists() for name in RUN_FILES) and not args.overwrite:
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, "
                          "--overwrite to replace it, or choose another --out")
     return folder
+
+
+def runs_in(folder):
+    """The folders of the runs that were begun in a folder: itself, or its folds and seeds."""
+    found = []
+    for pattern in ("last.pt", "fold-*/last.pt", "seed-*/last.pt", "seed-*/fold-*/last.pt"):
+        found += [path.parent for path in sorted(folder.glob(pattern))]
+    return found
+
+
+def seeds_in(folder):
+    """The seeds that have a folder there, as --seeds takes them."""
+    names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*")]
+    return ",".join(sorted(filter(str.isdigit, names), key=int))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ def read_encoder(args, facts, flags):
                          "best.pt of a run with --mode pretrain")
     path = Path(args.pretrained)
     if path.is_dir():
+        if (path / f"seed-{args.seed}").is_dir():
+            path = path / f"seed-{args.seed}"
         path = path / (f"fold-{args.fold}" if args.fold else "") / "best.pt"
     content = checkpoint.load(path, args.task, flags, needs=("model", "epoch"))
     recipe = content["recipe"]

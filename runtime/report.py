@@ -270,27 +270,3 @@ def print_progress(epoch, share, loss):
     if sys.stdout.isatty():
         bar = "#" * int(30 * share)
         print(f"\repoch {epoch:3d} [{bar:<30}] loss {loss:.4f} ", end="", flush=True)
-
-
-def write_fold_scores(folder, folds):
-    """Print the mean and sd of the folds' test scores, and write them to scores.json."""
-    tests = [json.loads((fold / "scores.json").read_text())["test"] for fold in folds]
-    mean, sd = {}, {}
-    for name in tests[0]:
-        if name == "rows" or not all(name in test for test in tests):
-            continue
-        mean[name], sd[name] = {}, {}
-        for key in plain(tests[0][name]):
-            if not key.endswith(("_low", "_high")):  # a mean of intervals is no interval
-                # None, written for NaN, is NaN again
-                values = np.array([test[name][key] for test in tests], dtype=float)
-                mean[name][key] = float(values.mean())
-                sd[name][key] = float(values.std(ddof=1))
-    count = sum(test["rows"] for test in tests)
-    print(f"\n{len(folds)} folds, {count:,} test rows in all, mean over the folds")
-    print(score_table(mean))
-    print(f"standard deviation over the folds\n{score_table(sd)}")
-    write_json(folder / "scores.json",
-               {"folds": len(folds), "test": {"rows": count} | mean, "test_sd": sd})
-    print(f"\nsaved in {folder}: scores.json, and the folds' own files in fold-1 to "
-          f"fold-{len(folds)}")

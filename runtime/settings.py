@@ -74,6 +74,8 @@ RUN_FLAGS = {
     "predict": ("", "apply a checkpoint to --data and write --out instead of training"),
     "export": ("", "write a checkpoint's network to --out, with all that stands before and behind "
                "it, for torch.export.load"),
+    "seeds": ("", "0,1,2: a run for each --seed, in OUT/seed-0, OUT/seed-1, ..., then mean and sd "
+              "of their scores; with --folds: a cross-validation for each"),
     "resume": (False, "go on from the last finished epoch in --out"),
     "overwrite": (False, "replace the run in --out"),
     "debug": (False, "print labels of the first batches, output, gradients and rate of every "
@@ -142,6 +144,16 @@ def resume_command(args):
     return f"{processes.launcher()} {shlex.join(words)}"
 
 
+def seeds_of(args):
+    """The numbers of --seeds 0,1,2; ValueError if they are not several."""
+    words = args.seeds.split(",")
+    numbers = set(map(int, words)) if all(map(str.isdecimal, words)) else ()
+    if len(words) < 2 or len(numbers) < len(words):
+        raise ValueError(f"--seeds {args.seeds}: give two or more different whole numbers, such as "
+                         "--seeds 0,1,2")
+    return [int(word) for word in words]
+
+
 def check_paths(args, run_files):
     """Refuse to write predictions or a network over their own sources or over files of a run."""
     out = Path(args.out)
@@ -196,7 +208,7 @@ def check_call(args, task, run_files):
                  "predict": {"predict", "data", "cache", "out", "device"},
                  "export": {"export", "out"}}[use] | SCORING_FLAGS
     elif check:
-        unread = {"out", "resume", "overwrite", "split", "debug", *CHECKS} - {check}
+        unread = {"out", "resume", "overwrite", "seeds", "split", "debug", *CHECKS} - {check}
         reads = args.typed - (unread - {"out"} if check == "look" else unread)
     for name in sorted(args.typed - reads):
         raise ValueError(f"{spelled(name)} is not read by this call: leave it out (--eval, "
@@ -218,6 +230,8 @@ def check_call(args, task, run_files):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if args.seeds and seeds_of(args) and "seed" in args.typed:
+        raise ValueError(f"--seed {args.seed} and --seeds {args.seeds}: give one of them")
     several_folds = args.folds != 1 and (args.fold <= args.folds
                                          or args.resume and "folds" not in args.typed)
     if not several_folds:

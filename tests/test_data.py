@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from data import (
     LabelScaler, StratifiedBatchSampler, bucketed_batches, encode_png, hog_features, map_npy,
-    resize_uint8, sampler_report, shuffled_batches, split_by_group, stratified_batches,
-    write_npy)
+    numbered_groups, resize_uint8, sampler_report, shuffled_batches, split_by_group,
+    stratified_batches, write_npy)
 from tasks import faceparse
 from tasks import ocec
 from tasks import quadmodal
@@ -32,6 +32,24 @@ def test_data_split_is_fixed_by_its_seed_and_refuses_what_cannot_be_met():
     assert [len(rows) for rows in whole] == [9, 0, 0]
     refuses(split_by_group, "add up to 1", np.arange(9), (0.8, 0.3), seed=0)
     refuses(split_by_group, "none of the 1 groups", np.zeros(9), (0.5, 0.5), seed=0)
+
+
+def test_data_split_does_not_depend_on_how_groups_are_stored():
+    persons = np.random.default_rng(0).integers(0, 40, 300)
+    wanted = split_by_group(persons, (0.6, 0.2, 0.2), seed=1)
+    for groups in (persons.astype(np.uint8), persons.astype(str), persons.tolist(),
+                   persons.astype(str).astype(object), torch.from_numpy(persons),
+                   [f"{person:03d}" for person in persons]):
+        for got, want in zip(split_by_group(groups, (0.6, 0.2, 0.2), seed=1), wanted):
+            assert np.array_equal(got, want)
+    # not all integers: in the order of the strings
+    named = [f"p{person}" for person in persons]
+    by_name = np.unique(named, return_inverse=True)[1]
+    for got, want in zip(split_by_group(np.array(named, object), (0.6, 0.4), seed=1),
+                         split_by_group(by_name, (0.6, 0.4), seed=1)):
+        assert np.array_equal(got, want)
+    # 1 and 01 are two persons
+    assert len(np.unique(numbered_groups(["1", "01", "2"]))) == 3
 
 
 def test_data_shuffled_batches_hold_every_row_once():

@@ -234,6 +234,9 @@ def test_train_folds_of_different_recipes_are_never_averaged():
         ppg_run(cv / "fold-2", "--folds", "3", "--fold", "2", *data, "--overwrite")
         assert "3 folds, " in succeeded(*resume)
         (cv / "fold-1" / "last.pt").unlink()
+        refused("fold-1 already holds a run", *resume)
+        for fold in (2, 3):
+            (cv / f"fold-{fold}" / "last.pt").unlink()
         refused("there is no run in", *resume)
         ppg_run(f / "single", *data)
         refused("holds a run without --folds", *PPG, "--data", f / "bidmc",
@@ -282,6 +285,57 @@ def test_train_folds_work_for_the_eyes_too():
     with folder() as f:
         out = run(f / "cv", "--folds", "2", "--val-ratio", "0.3", "--epochs", "1")
         assert "2 folds, 60 test rows in all" in out
+
+
+def test_train_seeds_run_each_and_report_mean_and_sd():
+    with folder() as f:
+        out = run(f / "s", "--seeds", "4,2", "--epochs", "1")
+        assert "\nseed 4 of 4,2\n" in out and "2 seeds, 24 test rows in all" in out
+        alone = run(f / "alone", "--seed", "2", "--epochs", "1")
+        scores = [read_scores(f / "s" / f"seed-{seed}")["test"] for seed in (4, 2)]
+        assert scores[1] == read_scores(f / "alone")["test"] and "seed-2" not in alone
+        summary = read_scores(f / "s")
+        values = [score["model"]["auroc"] for score in scores]
+        assert summary["seeds"] == [4, 2] and values[0] != values[1]
+        assert math.isclose(summary["test"]["model"]["auroc"], np.mean(values))
+        assert math.isclose(summary["test_sd"]["model"]["auroc"], np.std(values, ddof=1))
+        # --resume knows the seeds, trains what is missing and writes the summary
+        resume = ["--task", "ocec", "--out", f / "s", "--resume"]
+        before = result_of(f / "s" / "seed-2")["model"]
+        for name in checkpoint.RUN_FILES:
+            (f / "s" / "seed-2" / name).unlink(missing_ok=True)
+        (f / "s" / "scores.json").unlink()
+        succeeded(*resume)
+        assert same_bits(before, result_of(f / "s" / "seed-2")["model"])
+        again = read_scores(f / "s")
+        assert again["seeds"] == [2, 4] and again["test"]["rows"] == summary["test"]["rows"]
+        assert math.isclose(again["test"]["model"]["auroc"], np.mean(values))
+        # seeds can be added
+        succeeded(*resume, "--seeds", "4,2,7")
+        assert read_scores(f / "s")["seeds"] == [4, 2, 7]
+        refused("holds the runs of seeds 2,4,7", *TINY, "--out", f / "s")
+        refused("holds a run without --folds or --seeds", *TINY, "--out", f / "alone",
+                "--seeds", "2,4")
+        refused("--seed 1 and --seeds 0,1", *TINY, "--seed", "1", "--seeds", "0,1")
+        for words in ("3", "0,0", "1,x", "0,"):
+            refused(f"--seeds {words}: give two or more", *TINY, "--seeds", words)
+
+
+def test_train_seeds_and_folds_are_a_cross_validation_for_each_seed():
+    with folder() as f:
+        words = ["--folds", "2", "--seeds", "0,1", "--epochs", "1", "--data", ppg_folder(f)]
+        out = ppg_run(f / "s", *words)
+        assert "checking fold-2 in" in out and "2 folds, " in out and "2 seeds, " in out
+        tests = [read_scores(f / "s" / f"seed-{seed}")["test"] for seed in (0, 1)]
+        summary = read_scores(f / "s")["test"]
+        assert math.isclose(summary["model"]["mae"], np.mean([x["model"]["mae"] for x in tests]))
+        last = f / "s" / "seed-1" / "fold-2" / "last.pt"
+        before = torch.load(last, weights_only=True)["model"]
+        for name in checkpoint.RUN_FILES:
+            (last.parent / name).unlink(missing_ok=True)
+        succeeded("--task", "bidmc_hr", "--out", f / "s", "--resume")
+        assert same_bits(before, torch.load(last, weights_only=True)["model"])
+        assert read_scores(f / "s")["test"] == summary
 
 
 def test_train_a_batch_of_one_row_in_each_process_is_refused_even_where_no_size_would_do():
