@@ -179,7 +179,11 @@ def train_epoch(run, split, epoch, stop):
 def evaluate(model, split, run):
     """The task's scores of a whole split, computed once, from the outputs for all of its rows."""
     with processes.raised_everywhere(), torch.inference_mode():
-        scores = run.task.scores(outputs_of(model, split, run), split, run.args, run.facts)
+        return scored(outputs_of(model, split, run), split, run)
+
+
+def scored(outputs, split, run):
+    scores = run.task.scores(outputs, split, run.args, run.facts)
     if not math.isfinite(scores["loss"]):
         raise NonFinite(f"the loss over {len(split)} rows is {scores['loss']}")
     return scores
@@ -217,13 +221,13 @@ def joined_outputs(model, split, run):
     return {name: finite(values) for name, values in joined.items()}
 
 
-def scored_floors(task, split, args, facts):
+def scored_floors(floors, task, split, args, facts):
     """{name: scores} of the task's floors; the strong one, which is outputs, is scored here."""
-    floors = task.floors(split, args, facts)
+    scores = dict(floors)
     for name, value in floors.items():
         if name.startswith("strong"):
-            floors[name] = task.scores(value, split, args, facts)
-    return floors
+            scores[name] = task.scores(value, split, args, facts)
+    return scores
 
 
 def score_epoch(run, row, splits):
@@ -529,7 +533,8 @@ def prepare_run(args, splits, content):
     task = task_of(args)
     floors = {}
     if splits.validation is not None:
-        floors = scored_floors(task, splits.validation, args, splits.facts)
+        floors = task.floors(splits.validation, args, splits.facts)
+        floors = scored_floors(floors, task, splits.validation, args, splits.facts)
     constant = report.best_constant(floors)
     if floors and args.monitor not in constant:
         raise ValueError(f"--monitor {args.monitor}: the floors of task {args.task} need a "
@@ -624,11 +629,15 @@ def report_best(run, splits, folder, seconds):
     titles = {"validation": "validation, which picked the epoch",
               "test": "test, used for nothing but this"}
     held_out = {name: split for name, split in splits.named().items() if name in titles}
-    for name, split in held_out.items():
-        scores[name] = print_scores(titles[name], model, split, run)
-    report.write_json(folder / "scores.json", scores)
+    for name, split in held_out.items():  # the last is the test split, if there is one
+        scores[name], outputs, floors = print_scores(titles[name], model, split, run)
     if held_out:
-        write_examples(folder, model, list(held_out.values())[-1], run)
+        run.counts["simple"] = diagnosis.beside_simple_model(run, split, name, outputs, floors)
+        scores["beside"] = run.counts["simple"]
+        report.print_beside(scores["beside"])
+        badness, columns = run.task.examples(outputs, split, args, run.facts)
+        page.write_examples(folder, split, badness, columns)
+    report.write_json(folder / "scores.json", scores)
     run.counts["done"] = True
     findings = write_history(run, folder)
     print()
@@ -638,18 +647,17 @@ def report_best(run, splits, folder, seconds):
 
 
 def print_scores(title, model, split, run):
-    """Score a split and print it between the baselines and the ceiling on the same rows."""
-    scores = evaluate(model, split, run)
-    floors = scored_floors(run.task, split, run.args, run.facts)
-    report.print_scores(title, len(split), scores, floors)
-    return {"rows": len(split), "model": scores} | floors
+    """Score a split and print it between the baselines and the ceiling on the same rows.
 
-
-def write_examples(folder, model, split, run):
+    Returns all scores, and the outputs of the network and the floors that they are of.
+    """
     with torch.inference_mode():
         outputs = outputs_of(model, split, run)
-    badness, columns = run.task.examples(outputs, split, run.args, run.facts)
-    page.write_examples(folder, split, badness, columns)
+        scores = scored(outputs, split, run)
+    floors = run.task.floors(split, run.args, run.facts)
+    floor_scores = scored_floors(floors, run.task, split, run.args, run.facts)
+    report.print_scores(title, len(split), scores, floor_scores)
+    return {"rows": len(split), "model": scores} | floor_scores, outputs, floors
 
 
 def apply_checkpoint(args):

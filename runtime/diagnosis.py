@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import data
-from runtime.report import best_constant, gain, highest_rate, plain
+import losses
+from runtime.report import best_constant, gain, highest_rate, plain, strong_floor
 from tasks.common import LOWER_IS_BETTER, count_or_names, plan_batches
 
 # --------------------------------------------------------------------------------------------------
@@ -150,6 +151,42 @@ def count_before(run, splits):
 
 
 # --------------------------------------------------------------------------------------------------
+# Measured at the end
+
+FEW_GROUPS = 8  # below that many an interval by groups means little
+
+
+def beside_simple_model(run, split, part, outputs, floors):
+    """The scores of the network and of the strong floor on the same rows, and their difference.
+
+    floors: the task's, with the outputs of the strong one. None where there is none. A positive
+    difference says that the network is better; its interval is drawn by group.
+    """
+    task, args, key = run.task, run.args, run.task.flags["monitor"].choices[0]
+    name, simple = strong_floor(floors)
+    if not simple or task.headline is None:
+        return None
+    network, model = (task.headline(x, split, args, run.facts) for x in (outputs, simple))
+    groups, rows = getattr(split, "groups", None), np.ones((1, len(split)))
+    groups = np.arange(len(split)) if groups is None else np.asarray(groups)
+    sign = -1 if key in LOWER_IS_BETTER else 1
+    low, high = sorted(sign * end for end in losses.paired_bootstrap(network, model, groups))
+    alone = (np.unique(groups)[:, None] == groups).astype(float) if by_group(groups) else rows
+    worse = sign * (network(alone) - model(alone)) < 0
+    scores = {"floor": best_constant(floors), "ceiling": plain(floors.get("ceiling", {}))}
+    network, model = float(network(rows)[0]), float(model(rows)[0])
+    return {"model": name, "score": key, "part": part, "rows": len(split),
+            "groups": len(np.unique(groups)), "network": network, "simple": model,
+            "difference": sign * (network - model), "low": low, "high": high,
+            "groups_worse": int(worse.sum()),
+            "share": share_gained(scores, key, network) - share_gained(scores, key, model)}
+
+
+def by_group(groups):
+    return len(np.unique(groups)) < FEW_GROUPS
+
+
+# --------------------------------------------------------------------------------------------------
 # Rules
 
 
@@ -262,6 +299,28 @@ def score_at_floor(counts, history):
         if settled(counts, history) and share < 0.02:
             return (f"best {key} of {len(history) - 1} epochs {best[key]:.4f}, a constant has "
                     f"{counts['floor'][key]:.4f}")
+
+
+def beaten_by_simple_model(counts, history):
+    """The interval of the difference is below 0.
+
+    Of few groups: the network lost more than 0.02 of the way from the constant to the ceiling, and
+    in most groups.
+    """
+    simple = counts.get("simple")
+    if simple is None:
+        return None
+    few = simple["groups"] < FEW_GROUPS
+    beaten = simple["high"] < 0
+    if few:
+        beaten = simple["share"] < -0.02 and 2 * simple["groups_worse"] > simple["groups"]
+    if beaten:
+        by = (f"only {simple['groups']} groups, the network loses in {simple['groups_worse']}"
+              if few else f"by {simple['groups']:,} groups")
+        return (f"{simple['score']} {simple['network']:.4f}, {simple['model']} has "
+                f"{simple['simple']:.4f} on the same {simple['rows']:,} {simple['part']} rows; "
+                f"difference {simple['difference']:+.4f} [{simple['low']:+.4f}, "
+                f"{simple['high']:+.4f}], {by}")
 
 
 def lr_too_large(counts, history):
@@ -419,6 +478,8 @@ RULES = {  # worst first: name of the finding -> (rule, remedy)
                       "labels and the rate"),
     "score-at-floor": (score_at_floor, "the network knows no more than a constant does: look at "
                        "labels, inputs and rate before tuning"),
+    "beaten-by-simple-model": (beaten_by_simple_model, "use the simple model, or give the network "
+                               "what it knows: its inputs, its invariances"),
     "ema-not-moving": (ema_not_moving, "update the average after every optimizer step"),
     "ema-horizon-too-long": (ema_horizon_too_long, "lower --ema-decay to 1 - 10 / steps, or let it "
                              "warm up"),

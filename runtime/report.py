@@ -50,6 +50,14 @@ def strong_floor(rows):
     return "", {}
 
 
+def print_beside(beside):
+    """The paired difference of network and strong floor; see diagnosis.beside_simple_model."""
+    if beside:
+        print(f"network against {beside['model']}, {beside['score']}: "
+              f"{beside['difference']:+.4f} [{beside['low']:+.4f}, {beside['high']:+.4f}] over "
+              f"{beside['groups']:,} groups (positive: the network is better)")
+
+
 def plain(scores):
     """The scores that are numbers, without the tables, such as a score of every class."""
     return {key: value for key, value in scores.items() if not isinstance(value, dict)}

@@ -22,8 +22,8 @@ import models
 from tasks import bidmc_data
 from tasks.bidmc_data import PPGSplit
 from tasks.common import (
-    LABELLED, TRAINED, Exported, Flag, Rows, Splits, Task, head_outputs, joined, mode_flags,
-    refuse_folder, shared_flags, show, split_checksum, split_rows)
+    LABELLED, TRAINED, Exported, Flag, Rows, Splits, Task, head_outputs, joined, mean_over,
+    mode_flags, refuse_folder, shared_flags, show, split_checksum, split_rows)
 
 UNITS = {"rr": "breaths per minute", "hr": "beats per minute"}
 
@@ -255,6 +255,11 @@ def scores(outputs, split, args, facts):
     return rate_scores(rates(outputs, facts).numpy(), split, args, facts)
 
 
+def headline(outputs, split, args, facts):
+    """Mean absolute error; see Task."""
+    return mean_over(np.abs(rates(outputs, facts).numpy() - split.labels))
+
+
 def rate_scores(prediction, split, args, facts, rows=slice(None)):
     """Scores of predictions per minute, of network or baseline; the loss is on z-scores."""
     labels, scale = split.labels[rows], scaler_of(facts).transform
@@ -387,7 +392,7 @@ def task(bins):
     return Task(
         flags=flags(bins), variants={"original": ORIGINAL, "A": A, "B": B, "C": C},
         load=load, rows=rows, network=network, loss=loss, outputs=outputs, scores=scores,
-        floors=floors, predictions=predictions, examples=examples, export=export)
+        floors=floors, headline=headline, predictions=predictions, examples=examples, export=export)
 
 
 TASKS = {"bidmc_rr": task(bins=64), "bidmc_hr": task(bins=96)}

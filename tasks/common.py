@@ -245,6 +245,9 @@ class Task:
     predictions: Callable
     # (outputs, split, args, facts) -> how wrong each row is (n,), {column: (n,)}
     examples: Callable
+    # (outputs, split, args, facts) -> the first score of --monitor as a function of how often each
+    # row counts: weights (k, rows) -> (k,); for the paired difference from the strong floor
+    headline: Callable = None
     export: Callable = None  # (model, args, facts) -> Exported; None: the task refuses --export
     reference: bool = False  # scores need outputs["reference"], for the rows of split.reference
 
@@ -270,6 +273,13 @@ class Exported:
 
 class NonFinite(ArithmeticError):
     """The loss, the gradient or an output is no longer a number."""
+
+
+def mean_over(values):
+    """The mean of values (n,) as a function of weights (k, n): how often each counts; NaN never do.
+    """
+    known = ~np.isnan(values)
+    return lambda weights: weights[:, known] @ values[known] / weights[:, known].sum(1)
 
 
 def finite(outputs):

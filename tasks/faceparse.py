@@ -21,8 +21,8 @@ import data
 import losses
 import models
 from tasks.common import (
-    Exported, Flag, NonFinite, Rows, Splits, Task, check_crop, finite, shared_flags, show,
-    split_checksum, split_rows, unit_images)
+    Exported, Flag, NonFinite, Rows, Splits, Task, check_crop, finite, mean_over, shared_flags,
+    show, split_checksum, split_rows, unit_images)
 from tasks.faceparse_data import (
     FACE_CLASSES, FACE_COLOURS, FACE_PAIRS, FaceSplit, list_face_files, read_faces, read_faces_npz,
     resize_ids, sides_reversed, synthetic_faces)
@@ -232,6 +232,11 @@ def scores(outputs, split, args, facts):
     return means | f_scores(outputs["confusion"].numpy())
 
 
+def headline(outputs, split, args, facts):
+    """The official F, a mean over the images; see Task."""
+    return mean_over(losses.f_score_per_image(outputs["confusion"].numpy()))
+
+
 def f_scores(confusions):
     """Scores of one confusion matrix per image (n, 19, 19)."""
     pooled, per_image = confusions.sum(0), losses.f_score_per_image(confusions)
@@ -377,4 +382,4 @@ TASK = Task(
         "lr1e-3": ORIGINAL | dict(lr=1e-3, warmup_epochs=10.0, warmup_start_lr=1e-4),
         "combined": COMBINED},
     load=load, rows=rows, network=network, loss=loss, outputs=outputs, scores=scores, floors=floors,
-    predictions=predictions, examples=examples, export=export)
+    headline=headline, predictions=predictions, examples=examples, export=export)

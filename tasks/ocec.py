@@ -453,6 +453,13 @@ def scores(outputs, split, args, facts):
     return {"loss": float(value)} | {name: report[name] for name in names}
 
 
+def headline(outputs, split, args, facts):
+    """F1 of open eyes; see Task."""
+    called_open, is_open = outputs["logits"].numpy() >= 0, split.labels == 1
+    found, wrong = called_open & is_open, called_open != is_open
+    return lambda weights: 2 * (weights @ found) / (2 * (weights @ found) + weights @ wrong)
+
+
 def floors(split, args, facts):
     """The best constants on these rows, and logistic regression on gradient histograms.
 
@@ -563,4 +570,4 @@ TASK = Task(
     variants={"current": CURRENT, "conservative": CONSERVATIVE, "balanced": BALANCED,
               "aggressive": AGGRESSIVE},
     load=load, rows=rows, network=network, loss=loss, outputs=outputs, scores=scores, floors=floors,
-    predictions=predictions, examples=examples, export=export)
+    headline=headline, predictions=predictions, examples=examples, export=export)

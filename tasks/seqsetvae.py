@@ -174,6 +174,12 @@ def scores(outputs, split, args, facts):
     return logit_scores(outputs["logits"].numpy(), split, args, facts)
 
 
+def headline(outputs, split, args, facts):
+    """AUROC; see Task."""
+    logits = outputs["logits"].numpy()
+    return lambda weights: losses.weighted_ranking(logits, split.labels, weights)["auroc"]
+
+
 def logit_scores(logits, split, args, facts):
     """For logits of the network or of a baseline, with 95 % bootstrap intervals over the stays."""
     report = losses.binary_report(logits, split.labels)
@@ -292,4 +298,4 @@ PRETRAIN = dict(mode="pretrain", epochs=10, lr=2e-3, weight_decay=0.05, beta=0.0
 TASK = Task(
     flags=FLAGS, variants={"pretrain": PRETRAIN, "before": BEFORE, "after": AFTER},
     load=load, rows=rows, network=network, loss=loss, outputs=outputs, scores=scores, floors=floors,
-    predictions=predictions, examples=examples)
+    headline=headline, predictions=predictions, examples=examples)

@@ -206,6 +206,8 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "chamfer": "chamfer(tensor([[[1.0, 0]]]), tensor([[[2.0, 0]]]), "
                "y_mask=ones(1, 1).bool()).tolist() == [8]",
     "logistic_predict": "logistic_predict([[0], [1], [2], [9]], [0, 0, 0, 1], [[4.5]]) < 0",
+    "weighted_ranking": "weighted_ranking([2.0, 1.0], [1, 0], [[3, 1]])['auroc'] == 1",
+    "paired_bootstrap": "paired_bootstrap(lambda w: w[:, 0], lambda w: w[:, 0], [1, 1]) == (0, 0)",
     "bootstrap_ranking": "np.nanmin(bootstrap_ranking([2.0, 1.0], [1, 0])['auroc']) == 1",
     "ranking_interval": "ranking_interval([2.0, 1.0], [1, 0], versus=[2, 1])['auprc_high'] == 0",
     "auroc": "auroc([2.0, 1.0], [1, 0]) == 1",

@@ -1,5 +1,6 @@
 """Tests of report."""
 
+import collections
 import contextlib
 import copy
 import csv
@@ -22,7 +23,8 @@ import losses
 import models
 import train
 from runtime import debug, diagnosis, page, report
-from tasks import bidmc, bidmc_data, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain
+from tasks import (
+    bidmc, bidmc_data, common, faceparse, ocec, quadmodal, seqsetvae, seqsetvae_pretrain)
 from tests.helpers import (
     call, FACEPARSE, faces_npz, faces_run, folder, loaded, make_npz, MODAL, near, NEVER,
     png_content, PPG, ppg_folder, ppg_run, prepared, quad_npz, quad_run, random_images,
@@ -192,6 +194,14 @@ def test_train_diagnosis_is_silent_on_a_healthy_run_of_any_length():
     assert diagnosis.diagnose(counts, no_validation) == []
 
 
+def beside(**changes):
+    """Counts of a network that loses, but whose interval with few groups says little."""
+    return {"simple": {
+        "model": "ridge", "score": "f1", "part": "test", "rows": 90, "groups": 5, "network": 0.7,
+        "simple": 0.8, "difference": -0.1, "low": -0.2, "high": -0.01, "groups_worse": 3,
+        "share": -0.03} | changes}
+
+
 def runs_with_and_without():
     """{finding: (findings_of arguments with it, those of nearly the same run without it)}"""
     still, stuck = {"weight_change": 0.0}, scored(0.9, 0.3, 0.694)
@@ -229,7 +239,8 @@ def runs_with_and_without():
         "single-class-batches": (sampler(3, by_chance=1.4), sampler(3, by_chance=1.6)),
         "label-quantised": ({"labels": {"values": 5, "step": 6.0, "spread": 2.5}},
                             {"labels": {"values": 30, "step": 1.0, "spread": 2.5}}),
-        "imbalance": (sampler(0, 0.91, 9.0), sampler(0, 0.89, 9.0))}
+        "imbalance": (sampler(0, 0.91, 9.0), sampler(0, 0.89, 9.0)),
+        "beaten-by-simple-model": (beside(groups=8, high=-0.001), beside(groups=8, high=0.001))}
     cases = {  # and for both
         "schedule-outlasts-run": (({"planned_epochs": 5}, rates), ({}, rates)),
         "plateau-too-eager": (({"epochs": 9}, [{}, cut] + [{}] * 7),
@@ -261,6 +272,67 @@ def test_train_diagnosis_finds_each_fault_from_counts_and_log_and_not_just_besid
         scores = {"loss": 0.5, "mae": mae}
         row = {"raw": scores, "ema": scores, "train_loss": 0.5, "score": mae}
         assert findings_of(below, [row] * 3, {"raw": start, "ema": start}) == expected
+
+
+def test_train_diagnosis_judges_few_groups_by_their_majority_and_by_the_way_to_the_ceiling():
+    for changes, found in (({}, True), ({"high": 0.1}, True), ({"share": -0.02}, False),
+                           ({"groups_worse": 2}, False), ({"groups": 6}, False),
+                           ({"groups": 8}, True), ({"groups": 8, "high": math.nan}, False)):
+        names = findings_of(beside(**changes))
+        assert ("beaten-by-simple-model" in names) == found, changes
+    evidence = diagnosis.beaten_by_simple_model(beside(), [])
+    for part in ("f1 0.7000, ridge has 0.8000 on the same 90 test rows", "-0.1000 [-0.2000, "
+                 "-0.0100]", "only 5 groups, the network loses in 3"):
+        assert part in evidence, evidence
+
+
+def test_train_compares_network_and_strong_floor_on_the_same_rows_by_group():
+    with folder() as f:
+        out = run(f / "a", "--epochs", "1")
+        run_, splits = loaded(*TINY, "--data", f / "eyes.npz")
+        scores = json.loads((f / "a" / "scores.json").read_text())
+    simple, test = scores["beside"], scores["test"]
+    name = "strong: logistic on HOG"
+    assert simple["network"] == test["model"]["f1"] and simple["simple"] == test[name]["f1"]
+    assert simple["rows"] == test["rows"] == len(splits.test) and simple["part"] == "test"
+    difference = test["model"]["f1"] - test[name]["f1"]
+    assert math.isclose(simple["difference"], difference)
+    assert math.isclose(simple["share"], difference / (1 - test["constant"]["f1"]))
+    assert f"network against logistic on HOG, f1: {difference:+.4f} [" in out
+    # for an error, lower is better
+    split = collections.UserList("abcd")
+    split.groups = np.array([1, 1, 2, 3])
+    error = {"network": np.array([2.0, 2, 2, 1]), "simple": np.array([1.0, 1, 1, 2])}
+    task = types.SimpleNamespace(
+        flags={"monitor": types.SimpleNamespace(choices=("mae",))},
+        headline=lambda outputs, *_: common.mean_over(error[outputs]))
+    state = types.SimpleNamespace(task=task, args=None, facts=None)
+    floors = {"constant": {"mae": 4.0}, "strong: ridge": "simple"}
+    got = diagnosis.beside_simple_model(state, split, "test", "network", floors)
+    assert got["groups"] == 3 and got["groups_worse"] == 2 and got["difference"] == -0.5
+    assert got["share"] == -0.125 and got["low"] <= -0.5 <= got["high"]
+    assert diagnosis.beside_simple_model(state, split, "test", "network", {}) is None
+
+
+def test_train_headlines_are_the_scores_that_tasks_report():
+    with folder() as f:
+        sets = ((TINY, make_npz(f / "eyes.npz")), (PPG, ppg_folder(f)),
+                (MODAL, quad_npz(f / "q.npz")), (FACEPARSE, faces_npz(f / "f.npz")),
+                (STAYS, stays_folder(f)))
+        for words, path in sets:
+            args, splits = loaded(*words, "--data", path)
+            task, split = train.task_of(args), splits.train
+            torch.manual_seed(0)
+            model = task.network(args, splits.facts)
+            state = types.SimpleNamespace(task=task, args=args, facts=splits.facts)
+            with torch.inference_mode():
+                outputs = train.outputs_of(model, split, state)
+                scores = task.scores(outputs, split, args, splits.facts)
+            weighted = task.headline(outputs, split, args, splits.facts)
+            [once] = weighted(np.ones((1, len(split))))
+            twice = weighted(np.full((3, len(split)), 2.0))
+            want = scores[task.flags["monitor"].choices[0]]
+            assert near([once], [want], 1e-6) and near(twice, [want] * 3, 1e-6), args.task
 
 
 def test_train_diagnosis_counts_groups_and_equal_rows_on_two_sides_of_a_split():
