@@ -8,8 +8,8 @@ Every time is that of forward and backward. Each contestant has a process of its
 median of three passes after one; they take turns, three rounds; a ratio is taken within a round.
 All have the same allocator: glibc's default, or tuned by processes.tune_allocator as in train.py.
 Memory: peak minus the peak before the loss, over the size of the logits; their gradient (1.0) is
-part of it. The losses must agree. Pytorch-UNet's Dice pools images and classes, which hardly changes
-it on these targets, where all classes are equally frequent.
+part of it. The losses must agree. Pytorch-UNet's Dice pools images and classes, which hardly
+changes it on these targets, where all classes are equally frequent.
 
 Last result, torch 2.13.0+cpu, MONAI 1.6.1, 2 cores of an AMD EPYC with AVX2, 1 thread, load 0.5 at
 the start and 1 to 2 later:
