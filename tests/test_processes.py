@@ -346,7 +346,7 @@ def test_train_two_processes_refuse_what_one_of_them_refuses_and_say_so_once():
             "--batch-size 17 counts the rows of all 2 processes, which take equal shares of it: "
             "give --batch-size 18",
             "--find-lr runs in one process, not in 2",
-            "--folds runs in one process, not in 2: train one fold at a time",
+            "--folds and --seeds run in one process, not in 2: train one at a time",
             "--device cuda:1 is one for 2 processes: give --device cuda",
             "--batch-size 2 leaves a batch of 1 of the 42 training rows to each process",
             "absent.npz"):
