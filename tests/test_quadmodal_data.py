@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import data
-from tasks.quadmodal import ModalSplit, read_modalities, synthetic_modalities
+from tasks.quadmodal_data import ModalSplit, read_modalities, synthetic_modalities
 from tests.helpers import (
     channels_last, folder, is_mapped, near, quad_npz, raises, ridge_accuracy, same_bits, seeded,
     warned)
