@@ -20,7 +20,12 @@ from tasks.common import (
     Exported, Flag, Rows, Splits, Task, finite, joined, plan_batches, refuse_folder, shared_flags,
     show, split_checksum, split_note, split_rows)
 from tasks.quadmodal_data import (
-    ModalSplit, broadcast_channels, read_modalities, synthetic_modalities)
+    ModalSplit, broadcast_channels, read_modalities, spectral_features, synthetic_modalities)
+
+# Of the simple models on standardised features. A lone column of n rows has its weight multiplied
+# by n / (n + 10): with thousands of rows nothing is lost, but columns that are nearly copies of
+# each other cannot take large opposite weights.
+PENALTY = 10.0
 
 
 def load(path, args):
@@ -214,7 +219,12 @@ def label_scores(predicted, split, facts):
 
 
 def scores(outputs, split, args, facts):
-    """k-NN and a linear probe on embedded training rows; SupCon in stratified batches."""
+    """k-NN and a linear probe on embedded training rows; SupCon in stratified batches.
+
+    Of a simple model, whose outputs are predicted classes, the scores of these alone.
+    """
+    if "classes" in outputs:
+        return label_scores(outputs["classes"].numpy(), split, facts)
     z, reference = outputs["embedding"], outputs["reference"]["embedding"]
     known = split.reference.labels
     nearest = losses.knn_predict(reference, known, z, k=args.neighbours)
@@ -245,8 +255,18 @@ def channel_features(split):
     return {name: torch.cat(chunks).double().numpy() for name, chunks in parts.items()}
 
 
+def standardised(train, x, limit=6):
+    """Columns of both by mean and sd of training rows, at most 6 sd away; NaN becomes the mean."""
+    known = ~np.isnan(train)
+    count = known.sum(0).clip(min=1)
+    mean = np.where(known, train, 0).sum(0) / count
+    sd = np.sqrt(np.where(known, np.square(train - mean), 0).sum(0) / count)
+    sd = np.where(sd > 1e-9 * np.abs(mean), sd, 1)  # of equal numbers, rounding makes an sd
+    return [np.nan_to_num((part - mean) / sd).clip(-limit, limit) for part in (train, x)]
+
+
 def floors(split, args, facts):
-    """The majority class, ridge regressions on channel_features, and the bounds of the loss."""
+    """The majority class, simple models on channel and spectral features, bounds of the loss."""
     train = split.reference
     bounds = []
     for rows in scored_batches(split.labels, args):
@@ -261,6 +281,15 @@ def floors(split, args, facts):
     for name in fitted:
         predicted = losses.ridge_predict(fitted[name], train.labels, scored[name])
         rows[f"ridge {name}"] = label_scores(predicted, split, facts)
+    fitted, scored = standardised(
+        np.concatenate([fitted["all"], spectral_features(train)], axis=1),
+        np.concatenate([scored["all"], spectral_features(split)], axis=1))
+    predicted = losses.ridge_predict(fitted, train.labels, scored, penalty=PENALTY)
+    rows["strong: ridge on spectra"] = {"classes": torch.from_numpy(predicted)}
+    lda = losses.lda_fit(fitted, train.labels, penalty=PENALTY)
+    nearest = losses.knn_predict(losses.linear_scores(lda, fitted), train.labels,
+                                 losses.linear_scores(lda, scored), k=args.neighbours)
+    rows[f"{args.neighbours}-NN after LDA"] = label_scores(nearest, split, facts)
     rows["ceiling"] = {"loss": float(lower), **label_scores(split.labels, split, facts)}
     return rows
 

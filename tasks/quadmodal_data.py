@@ -246,6 +246,14 @@ class ModalSplit:
             x = (x - mean) / sd
         return x.float()
 
+    def without_absent(self, features, index, *names):
+        """Features (b, D) of rows of the whole set as float64, NaN where one of names is absent."""
+        features = features.cpu().double().numpy()
+        for name in names:
+            if name in self.present:
+                features[~self.present[name][index]] = np.nan
+        return features
+
     def augmented(self, inputs, generator):
         """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
         b = max(map(len, inputs.values()), default=0)
@@ -263,6 +271,72 @@ class ModalSplit:
                 x = x + self.noise * torch.randn(x.shape, generator=generator).to(self.device)
             changed[name] = x
         return changed
+
+
+def band_energies(x, bands=9):
+    """Log energy of signals in bands, free of phase and offset.
+
+        energy(k) = |sum_t hann(t) (x(t) - mean x) exp(-2 pi i k t / T)|^2 / sum hann^2
+        log(mean energy of the k of a band + 1e-6)
+
+    k counts cycles in T steps. Edges are geometric from 1 to T / 2, as no sampling rate is known:
+    of 128 steps 1, 2, 3, 4, 6, 10, 16, 26, 41, 65. A short signal has fewer bands, a single step
+    has none.
+
+    x        float tensor (n, T, C)
+    returns  (n, bands * C)
+    Check:   a sine of 8 cycles in 128 steps is largest in the fifth band
+    """
+    steps = x.shape[1]
+    edges = np.unique(np.geomspace(1, steps // 2 + 1, bands + 1).round().astype(int))
+    hann = torch.hann_window(steps, periodic=False, dtype=x.dtype, device=x.device)
+    spectrum = torch.fft.rfft((x - x.mean(1, keepdim=True)) * hann[:, None], dim=1)
+    energy = spectrum.abs().square() / hann.square().sum().clamp(min=1e-6)
+    parts = [energy[:, low:high].mean(1) for low, high in zip(edges, edges[1:])]
+    if not parts:
+        return x.new_zeros(len(x), 0)
+    return (torch.stack(parts, 1) + 1e-6).log().flatten(1)
+
+
+def gravity_frame(x, gravity):
+    """A vector over time as it is seen from the ground, however the phone lies in the pocket.
+
+        g = gravity / |gravity|        along = x . g        across = |x - (x . g) g|        |x|
+
+    x, gravity  float tensors (n, T, 3) in the frame of the phone; g is 0 where gravity is
+    returns     (n, T, 3): along, across, length
+    Check:      turning both vectors by the same rotation changes nothing
+    """
+    length = gravity.norm(dim=2, keepdim=True)
+    g = gravity / torch.where(length > 0, length, 1)
+    along = (x * g).sum(2, keepdim=True)
+    across = (x - along * g).norm(dim=2, keepdim=True)
+    return torch.cat([along, across, x.norm(dim=2, keepdim=True)], 2)
+
+
+def spectral_features(split):
+    """band_energies of every sequence of a ModalSplit, float64 (n, D); NaN where a row lacks it.
+
+    Where the sequences `gravity` and `acceleration` or `rotation` are there, of equal length and
+    with three channels, those of the latter in the gravity_frame follow.
+    """
+    shapes = {name: array.shape[1:] for name, array in split.arrays.items() if array.ndim == 3}
+    turned = []
+    for name in ("acceleration", "rotation"):
+        if shapes.get(name) == shapes.get("gravity") and shapes.get(name, ())[1:] == (3,):
+            turned.append(name)
+    parts = []
+    for start in range(0, len(split), split.chunk):
+        rows = split.rows[start : start + split.chunk]
+        columns = [split.without_absent(band_energies(split.scaled(name, rows)), rows, name)
+                   for name in shapes]
+        for name in turned:  # as recorded: scaled channels would be another vector
+            x, gravity = (torch.from_numpy(split.arrays[key][rows].astype(np.float32))
+                          for key in (name, "gravity"))
+            energies = band_energies(gravity_frame(x, gravity))
+            columns.append(split.without_absent(energies, rows, name, "gravity"))
+        parts.append(np.concatenate([np.empty((len(rows), 0)), *columns], axis=1))
+    return np.concatenate(parts)
 
 
 def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):

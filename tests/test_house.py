@@ -198,6 +198,7 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
     "ridge_predict": "ridge_predict([[0], [1], [9]], [3, 3, 5], [[0], [9]]).tolist() == [3, 5]",
     "ridge_fit": "ridge_fit([[0], [2]], [0, 2], penalty=2)['weights'] == [0.5]",
+    "lda_fit": "len(lda_fit([[0], [1], [9]], [3, 3, 5])['weights']) == 1",
     "linear_scores": "linear_scores({'mean': [1], 'sd': [2], 'weights': [3], 'intercept': 4}, "
                      "[[5]]) == 10",
     "logistic_fit": "round(logistic_fit([[0], [1]], [0, 1])['weights'][0], 3) == 0.675",
