@@ -156,6 +156,8 @@ def load(path, args):
         scaler = fit_scaler(labels[rows["train"]])
         facts["scaler"] = scaler.state_dict()
         facts["median"] = float(np.median(labels[rows["train"]]))
+        if rate == "rr":
+            facts["strong"] = fit_spectra(windows, rows["train"], args)
         for name, part in rows.items():
             notes.append(f"{name}: {len(part):,} windows, {UNITS[rate]} mean "
                          f"{labels[part].mean():.3f}, sd {labels[part].std(ddof=1):.3f}, "
@@ -171,6 +173,29 @@ def load(path, args):
         if args.mode == "pretrain":
             splits[name].masks = hidden_patches(splits[name], args)
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), facts, notes)
+
+
+def fit_spectra(windows, rows, args):
+    """Ridge regression of the breathing rate on the log spectra of these windows.
+
+    The penalty is the number of columns, so that before any data is seen the columns together are
+    expected to explain as much as they leave, times the number of windows that share a second.
+    """
+    x = over_chunks(functools.partial(log_spectra, args=args), windows["inputs"], rows)
+    starts = windows["starts"][windows["recording"] == windows["recording"][0]]
+    overlap = max(1.0, seconds_of(args) / np.diff(starts).min()) if len(starts) > 1 else 1.0
+    return losses.ridge_fit(x, windows["labels"][rows], penalty=x.shape[1] * overlap)
+
+
+def log_spectra(windows, args):
+    """What --inputs spectrum gives the network of 64 bins, as one row of 192 numbers a window."""
+    return bidmc_data.ppg_inputs(windows, hz_of(args), kind="spectrum", rate="rr").flatten(1)
+
+
+def over_chunks(function, windows, rows, chunk=512):
+    """function of windows (b, t), 512 at a time: float64, one row per window."""
+    parts = np.array_split(rows, math.ceil(len(rows) / chunk))
+    return torch.cat([function(windows[part]) for part in parts]).double().numpy()
 
 
 def run_folder(args):
@@ -270,30 +295,47 @@ def rate_scores(prediction, split, args, facts, rows=slice(None)):
             "patient_sd": report["group_sd"]}
 
 
-def spectral_peak(split, args, facts):
-    """The classical estimate of every window; the training median where a window is flat."""
-    chunks = np.array_split(np.arange(len(split)), math.ceil(len(split) / 512))
+def simple_rates(split, args, facts):
+    """{name: rates} of simple estimates; the training median where there is none."""
+    estimates, hz = {}, hz_of(args)
+
+    def add(name, estimate):
+        values = over_chunks(estimate, split.inputs, split.rows)
+        estimates[name] = np.nan_to_num(values, nan=facts["median"])
+
     band = data.RATE_BANDS[rate_of(args)]
-    peaks = [data.spectral_rate(split.signals(rows).cpu(), hz_of(args), band) for rows in chunks]
-    return torch.nan_to_num(torch.cat(peaks), nan=facts["median"]).numpy()
+    add("spectral peak", lambda x: data.spectral_rate(x, hz, band))
+    if rate_of(args) == "hr":
+        add("strong: beat intervals", lambda x: data.upslope_rate(x, hz))
+        add("median of three", lambda x: data.spectral_rate(x.diff(dim=1), hz, band))
+        # the peak of the spectrum of the slope alone favours overtones
+        estimates["median of three"] = np.median(list(estimates.values()), axis=0)
+    elif "strong" in facts:
+        x = over_chunks(functools.partial(log_spectra, args=args), split.inputs, split.rows)
+        estimates["strong: ridge on log spectra"] = losses.linear_scores(facts["strong"], x)
+    return estimates
 
 
 def floors(split, args, facts):
-    """Constants of the training labels, the spectral peak, and another reading as the ceiling."""
+    """Constants of the training labels, simple_rates, and another reading of the same windows."""
     mean = np.full(len(split), scaler_of(facts).mean)
     median = np.full(len(split), facts["median"])
     rows = {"constant mean": rate_scores(mean, split, args, facts),
-            "constant median": rate_scores(median, split, args, facts),
-            "spectral peak": rate_scores(spectral_peak(split, args, facts), split, args, facts)}
+            "constant median": rate_scores(median, split, args, facts)}
+    for name, estimate in simple_rates(split, args, facts).items():
+        if name.startswith("strong"):
+            rows[name] = {"z": torch.as_tensor(scaler_of(facts).transform(estimate))}
+        else:
+            rows[name] = rate_scores(estimate, split, args, facts)
     is_rr = rate_of(args) == "rr"
     if is_rr and args.protocol == "original":  # labels are counts: what knowing the true rate costs
         true_rate, best_count = bidmc_data.quantisation_cost(seconds_of(args))
         rows["true rate"] = {"mae": true_rate}
         rows["its best count"] = {"mae": best_count}
-    known = ~np.isnan(split.ceiling)
+    known = ~np.isnan(split.second_reading)
     if known.any():
-        name = "annotator 2" if is_rr else "PULSE"
-        rows[name] = rate_scores(split.ceiling, split, args, facts, known)
+        name = "annotator 2" if is_rr else "PULSE, the monitor's own rate"
+        rows[name] = rate_scores(split.second_reading, split, args, facts, known)
     return rows
 
 

@@ -214,16 +214,16 @@ def bidmc_windows(recordings, *, rate, seconds=32.0, stride=4.0, reduce=1):
         rr = 60 (m - 1) / (t_last - t_first)    from the m >= 4 marks of annotator 1 in the window
         hr = mean of HR in the window           NaN left out
 
-    The ceiling is the same from annotator 2 (rr), or from PULSE, the same monitor's rate from the
-    PPG (hr). Windows without a label are left out. For rr, so are windows that overlap more than
-    10 s without a mark.
+    The second reading is the same from annotator 2 (rr), or from PULSE, the same monitor's rate
+    from the PPG (hr). Windows without a label are left out. For rr, so are windows that overlap
+    more than 10 s without a mark.
 
-    rate     "rr" or "hr"; None: every window, labels and ceiling NaN
+    rate     "rr" or "hr"; None: every window, labels and second readings NaN
     seconds  length of a window; stride: seconds from one start to the next
     reduce   factor by which the sampling rate of the windows falls
-    returns  a dict: inputs Windows, as recorded; labels and ceiling float64 (n,), per minute,
-             ceiling NaN if there is none; groups str (n,), the patients; recording int (n,), an
-             index into recordings; starts float64 (n,), seconds
+    returns  a dict: inputs Windows, as recorded; labels and second_reading float64 (n,), per
+             minute, second_reading NaN if there is none; groups str (n,), the patients; recording
+             int (n,), an index into recordings; starts float64 (n,), seconds
     Errors:  ValueError for another rate, no length or stride, a window longer than a recording, or
              no window with a label
     """
@@ -277,17 +277,17 @@ def cut_windows(recordings, rate, breaths_to_rate, *, length, stride, reduce=1):
         starts = np.arange(0, total - length + 1, stride)
         if rate == "rr":
             labels = breaths_to_rate(recording["breaths"], starts, length, total)
-            ceiling = breaths_to_rate(recording["breaths_2"], starts, length, total)
+            second_reading = breaths_to_rate(recording["breaths_2"], starts, length, total)
         elif rate == "hr":
             time, since = recording["time"], starts / BIDMC_HZ
             labels = mean_inside(time, recording["hr"], since, seconds)
-            ceiling = mean_inside(time, recording["pulse"], since, seconds)
+            second_reading = mean_inside(time, recording["pulse"], since, seconds)
         else:
-            labels = ceiling = np.full(len(starts), np.nan)
+            labels = second_reading = np.full(len(starts), np.nan)
         keep = ~np.isnan(labels) | (rate is None)
         count = np.count_nonzero(keep)
-        parts.append({"labels": labels[keep], "ceiling": ceiling[keep], "starts": starts[keep],
-                      "recording": np.full(count, index),
+        parts.append({"labels": labels[keep], "second_reading": second_reading[keep],
+                      "starts": starts[keep], "recording": np.full(count, index),
                       "groups": np.full(count, recording["patient"])})
     windows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if len(windows["labels"]) == 0:
@@ -377,7 +377,7 @@ class PPGSplit:
                  names=None):
         self.inputs, self.rows, self.prepare = windows["inputs"], np.asarray(rows), prepare
         self.labels = windows["labels"][self.rows]
-        self.ceiling = windows["ceiling"][self.rows]
+        self.second_reading = windows["second_reading"][self.rows]
         self.groups = windows["groups"][self.rows]
         self.scaler, self.stretch, self.names = scaler, stretch, names
         self.device, self.features, self.masks = torch.device(device), None, None

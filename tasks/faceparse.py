@@ -24,8 +24,8 @@ from tasks.common import (
     Exported, Flag, NonFinite, Rows, Splits, Task, check_crop, finite, mean_over, shared_flags,
     show, split_checksum, split_rows, unit_images)
 from tasks.faceparse_data import (
-    FACE_CLASSES, FACE_COLOURS, FACE_PAIRS, FaceSplit, list_face_files, read_faces, read_faces_npz,
-    resize_ids, sides_reversed, synthetic_faces)
+    FACE_CLASSES, FACE_COLOURS, FACE_PAIRS, FaceSplit, colour_logits, fit_colours, list_face_files,
+    position_logits, read_faces, read_faces_npz, resize_ids, sides_reversed, synthetic_faces)
 
 
 class FaceImages:
@@ -98,6 +98,8 @@ def load(path, args):
     counts = pixel_counts(masks, parts["train"])
     facts = {"data": checksum(images, masks), "split": split_checksum(parts.values()),
              "position": pack_map(counts.argmax(0)), "class_weights": []}
+    facts["strong"] = fit_colours(images, masks, parts["train"])
+    facts["strong"]["position"] = position_logits(counts).tolist()
     if args.class_weights == "median":
         facts["class_weights"] = losses.median_frequency_weights(counts.sum((1, 2))).tolist()
 
@@ -249,11 +251,13 @@ def f_scores(confusions):
 
 
 def floors(split, args, facts):
-    """Two constants, and three ways to be nearly right.
+    """Two constants, colour and position, and three ways to be nearly right.
 
     The constants are fitted on the training masks. The masks themselves, reduced to --size as the
     training targets are and brought back; reduced by area and brought back as the network's output
-    is; with left and right set right, which disagrees with the reversed masks.
+    is; with left and right set right, which disagrees with the reversed masks. Colour and position:
+    of each pixel the class with the largest share of training masks there, times its density of
+    that colour.
     """
     position = unpack_map(facts["position"])[None]
     confusions = {}
@@ -271,7 +275,24 @@ def floors(split, args, facts):
         for name, guess in guesses.items():
             guess = guess.masked_fill(guess == 255, 0)
             confusions.setdefault(name, []).append(confusion(guess, mask))
-    return {name: f_scores(np.stack(matrices)) for name, matrices in confusions.items()}
+    rows = {name: f_scores(np.stack(matrices)) for name, matrices in confusions.items()}
+    if "strong" in facts:
+        rows["strong: colour and position"] = colour_and_position(split, facts)
+    return rows
+
+
+def colour_and_position(split, facts):
+    """Outputs of the simple model: a confusion matrix per image, and whether any pixel counts."""
+    fit = facts["strong"]
+    size = split.images.shape[2:]
+    position = F.interpolate(torch.tensor(fit["position"])[None], size, mode="bilinear")
+    confusions, counted = [], []
+    for row in split.rows:
+        mask = split.masks[row]
+        ids = class_ids(position + colour_logits(split.images[row][None], fit), mask.shape)
+        confusions.append(torch.from_numpy(confusion(ids, mask)))
+        counted.append(bool((mask != 255).any()))
+    return {"confusion": torch.stack(confusions), "counted": torch.tensor(counted)}
 
 
 def predictions(batches, split, out, args, facts):

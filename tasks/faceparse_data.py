@@ -1,5 +1,6 @@
 """The data of faceparse: images and masks of faces, drawn faces, batches."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,80 @@ class FaceSplit:
             targets = targets / total.masked_fill(total == 0, 1)
         inputs, targets = data.cutmix(inputs, targets, alpha=on["cutmix"], generator=generator)
         return {"inputs": inputs, "targets": targets if on["mixup"] else targets.long()}
+
+
+def relative_colours(images):
+    """Colours in units of 255, less the mean colour of the middle of the image, which is skin.
+
+        x / 255 - mean of x / 255 over the middle half of the rows and columns
+
+    So lips are redder than the skin of the same person, in any light.
+
+    images  uint8 (n, 3, h, w)  ->  float (n, 3, h, w)
+    """
+    x = images.float() / 255
+    height, width = x.shape[2:]
+    middle = x[:, :, height // 4 : height - height // 4, width // 4 : width - width // 4]
+    return x - middle.mean((2, 3), keepdim=True)
+
+
+def fit_colours(images, masks, rows, *, classes=19, prior=100.0):
+    """Mean and covariance of relative_colours in each class, over every `step`-th training pixel.
+
+    `prior` pixels that are distributed as those of all classes together are added to every class:
+    a rare or absent class has a wide Gaussian then, not a narrow one. 1e-4 is added to the
+    variances, so that grey images have a covariance with an inverse.
+
+    images   uint8 (n, 3, h, w); masks uint8 (n, H, W), 255 is ignored; rows (m,)
+    returns  {"mean": [C][3], "covariance": [C][3][3]}, plain lists for a checkpoint
+    """
+    step = max(1, min(images.shape[2:]) // 64)  # about 64 x 64 pixels of an image
+    count, total, products = (torch.zeros(classes, *shape, dtype=torch.float64)
+                              for shape in ((), (3,), (3, 3)))
+    for part in np.array_split(rows, math.ceil(len(rows) / 64)):
+        index = torch.from_numpy(part)
+        ids = resize_ids(masks.index_select(0, index), images.shape[2:])[:, ::step, ::step]
+        x = relative_colours(images.index_select(0, index))[:, :, ::step, ::step].movedim(1, 3)
+        known = ids < classes
+        x, ids = x[known].double(), ids[known].long()
+        count.index_add_(0, ids, torch.ones(len(ids), dtype=torch.float64))
+        total.index_add_(0, ids, x)
+        products.index_add_(0, ids, x[:, :, None] * x[:, None])
+    share = prior / count.sum()
+    count, total, products = (sums + share * sums.sum(0) for sums in (count, total, products))
+    mean = total / count[:, None]
+    covariance = products / count[:, None, None] - mean[:, :, None] * mean[:, None]
+    covariance += 1e-4 * torch.eye(3, dtype=torch.float64)
+    return {"mean": mean.tolist(), "covariance": covariance.tolist()}
+
+
+def colour_logits(images, fit):
+    """Log density of the relative colour of each pixel under each class, up to a constant.
+
+        -1/2 (x - mean)^T covariance^-1 (x - mean) - 1/2 ln det covariance
+
+    images   uint8 (n, 3, h, w); fit of fit_colours
+    returns  float (n, C, h, w)
+    """
+    covariance = torch.tensor(fit["covariance"], dtype=torch.float64)
+    root = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
+    x, planes = relative_colours(images), []
+    for centre, factor in zip(torch.tensor(fit["mean"]), root):
+        z = torch.einsum("nchw,cd->ndhw", x - centre[:, None, None], factor)
+        planes.append(factor.diagonal().log().sum() - z.square().sum(1) / 2)
+    return torch.stack(planes, 1)
+
+
+def position_logits(counts, grid=32, prior=1.0):
+    """Log share of each class at each place of a coarse grid: smooth, and small in a checkpoint.
+
+    counts   (C, H, W): how many training masks hold class c at each pixel
+    prior    masks that hold every class everywhere alike, so that nothing is impossible
+    returns  float (C, grid, grid)
+    """
+    shares = F.interpolate(torch.as_tensor(counts, dtype=torch.float64)[None], (grid, grid),
+                           mode="area")[0] + prior / len(counts)
+    return (shares / shares.sum(0)).log().float()
 
 
 def unit_range(images):

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import models
 import train
 from runtime import looks
@@ -171,7 +172,9 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
         with open(f / "p.csv") as file:
             rows = list(csv.DictReader(file))
     test, labels, model = sets.test, sets.train.labels, scores["model"]
-    floors = ["constant mean", "constant median", "spectral peak", "PULSE"]
+    monitor, strong = "PULSE, the monitor's own rate", "strong: beat intervals"
+    floors = ["constant mean", "constant median", "spectral peak", strong, "median of three",
+              monitor]
     assert list(scores) == ["rows", "model", *floors]
     assert list(model) == ["loss", "mae", "rmse", "r2", "patient_mae", "patient_sd"]
     scaler = {"mean": float(labels.mean()), "scale": float(labels.std())}  # in float64
@@ -181,7 +184,16 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
         errors = value - test.labels
         assert math.isclose(scores[name]["mae"], np.abs(errors).mean()), name
         assert math.isclose(scores[name]["rmse"], math.sqrt(np.square(errors).mean())), name
-    assert math.isclose(scores["PULSE"]["mae"], np.abs(test.ceiling - test.labels).mean())
+    beats = data.upslope_rate(test.signals(np.arange(len(test))), 31.25).double().numpy()
+    assert not np.isnan(beats).any()
+    errors = beats - test.labels
+    assert near(scores[strong]["mae"], np.abs(errors).mean(), 1e-5)
+    assert near(scores[strong]["rmse"], math.sqrt(np.square(errors).mean()), 1e-5)
+    slope = data.spectral_rate(test.signals(np.arange(len(test))).diff(dim=1), 31.25, (0.75, 2.5))
+    peak = data.spectral_rate(test.signals(np.arange(len(test))), 31.25, (0.75, 2.5))
+    middle = np.median([beats, slope, peak], axis=0)
+    assert near(scores["median of three"]["mae"], np.abs(middle - test.labels).mean(), 1e-5)
+    assert math.isclose(scores[monitor]["mae"], np.abs(test.second_reading - test.labels).mean())
     rates = {}
     for row in rows:
         rates[int(row["recording"]), float(row["start_s"])] = float(row["beats_per_minute"])
@@ -195,6 +207,27 @@ def test_train_ppg_scores_stand_between_constants_and_ceilings_in_the_unit_of_th
     for text in ("10 recordings of 8 patients", "none on two sides"):
         assert text in out
     assert "SYNTHETIC" not in out and out.count("constant median") == 3
+
+
+def test_train_breaths_strong_floor_is_a_ridge_on_the_log_spectra_of_training_windows():
+    with folder() as f:
+        ppg = ["--task", "bidmc_rr", "--seconds", "20", "--data", ppg_folder(f), "--device", "cpu"]
+        args, sets = loaded(*ppg)
+        _, waveform = loaded(*ppg, "--inputs", "waveform")
+        pretraining = loaded(*ppg, "--mode", "pretrain")[1]
+    assert "strong" not in pretraining.facts and waveform.facts["strong"] == sets.facts["strong"]
+    x = [split.batch(np.arange(len(split)))["inputs"].flatten(1).double().numpy()
+         for split in (sets.train, sets.test)]
+    mean, sd, labels = x[0].mean(0), x[0].std(0), sets.train.labels
+    penalty = 192 * 20 / 4  # columns, times the windows that share a second
+    penalty_rows = [math.sqrt(penalty) * np.eye(192), np.zeros((192, 1))]
+    rows = np.block([[(x[0] - mean) / sd, np.ones((len(labels), 1))], penalty_rows])
+    w = np.linalg.lstsq(rows, np.append(labels, np.zeros(192)), rcond=None)[0]
+    errors = (x[1] - mean) / sd @ w[:-1] + w[-1] - sets.test.labels
+    floors = train.scored_floors(train.task_of(args), sets.test, args, sets.facts)
+    strong = floors["strong: ridge on log spectra"]
+    assert near(strong["mae"], np.abs(errors).mean(), 1e-5)
+    assert near(strong["rmse"], math.sqrt(np.square(errors).mean()), 1e-5)
 
 
 def test_train_ppg_splits_keep_patients_apart_and_folds_test_each_of_them_once():

@@ -11,7 +11,7 @@ import torch
 
 from data import (
     LabelScaler, RATE_BANDS, band_spectrum, reduce_rate, respiratory_signals, spectral_rate,
-    standardise)
+    standardise, upslope_rate)
 from tasks import bidmc_data
 from tasks.bidmc_data import (
     PPGSplit, bidmc_original, bidmc_windows, breath_count, breath_rate, mean_inside, ppg_inputs,
@@ -202,7 +202,7 @@ def test_data_bidmc_signals_alone_are_enough_to_predict_on():
         refuses(read_bidmc, "bidmc_01_Numerics.csv is missing", f, cache=f / "cache")
     windows = bidmc_windows(read, rate=None, seconds=10, stride=1)
     assert windows["inputs"].shape == (6, 1250)
-    assert np.isnan(windows["labels"]).all() and np.isnan(windows["ceiling"]).all()
+    assert np.isnan(windows["labels"]).all() and np.isnan(windows["second_reading"]).all()
 
 
 def test_data_bidmc_windows_are_slices_with_patient_and_start():
@@ -211,27 +211,29 @@ def test_data_bidmc_windows_are_slices_with_patient_and_start():
     inputs = windows["inputs"]
     assert inputs.shape == inputs[:].shape == (5 * 9, 2500) and inputs[:2].dtype == torch.float32
     assert windows["starts"][:10].tolist() == [0, 5, 10, 15, 20, 25, 30, 35, 40, 0]
-    assert all(windows[name].dtype == np.float64 for name in ("labels", "ceiling", "starts"))
+    assert all(windows[name].dtype == np.float64 
+               for name in ("labels", "second_reading", "starts"))
     for row in (0, 8, 9, 44):
         recording, start = recordings[windows["recording"][row]], int(windows["starts"][row])
         samples = recording["ppg"][125 * start : 125 * start + 2500]
         assert np.array_equal(inputs[[row]][0].numpy(), samples)
         assert windows["groups"][row] == recording["patient"]
         assert windows["labels"][row] == recording["hr"][start : start + 20].mean()
-        assert np.isclose(windows["ceiling"][row], recording["pulse"][start : start + 20].mean())
+        pulse = recording["pulse"][start : start + 20].mean()
+        assert np.isclose(windows["second_reading"][row], pulse)
     exact = [recordings[0] | {"ppg": recordings[0]["ppg"][:2500]}]
     assert torch.equal(bidmc_windows(exact, rate="hr", seconds=20)["inputs"][:], inputs[:1])
     default = bidmc_windows(synthetic_ppg(1, seconds=40), rate="rr")
     assert default["inputs"].shape == (3, 4000) and default["starts"].tolist() == [0, 4, 8]
 
 
-def test_data_bidmc_windows_without_a_label_are_left_out_and_ceilings_may_be_nan():
+def test_data_bidmc_windows_without_a_label_are_left_out_and_second_readings_may_be_nan():
     [recording] = synthetic_ppg(1, seconds=60)
     recording["hr"][10:30] = np.nan
     recording["pulse"][30:60] = np.nan
     windows = bidmc_windows([recording], rate="hr", seconds=10, stride=10)
     assert windows["starts"].tolist() == [0, 30, 40, 50]
-    assert np.isnan(windows["ceiling"]).tolist() == [False, True, True, True]
+    assert np.isnan(windows["second_reading"]).tolist() == [False, True, True, True]
     recording["breaths"] = recording["breaths"][:3]
     refuses(bidmc_windows, "no window of 32 s has a label", [recording], rate="rr")
     refuses(bidmc_windows, "recording 1 lasts 60.0 s, a window 80 s",
@@ -304,7 +306,7 @@ def test_data_original_windows_count_breaths_and_split_by_recording():
     assert sorted(np.concatenate(list(rows.values()))) == list(range(16 * 11))
     for row in (0, 40, 170):
         recording, start = recordings[windows["recording"][row]], 125 * int(windows["starts"][row])
-        for name, key in (("labels", "breaths"), ("ceiling", "breaths_2")):
+        for name, key in (("labels", "breaths"), ("second_reading", "breaths_2")):
             breaths = sum(start <= mark < start + 1250 for mark in recording[key])
             assert windows[name][row] == 6 * breaths
     hr, _ = bidmc_original(recordings, rate="hr")
@@ -359,6 +361,54 @@ def test_data_spectral_rate_equals_the_peak_of_the_padded_fft():
     refuses(spectral_rate, "band 0.6 to 0.1 Hz must lie in order", x, 32, (0.6, 0.1))
     refuses(spectral_rate, "half the rate, 16 Hz", x, 32, (0.6, 17))
     refuses(spectral_rate, "band 0 to 1", x, 32, (0, 1))
+
+
+def slow_mean(values, width):
+    """Mean of a list over an odd width, over what there is of it at the ends."""
+    half = width // 2
+    parts = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def slow_upslope_rate(x, smooth, smooth_rise, apart, hz):
+    """upslope_rate of one window, sample by sample; the widths in samples."""
+    x = slow_mean(((x - x.mean()) / x.std()).tolist(), smooth)
+    u = slow_mean([max(b - a, 0.0) for a, b in zip(x, x[1:])], smooth_rise)
+    high, beats = 0.4 * np.quantile(u, 0.98), []
+    for i in range(1, len(u) - 1):
+        if u[i] > high and u[i] > u[i - 1] and u[i] == max(u[max(i - apart, 0) : i + apart + 1]):
+            square, slope, _ = np.polyfit([-1, 0, 1], u[i - 1 : i + 2], 2)
+            beats.append(i - slope / (2 * square))
+    gaps = sorted(b - a for a, b in zip(beats, beats[1:]))
+    middle = len(gaps) // 2
+    return 60 * hz / (gaps[middle] if len(gaps) % 2 else (gaps[middle - 1] + gaps[middle]) / 2)
+
+
+def test_data_upslope_rate_equals_a_loop_over_the_samples():
+    rng = np.random.default_rng(0)
+    windows = []
+    for pulse_hz in rng.uniform(0.8, 2.4, 12):
+        t = np.arange(800) / 31.25
+        phase = 2 * np.pi * pulse_hz * (t + 0.02 * np.sin(2 * np.pi * 0.25 * t))
+        windows.append(np.sin(phase) + 0.4 * np.sin(2 * phase + 1) + 0.2 * rng.normal(size=800))
+    windows = np.array(windows)
+    for hz, widths in ((31.25, (3, 5, 10)), (125, (9, 15, 41))):
+        got = upslope_rate(torch.tensor(windows), hz)
+        for x, rate in zip(windows, got.tolist()):
+            assert math.isclose(rate, slow_upslope_rate(x, *widths, hz), rel_tol=1e-9)
+    assert near(upslope_rate(torch.tensor(windows, dtype=torch.float32), 125), got, 1e-4)
+
+
+def test_data_upslope_rate_of_a_pulse_forgets_scale_offset_and_a_missed_beat():
+    t = torch.arange(1000) / 31.25
+    rate_hz = torch.linspace(0.7, 2.8, 30)
+    x = torch.sin(2 * torch.pi * rate_hz[:, None] * t + torch.arange(30.0)[:, None])
+    assert near(upslope_rate(0.01 * x + 3, 31.25), 60 * rate_hz, 0.01)
+    x[:, 300:330] = 0  # about a second without a pulse
+    assert near(upslope_rate(x, 31.25), 60 * rate_hz, 0.01)
+    assert upslope_rate(torch.full((1, 500), 0.7), 31.25).isnan().all()
+    once = (torch.arange(500.0) > 250).float()
+    assert upslope_rate(once[None], 31.25).isnan().all()  # one beat has no interval
 
 
 def breathing_pulse(where, *, breath_hz=0.3, pulse_hz=1.3, rate_hz=31.25, seconds=32):
@@ -455,7 +505,7 @@ def test_data_synthetic_ppg_is_fixed_by_its_seed_and_holds_its_rates():
         windows = bidmc_windows(recordings, rate=rate)
         labels = windows["labels"]
         spectral = spectral_estimate(windows, rate)
-        assert np.abs(windows["ceiling"] - labels).mean() < bound
+        assert np.abs(windows["second_reading"] - labels).mean() < bound
         assert np.median(np.abs(spectral - labels)) < 0.5
         assert np.abs(labels - np.median(labels)).mean() > 2
 
@@ -504,14 +554,14 @@ def test_data_real_bidmc_gives_the_original_statistics_to_the_digit():
     assert f"{train.min():.1f} {train.max():.1f}" == "52.2 131.2"
 
 
-def test_data_real_bidmc_windows_have_their_floors_and_ceilings():
-    for rate, count, floor, ceiling, spectral in (
+def test_data_real_bidmc_windows_have_their_floors_and_second_readings():
+    for rate, count, floor, other, spectral in (
             ("rr", 5730, 2.10, 0.28, 2.87), ("hr", 5989, 9.77, 0.99, 1.26)):
         windows = bidmc_windows(real_recordings(), rate=rate)
         labels = windows["labels"]
         assert len(labels) == count and len(set(windows["groups"])) == 46
-        assert not np.isnan(windows["ceiling"]).any()
-        for prediction, want in ((np.median(labels), floor), (windows["ceiling"], ceiling),
+        assert not np.isnan(windows["second_reading"]).any()
+        for prediction, want in ((np.median(labels), floor), (windows["second_reading"], other),
                                  (spectral_estimate(windows, rate), spectral)):
             error = np.abs(prediction - labels).mean()
             assert near(error, want, 0.01), (rate, error)

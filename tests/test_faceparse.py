@@ -35,12 +35,13 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
     model, by_position = test["model"], test["constant by position"]
     assert list(test) == [
         "rows", "model", "constant background", "constant by position", "at 16x16, nearest",
-        "at 16x16, by area", "sides set right"]
+        "at 16x16, by area", "sides set right", "strong: colour and position"]
     assert list(model) == "loss ce dice f f_low f_high f_pooled miou classes".split()
     assert model["f_low"] <= model["f"] <= model["f_high"]
-    background, position_f, nearest, area, sides = [test[name]["f"] for name in list(test)[2:]]
+    background, position_f, nearest, area, sides, strong = [
+        test[name]["f"] for name in list(test)[2:]]
     assert background < position_f < min(nearest, area) < max(nearest, area) < sides, test
-    assert sides > 0.9999
+    assert sides > 0.9999 and background < strong < area
     masks = sets.test.masks[sets.test.rows]
     for number, name in enumerate(names):
         images = int((masks == number).flatten(1).any(1).sum())
@@ -54,6 +55,15 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
     assert math.isclose(by_position["miou"], losses.mean_iou(confusion))
     pooled = losses.f_score_pooled(confusion)
     assert math.isclose(by_position["f_pooled"], np.nanmean(pooled))
+    # Colour and position, written out.
+    counts = torch.stack([(train_masks == c).sum(0) for c in range(19)])
+    fit = faceparse.fit_colours(sets.train.images, sets.train.masks, sets.train.rows)
+    logits = faceparse.colour_logits(sets.test.images[sets.test.rows], fit)
+    logits += F.interpolate(faceparse.position_logits(counts)[None], (16, 16), mode="bilinear")
+    large = F.interpolate(logits, masks.shape[1:], mode="bilinear")
+    confusions = [losses.confusion_matrix(*pair, 19) for pair in zip(large.argmax(1), masks)]
+    expected = losses.f_score_per_image(np.stack(confusions)).mean()
+    assert math.isclose(strong, expected, rel_tol=1e-3)
     for row in log[1:]:
         parts = row["parts"]
         assert set(parts) == {"ce", "dice"}
@@ -65,7 +75,8 @@ def test_train_faces_scores_stand_between_constants_and_ceilings_with_every_clas
     assert set(sets.train_eval.rows) < set(sets.train.rows)
     lines = [line for line in out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 3
-    for part in ("| ce ", "| dice ", "| f ", "| ema ", "| train f ", "| floor "):
+    for part in ("| ce ", "| dice ", "| f ", "| ema ", "| train f ", "| floor ",
+                 "| colour and position "):
         assert part in lines[1]
     assert out.count("constant by position") >= 3
     table = out[out.index("used for nothing but this") :].splitlines()

@@ -1,12 +1,16 @@
 """Tests of faceparse_data."""
 
+import itertools
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-from tasks.faceparse import (
-    FACE_CLASSES, FACE_COLOURS, FACE_PAIRS, FaceSplit, read_faces, sides_reversed, synthetic_faces)
+from tasks.faceparse_data import (
+    FACE_CLASSES, FACE_COLOURS, FACE_PAIRS, FaceSplit, colour_logits, fit_colours, position_logits,
+    read_faces, sides_reversed, synthetic_faces)
 from tests.helpers import (
     assert_near, folder, near, need_pillow, refuses, same_bits, seeded, write_faces)
 
@@ -200,3 +204,43 @@ def test_data_face_split_mixes_targets_as_it_mixes_images():
             assert (t[:, :2] == 0).all()  # ignored in both
             assert_near(t[:, 2:4], soft[1][:, 2:4], 1e-5)  # ignored in one: the other counts
         assert swaps >= 2
+
+
+def test_data_colour_fit_and_logits_equal_a_loop_over_pixels():
+    images, masks, _ = synthetic_faces(6, size=(16, 24))
+    masks[1, :5], rows = 255, np.array([0, 1, 4])
+    fit = fit_colours(images, masks, rows, classes=21)
+    pixels = {c: [] for c in range(21)}
+    for row in rows:
+        x = images[row].double() / 255
+        x = x - x[:, 4:12, 6:18].mean((1, 2))[:, None, None]
+        for i, j in itertools.product(range(16), range(24)):
+            if masks[row, i, j] != 255:
+                pixels[int(masks[row, i, j])].append(x[:, i, j].numpy())
+    everything = [pixel for part in pixels.values() for pixel in part]
+    weight = 100 / len(everything)  # a hundred pixels as all classes have them
+    for c, own in pixels.items():
+        weights = [1.0] * len(own) + [weight] * len(everything)
+        mean = sum(w * x for w, x in zip(weights, own + everything)) / sum(weights)
+        spread = sum(w * np.outer(x - mean, x - mean) for w, x in zip(weights, own + everything))
+        assert near(fit["mean"][c], mean, 1e-5)
+        assert near(fit["covariance"][c], spread / sum(weights) + 1e-4 * np.eye(3), 1e-5)
+    assert not pixels[20] and near(fit["mean"][20], np.mean(everything, 0), 1e-5)
+    got = colour_logits(images[:2], fit)
+    assert got.shape == (2, 21, 16, 24)
+    for image, i, j, c in itertools.product(range(2), (0, 7, 15), (2, 23), (0, 1, 20)):
+        x = images[image].double() / 255
+        x = (x - x[:, 4:12, 6:18].mean((1, 2))[:, None, None])[:, i, j].numpy() - fit["mean"][c]
+        covariance = np.array(fit["covariance"][c])
+        want = -x @ np.linalg.solve(covariance, x) / 2 - math.log(np.linalg.det(covariance)) / 2
+        assert math.isclose(got[image, c, i, j], want, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def test_data_position_logits_are_the_log_shares_of_training_masks_on_a_grid():
+    counts = np.random.default_rng(0).integers(0, 9, (5, 8, 12))
+    got = position_logits(counts, grid=4)
+    for i, j in itertools.product(range(4), range(4)):
+        cell = counts[:, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((1, 2)) + 1 / 5
+        assert near(got[:, i, j], np.log(cell / cell.sum()), 1e-5)
+    alike = torch.full((5, 32, 32), math.log(1 / 5))
+    assert near(position_logits(np.zeros((5, 8, 12))), alike, 1e-6)

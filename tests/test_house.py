@@ -198,6 +198,7 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "class_report": "class_report([0, 1, 1], [0, 0, 1], 2)['macro_f1'] == 2 / 3",
     "ridge_predict": "ridge_predict([[0], [1], [9]], [3, 3, 5], [[0], [9]]).tolist() == [3, 5]",
     "ridge_fit": "ridge_fit([[0], [2]], [0, 2], penalty=2)['weights'] == [0.5]",
+    "lda_fit": "len(lda_fit([[0], [1], [9]], [3, 3, 5])['weights']) == 1",
     "linear_scores": "linear_scores({'mean': [1], 'sd': [2], 'weights': [3], 'intercept': 4}, "
                      "[[5]]) == 10",
     "logistic_fit": "round(logistic_fit([[0], [1]], [0, 1])['weights'][0], 3) == 0.675",
@@ -259,6 +260,7 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "bucketed_batches": "len(bucketed_batches([3, 1, 2, 9, 5], 2, seed=0, epoch=0)) == 3",
     "regression_report": "regression_report([12, 20], [14, 18])['mae'] == 2",
     "respiratory_signals": "respiratory_signals(randn(2, 500), 31.25).shape == (2, 3, 500)",
+    "upslope_rate": "upslope_rate(torch.sin(arange(1000)[None] * 0.2), 25.0).shape == (1,)",
     "band_spectrum": "band_spectrum(randn(2, 500), 31.25, (0.1, 0.6), 8).shape == (2, 8)",
     "time_stretch": f"time_stretch(zeros(2, 9), ones(2), limit=1.2, {GEN})[0].shape == (2, 9)",
     "load_backbone": "load_backbone(m := nn.Linear(1, 1), "

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from losses import (
     auroc, auto_pos_weight, average_precision, binary_floor, binary_report, bootstrap_interval,
     bootstrap_ranking, class_report, confusion_matrix, f_score_per_image, f_score_pooled,
-    knn_accuracy, knn_predict, linear_scores, logistic_predict, mean_cosine, mean_iou,
+    knn_accuracy, knn_predict, lda_fit, linear_scores, logistic_predict, mean_cosine, mean_iou,
     median_frequency_weights, paired_bootstrap, ranking_interval, regression_report, ridge_fit,
     ridge_predict, weighted_ranking)
 from tests.helpers import near, refuses, warned
@@ -540,6 +540,29 @@ def test_losses_ridge_fit_of_real_targets_equals_least_squares_and_scores_equal_
     assert fit["weights"] == [0.5] and fit["intercept"] == 1  # the numbers in the docstring
     refuses(ridge_fit, "targets (2,)", np.eye(3), [1, 2])
     refuses(ridge_fit, "targets (3,)", np.eye(3), [1, 2, math.nan])
+
+
+def test_losses_lda_fit_solves_the_generalised_eigenvalue_problem():
+    for seed, (classes, penalty) in enumerate(product((2, 3, 5), (0.01, 10.0))):
+        x, labels, new = ridge_case(seed, classes)
+        fit = lda_fit(torch.tensor(x), labels, penalty=penalty)
+        z, weights = (x - x.mean(0)) / x.std(0), np.array(fit["weights"])
+        within, between = penalty * np.eye(6), np.zeros((6, 6))
+        for c in np.unique(labels):
+            centre = z[labels == c].mean(0)
+            between += (labels == c).sum() * np.outer(centre, centre)
+            for row in z[labels == c]:
+                within += np.outer(row - centre, row - centre)
+        values = np.sort(np.linalg.eigvals(np.linalg.solve(within, between)).real)[::-1]
+        assert weights.shape == (6, classes - 1)
+        assert near(weights.T @ within @ weights, np.eye(classes - 1), 1e-9)
+        assert near(weights.T @ between @ weights, np.diag(values[: classes - 1]), 1e-8)
+        assert near(linear_scores(fit, new), (new - x.mean(0)) / x.std(0) @ weights, 1e-9)
+    one = lda_fit([[0, 1], [1, 1], [8, 1], [9, 1]], [0, 0, 1, 1])
+    assert [bool(weight) for [weight] in one["weights"]] == [True, False]
+    assert np.shape(lda_fit(x, np.zeros(40, int))["weights"]) == (6, 0)
+    refuses(lda_fit, "penalty=0", x, labels, penalty=0)
+    refuses(lda_fit, "train_labels must be (40,) integers", x, labels[:3])
 
 
 def logistic_case(seed, n=80, d=6):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+import data
 import losses
 import train
 from runtime import pretrained
@@ -35,7 +36,7 @@ def test_train_quad_prints_floor_bound_and_collapse_beside_the_loss():
                   "--data", f / "quad.npz", "--out", f / "z.npz")
         z = np.load(f / "z.npz")["embeddings"]
     assert list(scores) == ["rows", "model", "constant majority", "ridge audio", "ridge sensor",
-                            "ridge all", "ceiling"]
+                            "ridge all", "strong: ridge on spectra", "5-NN after LDA", "ceiling"]
     model = scores["model"]
     assert list(model) == ["loss", "accuracy", "macro_f1", "classes", "probe", "cosine"]
     labels, known = sets.test.labels, sets.train.labels
@@ -87,6 +88,40 @@ def test_train_quad_knows_training_rows_only_and_augments_as_the_flags_say():
     split.reference = sets.train
     floors = quadmodal.floors(split, args, sets.facts)
     assert floors["constant majority"]["accuracy"] == 0
+
+
+def test_train_quad_strong_floor_is_a_ridge_on_clipped_features_of_training_rows():
+    arrays, labels, groups, names, present = quadmodal.synthetic_modalities(300, missing=0.3)
+    train_rows, rows = np.arange(200), np.arange(200, 300)
+    arrays["sensor"][250:260] *= 1e6  # far beyond 6 sd
+    scaler = {name: data.channel_statistics(array, train_rows, present[name])
+              for name, array in arrays.items()}
+    split, reference = (quadmodal.ModalSplit(arrays, labels, part, present=present, scaler=scaler)
+                        for part in (rows, train_rows))
+    split.reference, facts = reference, {"names": list(names)}
+    args = settings()
+    floors = quadmodal.floors(split, args, facts)
+    features = []
+    for part in (reference, split):
+        columns = list(quadmodal.channel_features(part).values())
+        features.append(np.hstack([*columns, quadmodal.spectral_features(part)]))
+    z = [np.zeros_like(part) for part in features]
+    for j in range(z[0].shape[1]):
+        known = [value for value in features[0][:, j] if not math.isnan(value)]
+        mean, sd = np.mean(known), np.std(known) or 1
+        for part, result in zip(features, z):
+            for i, value in enumerate(part[:, j]):
+                result[i, j] = 0 if math.isnan(value) else min(max((value - mean) / sd, -6), 6)
+    assert np.isnan(features[0]).any() and np.abs(z[1]).max() == 6
+    want = losses.ridge_predict(z[0], labels[train_rows], z[1], penalty=10)
+    strong = floors["strong: ridge on spectra"]
+    assert (strong["classes"].numpy() == want).all()
+    lda = losses.lda_fit(z[0], labels[train_rows], penalty=10)
+    near_to = [losses.linear_scores(lda, part) for part in z]
+    want = losses.knn_accuracy(near_to[0], labels[train_rows], near_to[1], labels[rows])
+    assert math.isclose(floors["5-NN after LDA"]["accuracy"], want)
+    scored = train.scored_floors(quadmodal.TASK, split, args, facts)["strong: ridge on spectra"]
+    assert list(scored) == ["accuracy", "macro_f1", "classes"]
 
 
 def test_train_quad_checks_the_batches_of_every_epoch():

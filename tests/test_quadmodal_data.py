@@ -1,13 +1,17 @@
 """Tests of quadmodal_data."""
 
+import cmath
 import functools
+import itertools
 import math
 
 import numpy as np
 import torch
 
 import data
-from tasks.quadmodal import ModalSplit, read_modalities, synthetic_modalities
+from tasks.quadmodal_data import (
+    ModalSplit, band_energies, gravity_frame, read_modalities, spectral_features,
+    synthetic_modalities)
 from tests.helpers import (
     channels_last, folder, is_mapped, near, quad_npz, raises, ridge_accuracy, same_bits, seeded,
     warned)
@@ -369,3 +373,69 @@ def test_data_synthetic_modalities_are_fixed_by_their_seed_and_read_back_the_sam
     assert all(mask.all() for mask in synthetic_modalities(100)[4].values())
     for name, wrong in (("classes", 1), ("classes", 10), ("missing", 1.5), ("n", 20)):
         refuses("classes", lambda: synthetic_modalities(**{name: wrong}))
+
+
+def test_data_band_energies_equal_a_loop_over_steps_and_frequencies():
+    rng = np.random.default_rng(0)
+    for steps, edges in ((128, (1, 2, 3, 4, 6, 10, 16, 26, 41, 65)), (12, (1, 2, 3, 4, 5, 6, 7))):
+        x = rng.normal(size=(3, steps, 2)) + 5
+        got = band_energies(torch.tensor(x))
+        assert got.shape == (3, 2 * (len(edges) - 1))
+        hann = [0.5 - 0.5 * math.cos(2 * math.pi * t / (steps - 1)) for t in range(steps)]
+        for row, channel in itertools.product(range(3), range(2)):
+            signal = x[row, :, channel] - x[row, :, channel].mean()
+            for band, (low, high) in enumerate(zip(edges, edges[1:])):
+                energies = []
+                for k in range(low, high):
+                    turns = [cmath.exp(-2j * math.pi * k * t / steps) for t in range(steps)]
+                    value = sum(h * v * turn for h, v, turn in zip(hann, signal, turns))
+                    energies.append(abs(value) ** 2 / sum(h * h for h in hann))
+                want = math.log(sum(energies) / len(energies) + 1e-6)
+                assert math.isclose(got[row, 2 * band + channel], want, abs_tol=1e-9)
+    sine = torch.sin(2 * torch.pi * 8 * torch.arange(128) / 128)[None, :, None]
+    assert band_energies(sine).argmax() == 4  # the number in the docstring
+    assert band_energies(torch.ones(2, 1, 3)).shape == (2, 0)
+    assert near(band_energies(3 + torch.zeros(1, 128, 1)), torch.full((1, 9), math.log(1e-6)), 1e-6)
+
+
+def test_data_gravity_frame_equals_a_loop_and_does_not_see_how_the_phone_lies():
+    rng = np.random.default_rng(1)
+    x, gravity = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5, 3))
+    gravity[0, 0] = 0
+    got = gravity_frame(torch.tensor(x), torch.tensor(gravity))
+    for row, step in itertools.product(range(2), range(5)):
+        a, g = x[row, step], gravity[row, step]
+        size = math.sqrt(sum(value**2 for value in g)) or 1.0
+        along = sum(p * q / size for p, q in zip(a, g))
+        across = math.sqrt(sum((p - along * q / size) ** 2 for p, q in zip(a, g)))
+        want = [along, across, math.sqrt(sum(value**2 for value in a))]
+        assert near(got[row, step], want, 1e-12)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    assert near(gravity_frame(torch.tensor(x @ turn), torch.tensor(gravity @ turn)), got, 1e-12)
+
+
+def test_data_spectral_features_hold_every_sequence_and_the_frame_of_gravity():
+    rng = np.random.default_rng(2)
+    shape = (20, 32, 3)
+    arrays = {name: rng.normal(size=shape).astype(np.float16)
+              for name in ("gravity", "acceleration", "rotation", "attitude")}
+    arrays |= {"features": rng.normal(size=(20, 7)), "image": rng.normal(size=(20, 3, 8, 8))}
+    present = {"acceleration": np.arange(20) != 6}
+    rows = np.array([3, 6, 15])
+    scaler = {name: data.channel_statistics(array, np.arange(10)) for name, array in arrays.items()}
+    split = ModalSplit(arrays, None, rows, present=present, scaler=scaler)
+    got, columns = spectral_features(split), []
+    for name in list(arrays)[:4]:
+        mean, sd = (values.numpy() for values in scaler[name])
+        columns.append(band_energies(torch.tensor((arrays[name][rows] - mean) / sd)))
+    for name in ("acceleration", "rotation"):
+        x, g = (torch.tensor(arrays[key][rows].astype(float)) for key in (name, "gravity"))
+        columns.append(band_energies(gravity_frame(x, g)))
+    columns[1][1] = columns[4][1] = math.nan
+    want = torch.cat(columns, 1).numpy()
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+    assert near(np.nan_to_num(got), np.nan_to_num(want), 1e-4)
+    alone = ModalSplit({"features": arrays["features"]}, None, rows)
+    assert spectral_features(alone).shape == (3, 0)
+    split = ModalSplit({name: arrays[name] for name in ("acceleration", "rotation")}, None, rows)
+    assert spectral_features(split).shape == (3, 2 * columns[1].shape[1])

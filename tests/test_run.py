@@ -190,7 +190,8 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         assert math.isclose(summary["test"]["model"]["mae"], np.mean(values))
         assert math.isclose(summary["test_sd"]["model"]["mae"], np.std(values, ddof=1))
         assert summary["folds"] == 3
-        floors = ["constant mean", "constant median", "spectral peak", "PULSE"]
+        floors = ["constant mean", "constant median", "spectral peak", "strong: beat intervals",
+                  "median of three", "PULSE, the monitor's own rate"]
         assert list(summary["test"])[1:] == ["model", *floors]
         assert summary["test"]["rows"] == sum(row["rows"] for row in rows)
         for text in ("fold 3 of 3", "mean over the folds", "standard deviation over the folds"):

@@ -43,8 +43,9 @@ def test_train_stays_scores_stand_between_chance_and_ceiling_beside_a_logistic_r
         everything = succeeded("--task", "seqsetvae", "--eval", best, "--data", f / "stays")
         assert "all rows, 80 rows" in everything
         assert "training rows included" in everything
+    strong = "strong: logistic on ranks"
     assert list(scores) == ["rows", "model", "constant", "SAPS-I", "SOFA", "logistic regression",
-                            "ceiling"]
+                            strong, "ceiling"]
     test, model = sets.test, scores["model"]
     row_of = {int(row["RecordID"]): row for row in table}
     assert len(row_of) == 80
@@ -67,6 +68,13 @@ def test_train_stays_scores_stand_between_chance_and_ceiling_beside_a_logistic_r
     assert near(seqsetvae.regression(test, sets.facts), expected, 1e-5)
     regression = scores["logistic regression"]
     assert math.isclose(regression["auroc"], losses.auroc(expected, test.labels))
+    summaries = [seqsetvae_data.stay_summaries(stays, part) for part in (rows, test.rows)]
+    knots = seqsetvae_data.rank_knots(summaries[0])
+    ranks = [seqsetvae_data.stay_ranks(part, knots) for part in summaries]
+    expected = losses.logistic_predict(ranks[0], stays["labels"][rows], ranks[1], penalty=17 * 41)
+    assert near(seqsetvae.rank_regression(test, sets.facts), expected, 1e-5)
+    assert math.isclose(scores[strong]["auroc"], losses.auroc(expected, test.labels))
+    assert strong in everything and out.count("| logistic on ranks 0.") == 3
     saps = stays["severity"]["SAPS-I"][test.rows]
     known = ~np.isnan(saps)
     assert math.isclose(scores["SAPS-I"]["auroc"], losses.auroc(saps[known], test.labels[known]))

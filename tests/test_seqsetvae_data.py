@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+import math
 
 import numpy as np
 import torch
@@ -10,8 +12,9 @@ import data
 import losses
 from tasks import seqsetvae_data
 from tasks.seqsetvae_data import (
-    event_scaler, gather_ranges, list_stays, pack_stays, read_stays, scale_events, stay_statistics,
-    STAY_VARIABLES, StaySplit, synthetic_stays)
+    event_scaler, gather_ranges, list_stays, pack_stays, rank_knots, read_stays, scale_events,
+    stay_ranks, stay_statistics, stay_summaries, STAY_VARIABLES, StaySplit, SUMMARIES,
+    synthetic_stays)
 from tests.helpers import (
     edit, folder, near, need_real, OUTCOME_HEADER, padding, raises, replaced, same_bits, seeded,
     STAY_HEADER, warned, write_stay, write_stays)
@@ -309,6 +312,83 @@ def test_data_stay_statistics_equal_the_slow_version():
     assert fast.dtype == np.float64 and fast.shape == (4, 123)
     assert near(fast, slow.reshape(4, 123), 1e-6)
     assert stay_statistics(stays, [], scaler).shape == (0, 123)
+
+
+def slow_summaries(events):
+    """{variable: eight numbers} of one stay, [(minute, [(name, value)])]."""
+    by_variable, table = {}, {}
+    for minute, pairs in events:
+        for name, value in pairs:
+            by_variable.setdefault(variable_index(name), []).append((minute / 60, value))
+    for v, points in by_variable.items():
+        hours, x = zip(*points)
+        mean_hours, mean = sum(hours) / len(x), sum(x) / len(x)
+        moment = sum((h - mean_hours) * (value - mean) for h, value in points)
+        spread = sum((h - mean_hours) ** 2 for h in hours)
+        slope = moment / spread if len(set(hours)) > 1 else 0
+        table[v] = (x[0], x[-1], min(x), max(x), mean, slope, len(x), 48 - hours[-1])
+    return table
+
+
+def slow_rank(value, points):
+    """2 P(x' < x) + P(x' = x) - 1, between 21 knots, by looking at each pair of neighbours."""
+    value = min(max(value, points[0]), points[-1])
+    equal = [i for i, point in enumerate(points) if point == value]
+    if equal:
+        return sum(equal) / len(equal) / 10 - 1
+    left = max(i for i, point in enumerate(points) if point < value)
+    low, high = (slow_rank(points[i], points) for i in (left, left + 1))
+    share = (value - points[left]) / (points[left + 1] - points[left])
+    return low + share * (high - low)
+
+
+def test_data_stay_summaries_and_ranks_equal_the_slow_version():
+    stays = synthetic_stays(40, seed=1)
+    training, rows = np.arange(30), [35, 3, 3, 0, 39]
+    events_of = stay_events(stays)
+    slow = {row: slow_summaries(events_of[stays["ids"][row]]) for row in {*training, *rows}}
+    got = stay_summaries(stays, rows)
+    assert got.shape == (8, 5, 41)
+    columns = {}
+    for row in training:
+        for v, summary in slow[row].items():
+            for s, value in enumerate(summary):
+                columns.setdefault((s, v), []).append(value)
+    knots = rank_knots(stay_summaries(stays, training))
+    assert json.loads(json.dumps(knots)) == knots
+    ranks = stay_ranks(got, knots)
+    assert ranks.shape == (5, 17 * 41) and np.isfinite(ranks).all()
+    for k, row in enumerate(rows):
+        for v in range(41):
+            assert ranks[k, 16 * 41 + v] == (v not in slow[row])
+            if v not in slow[row]:
+                assert got[6, k, v] == 0 and np.isnan(np.delete(got[:, k, v], 6)).all()
+                assert not ranks[k, v : 16 * 41 : 41].any()
+                continue
+            for s, value in enumerate(slow[row][v]):
+                assert math.isclose(got[s, k, v], value, rel_tol=1e-6, abs_tol=1e-5), (s, row, v)
+                want = 0.0
+                if (s, v) in columns:
+                    points = np.quantile(columns[s, v], np.linspace(0, 1, 21))
+                    if s != SUMMARIES.index("slope"):
+                        assert near(knots[s][v], points, 1e-6)
+                    want = slow_rank(got[s, k, v], knots[s][v])
+                assert math.isclose(ranks[k, s * 41 + v], want, abs_tol=1e-9), (s, row, v)
+                assert math.isclose(ranks[k, (8 + s) * 41 + v], want**2, abs_tol=1e-9)
+    assert stay_ranks(stay_summaries(stays, []), knots).shape == (0, 17 * 41)
+
+
+def test_data_stay_summaries_of_three_values_are_those_of_the_docstring():
+    stays = pack_stays([0, 0, 0], [0, 60, 120], [2, 2, 2], [1, 5, 3])
+    first, last, low, high, mean, slope, count, since_last = stay_summaries(stays, [0])[:, 0, 2]
+    assert (first, last, low, high, mean, count, since_last) == (1, 3, 1, 5, 3, 3, 46)
+    assert math.isclose(slope, 1)
+    once = stay_summaries(pack_stays([0, 0], [7, 7], [2, 2], [1, 5]), [0])
+    assert once[SUMMARIES.index("slope"), 0, 2] == 0  # two values at one time have no slope
+    knots = [[list(range(21)) if v == 2 else [] for v in range(41)] for _ in SUMMARIES]
+    summaries = np.full((8, 1, 41), np.nan)
+    summaries[:, 0, 2], summaries[6, 0, :2], summaries[6, 0, 3:] = 15, 0, 0
+    assert stay_ranks(summaries, knots)[0, [2, 8 * 41 + 2]].tolist() == [0.5, 0.25]
 
 
 def test_data_stay_split_batches_equal_a_loop_over_stays():
