@@ -224,7 +224,9 @@ def test_train_breaths_strong_floor_is_a_ridge_on_the_log_spectra_of_training_wi
     rows = np.block([[(x[0] - mean) / sd, np.ones((len(labels), 1))], penalty_rows])
     w = np.linalg.lstsq(rows, np.append(labels, np.zeros(192)), rcond=None)[0]
     errors = (x[1] - mean) / sd @ w[:-1] + w[-1] - sets.test.labels
-    floors = train.scored_floors(train.task_of(args), sets.test, args, sets.facts)
+    task = train.task_of(args)
+    floors = task.floors(sets.test, args, sets.facts)
+    floors = train.scored_floors(floors, task, sets.test, args, sets.facts)
     strong = floors["strong: ridge on log spectra"]
     assert near(strong["mae"], np.abs(errors).mean(), 1e-5)
     assert near(strong["rmse"], math.sqrt(np.square(errors).mean()), 1e-5)

@@ -120,7 +120,9 @@ def test_train_quad_strong_floor_is_a_ridge_on_clipped_features_of_training_rows
     near_to = [losses.linear_scores(lda, part) for part in z]
     want = losses.knn_accuracy(near_to[0], labels[train_rows], near_to[1], labels[rows])
     assert math.isclose(floors["5-NN after LDA"]["accuracy"], want)
-    scored = train.scored_floors(quadmodal.TASK, split, args, facts)["strong: ridge on spectra"]
+    floors = quadmodal.floors(split, args, facts)
+    scored = train.scored_floors(floors, quadmodal.TASK, split, args, facts)
+    scored = scored["strong: ridge on spectra"]
     assert list(scored) == ["accuracy", "macro_f1", "classes"]
 
 
