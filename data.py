@@ -1351,7 +1351,8 @@ def upslope_rate(windows, rate_hz):
     apart = round(0.33 * rate_hz)
     largest = F.max_pool1d(u[:, None], 2 * apart + 1, stride=1, padding=apart)[:, 0]
     left, top, right = u[:, :-2], u[:, 1:-1], u[:, 2:]
-    high = 0.4 * u.quantile(0.98, dim=1, keepdim=True)
+    rank = round(0.98 * (u.shape[1] - 1)) + 1  # torch.quantile refuses more than 16 million values
+    high = 0.4 * u.kthvalue(rank, dim=1, keepdim=True).values
     is_beat = (top == largest[:, 1:-1]) & (top > left) & (top > high)
     # of a beat left < top >= right, so the parabola opens downwards
     offset = 0.5 * (left - right) / torch.where(is_beat, left - 2 * top + right, 1)

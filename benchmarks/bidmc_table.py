@@ -42,7 +42,7 @@ def patient_errors(folder, folds):
         with torch.inference_mode():
             outputs = outputs_over(split, lambda batch: bidmc.outputs(model, batch, args, facts))
         predictions = {"model": bidmc.rates(outputs, facts).numpy(),
-                       "spectral peak": bidmc.spectral_peak(split, args, facts),
+                       "spectral peak": bidmc.simple_rates(split, args, facts)["spectral peak"],
                        "constant mean": facts["scaler"]["mean"],
                        "constant median": facts["median"]}
         for name, prediction in predictions.items():

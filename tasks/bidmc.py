@@ -38,6 +38,11 @@ def seconds_of(args):
     return 10 if args.protocol == "original" else args.seconds
 
 
+def stride_of(args):
+    """Seconds from the start of a window to that of the next."""
+    return 2 if args.protocol == "original" else args.stride
+
+
 def hz_of(args):
     """Samples per second after --reduce."""
     return bidmc_data.BIDMC_HZ / args.reduce
@@ -178,12 +183,11 @@ def load(path, args):
 def fit_spectra(windows, rows, args):
     """Ridge regression of the breathing rate on the log spectra of these windows.
 
-    The penalty is the number of columns, so that before any data is seen the columns together are
-    expected to explain as much as they leave, times the number of windows that share a second.
+    The penalty is the number of columns, as if they together explained as much of the labels as
+    they leave, times the number of windows that share a second and so tell the same.
     """
     x = over_chunks(functools.partial(log_spectra, args=args), windows["inputs"], rows)
-    starts = windows["starts"][windows["recording"] == windows["recording"][0]]
-    overlap = max(1.0, seconds_of(args) / np.diff(starts).min()) if len(starts) > 1 else 1.0
+    overlap = max(1.0, seconds_of(args) / stride_of(args))
     return losses.ridge_fit(x, windows["labels"][rows], penalty=x.shape[1] * overlap)
 
 
@@ -296,24 +300,27 @@ def rate_scores(prediction, split, args, facts, rows=slice(None)):
 
 
 def simple_rates(split, args, facts):
-    """{name: rates} of simple estimates; the training median where there is none."""
-    estimates, hz = {}, hz_of(args)
+    """{name: rates} of simple estimates; the training median where a window gives none.
 
-    def add(name, estimate):
-        values = over_chunks(estimate, split.inputs, split.rows)
-        estimates[name] = np.nan_to_num(values, nan=facts["median"])
+    For hr nothing is learnt: the peak of the spectrum, the median interval between upslopes, and
+    the median of these two and of the peak of the spectrum of the slope. For rr fit_spectra.
+    """
+    hz, band = hz_of(args), data.RATE_BANDS[rate_of(args)]
 
-    band = data.RATE_BANDS[rate_of(args)]
-    add("spectral peak", lambda x: data.spectral_rate(x, hz, band))
+    def estimate(function):
+        return np.nan_to_num(over_chunks(function, split.inputs, split.rows), nan=facts["median"])
+
+    peak = estimate(lambda x: data.spectral_rate(x, hz, band))
+    rates = {"spectral peak": peak}
     if rate_of(args) == "hr":
-        add("strong: beat intervals", lambda x: data.upslope_rate(x, hz))
-        add("median of three", lambda x: data.spectral_rate(x.diff(dim=1), hz, band))
-        # the peak of the spectrum of the slope alone favours overtones
-        estimates["median of three"] = np.median(list(estimates.values()), axis=0)
+        beats = estimate(lambda x: data.upslope_rate(x, hz))
+        slope = estimate(lambda x: data.spectral_rate(x.diff(dim=1), hz, band))
+        rates["strong: beat intervals"] = beats
+        rates["median of three"] = np.median([peak, beats, slope], axis=0)
     elif "strong" in facts:
         x = over_chunks(functools.partial(log_spectra, args=args), split.inputs, split.rows)
-        estimates["strong: ridge on log spectra"] = losses.linear_scores(facts["strong"], x)
-    return estimates
+        rates["strong: ridge on log spectra"] = losses.linear_scores(facts["strong"], x)
+    return rates
 
 
 def floors(split, args, facts):

@@ -368,6 +368,7 @@ def fit_colours(images, masks, rows, *, classes=19, prior=100.0):
 
     images   uint8 (n, 3, h, w); masks uint8 (n, H, W), 255 is ignored; rows (m,)
     returns  {"mean": [C][3], "covariance": [C][3][3]}, plain lists for a checkpoint
+    Check:   a class that no mask holds has the mean of all pixels
     """
     step = max(1, min(images.shape[2:]) // 64)  # about 64 x 64 pixels of an image
     count, total, products = (torch.zeros(classes, *shape, dtype=torch.float64)
@@ -396,6 +397,7 @@ def colour_logits(images, fit):
 
     images   uint8 (n, 3, h, w); fit of fit_colours
     returns  float (n, C, h, w)
+    Check:   a colour at the mean of a class whose covariance is I has 0
     """
     covariance = torch.tensor(fit["covariance"], dtype=torch.float64)
     root = torch.linalg.cholesky(torch.linalg.inv(covariance)).float()
@@ -412,6 +414,7 @@ def position_logits(counts, grid=32, prior=1.0):
     counts   (C, H, W): how many training masks hold class c at each pixel
     prior    masks that hold every class everywhere alike, so that nothing is impossible
     returns  float (C, grid, grid)
+    Check:   without any mask all are log 1 / C
     """
     shares = F.interpolate(torch.as_tensor(counts, dtype=torch.float64)[None], (grid, grid),
                            mode="area")[0] + prior / len(counts)

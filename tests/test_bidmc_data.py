@@ -374,7 +374,7 @@ def slow_upslope_rate(x, smooth, smooth_rise, apart, hz):
     """upslope_rate of one window, sample by sample; the widths in samples."""
     x = slow_mean(((x - x.mean()) / x.std()).tolist(), smooth)
     u = slow_mean([max(b - a, 0.0) for a, b in zip(x, x[1:])], smooth_rise)
-    high, beats = 0.4 * np.quantile(u, 0.98), []
+    high, beats = 0.4 * sorted(u)[round(0.98 * (len(u) - 1))], []
     for i in range(1, len(u) - 1):
         if u[i] > high and u[i] > u[i - 1] and u[i] == max(u[max(i - apart, 0) : i + apart + 1]):
             square, slope, _ = np.polyfit([-1, 0, 1], u[i - 1 : i + 2], 2)
