@@ -76,7 +76,7 @@ def test_train_help_shows_the_defaults_of_the_variant():
 def test_train_task_has_the_fields_of_the_design_and_the_loop_knows_no_task():
     fields = [field.name for field in dataclasses.fields(common.Task)]
     assert fields == ["flags", "variants", "load", "rows", "network", "loss", "outputs", "scores",
-                      "floors", "predictions", "examples", "export", "reference"]
+                      "floors", "predictions", "examples", "headline", "export", "reference"]
     loop = (HERE / "train.py").read_text().split("# The step\n")[1].split("# Command line")[0]
     assert "def train_step" in loop and "def build" in loop
     assert not re.search("ocec|faceparse|bidmc|quadmodal|seqsetvae", loop)
