@@ -38,7 +38,8 @@ def print_persons(folder):
     for name in ("train", "validation"):
         persons = sorted(np.unique(splits.named()[name].groups), key=lambda x: (len(x), x))
         print(f"- {name}: {', '.join(persons)}")
-    print("\n| test person | eyes | open | accuracy | logistic on HOG |\n| --- " + "| --- " * 4 + "|")
+    print("\n| test person | eyes | open | accuracy | logistic on HOG |")
+    print("| --- " * 5 + "|")
     for person in sorted(np.unique(splits.test.groups), key=lambda x: (len(x), x)):
         rows = splits.test.groups == person
         print(f"| {person} | {rows.sum():,} | {splits.test.labels[rows].mean():.0%} | "
