@@ -152,11 +152,11 @@ def numbered_groups(groups):
     Needs: np
     """
     groups = np.asarray(groups)
-    if groups.dtype.kind in "iu":
+    if groups.dtype.kind in "iu" or groups.dtype.kind == "f" and not (groups % 1).any():
         return np.unique(groups, return_inverse=True)[1]
     names, group_of_row = np.unique(groups.astype(str), return_inverse=True)
     try:
-        order = np.argsort(names.astype(np.int64), kind="stable")
+        order = sorted(range(len(names)), key=lambda i: int(names[i]))
     except ValueError:
         return group_of_row
     return np.argsort(order)[group_of_row]
@@ -1222,7 +1222,7 @@ def hog_features(images, *, side=48, cells=(12, 16)):
     Errors: ValueError for cells that do not divide the side, or that leave fewer than 2 x 2
     Source: Dalal and Triggs 2005; L2-Hys is their normalisation
     Needs:  F, torch, _cell_histograms
-    Check:  an image of half the contrast gives the same numbers
+    Check:  an image of half the contrast gives the same numbers, unless it is nearly flat
     """
     for cell in cells:
         if side % cell or side < 2 * cell:
@@ -1339,7 +1339,7 @@ def upslope_rate(windows, rate_hz):
                quantile; between samples a parabola through three values of u
 
     The median forgets a missed or an additional beat, which the mean interval does not. Beats are
-    at least 0.33 s apart, so rates end at 180 per minute.
+    at least 0.33 s apart, so rates end at about 180 per minute, earlier at a low sampling rate.
 
     windows (n, t) float tensor of any scale; rate_hz samples per second
     returns (n,) per minute; NaN for a window with fewer than two beats

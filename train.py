@@ -651,7 +651,7 @@ def print_scores(title, model, split, run):
 
     Returns all scores, and the outputs of the network and the floors that they are of.
     """
-    with torch.inference_mode():
+    with processes.raised_everywhere(), torch.inference_mode():
         outputs = outputs_of(model, split, run)
         scores = scored(outputs, split, run)
     floors = run.task.floors(split, run.args, run.facts)
@@ -743,14 +743,12 @@ def train_series(args, check=True):
     """The runs of a series, then mean and standard deviation of their scores."""
     folder = Path(args.out)
     with refusals():
+        series.refuse_other_series(args, folder)
         runs = series.series_settings(args, TASKS[args.task].flags)
         if check:
             check_series(args)
         if args.overwrite:
-            for stale in [folder / "scores.json", *folder.glob("fold-*/*"),
-                          *folder.glob("seed-*/*"), *folder.glob("seed-*/fold-*/*")]:
-                if stale.name in RUN_FILES:
-                    stale.unlink(missing_ok=True)
+            series.clear(folder)
         for settings in runs:
             Path(settings.out).mkdir(parents=True, exist_ok=True)  # they tell --resume the seeds
     for i, settings in enumerate(runs):

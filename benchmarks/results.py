@@ -6,8 +6,8 @@
 
 Writes docs/results.json after each seed and goes on where it stopped. --folder holds the data sets
 under the names in ROWS. A seed's run stays in OUT/ROW-SEED: the difference between network and
-strong floor is taken over the test rows of all seeds, which share persons. So it is computed again
-from these runs, and a row whose runs are not there keeps the difference that it has.
+strong floor is taken over the test rows of all seeds, which share persons, so a seed can only be
+added where the runs of the others are.
 
 A seed fixes the split, the initial weights and the order. Each run picks its epoch on validation
 rows and scores the test rows once.
@@ -60,10 +60,8 @@ ROWS = {
 
 def run_seed(flags, data, seed, out):
     """Train one seed; what the file keeps of it."""
-    words = [*flags.split(), "--data", str(data), "--seed", str(seed), "--out", str(out)]
-    words.append("--resume" if checkpoint.runs_in(out) else "--overwrite")
-    if words[-1] == "--resume":
-        words = ["--task", flags.split()[1], "--data", str(data), "--out", str(out), "--resume"]
+    words = [*flags.split(), "--data", str(data), "--seed", str(seed), "--out", str(out),
+             "--overwrite"]  # not --resume: the seconds are those of a whole run
     start = time.perf_counter()
     with open(out.with_suffix(".log"), "a") as log:
         code = subprocess.run([sys.executable, ROOT / "train.py", *words], stdout=log,
@@ -108,27 +106,26 @@ def headlines(folder):
     return network, model, [str(unit) for unit in units]
 
 
-def pooled_difference(folders):
-    """Network minus strong floor over the test rows of several runs, with an interval by group.
+def pooled_difference(folders, sign):
+    """By how much the network is better than the strong floor, over the test rows of several runs.
 
-    The mean over the runs of the difference on the rows drawn; a group that several runs test is
-    drawn for all of them at once.
+    The mean over the runs of the difference on the rows drawn, with an interval by group; a group
+    that several runs test is drawn for all of them at once.
     """
     runs = [headlines(run) for folder in folders for run in checkpoint.runs_in(folder)]
     units = np.concatenate([run[2] for run in runs])
     ends = np.cumsum([0] + [len(run[2]) for run in runs])
 
-    def mean_of(which):
-        def score(weights):
-            values = [run[which](weights[:, a:b]) for run, a, b in zip(runs, ends, ends[1:])]
-            return np.nanmean(values, axis=0)
-        return score
+    def better_by(weights):
+        gains = []
+        for (network, simple, _), a, b in zip(runs, ends, ends[1:]):
+            with np.errstate(invalid="ignore"):  # NaN for a run none of whose rows are drawn
+                gains.append(sign * (network(weights[:, a:b]) - simple(weights[:, a:b])))
+        return np.nanmean(gains, axis=0)
 
-    everything = np.ones((1, len(units)))
-    with np.errstate(invalid="ignore"):  # a run none of whose rows are drawn
-        low, high = losses.paired_bootstrap(mean_of(0), mean_of(1), units)
-    difference = (mean_of(0)(everything) - mean_of(1)(everything))[0]
-    return {"difference": float(difference), "low": low, "high": high,
+    low, high = losses.paired_bootstrap(better_by, lambda weights: np.zeros(len(weights)), units)
+    difference = float(better_by(np.ones((1, len(units))))[0])
+    return {"difference": difference, "low": low, "high": high,
             "groups": len(np.unique(units)), "runs": len(runs)}
 
 
@@ -149,8 +146,8 @@ def cell(seeds, name, keys):
 
 def table(results):
     """The rows of the file in Markdown."""
-    lines = ["| data, split | network | best constant | strong floor | network minus strong floor, "
-             "95 % by group | seconds a seed | command |", "| --- " * 7 + "|"]
+    lines = ["| data, split | network | best constant | strong floor | network better by, 95 % by "
+             "group | seconds a seed | command |", "| --- " * 7 + "|"]
     for row, (title, _, flags, keys) in ROWS.items():
         if row not in results:
             continue
@@ -161,13 +158,14 @@ def table(results):
         lower = keys[0] in train.LOWER_IS_BETTER
         constant = sorted(constants, key=lambda name: seeds[0]["scores"][name][keys[0]])
         constant = constant[0 if lower else -1]
-        seconds = [seed["seconds"] for seed in seeds]
+        seconds = sorted(seed["seconds"] for seed in seeds if seed["seconds"])  # null: interrupted
+        times = f"{seconds[0]} to {seconds[-1]}" if seconds else ""
         numbers = ", ".join(str(seed["seed"]) for seed in seeds)
         lines.append(
             f"| {title} | {cell(seeds, 'model', keys)} | {cell(seeds, constant, keys[:1])} | "
             f"{strong.removeprefix('strong: ')}: {cell(seeds, strong, keys)} | "
             f"{beside['difference']:+.3f} [{beside['low']:+.3f}, {beside['high']:+.3f}], "
-            f"{beside['groups']:,} groups | {min(seconds)} to {max(seconds)} | "
+            f"{beside['groups']:,} groups | {times} | "
             f"`{flags} --seed {numbers}` |")
     return "\n".join(lines)
 
@@ -195,17 +193,22 @@ def fill(args):
     args.out.mkdir(exist_ok=True)
     args.file.parent.mkdir(exist_ok=True)
     for row in args.rows.split(","):
-        _, data, flags, _ = ROWS[row]
+        _, data, flags, keys = ROWS[row]
         for seed in map(int, args.seeds.split(",")):
             results = json.loads(args.file.read_text()) if args.file.is_file() else {}
             seeds = results.get(row, {}).get("seeds", [])
             if seed in [known["seed"] for known in seeds]:
                 continue
             print(f"{row}, seed {seed}", flush=True)
+            known_folders = [args.out / f"{row}-{known['seed']}" for known in seeds]
+            if missing := [path for path in known_folders if not checkpoint.runs_in(path)]:
+                sys.exit(f"{row}: the difference is taken over all seeds, and "
+                         f"{', '.join(map(str, missing))} is not there: give its --out, or take "
+                         f"the row out of {args.file}")
             seeds.append(run_seed(flags, args.folder / data, seed, args.out / f"{row}-{seed}"))
             seeds.sort(key=lambda known: known["seed"])
             folders = [args.out / f"{row}-{known['seed']}" for known in seeds]
-            beside = pooled_difference(folders)
+            beside = pooled_difference(folders, -1 if keys[0] in train.LOWER_IS_BETTER else 1)
             # another process may have finished another row meanwhile
             results = json.loads(args.file.read_text()) if args.file.is_file() else {}
             report.write_json(args.file, results | {row: {"seeds": seeds, "beside": beside}})

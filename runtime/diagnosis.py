@@ -171,7 +171,7 @@ def beside_simple_model(run, split, part, outputs, floors):
     groups = np.arange(len(split)) if groups is None else np.asarray(groups)
     sign = -1 if key in LOWER_IS_BETTER else 1
     low, high = sorted(sign * end for end in losses.paired_bootstrap(network, model, groups))
-    alone = (np.unique(groups)[:, None] == groups).astype(float) if by_group(groups) else rows
+    alone = (np.unique(groups)[:, None] == groups).astype(float) if few(groups) else rows
     worse = sign * (network(alone) - model(alone)) < 0
     scores = {"floor": best_constant(floors), "ceiling": plain(floors.get("ceiling", {}))}
     network, model = float(network(rows)[0]), float(model(rows)[0])
@@ -182,7 +182,7 @@ def beside_simple_model(run, split, part, outputs, floors):
             "share": share_gained(scores, key, network) - share_gained(scores, key, model)}
 
 
-def by_group(groups):
+def few(groups):
     return len(np.unique(groups)) < FEW_GROUPS
 
 

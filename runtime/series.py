@@ -1,5 +1,6 @@
 """Several runs, one after the other: the folds of a cross-validation, several seeds, or both."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -39,6 +40,25 @@ def series_settings(args, flags):
     return settings
 
 
+def refuse_other_series(args, folder):
+    """Folds beside seeds in one folder could not be told apart by --resume."""
+    other = "fold" if args.seeds else "seed"
+    if not args.overwrite and list(folder.glob(f"{other}-*")):
+        raise ValueError(f"{folder} holds the runs of several {other}s: choose another --out, or "
+                         "--overwrite them")
+
+
+def clear(folder):
+    """Remove the files of a series, and its folders if they hold nothing else."""
+    parts = [*folder.glob("seed-*/fold-*"), *folder.glob("seed-*"), *folder.glob("fold-*")]
+    for part in [*parts, folder]:
+        for name in checkpoint.RUN_FILES if part != folder else ("scores.json",):
+            (part / name).unlink(missing_ok=True)
+    for part in parts:
+        with contextlib.suppress(OSError):
+            part.rmdir()
+
+
 def write_series_scores(folder, runs):
     """Print mean and sd of the scores of several folds or seeds, and write them to scores.json.
 
@@ -62,7 +82,8 @@ def write_series_scores(folder, runs):
                 mean[name][key] = float(values.mean())
                 sd[name][key] = float(values.std(ddof=1))
     count = sum(score["rows"] for score in scores)
-    print(f"\n{len(runs)} {kind}, {count:,} {part} rows in all, mean over the {kind}")
+    overlap = "" if kind == "folds" else ", some in several"
+    print(f"\n{len(runs)} {kind}, {count:,} {part} rows in all{overlap}, mean over the {kind}")
     print(report.score_table(mean))
     print(f"standard deviation over the {kind}\n{report.score_table(sd)}")
     numbers = len(runs) if kind == "folds" else [int(run.name.split("-")[1]) for run in runs]

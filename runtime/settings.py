@@ -232,6 +232,9 @@ def check_call(args, task, run_files):
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.seeds and seeds_of(args) and "seed" in args.typed:
         raise ValueError(f"--seed {args.seed} and --seeds {args.seeds}: give one of them")
+    if args.seeds and "fold" in args.typed:
+        raise ValueError("--fold is not read with --seeds, which trains all folds of each seed: "
+                         "leave it out, or give --seed")
     several_folds = args.folds != 1 and (args.fold <= args.folds
                                          or args.resume and "folds" not in args.typed)
     if not several_folds:

@@ -239,7 +239,7 @@ class Task:
     # constant begins with `constant`, and one of them has every score of --monitor. The strongest
     # simple model, chosen here and not by its score, is named `strong: ...`: its value is outputs,
     # as `scores` takes them, so that it is scored as the network is, row by row. What it learnt
-    # from training rows, if anything, is in facts["strong"]; without that there is no such entry
+    # from training rows is in facts["strong"], or it is fitted on split.reference
     floors: Callable
     # (batches, split, out, args, facts) -> rows written to out; batches: (batch, outputs) pairs
     predictions: Callable

@@ -454,10 +454,14 @@ def scores(outputs, split, args, facts):
 
 
 def headline(outputs, split, args, facts):
-    """F1 of open eyes; see Task."""
+    """F1 of open eyes, 1 where none is there and none is called open; see Task."""
     called_open, is_open = outputs["logits"].numpy() >= 0, split.labels == 1
     found, wrong = called_open & is_open, called_open != is_open
-    return lambda weights: 2 * (weights @ found) / (2 * (weights @ found) + weights @ wrong)
+
+    def f1(weights):
+        twice, errors = 2 * (weights @ found), weights @ wrong
+        return np.where(twice + errors > 0, twice / np.maximum(twice + errors, 1e-300), 1.0)
+    return f1
 
 
 def floors(split, args, facts):

@@ -48,6 +48,9 @@ def test_data_split_does_not_depend_on_how_groups_are_stored():
     for got, want in zip(split_by_group(np.array(named, object), (0.6, 0.4), seed=1),
                          split_by_group(by_name, (0.6, 0.4), seed=1)):
         assert np.array_equal(got, want)
+    for groups in ([f"{10**20 + int(person)}" for person in persons], persons.astype(np.float32)):
+        got = split_by_group(np.array(groups), (0.6, 0.2, 0.2), seed=1)
+        assert all(map(np.array_equal, got, wanted))
     # 1 and 01 are two persons
     assert len(np.unique(numbered_groups(["1", "01", "2"]))) == 3
 

@@ -1,6 +1,7 @@
 """Tests of the rules of the house: arrows between files, sizes, README, pieces pasted alone."""
 
 import ast
+import json
 import re
 import sys
 
@@ -374,6 +375,20 @@ def test_project_readme_pieces_are_where_it_says():
                 assert "/" in file or name in USES, name
                 count += 1
     assert count > 50
+
+
+def test_project_readme_has_the_table_that_the_results_make():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    try:
+        import results
+    finally:
+        sys.path.remove(str(HERE / "benchmarks"))
+    content = json.loads((HERE / "docs" / "results.json").read_text())
+    assert results.table(content) in (HERE / "README.md").read_text()
+    for row, (title, _, flags, keys) in results.ROWS.items():
+        train.parse_args(flags.split())
+        for seed in content.get(row, {}).get("seeds", []):
+            assert set(keys) <= set(seed["scores"]["model"]), (row, seed["seed"])
 
 
 def test_project_readme_commands_are_flags_that_exist():

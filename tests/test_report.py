@@ -314,6 +314,12 @@ def test_train_compares_network_and_strong_floor_on_the_same_rows_by_group():
     assert diagnosis.beside_simple_model(state, split, "test", "network", {}) is None
 
 
+def test_train_f1_of_a_person_whose_eyes_are_all_closed_is_one_where_none_is_called_open():
+    split = types.SimpleNamespace(labels=np.array([0, 0, 1]))
+    f1 = ocec.headline({"logits": torch.tensor([-1.0, 1.0, 1.0])}, split, None, None)
+    assert f1(np.eye(3)).tolist() == [1, 0, 1] and f1(np.ones((1, 3))).tolist() == [2 / 3 * 1.0]
+
+
 def test_train_headlines_are_the_scores_that_tasks_report():
     with folder() as f:
         sets = ((TINY, make_npz(f / "eyes.npz")), (PPG, ppg_folder(f)),

@@ -221,7 +221,7 @@ def test_train_folds_run_each_and_report_mean_and_sd():
         out = refused("fold-3/best.pt does not exist", *ppg, "--out", f / "late", *probe)
         assert "epoch" not in out and not (f / "late" / "fold-1").exists()
         ppg_run(cv, "--folds", "2", "--overwrite", "--epochs", "1")
-        assert not list(third.iterdir()) and read_scores(cv)["folds"] == 2
+        assert not third.exists() and read_scores(cv)["folds"] == 2
 
 
 def test_train_folds_of_different_recipes_are_never_averaged():
@@ -318,6 +318,15 @@ def test_train_seeds_run_each_and_report_mean_and_sd():
         refused("holds a run without --folds or --seeds", *TINY, "--out", f / "alone",
                 "--seeds", "2,4")
         refused("--seed 1 and --seeds 0,1", *TINY, "--seed", "1", "--seeds", "0,1")
+        refused("--fold is not read with --seeds", *TINY, "--folds", "3", "--fold", "2",
+                "--seeds", "0,1")
+        refused("holds the runs of several seeds", *TINY, "--out", f / "s", "--folds", "2",
+                "--data", f / "eyes.npz")
+        # what --overwrite leaves out is not trained again by --resume
+        run(f / "s", "--seeds", "4,2", "--epochs", "1", "--overwrite")
+        assert not (f / "s" / "seed-7").exists()
+        succeeded(*resume)
+        assert read_scores(f / "s")["seeds"] == [2, 4]
         for words in ("3", "0,0", "1,x", "0,"):
             refused(f"--seeds {words}: give two or more", *TINY, "--seeds", words)
 
