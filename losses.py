@@ -437,7 +437,7 @@ def supcon_loss(features, labels=None, *, temperature=0.07, gather=True):
     value see supcon_bounds.
 
     With torch.distributed initialised the batch is that of all processes, and all of them must call
-    this function. Each returns the loss of the whole batch. The mean of their gradients, which DDP
+    this function. All return the loss of the whole batch. The mean of their gradients, which DDP
     takes, is the gradient of one process with the whole batch. gather=False uses only these rows,
     for scoring rows that every process has. Computed and returned in float32, also under autocast,
     or in float64 for such features.
@@ -473,7 +473,7 @@ def supcon_loss(features, labels=None, *, temperature=0.07, gather=True):
         loss = -(log_p.sum(1) / positives.clamp_min(1)).sum() / anchor.sum()
     if processes == 1:
         return loss
-    # Each process has the gradient through its own rows. The gradient of the loss is the sum of
+    # A process has the gradient through its own rows. The gradient of the loss is the sum of
     # these; DDP takes their mean.
     return loss.detach() + processes * (loss - loss.detach())
 
@@ -1190,7 +1190,7 @@ def lda_fit(train_x, train_labels, *, penalty=1.0):
 
         S = sum_i (z_i - m_c(i)) (z_i - m_c(i))^T + penalty I     within the classes
         B = sum_c n_c (m_c - m) (m_c - m)^T                       between them
-        maximise w^T B w where w^T S w = 1, each w orthogonal to the others in S
+        maximise w^T B w where w^T S w = 1, all w orthogonal in S
 
     z = the columns standardised by mean and sd of the training rows, m their mean, m_c that of a
     class. Rows of a class lie in a round cloud afterwards, so nearest neighbours can be asked.
@@ -1237,7 +1237,7 @@ def logistic_fit(train_x, train_labels, *, penalty=1.0):
     their square, times the rows.
 
     Shape:  train_x (n, D), train_labels 0 / 1 of any type (n,)
-            ->  {"mean", "sd", "weights": D numbers each, "intercept": number}, plain lists that a
+            ->  {"mean", "sd", "weights": lists of D numbers, "intercept": number}, which a
             checkpoint or JSON can hold; logits by linear_scores
     Errors: ValueError for other shapes or labels, labels of one class, NaN or infinite values,
             penalty <= 0
@@ -1308,7 +1308,7 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
 
     Shape:  values (n,)  ->  (low, high) floats; NaN for fewer than two values, which have no spread
     Source: Efron 1979; Efron and Tibshirani 1993, chapter 13
-    Needs:  math, np
+    Needs:  math, np, _middle
     Check:  equal values give that value twice
     """
     values = np.asarray(values, dtype=np.float64)
@@ -1316,20 +1316,48 @@ def bootstrap_interval(values, *, level=0.95, resamples=1000, seed=0):
     if len(values) < 2:
         return math.nan, math.nan
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    return _middle(values[drawn].mean(1), level)
+
+
+def paired_bootstrap(a, b, groups, *, draws=2000, level=0.95, seed=0):
+    """Interval of the difference of two models' scores on the same rows, drawn by group.
+
+    A draw takes g of the g groups with replacement, with all of their rows: windows of one
+    patient, or the eyes of one person, are one unit. Both models are scored on the same draw, so
+    that its difficulty cancels. Draws in which a score is not defined are left out. With few
+    groups, below about eight, the interval is too narrow: say how many there are.
+
+    a, b    functions that score the rows of a draw: weights (k, n), how often each row is in it,
+            -> (k,)
+    groups  (n,) of any values; np.arange(n) if every row is a unit of its own
+    returns (low, high) of a minus b; NaN if no draw is defined
+    Source: Efron and Tibshirani 1993, chapter 13; by group: Field and Welsh 2007, doi
+            10.1111/j.1467-9868.2007.00593.x
+    Needs:  math, np, _middle
+    Check:  a model against itself has (0, 0)
+    """
+    group_of_row = np.unique(np.asarray(groups), return_inverse=True)[1]
+    n_groups, rng = group_of_row.max() + 1, np.random.default_rng(seed)
+    step = max(1, 2**19 // len(group_of_row))  # half a million rows at a time
+    differences = []
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
+        times = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size)
+        weights = times[:, group_of_row].astype(np.float64)
+        differences.append(a(weights) - b(weights))
+    return _middle(np.concatenate(differences), level)
 
 
 def weighted_ranking(scores, labels, weights):
     """AUROC and average precision when row i counts weights[i] times, as in a resample of the rows.
 
-    A row counts with each of its k weights in turn. Ties count as in auroc and average_precision.
+    A row has k weights, one for every resample. Ties count as in auroc and average_precision.
     NaN in both where all the weight is on one class.
 
     Shape:  scores real, labels 0 / 1, both (n,) or (n, 1); weights (k, n) >= 0
             ->  {"auroc", "auprc"} float64 arrays (k,)
     Errors: ValueError for NaN scores, other labels, unequal lengths
-    Source: equal to auroc and average_precision of the rows, each repeated by its weight
+    Source: equal to auroc and average_precision of the rows, repeated by their weights
     Needs:  np, torch, _scores_and_labels, _is_positive, _array
     Check:  scores in the right order have 1, 1 for any weights
     """
@@ -1357,7 +1385,7 @@ def weighted_ranking(scores, labels, weights):
 def bootstrap_ranking(scores, labels, *, resamples=1000, seed=0):
     """AUROC and average precision of bootstrap samples of the rows.
 
-    Each resample draws n of the n rows with replacement. The draws depend only on n and seed. So
+    A resample draws n of the n rows with replacement. The draws depend only on n and seed. So
     two models scored on the same rows get the same resamples, and the difference of their arrays is
     the paired bootstrap: the difficulty of the drawn rows cancels. A resample without one of the
     classes is NaN in both. The resamples are processed in chunks of half a million rows.
@@ -1399,8 +1427,8 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
     Errors: ValueError for NaN scores, other labels, unequal lengths, level outside (0, 1),
             resamples < 1
     Source: Efron and Tibshirani 1993, chapter 13
-    Needs:  math, np, torch, bootstrap_ranking, weighted_ranking, _scores_and_labels, _is_positive,
-            _array
+    Needs:  math, np, torch, bootstrap_ranking, weighted_ranking, _middle, _scores_and_labels,
+            _is_positive, _array
     Check:  scores in the right order give 1, 1, 1, 1; versus themselves 0, 0, 0, 0
     """
     if not 0 < level < 1:
@@ -1411,13 +1439,17 @@ def ranking_interval(scores, labels, *, versus=None, level=0.95, resamples=1000,
         samples = {name: samples[name] - other[name] for name in samples}
     interval = {}
     for name, values in samples.items():
-        values = values[~np.isnan(values)]
-        low, high = math.nan, math.nan
-        if values.size:
-            low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
-        interval[f"{name}_low"] = float(low)
-        interval[f"{name}_high"] = float(high)
+        interval[f"{name}_low"], interval[f"{name}_high"] = _middle(values, level)
     return interval
+
+
+def _middle(values, level):
+    """The middle `level` of the values (n,), as (low, high); NaN are left out. Needs: math, np"""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
 
 
 def _counts(confusion, ndim):
@@ -1505,37 +1537,3 @@ def _counts_by_score(scores, labels):
     below = np.searchsorted(negatives, distinct)
     not_above = np.searchsorted(negatives, distinct, side="right")
     return tied, below, not_above, negatives.size
-
-
-def paired_bootstrap(a, b, groups, *, draws=2000, level=0.95, seed=0):
-    """Interval of the difference of two models' scores on the same rows, drawn by group.
-
-    Each draw takes g of the g groups with replacement, with all of their rows: windows of one
-    patient, or the eyes of one person, are one unit. Both models are scored on the same draw, so
-    that its difficulty cancels. Draws in which a score is not defined are left out. With few
-    groups, below about eight, the interval is too narrow: say how many there are.
-
-    a, b    functions that score the rows of a draw: weights (k, n), how often each row is in it,
-            -> (k,)
-    groups  (n,) of any values; np.arange(n) if every row is a unit of its own
-    returns (low, high) of a minus b; NaN if no draw is defined
-    Source: Efron and Tibshirani 1993, chapter 13; by group: Field and Welsh 2007, doi
-            10.1111/j.1467-9868.2007.00593.x
-    Needs:  math, np
-    Check:  a model against itself has (0, 0)
-    """
-    group_of_row = np.unique(np.asarray(groups), return_inverse=True)[1]
-    n_groups, rng = group_of_row.max() + 1, np.random.default_rng(seed)
-    step = max(1, 2**19 // len(group_of_row))  # half a million rows at a time
-    differences = []
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        times = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=size)
-        weights = times[:, group_of_row].astype(np.float64)
-        differences.append(a(weights) - b(weights))
-    differences = np.concatenate(differences)
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
-        return math.nan, math.nan
-    low, high = np.quantile(differences, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)

@@ -728,13 +728,14 @@ def score_checkpoint(model, run):
     print_scores(name, model, splits[name], run)
 
 
-def check_series(args):
+def check_series(runs):
     """Prepare every run of a series: what the user can cause to fail, fails before the first."""
-    for settings in series.series_settings(args, TASKS[args.task].flags):
+    for settings in runs:
         if series.is_series(settings):
-            check_series(settings)
+            check_series(series.series_settings(settings, TASKS[settings.task].flags))
             continue
-        print(f"checking {Path(settings.out).name} in {args.out}", flush=True)
+        out = Path(settings.out)
+        print(f"checking {out.name} in {out.parent}", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             prepare(settings)
 
@@ -746,7 +747,7 @@ def train_series(args, check=True):
         series.refuse_other_series(args, folder)
         runs = series.series_settings(args, TASKS[args.task].flags)
         if check:
-            check_series(args)
+            check_series(runs)
         if args.overwrite:
             series.clear(folder)
         for settings in runs:

@@ -6,6 +6,8 @@ Importing this module puts the folder of the project on the path. Import it befo
 import argparse
 import importlib.util
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +43,17 @@ def require_runs_or_quick(parser, args):
         parser.error("give either folders of finished runs, or --quick")
 
 
+def main_of_runs(text, show, tiny_runs):
+    """Command line of a script that shows finished runs; tiny_runs(folder) makes those of --quick.
+    """
+    parser = new_parser(text)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
+    args = parse(parser)
+    require_runs_or_quick(parser, args)
+    with tempfile.TemporaryDirectory() as folder:
+        show(tiny_runs(Path(folder)) if args.quick else args.runs)
+
+
 def main_of_table(text, print_table, tiny_recipes):
     """Command line of a script that prints a table of recipes; a recipe is a list of folders.
 
@@ -61,6 +74,16 @@ def require(command, *modules):
     if missing:
         print(f"{', '.join(missing)}: not installed; try: {command}", file=sys.stderr)
         sys.exit(2)
+
+
+def processor():
+    """Its name, which only Linux tells, and the instructions that torch uses."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    name = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name[1] if name else platform.machine()} with {capability}"
 
 
 def run_python(*words, **environment):

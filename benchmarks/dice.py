@@ -31,8 +31,6 @@ the start and 1 to 2 later:
 
 import importlib.metadata
 import os
-import platform
-import re
 import resource
 import statistics
 import sys
@@ -42,7 +40,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from _quick import median_ratio, new_parser, parse, require, run_python
+from _quick import median_ratio, new_parser, parse, processor, require, run_python
 import losses
 from runtime import processes
 
@@ -73,14 +71,6 @@ def monai_loss():
 def peak_memory():
     """Peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def processor():
-    """Its name, which only Linux tells, and the instructions that torch uses."""
-    info = Path("/proc/cpuinfo")
-    name = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name[1] if name else platform.machine()} with {capability}"
 
 
 def measure(name, allocator, layout, shape):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from _quick import ROOT, new_parser, parse
+from _quick import ROOT, new_parser, parse, processor
 import losses
 import train
 from runtime import checkpoint, report
@@ -77,32 +77,36 @@ def run_seed(flags, data, seed, out):
 def circumstances():
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"],
                             capture_output=True, text=True).stdout.strip()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-             if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
     return {"commit": commit, "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
-            "processor": f"{names[0] if names else platform.machine()}, "
-                         f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"}
+            "processor": f"{processor()}, {os.cpu_count()} cores"}
 
 
-def headlines(folder):
-    """The headlines of network and strong floor on the test rows of a run, and the rows' units."""
+def rebuilt(folder):
+    """A finished run: its state, its splits, and outputs of network and strong floor on test rows.
+    """
     path = folder / "best.pt"
     task = torch.load(path, map_location="cpu", weights_only=True)["task"]
     content = checkpoint.load(path, task, train.TASKS[task].flags)
     args = checkpoint.adopt_recipe(train.parse_args(["--task", task]), content)
     args = args.replace(device="cpu")
-    splits = train.task_of(args).load(args.data, args)
     state = types.SimpleNamespace(args=args, facts=content["facts"], task=train.task_of(args))
+    splits = state.task.load(args.data, args)
     model = state.task.network(args, state.facts)
     checkpoint.load_weights(model, content, path)
     with torch.inference_mode():
         outputs = train.outputs_of(model, splits.test, state)
     _, simple = report.strong_floor(state.task.floors(splits.test, args, state.facts))
+    return state, splits, outputs, simple
+
+
+def headlines(folder):
+    """The headlines of network and strong floor on the test rows of a run, and the rows' units."""
+    state, splits, *outputs = rebuilt(folder)
     groups = getattr(splits.test, "groups", None)
     units = splits.test.rows if groups is None else groups
-    network, model = (state.task.headline(x, splits.test, args, state.facts)
-                      for x in (outputs, simple))
+    network, model = (state.task.headline(x, splits.test, state.args, state.facts)
+                      for x in outputs)
     return network, model, [str(unit) for unit in units]
 
 
@@ -153,7 +157,7 @@ def table(results):
             continue
         seeds, beside = results[row]["seeds"], results[row]["beside"]
         scores = seeds[0]["scores"]
-        strong = next(name for name in scores if name.startswith("strong"))
+        strong, _ = report.strong_floor(scores)
         constants = [name for name in scores if name.startswith("constant")]
         lower = keys[0] in train.LOWER_IS_BETTER
         constant = sorted(constants, key=lambda name: seeds[0]["scores"][name][keys[0]])
@@ -163,7 +167,7 @@ def table(results):
         numbers = ", ".join(str(seed["seed"]) for seed in seeds)
         lines.append(
             f"| {title} | {cell(seeds, 'model', keys)} | {cell(seeds, constant, keys[:1])} | "
-            f"{strong.removeprefix('strong: ')}: {cell(seeds, strong, keys)} | "
+            f"{strong}: {cell(seeds, f'strong: {strong}', keys)} | "
             f"{beside['difference']:+.3f} [{beside['low']:+.3f}, {beside['high']:+.3f}], "
             f"{beside['groups']:,} groups | {times} | "
             f"`{flags} --seed {numbers}` |")

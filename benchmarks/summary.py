@@ -10,12 +10,10 @@ The runs may be cross-validated.
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from _quick import new_parser, parse, require_runs_or_quick
+from _quick import main_of_runs
 
 
 def numbers(scores):
@@ -58,14 +56,5 @@ def tiny_runs(folder):
             for seed in (0, 1)]
 
 
-def main():
-    parser = new_parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
-    args = parse(parser)
-    require_runs_or_quick(parser, args)
-    with tempfile.TemporaryDirectory() as folder:
-        summarise(tiny_runs(Path(folder)) if args.quick else args.runs)
-
-
 if __name__ == "__main__":
-    main()
+    main_of_runs(__doc__, summarise, tiny_runs)

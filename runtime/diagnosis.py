@@ -169,21 +169,18 @@ def beside_simple_model(run, split, part, outputs, floors):
     network, model = (task.headline(x, split, args, run.facts) for x in (outputs, simple))
     groups, rows = getattr(split, "groups", None), np.ones((1, len(split)))
     groups = np.arange(len(split)) if groups is None else np.asarray(groups)
+    names = np.unique(groups)
     sign = -1 if key in LOWER_IS_BETTER else 1
     low, high = sorted(sign * end for end in losses.paired_bootstrap(network, model, groups))
-    alone = (np.unique(groups)[:, None] == groups).astype(float) if few(groups) else rows
+    alone = (names[:, None] == groups).astype(float) if len(names) < FEW_GROUPS else rows
     worse = sign * (network(alone) - model(alone)) < 0
     scores = {"floor": best_constant(floors), "ceiling": plain(floors.get("ceiling", {}))}
     network, model = float(network(rows)[0]), float(model(rows)[0])
     return {"model": name, "score": key, "part": part, "rows": len(split),
-            "groups": len(np.unique(groups)), "network": network, "simple": model,
+            "groups": len(names), "network": network, "simple": model,
             "difference": sign * (network - model), "low": low, "high": high,
             "groups_worse": int(worse.sum()),
             "share": share_gained(scores, key, network) - share_gained(scores, key, model)}
-
-
-def few(groups):
-    return len(np.unique(groups)) < FEW_GROUPS
 
 
 # --------------------------------------------------------------------------------------------------
