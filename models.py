@@ -218,6 +218,66 @@ def train_mode(model):
 # EyeNet: one logit for a tiny image
 
 
+class StandardisedImage(nn.Module):
+    """Each image brought to mean 0 and sd 1 over its pixels and colours.
+
+        y = (x - mean) / (sd + 0.02)
+
+    What brightness and contrast were is lost. An image of one colour becomes 0.
+
+    Shape:  (B, C, H, W), about 1 wide -> the same
+    Needs:  nn, torch
+    """
+
+    def forward(self, x):
+        sd, mean = torch.std_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (sd + 0.02)
+
+
+class LocalGradients(nn.Module):
+    """The gradient in eight directions, over the energy of the gradients around the pixel.
+
+        gx, gy = central differences of grey, the mean of the channels, mirrored at the edge
+        o_k    = relu(gx cos(k pi / 4) + gy sin(k pi / 4)),  k = 0 ... 7
+        e      = sqrt(mean of sum_k o_k^2 over the 17x17 pixels around)
+        y_k    = o_k / (e + 0.05 mean(e) + 0.01)
+
+    It is what histograms of oriented gradients count, one value a pixel. Brightness drops out, and
+    contrast does so region by region.
+
+    Shape:  (B, C, H, W), about 1 wide, H and W at least 2 -> (B, 8, H, W)
+    Source: Dalal and Triggs 2005, whose blocks are divided by their energy in the same way
+    Check:  2 x + 1 gives nearly what x does
+    Needs:  F, math, nn, torch
+    """
+
+    def forward(self, x):
+        grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="reflect")
+        gx = (grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]) / 2
+        gy = (grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]) / 2
+        angle = torch.arange(8, device=x.device)[:, None, None] * (math.pi / 4)
+        oriented = F.relu(gx * angle.cos() + gy * angle.sin())
+        energy = oriented.square().sum(1, keepdim=True)
+        energy = F.avg_pool2d(energy, 17, stride=1, padding=8, count_include_pad=False).sqrt()
+        return oriented / (energy + 0.05 * energy.mean((2, 3), keepdim=True) + 0.01)
+
+
+class PlainBlock(nn.Sequential):
+    """A 3x3 convolution, BN and ReLU; with stride 2 after the maximum of 2x2 pixels.
+
+    Shape:  (B, inputs, H, W) -> (B, outputs, floor(H / stride), floor(W / stride))
+    Source: Simonyan and Zisserman 2015 (VGG), arXiv:1409.1556; BN is an addition
+    Check:  PlainBlock(16, 32) has 4,672 parameters
+    Needs:  conv_bn, nn
+    """
+
+    def __init__(self, inputs, outputs, *, stride=1):
+        super().__init__()
+        if stride == 2:
+            self.append(nn.MaxPool2d(2))
+        self.append(conv_bn(inputs, outputs, 3, act=nn.ReLU))
+
+
 class DepthwiseBlock(nn.Module):
     """Depthwise separable convolution: 3x3 in every channel, then 1x1 across channels.
 
@@ -449,15 +509,16 @@ class AvgMaxPool(nn.Module):
 def eye_map_size(size, block, blocks):
     """Rows and columns of EyeNet's feature map; refuses a network that does not fit the image.
 
-    The stem has stride 2 (convnext 4). Blocks 2, 4, 6, ... have stride 2. A stride of s needs a map
-    of at least s rows and s columns. Odd sides round up, but down in convnext.
+    The stem has stride 2 (plain 1, convnext 4). Blocks 2, 4, 6, ... have stride 2. A stride of s
+    needs a map of at least s rows and s columns. Odd sides round up, but down in plain and
+    convnext.
 
     Errors: ValueError for an unknown block, blocks < 1, or a map that is too small for a stride
             (the message says what fits)
     Check:  eye_map_size((24, 40), "baseline", 4) == (6, 10), with 8 blocks (2, 3); convnext with
             6 blocks (1, 2)
     """
-    stem_stride = {"baseline": 2, "inverted_se": 2, "convnext": 4}
+    stem_stride = {"plain": 1, "baseline": 2, "inverted_se": 2, "convnext": 4}
     if block not in stem_stride:
         raise ValueError(f"block must be one of {', '.join(stem_stride)}, got {block!r}")
     if blocks < 1:
@@ -469,7 +530,7 @@ def eye_map_size(size, block, blocks):
             remedy = f"1 to {i} blocks fit" if i else f"the smallest size is {stride}x{stride}"
             raise ValueError(f"{blocks} {block} blocks do not fit a size of {size[0]}x{size[1]}: "
                              f"a stride of {stride} meets a map of {rows}x{cols}; {remedy}")
-        up = 0 if block == "convnext" else stride - 1
+        up = 0 if block in ("plain", "convnext") else stride - 1
         rows, cols = (rows + up) // stride, (cols + up) // stride
     return rows, cols
 
@@ -478,18 +539,25 @@ class EyeNet(nn.Module):
     """Is the eye open? A stem, `blocks` blocks of one kind, and a head that makes one logit.
 
         block         stem                                          blocks            head="auto"
+        plain         none                                          PlainBlock        grid
         baseline      3x3 stride 2, BN, ReLU                        DepthwiseBlock    avg
         inverted_se   3x3, BN, SiLU, 3x3 stride 2, BN, SiLU         InvertedSEBlock   avgmax_mlp
         convnext      4x4 stride 4, channel LayerNorm               ConvNeXtBlock     transformer
 
         head
+        grid          mean over the pixels of each cell of a 3x3 grid, dropout, linear
         avg           mean over pixels, BN, dropout, linear
         avgmax_mlp    mean and maximum, BN, dropout, linear to max(16, C), ReLU, dropout, linear
         transformer   TokenHead over token_grid (rows, columns) with token_layers layers
         mlp_mixer     the same
 
     Blocks 2, 4, 6, ... halve the map and double the channels. Block i drops its branch with
-    probability stochastic_depth * i / (blocks - 1).
+    probability stochastic_depth * i / (blocks - 1); plain blocks have no branch.
+
+        inputs
+        images        the pixels as they are
+        standardised  StandardisedImage
+        gradients     LocalGradients
 
     The grid is cut to the map if the map is smaller. `net.token_grid` is the grid in use (None
     without tokens), `net.head_kind` the head that "auto" chose. Only `size` is checked to fit;
@@ -501,23 +569,31 @@ class EyeNet(nn.Module):
             too many blocks for the size, a token head with fewer than 2 tokens
     Source: PINTO0309/OCEC (MIT), whose fixed grid has to divide the map: most sizes crash at its
             first forward
-    Check:  channels 32, 4 blocks, head "auto": 11,457, 118,321 and 170,145 parameters, in the order
-            of the table
+    Check:  channels 32, 4 blocks, head "auto": 66,337, 11,457, 118,321 and 170,145 parameters, in
+            the order of the table
     Needs:  init_kaiming_xavier, conv_bn, ChannelLayerNorm, StochasticDepth, SqueezeExcite,
-            DepthwiseBlock, InvertedSEBlock, ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead,
-            AvgMaxPool, eye_map_size, F, nn, torch
+            StandardisedImage, LocalGradients, PlainBlock, DepthwiseBlock, InvertedSEBlock,
+            ConvNeXtBlock, TransformerLayer, MixerLayer, TokenHead, AvgMaxPool, eye_map_size, F,
+            math, nn, torch
     """
 
     def __init__(self, size=(32, 64), *, block="baseline", channels=32, blocks=4, head="auto",
-                 token_grid=(2, 3), token_layers=2, dropout=0.3, stochastic_depth=0.0):
+                 token_grid=(2, 3), token_layers=2, dropout=0.3, stochastic_depth=0.0,
+                 inputs="images"):
         super().__init__()
         self.map_size = eye_map_size(size, block, blocks)
+        kinds = {"images": nn.Identity, "standardised": StandardisedImage,
+                 "gradients": LocalGradients}
+        if inputs not in kinds:
+            raise ValueError(f"inputs must be one of {', '.join(kinds)}, got {inputs!r}")
+        self.inputs, features = kinds[inputs](), 8 if inputs == "gradients" else 3
         if head == "auto":
-            automatic = {"baseline": "avg", "inverted_se": "avgmax_mlp", "convnext": "transformer"}
+            automatic = {"plain": "grid", "baseline": "avg", "inverted_se": "avgmax_mlp",
+                         "convnext": "transformer"}
             head = automatic[block]
-        if head not in ("avg", "avgmax_mlp", "transformer", "mlp_mixer"):
-            raise ValueError("head must be one of auto, avg, avgmax_mlp, transformer, mlp_mixer, "
-                             f"got {head!r}")
+        if head not in ("grid", "avg", "avgmax_mlp", "transformer", "mlp_mixer"):
+            raise ValueError("head must be one of auto, grid, avg, avgmax_mlp, transformer, "
+                             f"mlp_mixer, got {head!r}")
         if min(channels, token_layers) < 1:
             raise ValueError("channels and token_layers must be at least 1, "
                              f"got {channels} and {token_layers}")
@@ -525,39 +601,49 @@ class EyeNet(nn.Module):
         if head in ("transformer", "mlp_mixer"):
             self.token_grid = self._fitting_grid(token_grid)
 
-        if block == "baseline":
+        c = channels
+        if block == "plain":
+            Block, c = PlainBlock, features
+            self.stem = nn.Sequential()
+        elif block == "baseline":
             Block = DepthwiseBlock
-            self.stem = conv_bn(3, channels, 3, stride=2, act=nn.ReLU)
+            self.stem = conv_bn(features, channels, 3, stride=2, act=nn.ReLU)
         elif block == "inverted_se":
             Block = InvertedSEBlock
-            self.stem = nn.Sequential(conv_bn(3, channels, 3, act=nn.SiLU),
+            self.stem = nn.Sequential(conv_bn(features, channels, 3, act=nn.SiLU),
                                       conv_bn(channels, channels, 3, stride=2, act=nn.SiLU))
         else:
             Block = ConvNeXtBlock
-            self.stem = nn.Sequential(nn.Conv2d(3, channels, kernel_size=4, stride=4),
+            self.stem = nn.Sequential(nn.Conv2d(features, channels, kernel_size=4, stride=4),
                                       ChannelLayerNorm(channels))
 
         self.blocks = nn.Sequential()
-        c = channels
         for i in range(blocks):
             outputs = channels * 2 ** (i // 2)
-            drop_rate = stochastic_depth * i / max(1, blocks - 1)
             # halve the map where the channels double
-            self.blocks.append(Block(c, outputs, stride=outputs // c, drop_rate=drop_rate))
+            options = {"stride": 2 if i and i % 2 == 0 else 1}
+            if block != "plain":
+                options["drop_rate"] = stochastic_depth * i / max(1, blocks - 1)
+            self.blocks.append(Block(c, outputs, **options))
             c = outputs
 
-        if head == "avg":
-            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c),
-                                      nn.Dropout(dropout), nn.Linear(c, 1))
-        elif head == "avgmax_mlp":
-            hidden = max(16, c)
-            self.head = nn.Sequential(AvgMaxPool(), nn.BatchNorm1d(2 * c),
-                                      nn.Dropout(dropout), nn.Linear(2 * c, hidden), nn.ReLU(),
-                                      nn.Dropout(dropout), nn.Linear(hidden, 1))
-        else:
-            self.head = TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers,
-                                  dropout=dropout)
+        self.head = self._make_head(c, head, token_layers, dropout)
         self.apply(init_kaiming_xavier)
+
+    def _make_head(self, c, head, token_layers, dropout):
+        """From a map of c channels to one logit."""
+        if head == "grid":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout),
+                                 nn.Linear(9 * c, 1))
+        if head == "avg":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(c),
+                                 nn.Dropout(dropout), nn.Linear(c, 1))
+        if head == "avgmax_mlp":
+            hidden = max(16, c)
+            return nn.Sequential(AvgMaxPool(), nn.BatchNorm1d(2 * c), nn.Dropout(dropout),
+                                 nn.Linear(2 * c, hidden), nn.ReLU(), nn.Dropout(dropout),
+                                 nn.Linear(hidden, 1))
+        return TokenHead(c, mixer=head, grid=self.token_grid, layers=token_layers, dropout=dropout)
 
     def _fitting_grid(self, token_grid):
         """The token grid, cut to the feature map. Errors: ValueError for fewer than 2 tokens."""
@@ -571,7 +657,7 @@ class EyeNet(nn.Module):
         return rows, cols
 
     def forward(self, images_bchw):
-        return self.head(self.blocks(self.stem(images_bchw))).squeeze(1)
+        return self.head(self.blocks(self.stem(self.inputs(images_bchw)))).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Train, score and apply deep-learning recipes; no score is printed without its floor and its
 ceiling.
 
-    $ python train.py --task ocec --lr 2e-4                          # drawn eyes: no data needed
-    $ python train.py --task ocec --lr 2e-4 --data eyes/ --out runs/eyes
+    $ python train.py --task ocec --lr 2e-3                          # drawn eyes: no data needed
+    $ python train.py --task ocec --lr 2e-3 --data eyes/ --out runs/eyes
     $ python train.py --task ocec --out runs/eyes --resume           # goes on bit for bit
-    $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-4     # two processes, one GPU each
+    $ torchrun --nproc-per-node 2 train.py --task ocec --lr 2e-3     # two processes, one GPU each
     $ python train.py --task ocec --variant aggressive --help        # the flags and their defaults
     $ python train.py --task ocec --data eyes/ --cache cache/        # more images than memory holds
     $ python train.py --task ocec --data eyes/ --find-lr             # learning-rate range test
@@ -231,10 +231,15 @@ def scored_floors(floors, task, split, args, facts):
 
 
 def score_epoch(run, row, splits):
-    """The row with validation scores of raw and averaged weights, and which of the two count."""
+    """The row with validation scores of raw and averaged weights, and which of the two count.
+
+    The better of the two; with --monitor last the averaged ones.
+    """
+    last = run.args.monitor == "last"
     if splits.validation is None:
-        return row | {"score": row.get("train_loss"), "weights": "raw"}
-    monitor = run.args.monitor
+        weights = "ema" if last and run.ema is not None else "raw"
+        return row | {"score": row.get("train_loss"), "weights": weights}
+    monitor = run.task.watched(run.args)
     with diagnosis.SpreadOfOutputs(run.raw_model) as spread:
         row["raw"] = evaluate(run.raw_model, splits.validation, run)
     row["spread"] = spread.value()
@@ -242,7 +247,7 @@ def score_epoch(run, row, splits):
     if run.ema is not None:
         row["ema"] = evaluate(run.ema.module, splits.validation, run)
         raw_is_better = report.gain(monitor, row["score"], row["ema"][monitor]) > 0
-        if not raw_is_better:  # a tie, or NaN: the average
+        if last or not raw_is_better:  # a tie, or NaN: the average
             row |= {"score": row["ema"][monitor], "weights": "ema"}
     if splits.train_eval is not None:
         row["train_eval"] = evaluate(weights_of(run, row), splits.train_eval, run)
@@ -328,7 +333,7 @@ def finish_epoch(run, folder):
 
 def watched_by_plateau(args):
     """The score that the plateau schedule watches."""
-    return args.monitor if args.plateau_watches == "monitor" else "loss"
+    return task_of(args).watched(args) if args.plateau_watches == "monitor" else "loss"
 
 
 def cosine(optimizer, args, steps):
@@ -484,7 +489,7 @@ def prepare(args):
         raise ValueError(f"the data or their split are not those of the run in {folder}: they "
                          f"differ in {', '.join(differ)}; restore them, or start a new run in "
                          "another --out")
-    if splits.validation is None:
+    if splits.validation is None and args.monitor != "last":
         args = args.replace(monitor="loss")
         print("no validation split: the training loss picks the epoch, and the raw weights are "
               "kept")
@@ -536,11 +541,12 @@ def prepare_run(args, splits, content):
         floors = task.floors(splits.validation, args, splits.facts)
         floors = scored_floors(floors, task, splits.validation, args, splits.facts)
     constant = report.best_constant(floors)
-    if floors and args.monitor not in constant:
-        raise ValueError(f"--monitor {args.monitor}: the floors of task {args.task} need a "
+    monitor = task.watched(args)
+    if floors and monitor not in constant:
+        raise ValueError(f"--monitor {monitor}: the floors of task {args.task} need a "
                          "constant that has this score, under a name that begins with `constant`")
-    if math.isnan(constant.get(args.monitor, 0.0)):
-        raise ValueError(f"--monitor {args.monitor} is not defined on the {len(splits.validation)} "
+    if math.isnan(constant.get(monitor, 0.0)):
+        raise ValueError(f"--monitor {monitor} is not defined on the {len(splits.validation)} "
                          "validation rows (labels of one value or one class): choose another, or "
                          "other rows with --seed or the ratios")
     batches = plan_batches(splits.train, 1, args, rank(), world_size())
@@ -611,23 +617,20 @@ def train(run, splits, folder):
 def report_best(run, splits, folder, seconds):
     """Score the best epoch's weights: on validation, which picked them, and once on test."""
     processes.gather_objects(None)  # rank 0 has written them
-    args, monitor = run.args, run.args.monitor
+    args, monitor = run.args, run.task.watched(run.args)
     best = checkpoint.load(folder / "best.pt", args.task, run.task.flags)
     model = run.task.network(args, run.facts).to(args.device)
     checkpoint.load_weights(model, best, folder / "best.pt")
-    print(f"\nbest epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
+    kept, picked = ("last", "") if args.monitor == "last" else ("best", ", which picked the epoch")
+    print(f"\n{kept} epoch {best['epoch']} ({best['weights']} weights), {seconds / 60:.1f} minutes")
     scores = {"epoch": best["epoch"], "weights": best["weights"]}
-    last = []
-    if splits.validation is not None:
-        last = [row[best["weights"]][monitor] for row in run.history[1:][-10:]]
-    if len(last) > 1:  # of the same kind of weights; a best far above them is luck
-        mean, sd = float(np.mean(last)), float(np.std(last, ddof=1))
-        scores["last"] = {"epochs": len(last), "mean": mean, "sd": sd}
-        print(f"validation {monitor}: best {best['score']:.4f}, last {len(last)} epochs {mean:.4f} "
-              f"+- {sd:.4f}")
-    report.print_phases(run.history, monitor)
-    titles = {"validation": "validation, which picked the epoch",
-              "test": "test, used for nothing but this"}
+    last = report.last_epochs(run.history, best["weights"], monitor)
+    if last:  # a best far above them is luck
+        scores["last"] = last
+        print(f"validation {monitor}: {kept} {best['score']:.4f}, last {last['epochs']} epochs "
+              f"{last['mean']:.4f} +- {last['sd']:.4f}")
+    report.print_phases(run.history, args.monitor, monitor)
+    titles = {"validation": "validation" + picked, "test": "test, used for nothing but this"}
     held_out = {name: split for name, split in splits.named().items() if name in titles}
     for name, split in held_out.items():  # the last is the test split, if there is one
         scores[name], outputs, floors = print_scores(titles[name], model, split, run)

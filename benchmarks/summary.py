@@ -1,7 +1,7 @@
 """Mean and standard deviation over the seeds of finished runs, with every floor and ceiling.
 
     $ for seed in 0 1 2; do
-    >     python train.py --task ocec --lr 2e-4 --data eyes_cew --seed $seed --out runs/cew-$seed
+    >     python train.py --task ocec --lr 2e-3 --data eyes_cew --seed $seed --out runs/cew-$seed
     > done
     $ python benchmarks/summary.py runs/cew-0 runs/cew-1 runs/cew-2
     $ python benchmarks/summary.py --quick

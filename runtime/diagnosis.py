@@ -131,9 +131,11 @@ def count_before(run, splits):
     labels = getattr(splits.train, "labels", None)
     others = [split for name, split in splits.named().items() if name != "train"]
     headline = run.task.flags["monitor"].choices[0]
+    monitor = run.task.watched(args)
     if headline not in floor:
-        headline = args.monitor
-    counts = {"epochs": args.epochs, "monitor": args.monitor, "headline": headline,
+        headline = monitor
+    counts = {"epochs": args.epochs, "monitor": monitor, "headline": headline,
+              "keeps_last": args.monitor == "last",
               "schedule": args.schedule, "planned_epochs": args.cosine_epochs or args.epochs,
               "warmup_epochs": args.warmup_epochs, "ema_decay": args.ema_decay, "floor": floor,
               "ceiling": plain(run.floors.get("ceiling", {})),
@@ -440,7 +442,7 @@ def lucky_best(counts, history):
     By 2 of their sd, and by a fifth of the gain of the best over a constant.
     """
     key, rows = counts["monitor"], scored_rows(history)
-    if not counts.get("done") or len(rows) < 6:
+    if not counts.get("done") or counts.get("keeps_last") or len(rows) < 6:
         return None
     best = max(rows, key=lambda row: gain(key, row["score"], 0.0))
     after = rows[rows.index(best) + 1 :]

@@ -23,9 +23,10 @@ def curves_svg(run):
     last = max(1, history[-1]["epoch"])
     title = f"{args.task}, variant {args.variant}: epoch {history[-1]['epoch']} of {args.epochs}"
     if best:
-        title += f"; best epoch {best['epoch']}, {args.monitor} {best['score']:.4f}"
+        kept = "last" if args.monitor == "last" else "best"
+        title += f"; {kept} epoch {best['epoch']}, {run.task.watched(args)} {best['score']:.4f}"
     lines, top = [svg_text(10, 20, "black", title)], 50
-    for score in dict.fromkeys(["loss", *watched_scores(history[-1], run.task, args.monitor)]):
+    for score in dict.fromkeys(["loss", *watched_scores(history[-1], run.task, args)]):
         lines += svg_panel(score, panel_curves(history, run.floors, score), top, last)
         top += 210
     start = (f'<svg xmlns="http://www.w3.org/2000/svg" width="840" height="{top}" font-size="12" '

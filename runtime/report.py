@@ -21,7 +21,10 @@ def best_row(history, monitor, min_delta=0.0):
     """The first row with the best score, without the untrained network; None before epoch 1.
 
     With min_delta a row replaces the best before it only if it is better by more than that.
+    monitor "last": the last row.
     """
+    if monitor == "last":
+        return history[-1] if len(history) > 1 else None
     best = None
     for row in history[1:]:
         if math.isnan(row["score"]):
@@ -99,14 +102,14 @@ def print_summary(run, splits):
     print(" | ".join(parts))
 
 
-def watched_scores(row, task, monitor):
+def watched_scores(row, task, args):
     """The validation scores that an epoch is read by: the task's first, then --monitor."""
-    headline = task.flags["monitor"].choices[0]
-    return [name for name in dict.fromkeys((headline, monitor)) if name in row.get("raw", {})]
+    names = dict.fromkeys((task.flags["monitor"].choices[0], task.watched(args)))
+    return [name for name in names if name in row.get("raw", {})]
 
 
 def epoch_line(run):
-    """`*` marks a new best of --monitor.
+    """`*` marks the row that best.pt holds: a new best of --monitor, or the last.
 
     On the same rows, `floor` is the score of the best constant; the name and score of the strong
     floor follow it.
@@ -120,7 +123,7 @@ def epoch_line(run):
         parts += [f"{name} {value:.4f}" for name, value in row["parts"].items()]
     if "raw" in row:
         parts.append(f"val {row['raw']['loss']:.4f}")
-        for name in watched_scores(row, run.task, args.monitor):
+        for name in watched_scores(row, run.task, args):
             parts.append(f"{name} {row['raw'][name]:.4f}")
             if "ema" in row:
                 parts.append(f"ema {row['ema'][name]:.4f}")
@@ -197,13 +200,22 @@ def phases(history, monitor):
     return table
 
 
+def last_epochs(history, weights, key):
+    """Mean and sd of a validation score over the last ten epochs; None below two."""
+    values = [row[weights][key] for row in history[1:][-10:] if weights in row]
+    if len(values) < 2:
+        return None
+    return {"epochs": len(values), "mean": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1))}
+
+
 def highest_rate(history):
     return max((max(row["lr"], row["lr_end"]) for row in history[1:]), default=0.0)
 
 
-def print_phases(history, monitor):
-    """The table of phases, and where the rate stood at the best epoch."""
-    print(f"\n{'epochs':<24}{monitor + ', mean and sd':>24}{'validation - training loss':>30}")
+def print_phases(history, monitor, score):
+    """The table of phases of a score, and where the rate stood at the best epoch."""
+    print(f"\n{'epochs':<24}{score + ', mean and sd':>24}{'validation - training loss':>30}")
     for name, row in phases(history, monitor).items():
         score = f"{row['mean']:.4f}"
         if row["last"] > row["first"]:
@@ -211,7 +223,7 @@ def print_phases(history, monitor):
         gap = "" if math.isnan(row["gap"]) else f"{row['gap']:+.4f}"
         print(f"{name:<15}{row['first']:>4} to {row['last']:<4}{score:>21}{gap:>30}".rstrip())
     best = best_row(history, monitor)
-    if best:
+    if best and monitor != "last":
         share = best["lr_end"] / max(highest_rate(history), 1e-12)
         print(f"best epoch {best['epoch']} of {history[-1]['epoch']}, where the rate stood at "
               f"{share:.0%} of its highest")

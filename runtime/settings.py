@@ -228,6 +228,9 @@ def check_call(args, task, run_files):
         check_paths(args, run_files)
     if args.split not in ("", "train", "validation", "test", "all"):
         raise ValueError(f"--split {args.split} is not one of train, validation, test, all")
+    if args.monitor == "last" and args.patience and not use:
+        raise ValueError(f"--patience {args.patience} waits for a new best score, and --monitor "
+                         "last compares none: give one of them")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     if args.seeds and seeds_of(args) and "seed" in args.typed:

@@ -26,6 +26,7 @@ from tasks.common import (
     mode_flags, refuse_folder, shared_flags, show, split_checksum, split_rows)
 
 UNITS = {"rr": "breaths per minute", "hr": "beats per minute"}
+REACH = 8  # per minute: how far the network may correct the anchor
 
 
 def rate_of(args):
@@ -72,6 +73,17 @@ def network_inputs(windows, args):
     """Windows (b, t) at the reduced rate to what the encoder sees (b, channels, length)."""
     return bidmc_data.ppg_inputs(windows, hz_of(args), kind=args.inputs, rate=rate_of(args),
                                  bins=args.bins)
+
+
+def anchor_of(args, facts):
+    """What the network's output is added to: (windows) -> scaled rates (b,); None without one."""
+    if args.anchor == "none" or args.mode == "pretrain":
+        return None
+
+    def beats(windows):
+        rate = data.upslope_rate(windows, hz_of(args))
+        return scaler_of(facts).transform(torch.nan_to_num(rate, nan=facts["median"])).float()
+    return beats
 
 
 def cut(recordings, args, rate):
@@ -174,7 +186,7 @@ def load(path, args):
     for name, part in rows.items():
         splits[name] = PPGSplit(
             windows, part, functools.partial(network_inputs, args=args), scaler=scaler,
-            stretch=stretch, device=args.device, names=names)
+            stretch=stretch, anchor=anchor_of(args, facts), device=args.device, names=names)
         if args.mode == "pretrain":
             splits[name].masks = hidden_patches(splits[name], args)
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), facts, notes)
@@ -237,7 +249,8 @@ def rows(path, args, facts, need_labels):
     names = window_names(recordings, windows)
     split = PPGSplit(windows, np.arange(len(windows["starts"])),
                      functools.partial(network_inputs, args=args),
-                     scaler=scaler_of(facts) if labelled else None, device=args.device, names=names)
+                     scaler=scaler_of(facts) if labelled else None, anchor=anchor_of(args, facts),
+                     device=args.device, names=names)
     if args.mode == "pretrain":
         split.masks = hidden_patches(split, args)
     split.numbers = [recordings[index]["number"] for index in windows["recording"]]
@@ -252,7 +265,7 @@ def rows(path, args, facts, need_labels):
 
 
 def encoder(args):
-    channels = 3 if args.inputs == "spectrum" and rate_of(args) == "rr" else 1
+    channels = 3 if args.inputs == "spectrum" else 1
     return models.PPGEncoder(channels=channels, patch=args.patch, width=args.width,
                              depth=args.depth, heads=args.heads, dropout=args.dropout)
 
@@ -262,17 +275,25 @@ def network(args, facts):
 
 
 def criterion(outputs, targets, args):
-    if args.loss == "mse":
-        return F.mse_loss(outputs, targets)
-    return F.smooth_l1_loss(outputs, targets)
+    function = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[args.loss]
+    return function(outputs, targets)
+
+
+def scaled_rates(model, batch, args, facts):
+    """z-scored rates (b,): the network's output, or the anchor and a bounded correction."""
+    output = head_outputs(model, batch)
+    if args.anchor == "none":
+        return output
+    reach = REACH / facts["scaler"]["scale"]
+    return batch["anchor"] + reach * torch.tanh(output / reach)
 
 
 def loss(model, batch, args, facts):
-    return criterion(head_outputs(model, batch), batch["targets"], args), {}
+    return criterion(scaled_rates(model, batch, args, facts), batch["targets"], args), {}
 
 
 def outputs(model, batch, args, facts):
-    return {"z": head_outputs(model, batch)}
+    return {"z": scaled_rates(model, batch, args, facts)}
 
 
 def rates(outputs, facts):
@@ -371,7 +392,10 @@ def export(model, args, facts):
 
     def forward(inputs):
         windows = data.reduce_rate(inputs["ppg"], args.reduce)
-        return rates({"z": model(network_inputs(windows, args))}, facts)
+        batch = {"inputs": network_inputs(windows, args)}
+        if args.anchor != "none":
+            batch["anchor"] = anchor_of(args, facts)(windows)
+        return rates(outputs(model, batch, args, facts), facts)
 
     return Exported(
         forward=forward,
@@ -388,7 +412,7 @@ def export(model, args, facts):
 # original --mode pretrain` in place of theirs and a linear head.
 ORIGINAL = dict(
     protocol="original", inputs="waveform", reduce=1, patch=125, stretch=1.0, dropout=0.3,
-    loss="mse", monitor="mae",
+    loss="mse", monitor="mae", anchor="none",
     batch_size=512, epochs=1024, patience=5, clip=0.0,
     lr=1e-4, schedule="none", warmup_epochs=0.0, weight_decay=1e-4, ema_decay=0.0,
 )
@@ -399,8 +423,8 @@ C = A | dict(lr=5e-5, backbone_lr=5e-6, weight_decay=1e-3)
 BY_PATIENT = {"protocol": ("patients",)}
 
 
-def flags(bins):
-    """The two rates differ in how many bins the wider band needs."""
+def flags(bins, error, anchors):
+    """The two rates differ in how many bins the wider band needs, and in what is known before."""
     flags = shared_flags(
         epochs=12, batch_size=64, weight_decay=0.05, restart_epochs=4.0, cyclic_steps_up=200,
         patience=5, train_ratio=0.65, val_ratio=0.15)
@@ -410,7 +434,7 @@ def flags(bins):
     flags["compile"] = flags["compile"].read_with({"mode": TRAINED})
     return flags | mode_flags() | dict(
         monitor=Flag("mae", "validation score that picks the epoch, and raw or EMA weights",
-                     choices=("mae", "rmse", "r2", "loss")),
+                     choices=("mae", "rmse", "r2", "loss", "last")),
         protocol=Flag("patients", "patients: labels and split as they should be; original: windows "
                       "of 10 s every 2 s, breaths counted, the original list of recordings",
                       choices=("patients", "original")),
@@ -430,18 +454,22 @@ def flags(bins):
                      when={"mode": TRAINED}),
         stretch=Flag(1.25, "play windows up to so many times faster or slower, and scale the label "
                      "(1 = off)", low=1, high=1.99, when={"mode": TRAINED}),
-        loss=Flag("smooth_l1", "on z-scored labels", choices=("smooth_l1", "mse"),
+        anchor=Flag(anchors[0], "what the network's output is added to: beats, the median interval "
+                    f"between upslopes, which it corrects by {REACH} a minute at most; or none",
+                    choices=anchors, when={"mode": LABELLED}),
+        loss=Flag(error, "on z-scored labels", choices=("l1", "smooth_l1", "mse"),
                   when={"mode": LABELLED}),
         mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95,
                         when={"mode": ("pretrain",)}),
     )
 
 
-def task(bins):
+def task(bins, error, anchors):
     return Task(
-        flags=flags(bins), variants={"original": ORIGINAL, "A": A, "B": B, "C": C},
+        flags=flags(bins, error, anchors), variants={"original": ORIGINAL, "A": A, "B": B, "C": C},
         load=load, rows=rows, network=network, loss=loss, outputs=outputs, scores=scores,
         floors=floors, headline=headline, predictions=predictions, examples=examples, export=export)
 
 
-TASKS = {"bidmc_rr": task(bins=64), "bidmc_hr": task(bins=96)}
+TASKS = {"bidmc_rr": task(bins=64, error="smooth_l1", anchors=("none",)),
+         "bidmc_hr": task(bins=96, error="l1", anchors=("beats", "none"))}

@@ -339,8 +339,9 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
     """Inputs of the encoder (n, channels, length) from a batch of windows (n, t).
 
         waveform  the standardised window: 1 channel of t samples
-        spectrum  log power in the band of the task, a quarter wider at both ends; for hr 1 channel,
-                  of the window; for rr 3: of the pulse's baseline, amplitude and frequency
+        spectrum  3 channels over the band of the task, a quarter wider at both ends. For rr log
+                  power of the pulse's baseline, amplitude and frequency. For hr log power of the
+                  window and of its slope, and a bump of one bin at data.upslope_rate
 
     A spectrum has no phase to overfit to. With about thirty patients, breathing could be learned
     from the spectrum but not from the waveform.
@@ -354,8 +355,15 @@ def ppg_inputs(windows, rate_hz, *, kind, rate, bins=64):
     if kind == "waveform":
         return data.standardise(windows)[:, None]
     low, high = data.RATE_BANDS[rate]
-    signals = data.respiratory_signals(windows, rate_hz) if rate == "rr" else windows[:, None]
-    return data.band_spectrum(signals, rate_hz, (low / 1.25, high * 1.25), bins)
+    band = (low / 1.25, high * 1.25)
+    if rate == "rr":
+        signals = data.respiratory_signals(windows, rate_hz)
+        return data.band_spectrum(signals, rate_hz, band, bins)
+    spectra = [data.band_spectrum(x, rate_hz, band, bins) for x in (windows, windows.diff(dim=1))]
+    grid = torch.linspace(*band, bins, dtype=windows.dtype, device=windows.device)
+    beats_hz = data.upslope_rate(windows, rate_hz)[:, None] / 60
+    bump = torch.exp(-0.5 * ((grid - beats_hz) / (grid[1] - grid[0])).square())
+    return torch.stack([*spectra, torch.nan_to_num(bump)], 1)
 
 
 class PPGSplit:
@@ -366,6 +374,7 @@ class PPGSplit:
     prepare   (windows (b, t)) -> inputs of the network, such as ppg_inputs
     scaler    a fitted LabelScaler for the targets, or None for windows without labels
     stretch   limit of time_stretch, 1 is off
+    anchor    None, or (windows (b, t)) -> scaled rates (b,), which batches hold as `anchor`
     features  None, or a tensor (m, width) of a frozen encoder: batches hold its rows, not inputs
     masks     None, or a tensor bool (m, patches): batches without augmentation hold its rows as
               `mask`
@@ -373,13 +382,13 @@ class PPGSplit:
 
     chunk = 512
 
-    def __init__(self, windows, rows, prepare, *, scaler=None, stretch=1.0, device="cpu",
-                 names=None):
+    def __init__(self, windows, rows, prepare, *, scaler=None, stretch=1.0, anchor=None,
+                 device="cpu", names=None):
         self.inputs, self.rows, self.prepare = windows["inputs"], np.asarray(rows), prepare
         self.labels = windows["labels"][self.rows]
         self.second_reading = windows["second_reading"][self.rows]
         self.groups = windows["groups"][self.rows]
-        self.scaler, self.stretch, self.names = scaler, stretch, names
+        self.scaler, self.stretch, self.anchor, self.names = scaler, stretch, anchor, names
         self.device, self.features, self.masks = torch.device(device), None, None
 
     def __len__(self):
@@ -395,15 +404,18 @@ class PPGSplit:
         inputs (b, c, n) or features (b, width); targets float (b,), scaled
         """
         labels = torch.from_numpy(self.labels[rows])
-        index = torch.from_numpy(np.asarray(rows))
-        if self.features is not None:
-            batch = {"features": self.features[index]}
-        else:
+        index, batch = torch.from_numpy(np.asarray(rows)), {}
+        if self.features is None or self.anchor is not None:
             windows = self.signals(rows)
             if generator is not None and self.stretch > 1:
                 windows, labels = data.time_stretch(windows, labels, limit=self.stretch,
                                                     generator=generator)
-            batch = {"inputs": self.prepare(windows)}
+        if self.anchor is not None:
+            batch["anchor"] = self.anchor(windows)
+        if self.features is not None:
+            batch["features"] = self.features[index]
+        else:
+            batch["inputs"] = self.prepare(windows)
             if generator is None and self.masks is not None:
                 batch["mask"] = self.masks[index].to(self.device)
         if self.scaler is None:

@@ -256,9 +256,15 @@ class Task:
             raise ValueError("a task needs a flag `monitor`, whose choices are scores, the first "
                              "of them the one that is reported")
         for name in self.flags["monitor"].choices:
-            if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+            if name not in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER, "last"):
                 raise ValueError(f"--monitor {name}: add {name!r} to LOWER_IS_BETTER or "
                                  "HIGHER_IS_BETTER of tasks/common.py, so that its best is known")
+
+    def watched(self, args):
+        """The score of an epoch: that of --monitor; with `last`, which compares none, the first."""
+        if args.monitor != "last":
+            return args.monitor
+        return self.flags["monitor"].choices[0] if args.val_ratio else "loss"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -340,7 +340,7 @@ FLAGS = shared_flags(epochs=60, batch_size=8, lr=4e-3, min_lr=4e-6, plateau_pati
                      restart_epochs=30.0, train_ratio=0.8, test_ratio=0.1) | dict(
     channels_last=Flag(True, "memory format of images"),
     monitor=Flag("f", "validation score that picks the epoch, and raw or EMA weights: f is the "
-                 "challenge's, per image", choices=("f", "f_pooled", "miou")),
+                 "challenge's, per image", choices=("f", "f_pooled", "miou", "last")),
     size=Flag((128, 128), "height x width that the network sees; scores are counted at the masks' "
               "own resolution", low=8),
     network=Flag("cnn", "cnn: FaceCNN, size a multiple of 8; segformer: MicroSegFormer, a multiple "

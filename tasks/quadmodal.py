@@ -357,7 +357,7 @@ FLAGS.update(
     sampler=Flag("stratified", "stratified: as many rows of every class in a batch; shuffled: "
                  "every row once an epoch", choices=("shuffled", "stratified")),
     monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights",
-                 choices=("accuracy", "macro_f1", "loss")),
+                 choices=("accuracy", "macro_f1", "loss", "last")),
     modalities=Flag("", "which ones to use, names with commas between (default: all)"),
     temperature=Flag(0.2, "of SupCon", above=0),
     neighbours=Flag(5, "k of the k-NN that scores", low=1),

@@ -257,7 +257,7 @@ FLAGS = shared_flags(
                  choices=("stratified", "bucketed", "shuffled"), when={"mode": LABELLED},
                  otherwise="bucketed"),
     monitor=Flag("auroc", "validation score that picks the epoch, and raw or EMA weights; "
-                 "pretraining takes its loss", choices=("auroc", "auprc", "loss"),
+                 "pretraining takes its loss", choices=("auroc", "auprc", "loss", "last"),
                  when={"mode": LABELLED}, otherwise="loss"),
     width=Flag(64, "of the latent vectors and hidden states, a multiple of --heads and --set-heads",
                low=2, backbone=True),

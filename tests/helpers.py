@@ -370,8 +370,8 @@ def padding(plan, lengths):
     return padded / sum(lengths[rows].sum() for rows in plan)
 
 
-TINY = ("--task ocec --size 12x20 --channels 8 --blocks 2 --epochs 3 --batch-size 16 "
-        "--device cpu").split()
+TINY = ("--task ocec --size 12x20 --inputs images --block baseline --channels 8 --blocks 2 "
+        "--epochs 3 --batch-size 16 --monitor f1 --device cpu").split()
 
 
 def call(*words):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from data import (
     affine, band_spectrum, clahe, color_jitter, cutmix, horizontal_flip, lab_to_rgb, mixup,
     photometric_apply, photometric_distort, photometric_draw, random_affine, random_crop,
-    rgb_to_lab, soft_targets, spectral_rate, swap_labels, time_stretch, turn_hue_)
+    random_gamma, random_noise, rgb_to_lab, soft_targets, spectral_rate, swap_labels,
+    time_stretch, turn_hue_)
 from tests.helpers import assert_near, near, random_images, refuses, seeded
 
 
@@ -467,6 +468,29 @@ def test_data_random_affine_draws_within_its_limits_and_fills_them():
     assert abs(float(angle.mean())) < 2 and abs(float(scale.log().mean())) < 0.04
     for options in (dict(degrees=-1), dict(degrees=181), dict(zoom=0.9), dict(degrees=math.nan)):
         refuses(random_affine, "must be in", image[:1], generator=seeded(), **options)
+
+
+def test_data_random_gamma_bends_each_image_by_a_power_of_its_own():
+    images = torch.tensor([0.0, 0.2, 0.7, 1.0]).expand(300, 1, 1, 4)
+    bent = random_gamma(images, strength=0.5, generator=seeded())
+    powers = bent[:, 0, 0, 1].log() / math.log(0.2)
+    assert_near(bent[:, 0, 0, 2].log() / math.log(0.7), powers, 1e-4)
+    assert torch.equal(bent[..., 0], images[..., 0]) and torch.equal(bent[..., 3], images[..., 3])
+    assert -0.501 < powers.log().min() < -0.49 and 0.49 < powers.log().max() < 0.501
+    assert torch.equal(random_gamma(images, strength=0, generator=seeded()), images)
+    refuses(random_gamma, "at least 0", images, strength=-1, generator=seeded())
+
+
+def test_data_random_noise_is_of_another_strength_in_each_image_and_absent_in_some():
+    images = torch.full((2000, 3, 4, 4), 0.5)
+    noise = random_noise(images, sd=0.1, p=0.25, generator=seeded()) - images
+    strength = noise.flatten(1).std(1)
+    assert abs(float((strength > 0).float().mean()) - 0.25) < 0.03 and strength.max() < 0.15
+    assert abs(float(noise.square().mean()) / (0.25 * 0.1**2 / 3) - 1) < 0.1
+    assert torch.equal(random_noise(images, sd=0, generator=seeded()), images)
+    assert random_noise(images.double(), generator=seeded()).dtype == torch.float64
+    for options in (dict(sd=-1), dict(p=2), dict(sd=math.nan)):
+        refuses(random_noise, "must be", images, generator=seeded(), **options)
 
 
 def test_data_swap_labels_twice_is_the_identity_and_leaves_the_others():

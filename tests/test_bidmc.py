@@ -24,8 +24,8 @@ from tasks import bidmc
 from tasks import bidmc_data
 from tasks import bidmc_pretrain
 from tests.helpers import (
-    call, edit, folder, HERE, loaded, near, NEVER, PPG, ppg_folder, ppg_run, prepared, raises,
-    read_scores, replaced, result_of, same_bits, scores_of, signals_of, small_encoder,
+    HERE, NEVER, PPG, call, edit, folder, loaded, near, ppg_folder, ppg_run, prepared, raises,
+    read_scores, replaced, result_of, same_bits, scores_of, seeded, signals_of, small_encoder,
     succeeded, write_bidmc)
 
 refuses = functools.partial(raises, ValueError)
@@ -282,7 +282,7 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
         split, facts = splits.test, splits.facts
 
         class Zero(nn.Module):  # guesses 7 for visible patches, 0 for hidden ones
-            encoder = small_encoder(channels=1)
+            encoder = small_encoder(channels=3)
 
             def forward(self, signals, mask):
                 return 7.0 * (~mask)[..., None].expand_as(self.encoder.patches(signals))
@@ -294,13 +294,14 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
         parts = np.array_split(np.arange(len(split)), 5)
         assert torch.equal(mask, torch.cat([again.test.batch(rows)["mask"] for rows in parts]))
         targets, mean, line, shape = [], [], [], []
-        for signal, hidden in zip(inputs[:, 0].numpy().astype(float), mask):
+        for window, hidden in zip(inputs.numpy().astype(float), mask):
             i = int(hidden.nonzero()) * 4
             seen = np.delete(np.arange(16), range(i, i + 4))
-            targets += list(signal[i : i + 4])
-            mean += [np.mean(signal[seen])] * 4
-            line += [np.interp(j, seen, signal[seen]) for j in range(i, i + 4)]
-            shape += [float(inputs[:, 0, j].double().mean()) for j in range(i, i + 4)]
+            for channel, signal in enumerate(window):
+                targets += list(signal[i : i + 4])
+                mean += [np.mean(signal[seen])] * 4
+                line += [np.interp(j, seen, signal[seen]) for j in range(i, i + 4)]
+                shape += [float(inputs[:, channel, j].double().mean()) for j in range(i, i + 4)]
         targets = np.array(targets)
         rows = {"model": scores_of(Zero(), split, args, facts)}
         rows |= bidmc_pretrain.floors(split, args, facts)
@@ -319,12 +320,32 @@ def test_train_masked_scores_and_floors_equal_a_slow_version_on_hidden_patches_o
 
 def test_train_loss_of_the_regressor_is_what_the_flag_says():
     with folder() as f:
-        for name, oracle in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss)):
-            args, splits = loaded(*PPG, "--loss", name, "--data", ppg_folder(f))
+        for name, oracle in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss),
+                             ("l1", F.l1_loss)):
+            args, splits = loaded(*PPG, "--loss", name, "--anchor", "none", "--data", ppg_folder(f))
             model = bidmc.network(args, splits.facts).eval()
             batch = splits.train.batch(np.arange(30))
             got, _ = bidmc.loss(model, batch, args, splits.facts)
             assert torch.equal(got, oracle(model(batch["inputs"]), batch["targets"]))
+
+
+def test_train_heart_rate_is_that_of_the_beats_corrected_by_eight_at_most():
+    with folder() as f:
+        args, splits = loaded(*PPG, "--data", ppg_folder(f))
+        split, facts, rows = splits.train, splits.facts, np.arange(30)
+        model = bidmc.network(args, facts).eval()
+        beats = data.upslope_rate(split.signals(rows), bidmc.hz_of(args)).double()
+        beats = torch.nan_to_num(beats, nan=facts["median"])
+        for bias, correction in ((0.0, 0.0), (1e6, 8.0), (-1e6, -8.0), (0.01, 0.01)):
+            torch.nn.init.zeros_(model.head.weight)
+            torch.nn.init.constant_(model.head.bias, bias)
+            if abs(bias) < 1:
+                correction *= facts["scaler"]["scale"]  # small outputs are z-scores
+            with torch.no_grad():
+                got = bidmc.outputs(model, split.batch(rows), args, facts)
+            assert near(bidmc.rates(got, facts), beats + correction, 1e-3), bias
+        stretched = split.batch(rows, seeded())  # the anchor is that of the stretched window
+        assert not near(stretched["anchor"], split.batch(rows)["anchor"], 1e-2)
 
 
 def test_train_frozen_layers_have_no_dropout_in_the_loop():

@@ -26,7 +26,7 @@ def test_data_evaluation_batches_are_never_augmented():
     augment = {"flip": 1.0, "photometric": 1.0, "crop": 2, "mixup": 1.0}
     split = ocec.EyeSplit(images, labels, np.arange(5, 15), augment=augment)
     batch = split.batch(np.array([0, 3]))
-    assert torch.equal(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5)
+    assert near(batch["inputs"], (images[[5, 8]].float() - 127.5) / 127.5, 1e-6)
     assert batch["targets"].tolist() == labels[[5, 8]].tolist()
     augmented = split.batch(np.array([0, 3]), seeded())
     assert not torch.equal(augmented["inputs"], batch["inputs"])
@@ -445,10 +445,16 @@ def test_data_ppg_inputs_are_the_window_or_the_spectra_of_its_task():
     assert torch.equal(waveform, standardise(windows)[:, None])
     rr = ppg_inputs(windows, 31.25, kind="spectrum", rate="rr", bins=40)
     hr = ppg_inputs(windows, 31.25, kind="spectrum", rate="hr", bins=40)
-    assert rr.shape == (2, 3, 40) and hr.shape == (2, 1, 40)
+    assert rr.shape == hr.shape == (2, 3, 40)
     breathing = respiratory_signals(windows, 31.25)
     assert torch.equal(rr, band_spectrum(breathing, 31.25, (0.08, 0.75), 40))
     assert torch.equal(hr[:, 0], band_spectrum(windows, 31.25, (0.6, 3.125), 40))
+    assert torch.equal(hr[:, 1], band_spectrum(windows.diff(dim=1), 31.25, (0.6, 3.125), 40))
+    grid, beats = np.linspace(0.6, 3.125, 40), upslope_rate(windows, 31.25)[0].item() / 60
+    bump = np.exp(-0.5 * ((grid - beats) / (grid[1] - grid[0])) ** 2)
+    assert near(hr[0, 2], torch.tensor(bump), 1e-4) and bump.max() > 0.8
+    flat = ppg_inputs(torch.ones(1, 1000), 31.25, kind="spectrum", rate="hr", bins=40)
+    assert torch.equal(flat[:, 2], torch.zeros(1, 40))
     refuses(ppg_inputs, "kind 'cepstrum'", windows, 31.25, kind="cepstrum", rate="rr")
     refuses(ppg_inputs, "rate 'bpm'", windows, 31.25, kind="waveform", rate="bpm")
 

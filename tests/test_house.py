@@ -399,5 +399,5 @@ def test_project_readme_commands_are_flags_that_exist():
         words = words.split("#")[0].split("&&")[0].split()
         if "--help" not in words:
             train.parse_args(words)
-    assert "pip install -r requirements.txt && python train.py --task ocec --lr 2e-4" in text
+    assert "pip install -r requirements.txt && python train.py --task ocec --lr 2e-3" in text
     assert "python test_all.py" in text

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from tests.helpers import (
 refuses = functools.partial(raises, ValueError)
 
 
-EYE_BLOCKS = ("baseline", "inverted_se", "convnext")
+EYE_BLOCKS = ("plain", "baseline", "inverted_se", "convnext")
 
-EYE_HEADS = ("avg", "avgmax_mlp", "transformer", "mlp_mixer")
+EYE_HEADS = ("grid", "avg", "avgmax_mlp", "transformer", "mlp_mixer")
 
 EYE_SIZES = ((24, 40), (30, 48), (32, 64), (48, 48))
 
@@ -30,10 +31,10 @@ def test_models_parameter_counts_are_those_of_the_recipe():
     def count(**options):
         return models.count_parameters(models.EyeNet(**options))
 
-    assert [count(block=block) for block in EYE_BLOCKS] == [11457, 118321, 170145]
+    assert [count(block=block) for block in EYE_BLOCKS] == [66337, 11457, 118321, 170145]
     assert count(channels=64, blocks=8) == 547713
     assert count(block="inverted_se", blocks=8) == 1587153
-    assert [count(head=head) for head in EYE_HEADS] == [11457, 19841, 78401, 45445]
+    assert [count(head=head) for head in EYE_HEADS] == [11841, 11457, 19841, 78401, 45445]
     assert count(head="mlp_mixer", token_grid=(1, 2)) != 45445
 
 
@@ -43,6 +44,8 @@ def test_models_parameter_counts_are_those_of_the_docstrings():
             (models.conv_bn(3, 32, 3), 928),
             (models.ChannelLayerNorm(32), 64),
             (models.SqueezeExcite(128), 4240),
+            (models.PlainBlock(16, 32), 4672),
+            (nn.Sequential(models.LocalGradients(), models.StandardisedImage()), 0),
             (models.DepthwiseBlock(32, 32), 1440),
             (models.InvertedSEBlock(32, 32), 14160),
             (models.ConvNeXtBlock(32, 32), 10048),
@@ -153,7 +156,7 @@ def test_models_map_size_is_the_shape_that_comes_out():
                 shape = net.blocks(net.stem(torch.zeros(1, 3, *size))).shape[2:]
             assert shape == expected, (block, blocks, size)
             fitting += 1
-    assert fitting == 108, fitting
+    assert fitting == 157, fitting
     assert models.eye_map_size((24, 40), "baseline", 4) == (6, 10)
     assert models.eye_map_size((24, 40), "baseline", 8) == (2, 3)
     assert models.eye_map_size((24, 40), "convnext", 6) == (1, 2)
@@ -205,7 +208,7 @@ def test_models_stochastic_depth_is_off_in_eval_and_keeps_the_mean_in_training()
 
 
 def test_models_stochastic_depth_grows_with_depth_and_leaves_the_shortcut():
-    for block in EYE_BLOCKS:
+    for block in EYE_BLOCKS[1:]:  # a plain block has no shortcut
         net = models.EyeNet(block=block, channels=4, blocks=5, stochastic_depth=0.2)
         rates = [layer.drop.rate for layer in net.blocks]
         assert near(torch.tensor(rates), torch.tensor([0, 0.05, 0.1, 0.15, 0.2]), 1e-5)
@@ -344,7 +347,7 @@ def test_models_transformer_layer_equals_torchs():
 
 
 def test_models_dropout_acts_in_training_only_and_on_the_attention_weights_too():
-    for head, places in zip(EYE_HEADS, (1, 2, 7, 9)):
+    for head, places in zip(EYE_HEADS, (1, 1, 2, 7, 9)):
         net = models.EyeNet(head=head, channels=8, dropout=0.125)
         assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.125] * places
     x, layer = torch.randn(4, 6, 8), models.TransformerLayer(8, heads=2, hidden=16, dropout=0.5)
@@ -371,10 +374,47 @@ def test_models_eye_net_is_stem_then_blocks_then_head():
     assert near(net(x), net.head[4](net.head[2](pooled))[:, 0], 1e-5)
     assert models.EyeNet(channels=4, blocks=2, head="avgmax_mlp").head[3].out_features == 16
 
+    net = lived_in(models.EyeNet(block="plain", channels=8, blocks=3, inputs="standardised"))
+    images = torch.stack([(image - image.mean()) / (image.std(correction=0) + 0.02) for image in x])
+    maps = net.blocks[1](net.blocks[0](images))
+    a, b, c, d = (maps[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))
+    halved = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+    maps = net.blocks[2][1](halved)
+    # 16 rows in three cells of 6, with 5 from one start to the next; 32 columns likewise
+    cells = [maps[:, :, 5 * i : 5 * i + 6, s : e].mean((2, 3)) for i in range(3)
+             for s, e in ((0, 11), (10, 22), (21, 32))]
+    assert near(net(x), net.head[3](torch.stack(cells, 2).flatten(1))[:, 0], 1e-5)
+    assert near(net(3 * x + 1), net(x), 0.05) and net(torch.ones(1, 3, 32, 64)).isfinite().all()
+
+
+def test_models_local_gradients_are_those_of_a_slow_version():
+    x = torch.rand(2, 3, 9, 20, dtype=torch.float64)
+    got = models.LocalGradients()(x)
+    grey = x.mean(1).numpy()
+    padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    angle = np.arange(8) * np.pi / 4
+    direct = np.empty((2, 8, 9, 20))
+    for i, j in np.ndindex(9, 20):
+        gx = (padded[:, i + 1, j + 2] - padded[:, i + 1, j]) / 2
+        gy = (padded[:, i + 2, j + 1] - padded[:, i, j + 1]) / 2
+        along = np.outer(gx, np.cos(angle)) + np.outer(gy, np.sin(angle))
+        direct[:, :, i, j] = np.maximum(0, along)
+    energy = (direct**2).sum(1)
+    around = np.empty((2, 9, 20))
+    for i, j in np.ndindex(9, 20):
+        rows, columns = slice(max(0, i - 8), i + 9), slice(max(0, j - 8), j + 9)
+        around[:, i, j] = np.sqrt(energy[:, rows, columns].mean((1, 2)))
+    scale = around + 0.05 * around.mean((1, 2), keepdims=True) + 0.01
+    assert near(got, torch.from_numpy(direct / scale[:, None]), 1e-5)
+    assert near(models.LocalGradients()(20 * x + 1), models.LocalGradients()(40 * x), 0.01)
+    net = lived_in(models.EyeNet((24, 24), block="plain", channels=8, inputs="gradients"))
+    assert net(torch.ones(1, 3, 24, 24)).isfinite().all()
+
 
 def test_models_what_does_not_fit_is_refused_when_built_and_the_remedy_it_names_fits():
-    blocks, mixer = "baseline, inverted_se, convnext", {"head": "mlp_mixer"}
-    heads, small, large = "auto, avg, avgmax_mlp, transformer, mlp_mixer", (24, 40), (32, 64)
+    blocks, mixer = "plain, baseline, inverted_se, convnext", {"head": "mlp_mixer"}
+    heads = "auto, grid, avg, avgmax_mlp, transformer, mlp_mixer"
+    small, large = (24, 40), (32, 64)
     for message, size, options in (
             ("8 convnext blocks do not fit a size of 24x40: a stride of 2 meets a map of 1x2; "
              "1 to 6 blocks fit", small, dict(block="convnext", blocks=8)),
@@ -391,6 +431,8 @@ def test_models_what_does_not_fit_is_refused_when_built_and_the_remedy_it_names_
             ("blocks must be at least 1, got 0", small, dict(blocks=0)),
             ("got 4 and 0", small, dict(token_layers=0)),
             ("got 0 and 2", small, dict(channels=0)),
+            ("inputs must be one of images, standardised, gradients, got 'grey'",
+             small, dict(inputs="grey")),
             ("must be in [0, 1), got 1.0", small, dict(stochastic_depth=1.0))):
         refuses(message, lambda: models.EyeNet(size, **{"channels": 4} | options))
     models.EyeNet(small, channels=4, block="convnext", blocks=6)

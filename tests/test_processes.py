@@ -88,7 +88,8 @@ def after_an_epoch(*words):
 ALIKE = {
     "ocec": [*TINY, "--data", "eyes.npz", "--block", "convnext", "--channels", "16",
              "--token-grid", "2x2", "--schedule", "none", "--warmup-epochs", "0", "--flip", "0",
-             "--photometric", "0", "--clahe", "0", "--crop", "0", "--mixup", "0", "--dropout", "0"],
+             "--crop", "0", "--degrees", "0", "--zoom", "1", "--bend", "0", "--noise", "0",
+             "--dropout", "0"],
     "seqsetvae": [*STAYS, "--data", "stays", "--sampler", "shuffled", "--dropout", "0",
                   "--head-dropout", "0", "--drop-events", "0"],
     "quadmodal": [*MODAL, "--data", "modal.npz", "--dropout", "0", "--noise", "0", "--scale", "0",

@@ -429,7 +429,7 @@ def test_train_phases_are_thirds_and_what_came_after_the_best():
     assert near(phases["early"]["mean"], 0.15, 1e-12)
     assert near(phases["early"]["sd"], 0.1 / 2 ** 0.5, 1e-12)
     assert near(phases["middle"]["gap"], 0.35, 1e-12) and math.isnan(phases["late"]["sd"])
-    out = printed_by(report.print_phases, history, "f1")
+    out = printed_by(report.print_phases, history, "f1", "f1")
     assert "best epoch 4 of 5, where the rate stood at 25% of its highest" in out
 
 

@@ -63,7 +63,7 @@ def test_train_early_stopping_survives_a_resume():
             "--task", "ocec", "--out", f / "a", "--resume", "--data", f / "moved.npz")
         assert "stopped early" in out and same_bits(result_of(f / "a")["history"], history)
         # with a gain that no epoch has, the first is the best that counts; best.pt keeps the best
-        words = "--epochs 9 --patience 3 --lr 3e-3 --monitor loss --min-delta 10"
+        words = "--epochs 9 --patience 3 --lr 1e-3 --monitor loss --min-delta 10"
         assert "for 3 epochs" in run(f / "b", *words.split())
         last, best = result_of(f / "b"), result_of(f / "b", "best.pt")
         assert len(last["history"]) == 5 and best["epoch"] > 1

@@ -86,8 +86,8 @@ def test_train_task_has_the_fields_of_the_design_and_the_loop_knows_no_task():
 
 def test_train_accumulation_equals_one_big_batch():
     def weights(f, batch_size, accumulate):
-        off = []
-        for name in ("flip", "photometric", "clahe", "crop", "mixup", "dropout", "warmup-epochs"):
+        off = ["--zoom", "1"]
+        for name in ("flip", "degrees", "crop", "bend", "noise", "dropout", "warmup-epochs"):
             off += [f"--{name}", "0"]
         _, splits, state = prepared(
             f, *off, "--batch-size", str(batch_size), "--accumulate", str(accumulate),
@@ -423,14 +423,16 @@ def test_train_autocast_covers_forward_and_loss_in_training_and_not_in_scoring()
 def test_train_every_augmentation_flag_reaches_the_batch():
     images, labels, _, _ = ocec.synthetic_eyes(20, size=(12, 20))
     plain = ocec.EyeSplit(images, labels, np.arange(20)).batch(np.arange(8))["inputs"]
-    for name in ("flip", "photometric", "clahe", "crop", "mixup", "cutmix"):
-        split = ocec.EyeSplit(images, labels, np.arange(20), augment={name: 1})
+    for name in ocec.AUGMENTATIONS:
+        augment = {name: 1.5 if name == "zoom" else 1}
+        split = ocec.EyeSplit(images, labels, np.arange(20), augment=augment)
         batch = split.batch(np.arange(8), torch.Generator().manual_seed(0))
         assert not torch.equal(batch["inputs"], plain), name
     with folder() as f:
-        args, splits, _ = prepared(f, "--flip", "0.25", "--crop", "3")
+        args, splits, _ = prepared(f, "--flip", "0.25", "--crop", "4", "--mixup", "0.2")
         assert splits.train.augment == {
-            "flip": 0.25, "photometric": 0.5, "clahe": 0.01, "crop": 3, "mixup": 0.2, "cutmix": 0.0}
+            "crop": 4, "flip": 0.25, "degrees": 11.0, "zoom": 1.2, "photometric": 0.0, "clahe": 0.0,
+            "bend": 0.5, "noise": 0.05, "mixup": 0.2, "cutmix": 0.0}
         whole = ocec.TASK.rows(args.data, args, splits.facts, need_labels=True).split
         as_read = whole.batch(splits.validation.rows[:3])["inputs"]
         assert torch.equal(splits.validation.batch(np.arange(3))["inputs"], as_read)
@@ -470,6 +472,25 @@ def test_train_monitor_plateau_and_early_stopping_use_the_right_numbers():
                  "--warmup-start-lr 0 --min-lr 0 --epochs 6 --monitor auroc")
         out = run(f / "c", *words.split())
         assert "auroc" in out and ("plateau: lr 1e-07 -> 5e-08" in out or "plateau" not in out)
+
+
+def test_train_monitor_last_keeps_the_average_after_the_last_epoch():
+    with folder() as f:
+        out = run(f / "a", "--monitor", "last", "--epochs", "4", "--lr", "3e-2")
+        last, best = result_of(f / "a"), result_of(f / "a", "best.pt")
+        assert best["epoch"] == 4 and best["weights"] == "ema"
+        assert same_bits(best["model"], last["ema"]["module"])
+        rows = last["history"][1:]
+        assert [row["score"] for row in rows] == [row["ema"]["f1"] for row in rows]
+        for text in ("last epoch 4 (ema weights)", "validation f1: last", "\nvalidation, 6 rows"):
+            assert text in out, (text, out)
+        assert "picked" not in out and "of its highest" not in out
+        # without validation rows too; without an average the raw weights
+        run(f / "b", *"--monitor last --val-ratio 0 --test-ratio 0.3 --epochs 2".split())
+        assert result_of(f / "b", "best.pt")["weights"] == "ema"
+        run(f / "c", *"--monitor last --ema-decay 0 --epochs 2".split())
+        assert result_of(f / "c", "best.pt")["weights"] == "raw"
+        refused("--patience 2 waits for a new best", *TINY, "--monitor", "last", "--patience", "2")
 
 
 def test_train_eval_says_whether_the_run_saw_the_data():
@@ -665,7 +686,7 @@ def test_train_show_schedule_prints_first_and_last_rate_of_every_epoch():
         assert len(shown) == int(words[words.index("--epochs") + 1]), out
     # The five epochs of warm-up of the variant, more than there are, are not read.
     succeeded(*TINY, "--variant", "aggressive", "--schedule", "cyclic", "--show-schedule")
-    words = ["--epochs", "1", "--batch-size", "2000", *NO_RATE, "--show-schedule"]
+    words = ["--epochs", "1", "--batch-size", "3000", *NO_RATE, "--show-schedule"]
     assert "epoch    1 | lr 0.00e+00 to 0.00e+00" in succeeded(*TINY, *words)
 
 
