@@ -519,8 +519,9 @@ def settled_args(args):
 
 
 def differing(before, now):
-    """Names of the facts that have changed; a fitted model differs in its last digits anyway."""
-    return [key for key, value in now.items() if key != "strong" and before.get(key) != value]
+    """Names of the facts that have changed; what was fitted differs in its last digits anyway."""
+    fitted = ("strong", "whitening")
+    return [key for key, value in now.items() if key not in fitted and before.get(key) != value]
 
 
 def load_splits(args):

@@ -43,7 +43,7 @@ ROWS = {
     "faces": ("faceparse: 900 faces of CelebAMask-HQ, by image", "celebamask_mini",
               "--task faceparse --lr 4e-3 --size 192 --cache runs/cache", ("f", "f_pooled")),
     "motion": ("quadmodal: MotionSense, 18 persons, by person",
-               "motionsense/motionsense_18_subjects.npz", "--task quadmodal --lr 1e-3 --epochs 8",
+               "motionsense/motionsense_18_subjects.npz", "--task quadmodal --lr 1e-3",
                ("accuracy", "macro_f1")),
     "rr": ("bidmc_rr: 46 patients, 5 folds by patient", "bidmc_csv",
            "--task bidmc_rr --lr 1e-3 --folds 5", ("mae", "rmse")),

@@ -20,12 +20,14 @@ from tasks.common import (
     Exported, Flag, Rows, Splits, Task, finite, joined, mean_over, plan_batches, refuse_folder,
     shared_flags, show, split_checksum, split_note, split_rows)
 from tasks.quadmodal_data import (
-    ModalSplit, broadcast_channels, read_modalities, spectral_features, synthetic_modalities)
+    ModalSplit, broadcast_channels, column_scale, fit_whitening, read_modalities, sequences_of,
+    spectral_features, summaries, synthetic_modalities, whitened, window_statistics)
 
 # Of the simple models on standardised features. A lone column of n rows has its weight multiplied
 # by n / (n + 10): with thousands of rows nothing is lost, but columns that are nearly copies of
 # each other cannot take large opposite weights.
 PENALTY = 10.0
+SPECTRA = "spectra"  # the modality that stands for the sequences
 
 
 def load(path, args):
@@ -40,15 +42,26 @@ def load(path, args):
         mean, sd = data.channel_statistics(array, train, present[name])
         scaler[name] = mean, sd
         plain_scaler[name] = [mean.tolist(), sd.tolist()]
-    complete = [name for name in arrays if present[name][train].all()]
     facts = {"data": checksum(arrays, labels), "split": split_checksum(parts.values()),
-             "names": list(names), "shapes": shapes, "complete": complete, "scaler": plain_scaler}
-    options = dict(noise=args.noise, scale=args.scale, shift=args.shift, device=args.device)
+             "names": list(names), "recorded": shapes, "scaler": plain_scaler}
+    whole = ModalSplit(arrays, labels, np.arange(len(labels)), present=present, scaler=scaler,
+                       device=args.device)
+    statistics = None
+    if args.inputs == "spectra" and sequences_of(arrays):
+        statistics = spectral_features(whole, window_statistics)
+        facts["whitening"] = fit_whitening(statistics[train], labels[train])
+    seen, present_seen = as_seen(whole, facts, statistics)
+    facts["shapes"] = {name: list(array.shape[1:]) for name, array in seen.items()}
+    facts["complete"] = [name for name in seen if present_seen[name][train].all()]
+    options = dict(noise=args.noise, noise_of={SPECTRA: args.spectra_noise}, scale=args.scale,
+                   shift=args.shift, device=args.device)
     splits = {}
     for part, rows in parts.items():
         if len(rows):
-            splits[part] = ModalSplit(arrays, labels, rows, present=present, groups=groups,
+            splits[part] = ModalSplit(seen, labels, rows, present=present_seen, groups=groups,
                                       scaler=scaler, **options)
+            splits[part].recorded = ModalSplit(arrays, labels, rows, present=present,
+                                               scaler=scaler, device=args.device)
             counts = np.bincount(labels[rows], minlength=len(names))
             classes = [f"{count:,} {name}" for count, name in zip(counts, names)]
             notes.append(f"{part}: {', '.join(classes)}")
@@ -59,6 +72,28 @@ def load(path, args):
             raise ValueError(f"no class has two of the {len(split)} {part} rows: SupCon has "
                              "nothing to compare there; change --seed or the ratios")
     return Splits(splits["train"], splits.get("validation"), splits.get("test"), facts, notes)
+
+
+def as_seen(whole, facts, statistics=None):
+    """Arrays and presence that the network sees; whitened statistics stand for all sequences.
+
+    whole       a ModalSplit of all rows as recorded; statistics: their window_statistics, if known
+    returns     {name: (n, ...)}, {name: bool (n,)}
+    """
+    arrays, present = dict(whole.arrays), dict(whole.present)
+    if "whitening" not in facts:
+        return arrays, present
+    if SPECTRA in arrays:
+        raise ValueError(f"a modality cannot be called {SPECTRA!r} with --inputs spectra, which "
+                         "makes one of this name: rename it, or give --inputs waveform")
+    if statistics is None:
+        statistics = spectral_features(whole, window_statistics)
+    here = np.zeros(len(whole), bool)
+    for name in sequences_of(arrays):
+        del arrays[name]
+        here |= present.pop(name)
+    arrays[SPECTRA] = whitened(torch.from_numpy(statistics), facts["whitening"]).numpy()
+    return arrays, present | {SPECTRA: here}
 
 
 def read(path, args):
@@ -120,16 +155,17 @@ def rows(path, args, facts, need_labels):
         raise ValueError("--split all: k-NN compares with the run's own training rows: give "
                          "--split train, validation or test, and no other --data")
     arrays, _, _, _, present = read_modalities(path, cache=args.cache, need_labels=False)
-    missing = [name for name in facts["shapes"] if name not in arrays]
+    missing = [name for name in facts["recorded"] if name not in arrays]
     if missing:
         raise ValueError(f"{path} holds no {', '.join(missing)}, which the network was trained on: "
                          f"for rows that lack a modality give any values and present_{missing[0]} "
                          "of False")
-    arrays = {name: arrays[name] for name in facts["shapes"]}
-    count = len(next(iter(arrays.values())))
-    split = ModalSplit(arrays, None, np.arange(count), present=present, scaler=scaler_of(facts),
-                       device=args.device)
-    return Rows(split, 0, [])
+    arrays = {name: arrays[name] for name in facts["recorded"]}
+    present = {name: present[name] for name in arrays}
+    every = np.arange(len(next(iter(arrays.values()))))
+    options = dict(scaler=scaler_of(facts), device=args.device)
+    arrays, present = as_seen(ModalSplit(arrays, None, every, present=present, **options), facts)
+    return Rows(ModalSplit(arrays, None, every, present=present, **options), 0, [])
 
 
 def scaler_of(facts):
@@ -269,22 +305,18 @@ def channel_features(split):
 
 def standardised(train, x, limit=6):
     """Columns of both by mean and sd of training rows, at most 6 sd away; NaN becomes the mean."""
-    known = ~np.isnan(train)
-    count = known.sum(0).clip(min=1)
-    mean = np.where(known, train, 0).sum(0) / count
-    sd = np.sqrt(np.where(known, np.square(train - mean), 0).sum(0) / count)
-    sd = np.where(sd > 1e-9 * np.abs(mean), sd, 1)  # of equal numbers, rounding makes an sd
+    mean, sd = column_scale(train)
     return [np.nan_to_num((part - mean) / sd).clip(-limit, limit) for part in (train, x)]
 
 
 def floors(split, args, facts):
     """The majority class, simple models on channel and spectral features, bounds of the loss."""
-    train = split.reference
     bounds = []
     for rows in scored_batches(split.labels, args):
         labels = torch.from_numpy(split.labels[rows])
         bounds.append(losses.supcon_bounds(labels, temperature=args.temperature))
     lower, collapsed = np.mean(bounds, axis=0)
+    train, split = split.reference.recorded, split.recorded
     majority = np.full(len(split), np.bincount(train.labels).argmax())
     rows = {"constant majority": {"loss": float(collapsed), **label_scores(majority, split, facts)}}
     fitted, scored = channel_features(train), channel_features(split)
@@ -331,15 +363,24 @@ def examples(outputs, split, args, facts):
 
 def export(model, args, facts):
     """The network from recorded values to the embedding; k-NN on it gives the class."""
-    shapes, scaler = facts["shapes"], scaler_of(facts)
+    shapes, scaler = facts["recorded"], scaler_of(facts)
 
     def forward(inputs):
-        tokens, present = {}, {}
+        scaled, present, tokens = {}, {}, {}
         for name in shapes:
             mean, sd = (broadcast_channels(values, inputs[name]) for values in scaler[name])
             present[name] = inputs[f"present_{name}"]
+            scaled[name] = ((inputs[name] - mean) / sd).float()
+        if "whitening" in facts:
+            sequences = {name: scaled.pop(name) for name in sequences_of(inputs)
+                         if name in scaled}
+            recorded = {name: inputs[name].float() for name in sequences}
+            statistics = summaries(sequences, recorded, present, window_statistics)
+            scaled[SPECTRA] = whitened(statistics, facts["whitening"])
+            present[SPECTRA] = torch.stack([present.pop(name) for name in sequences]).any(0)
+        for name, x in scaled.items():
             # rows that lack the modality are encoded too: in eval mode no row sees another
-            tokens[name] = model.encode(name, ((inputs[name] - mean) / sd).float())
+            tokens[name] = model.encode(name, x)
         return model.fuse(tokens, present)
 
     arrays, masks = {}, {}
@@ -352,30 +393,37 @@ def export(model, args, facts):
                     {"scaler": facts["scaler"], "classes_of_training": facts["names"]})
 
 
-FLAGS = shared_flags(epochs=24, batch_size=64, plateau_patience=5, train_ratio=0.65, val_ratio=0.15)
+FLAGS = shared_flags(epochs=16, batch_size=64, plateau_patience=5, train_ratio=0.65, val_ratio=0.15)
 FLAGS.update(
-    sampler=Flag("stratified", "stratified: as many rows of every class in a batch; shuffled: "
-                 "every row once an epoch", choices=("shuffled", "stratified")),
-    monitor=Flag("accuracy", "validation score that picks the epoch, and raw or EMA weights",
+    sampler=Flag("shuffled", "shuffled: every row once an epoch; stratified: as many rows of every "
+                 "class in a batch", choices=("shuffled", "stratified")),
+    monitor=Flag("last", "last: best.pt is the average after the last epoch; or the validation "
+                 "score that picks the epoch, and raw or EMA weights",
                  choices=("accuracy", "macro_f1", "loss", "last")),
     modalities=Flag("", "which ones to use, names with commas between (default: all)"),
-    temperature=Flag(0.2, "of SupCon", above=0),
-    neighbours=Flag(5, "k of the k-NN that scores", low=1),
+    inputs=Flag("spectra", "what the network sees of the sequences: spectra, statistics and band "
+                "energies of all of them, whitened within the classes; waveform, the samples",
+                choices=("spectra", "waveform")),
+    temperature=Flag(0.1, "of SupCon", above=0),
+    neighbours=Flag(25, "k of the k-NN that scores", low=1),
     width=Flag(64, "of a token, a multiple of --heads and of 4", low=4),
     tokens=Flag(4, "fusion tokens", low=1),
     heads=Flag(8, "attention heads", low=1),
     depth=Flag(1, "transformer layers of the encoder of a sequence or video", low=0),
     hidden=Flag(128, "width between fusion and embedding", low=1),
     embed=Flag(64, "width of the embedding", low=1),
-    patch=Flag(16, "steps of a sequence that make a token", low=1),
+    patch=Flag(16, "steps of a sequence that make a token", low=1,
+               when={"inputs": ("waveform",)}),
     dropout=Flag(0.2, "in transformer layers, attention and head", low=0, high=0.95),
     modality_dropout=Flag(0.0, "probability that a modality of a row is left out in training, "
                           "never its last", low=0, high=0.95),
     freeze=Flag("", "encoders that are not trained, names with commas between: in eval mode, run "
                 "once on rows that are not augmented"),
     noise=Flag(0.3, "sd of noise added in training, the sd of a channel being 1", low=0),
+    spectra_noise=Flag(1.0, "the same for the spectra", low=0, when={"inputs": ("spectra",)}),
     scale=Flag(0.4, "multiply a modality of a row by up to 1 +- this", low=0, high=0.99),
-    shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6),
+    shift=Flag(64, "roll sequences by up to so many steps", low=0, high=10**6,
+               when={"inputs": ("waveform",)}),
     mixup=Flag(0.0, "alpha of mixup of the encoded features (0 = off)", low=0),
     allow_single_class=Flag(False, "train although there is one class, to see the loss stand at "
                             "its bound"),
@@ -384,6 +432,7 @@ FLAGS.update(
 # The recipe as its team ran it, and their later settings. Their data are not public: 12 classes, of
 # which training saw one.
 ORIGINAL = dict(
+    inputs="waveform", sampler="stratified", monitor="accuracy", neighbours=5,
     width=512, tokens=4, heads=8, hidden=1024, embed=512, patch=8, dropout=0.1,
     modality_dropout=0.0, epochs=100, batch_size=32, clip=1.0, temperature=0.07, lr=1e-4,
     warmup_epochs=10.0, warmup_start_lr=1e-7, min_lr=1e-6, weight_decay=1e-4, ema_decay=0.0,

@@ -182,11 +182,13 @@ class ModalSplit:
     labels    (n,) or None; groups (n,) or None
     rows      (m,), the rows of this split
     present   {name: bool (n,)}: inputs of rows that lack it are 0; True for absent names
-    scaler    {name: (mean, sd)} of channel_statistics over the training rows; None: no scaling
+    scaler    {name: (mean, sd)} of channel_statistics over the training rows; without it, or for
+              a name that is not in it, no scaling
     features  {name: tensor (m, T, width)} of frozen encoders: batches hold its rows as `encoded`
               instead of these inputs
+    recorded  the same rows as they were recorded, if these arrays are made from them
     In batches with a generator, in units of the scaled values, 0 is off:
-    noise     sd of Gaussian noise, added to every value
+    noise     sd of Gaussian noise, added to every value; noise_of {name: sd}: another for these
     scale     a modality of a row is multiplied by one factor from U(1 - scale, 1 + scale)
     shift     sequences (n, T, C) are rolled by up to so many steps; all those of a row by the same
               number, so that streams of one rate stay synchronous
@@ -196,7 +198,7 @@ class ModalSplit:
     chunk = 512
 
     def __init__(self, arrays, labels, rows, *, present=None, groups=None, scaler=None, noise=0.0,
-                 scale=0.0, shift=0, device="cpu"):
+                 noise_of=None, scale=0.0, shift=0, device="cpu"):
         if not (0 <= noise < float("inf") and 0 <= scale < 1 and 0 <= shift == int(shift)):
             raise ValueError(f"noise {noise} must be at least 0, scale {scale} in [0, 1), shift "
                              f"{shift} a whole number from 0; 0 is off")
@@ -204,8 +206,9 @@ class ModalSplit:
         self.rows, self.scaler = np.asarray(rows), scaler
         self.labels = None if labels is None else np.asarray(labels)[self.rows]
         self.groups = None if groups is None else np.asarray(groups)[self.rows]
-        self.noise, self.scale, self.shift = noise, scale, int(shift)
-        self.device, self.features = torch.device(device), {}
+        self.noise, self.noise_of = noise, noise_of or {}
+        self.scale, self.shift = scale, int(shift)
+        self.device, self.features, self.recorded = torch.device(device), {}, self
 
     def __len__(self):
         return len(self.rows)
@@ -220,8 +223,7 @@ class ModalSplit:
         index = self.rows[rows]
         inputs, encoded, present = {}, {}, {}
         for name in self.arrays:
-            here = self.present[name][index] if name in self.present else np.ones(len(index), bool)
-            present[name] = torch.from_numpy(here).to(self.device)
+            present[name] = self.is_present(name, index)
             if name not in self.features:
                 inputs[name] = self.scaled(name, index)
         for name, tokens in self.features.items():
@@ -241,18 +243,15 @@ class ModalSplit:
         # float64 stays: a clock of 1.7e9 s loses its mean before float32 cuts its digits
         values = array[index].astype(np.result_type(array.dtype, np.float32))
         x = torch.from_numpy(values).to(self.device)
-        if self.scaler is not None:
+        if self.scaler is not None and name in self.scaler:
             mean, sd = (broadcast_channels(values.to(x), x) for values in self.scaler[name])
             x = (x - mean) / sd
         return x.float()
 
-    def without_absent(self, features, index, *names):
-        """Features (b, D) of rows of the whole set as float64, NaN where one of names is absent."""
-        features = features.cpu().double().numpy()
-        for name in names:
-            if name in self.present:
-                features[~self.present[name][index]] = np.nan
-        return features
+    def is_present(self, name, index):
+        """Whether rows of the whole set have a modality, bool (b,)."""
+        here = self.present[name][index] if name in self.present else np.ones(len(index), bool)
+        return torch.from_numpy(here).to(self.device)
 
     def augmented(self, inputs, generator):
         """Scaled inputs after shift, scale and noise, in that order; nothing in place."""
@@ -267,8 +266,9 @@ class ModalSplit:
             if self.scale:
                 factor = 1 + self.scale * (2 * torch.rand(b, generator=generator) - 1)
                 x = x * factor.to(self.device).reshape(-1, *(1,) * (x.ndim - 1))
-            if self.noise:
-                x = x + self.noise * torch.randn(x.shape, generator=generator).to(self.device)
+            noise = self.noise_of.get(name, self.noise)
+            if noise:
+                x = x + noise * torch.randn(x.shape, generator=generator).to(self.device)
             changed[name] = x
         return changed
 
@@ -314,29 +314,121 @@ def gravity_frame(x, gravity):
     return torch.cat([along, across, x.norm(dim=2, keepdim=True)], 2)
 
 
-def spectral_features(split):
-    """band_energies of every sequence of a ModalSplit, float64 (n, D); NaN where a row lacks it.
+def window_statistics(x):
+    """What a window of signals is, free of phase: mean, sd, band_energies and autocorrelations.
+
+        r(k) = mean_t (x(t) - mean x)(x(t + k) - mean x) / (var x + 1e-6)
+        k    = 1/24, 2/24, ... 7/24 of the steps
+
+    x        float tensor (n, T, C)
+    returns  (n, D): of each statistic all channels, one after the other
+    Check:   of a sine of 8 cycles r is -0.5 at 1/24 and 7/24 of the steps, and 1 at 3/24 and 6/24
+    """
+    mean = x.mean(1, keepdim=True)
+    z, variance = x - mean, x.var(1, correction=0)
+    columns = [mean[:, 0], variance.sqrt(), band_energies(x)]
+    steps = x.shape[1]
+    lags = {round(steps * part / 24) for part in range(1, 8)} - {0, steps}
+    for lag in sorted(lags):
+        columns.append((z[:, :-lag] * z[:, lag:]).mean(1) / (variance + 1e-6))
+    return torch.cat(columns, 1)
+
+
+def seen_from_the_ground(shapes):
+    """Names of the vectors that gravity_frame is made for: those of the shape of `gravity`.
+
+    shapes  {name: (T, C)} of the sequences
+    """
+    names = []
+    for name in ("acceleration", "rotation"):
+        if shapes.get(name) == shapes.get("gravity") and shapes.get(name, ())[1:] == (3,):
+            names.append(name)
+    return names
+
+
+def summaries(scaled, recorded, present, summary):
+    """A summary of every sequence, float64 (b, D); NaN where a row lacks it.
 
     Where the sequences `gravity` and `acceleration` or `rotation` are there, of equal length and
     with three channels, those of the latter in the gravity_frame follow.
+
+    scaled    {name: (b, T, C)}, at least one; recorded: the same, not scaled
+    present   {name: bool (b,)}
+    summary   band_energies or window_statistics
     """
-    shapes = {name: array.shape[1:] for name, array in split.arrays.items() if array.ndim == 3}
-    turned = []
-    for name in ("acceleration", "rotation"):
-        if shapes.get(name) == shapes.get("gravity") and shapes.get(name, ())[1:] == (3,):
-            turned.append(name)
+    columns = []
+    for name, x in scaled.items():
+        columns.append(summary(x).double().masked_fill(~present[name][:, None], torch.nan))
+    for name in seen_from_the_ground({name: x.shape[1:] for name, x in scaled.items()}):
+        values = summary(gravity_frame(recorded[name], recorded["gravity"])).double()
+        here = present[name] & present["gravity"]
+        columns.append(values.masked_fill(~here[:, None], torch.nan))
+    return torch.cat(columns, 1)
+
+
+def sequences_of(arrays):
+    """Names of the sequences, (n, T, C)."""
+    return [name for name, array in arrays.items() if array.ndim == 3]
+
+
+def spectral_features(split, summary=band_energies):
+    """The summaries of all rows of a ModalSplit, float64 (n, D); without sequences D is 0."""
+    names = sequences_of(split.arrays)
+    if not names:
+        return np.empty((len(split), 0))
     parts = []
     for start in range(0, len(split), split.chunk):
         rows = split.rows[start : start + split.chunk]
-        columns = [split.without_absent(band_energies(split.scaled(name, rows)), rows, name)
-                   for name in shapes]
-        for name in turned:  # as recorded: scaled channels would be another vector
-            x, gravity = (torch.from_numpy(split.arrays[key][rows].astype(np.float32))
-                          for key in (name, "gravity"))
-            energies = band_energies(gravity_frame(x, gravity))
-            columns.append(split.without_absent(energies, rows, name, "gravity"))
-        parts.append(np.concatenate([np.empty((len(rows), 0)), *columns], axis=1))
+        scaled = {name: split.scaled(name, rows) for name in names}
+        recorded, present = {}, {}
+        for name, x in scaled.items():
+            recorded[name] = torch.from_numpy(split.arrays[name][rows].astype(np.float32)).to(x)
+            present[name] = split.is_present(name, rows)
+        parts.append(summaries(scaled, recorded, present, summary).cpu().numpy())
     return np.concatenate(parts)
+
+
+def column_scale(x):
+    """Mean and sd of the columns of (n, D) without NaN; the sd of a constant column is 1."""
+    known = ~np.isnan(x)
+    count = known.sum(0).clip(min=1)
+    mean = np.where(known, x, 0).sum(0) / count
+    sd = np.sqrt(np.where(known, np.square(x - mean), 0).sum(0) / count)
+    return mean, np.where(sd > 1e-9 * np.abs(mean), sd, 1)  # of equal numbers, rounding makes an sd
+
+
+def fit_whitening(x, labels, *, ridge=0.1, limit=6):
+    """Learn to turn columns so that the rows of a class lie in a round cloud of radius about 1.
+
+        z = (x - mean) / sd, at most 6 away from 0, and 0 where x is NaN
+        S = mean of (z - m_c)(z - m_c)^T        m_c: the mean of the row's class
+        y = z (S + ridge I)^(-1/2), each column divided by its sd, at most 6 away from 0
+
+    Columns that are nearly copies of each other share their weight, and what differs between
+    persons but not between classes is made small.
+
+    x        (n, D), may hold NaN; labels (n,) integers
+    returns  {"mean", "sd": (D,), "matrix": (D, D)}, float64 tensors; for `whitened`
+    Source:  the within-class whitening of linear discriminant analysis; Hastie et al. 2009, 4.3.3
+    """
+    mean, sd = column_scale(x)
+    z = np.nan_to_num((x - mean) / sd).clip(-limit, limit)
+    within = z.copy()
+    for label in np.unique(labels):
+        within[labels == label] -= z[labels == label].mean(0)
+    sizes, directions = np.linalg.eigh(within.T @ within / len(z))
+    matrix = directions / np.sqrt(sizes.clip(min=0) + ridge) @ directions.T
+    spread = (z @ matrix).std(0)
+    matrix = matrix / np.where(spread > 1e-9, spread, 1)
+    return {name: torch.from_numpy(values)
+            for name, values in (("mean", mean), ("sd", sd), ("matrix", matrix))}
+
+
+def whitened(x, fit, *, limit=6):
+    """Rows (n, D), a float tensor that may hold NaN, by fit_whitening: float32 (n, D)."""
+    mean, sd, matrix = (fit[name].to(x.device) for name in ("mean", "sd", "matrix"))
+    z = torch.nan_to_num((x.double() - mean) / sd).clamp(-limit, limit)
+    return (z @ matrix).clamp(-limit, limit).float()
 
 
 def synthetic_modalities(n=1200, *, classes=6, missing=0.0, seed=0):

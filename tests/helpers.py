@@ -497,8 +497,9 @@ def check_resume(base, run, path, words, data_path=None):
     assert (path / "a" / "curves.svg").read_text() == (path / "b" / "curves.svg").read_text()
 
 
-MODAL = ("--task quadmodal --width 8 --heads 2 --tokens 2 --hidden 16 --embed 8 --epochs 2 "
-         "--batch-size 12 --device cpu").split()
+MODAL = ("--task quadmodal --inputs waveform --width 8 --heads 2 --tokens 2 --hidden 16 --embed 8 "
+         "--temperature 0.2 --sampler stratified --epochs 2 --batch-size 12 --monitor accuracy "
+         "--neighbours 5 --device cpu").split()
 
 
 def quad_npz(path, n=240, classes=3, change=None, only=("audio", "sensor")):

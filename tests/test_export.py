@@ -83,7 +83,7 @@ def ppg_exported(f, path, *words):
     return {"ppg": windows["inputs"][:]}, own
 
 
-def quad_exported(f, path):
+def quad_exported(f, path, *words):
     """Three kinds of modality, one of integers and one a clock in float64, absent rows of NaN."""
     def change(arrays):
         arrays["present_sensor"] = np.arange(240) % 3 > 0
@@ -91,14 +91,14 @@ def quad_exported(f, path):
         arrays["clock"] = 1.7e9 + np.random.default_rng(0).normal(size=(240, 2))
         arrays["image"] = np.random.default_rng(1).integers(0, 256, (240, 3, 9, 9), dtype=np.uint8)
 
-    words = [*MODAL, "--data", quad_npz(f / "quad.npz", change=change)]
-    model, args, splits = untrained(path, *words)
+    data_path = quad_npz(f / "quad.npz", change=change)
+    model, args, splits = untrained(path, *MODAL, "--data", data_path, *words)
     export(path, "quadmodal")
     split = splits.test
     inputs = {}
-    for name, array in split.arrays.items():  # in the order of about.json: see README
+    for name, array in split.recorded.arrays.items():  # in the order of about.json: see README
         inputs[name] = torch.from_numpy(array[split.rows])
-    for name, present in split.present.items():
+    for name, present in split.recorded.present.items():
         inputs[f"present_{name}"] = torch.from_numpy(present[split.rows])
 
     def own(rows):
@@ -115,10 +115,12 @@ def test_train_exported_networks_give_the_numbers_of_their_task_without_this_scr
         "faces": (faces_exported, "--size 16 --width 4"),
         "faces-segformer": (faces_exported, "--size 32 --network segformer"),
         "heart": (ppg_exported, "--task bidmc_hr --seconds 10 --inputs waveform --reduce 3"),
+        "heart-spectrum": (ppg_exported, "--task bidmc_hr --seconds 10"),
         "breath": (ppg_exported, "--task bidmc_rr --bins 16"),
-        "quad": (quad_exported, "")}
+        "quad": (quad_exported, ""),
+        "quad-spectra": (quad_exported, "--inputs spectra")}
     if torch.__version__ < "2.6":
-        del cases["breath"]  # its FFT cannot be exported there, which is refused
+        del cases["breath"], cases["quad-spectra"]  # an FFT cannot be exported there: refused
     with folder() as f, torch.no_grad():
         own, runs = {}, f / "runs"
         for name, (exported, words) in cases.items():

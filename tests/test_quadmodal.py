@@ -12,6 +12,8 @@ import train
 from runtime import pretrained
 from tasks import quadmodal
 from tasks.common import plan_batches
+from tasks.quadmodal_data import (
+    fit_whitening, spectral_features, whitened, window_statistics)
 from tests.helpers import (
     call, check_resume, folder, loaded, MODAL, near, quad_npz, quad_run, raises, replaced,
     result_of, seeded, succeeded)
@@ -333,3 +335,38 @@ def test_train_quad_refuses_bad_data_and_bad_calls_with_exit_code_2_and_one_mess
             code, out, err = call(*words)
             assert code == 2 and message in err and "Traceback" not in err, (message, code, err)
             assert not (f / "new").exists() and "epoch " not in out, message
+
+
+def test_train_quad_spectra_stand_for_the_sequences_and_use_training_rows_only():
+    def change(arrays):
+        arrays["present_sensor"] = np.arange(240) % 5 > 0
+        arrays["image"] = np.random.default_rng(1).integers(0, 256, (240, 3, 9, 9), dtype=np.uint8)
+
+    with folder() as f:
+        path = quad_npz(f / "quad.npz", change=change)
+        words = [*MODAL, "--inputs", "spectra", "--data", path]
+        args, sets = loaded(*words)
+        assert list(sets.facts["shapes"]) == ["image", "spectra"]
+        split, recorded = sets.test, sets.test.recorded
+        statistics = spectral_features(recorded, window_statistics)
+        want = whitened(torch.from_numpy(statistics), sets.facts["whitening"])
+        batch = split.batch(np.arange(len(split)))
+        assert near(batch["inputs"]["spectra"], want, 1e-5)
+        assert batch["present"]["spectra"].all()  # audio is always there
+        lacks = ~recorded.present["sensor"][recorded.rows]
+        assert np.isnan(statistics[lacks]).any(1).all() and not np.isnan(statistics[~lacks]).any()
+        noisy = split.batch(np.arange(len(split)), seeded())["inputs"]["spectra"]
+        assert 0.9 < float((noisy - want).std()) < 1.3  # --spectra-noise 1, and --scale
+        # rows of other splits do not change what was fitted
+        train_rows = sets.train.rows
+        x = spectral_features(sets.train.recorded, window_statistics)
+        fit = fit_whitening(x, sets.train.labels)
+        assert all(near(fit[key], sets.facts["whitening"][key], 1e-9) for key in fit)
+        assert len(train_rows) == len(x)
+        succeeded(*words, "--out", f / "run")
+        out = succeeded("--task", "quadmodal", "--predict", f / "run" / "best.pt", "--data", path,
+                        "--out", f / "embeddings.npz")
+        assert "240 predictions" in out
+        clash = quad_npz(f / "clash.npz", change=lambda x: x | {"spectra": np.ones((240, 2))})
+        code, _, err = call(*words[:-1], clash, "--out", f / "new")
+        assert code == 2 and "cannot be called 'spectra'" in err, err

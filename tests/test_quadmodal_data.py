@@ -10,8 +10,8 @@ import torch
 
 import data
 from tasks.quadmodal_data import (
-    ModalSplit, band_energies, gravity_frame, read_modalities, spectral_features,
-    synthetic_modalities)
+    ModalSplit, band_energies, fit_whitening, gravity_frame, read_modalities, spectral_features,
+    synthetic_modalities, whitened, window_statistics)
 from tests.helpers import (
     channels_last, folder, is_mapped, near, quad_npz, raises, ridge_accuracy, same_bits, seeded,
     warned)
@@ -439,3 +439,50 @@ def test_data_spectral_features_hold_every_sequence_and_the_frame_of_gravity():
     assert spectral_features(alone).shape == (3, 0)
     split = ModalSplit({name: arrays[name] for name in ("acceleration", "rotation")}, None, rows)
     assert spectral_features(split).shape == (3, 2 * columns[1].shape[1])
+
+
+def test_data_window_statistics_are_those_of_a_loop_over_the_steps():
+    x = np.random.default_rng(3).normal(size=(2, 48, 3)) * [1, 5, 0] + [0, 2, 7]
+    got = window_statistics(torch.tensor(x)).numpy()
+    lags = range(2, 15, 2)  # of 48 steps
+    for row, channel in itertools.product(range(2), range(3)):
+        values = x[row, :, channel]
+        z, variance = values - values.mean(), values.var()
+        columns = [values.mean(), math.sqrt(variance)]
+        energies = band_energies(torch.tensor(x[row : row + 1, :, channel, None]))[0].tolist()
+        columns += energies
+        for lag in lags:
+            products = [z[t] * z[t + lag] for t in range(48 - lag)]
+            columns.append(sum(products) / len(products) / (variance + 1e-6))
+        assert near(got[row, channel::3], np.array(columns), 1e-9)
+    sine = torch.sin(2 * torch.pi * 8 * torch.arange(480.0) / 480)[None, :, None]
+    correlation = window_statistics(sine)[0, -7:]
+    assert near(correlation[[0, 2, 5, 6]], torch.tensor([-0.5, 1, 1, -0.5]), 0.05)
+    assert window_statistics(torch.ones(2, 1, 3)).shape == (2, 6)  # a step: mean and sd alone
+
+
+def test_data_whitening_is_the_inverse_root_of_the_spread_within_classes():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 3, 600)
+    x = (rng.normal(size=(600, 5)) + 3 * np.eye(5)[labels]) @ rng.normal(size=(5, 5)) * 100 + 7
+    x[:, 4] = x[:, 3] * 2 + 1e-7 * x[:, 4]  # nearly a copy
+    x[5, 0] = math.nan
+    fit = fit_whitening(x, labels, ridge=0.2)
+    z = np.empty_like(x)
+    for column in range(5):
+        values = x[~np.isnan(x[:, column]), column]
+        z[:, column] = (x[:, column] - values.mean()) / values.std()
+    z = np.clip(np.nan_to_num(z), -6, 6)
+    spread = np.zeros((5, 5))
+    for row, label in zip(z, labels):
+        away = row - z[labels == label].mean(0)
+        spread += np.outer(away, away) / 600
+    u, sizes, _ = np.linalg.svd(spread + 0.2 * np.eye(5))
+    y = z @ (u / np.sqrt(sizes)) @ u.T
+    want = torch.tensor((y / y.std(0)).clip(-6, 6))
+    got = whitened(torch.tensor(x), fit)
+    assert got.dtype == torch.float32 and near(got, want, 1e-5)
+    assert torch.equal(whitened(torch.full((1, 5), math.nan), fit), torch.zeros(1, 5))
+    assert whitened(torch.tensor(np.nan_to_num(x) * 1e6), fit).abs().max() <= 6
+    constant = fit_whitening(np.ones((6, 2)), np.arange(6) % 2)
+    assert torch.equal(whitened(torch.ones(1, 2), constant), torch.zeros(1, 2))
