@@ -294,11 +294,12 @@ def check_batch_size(n, batch_size, rank, world_size):
                       "batch an epoch")
 
 
-def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
+def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1, even=False):
     """Every row once per epoch, in an order that (seed, epoch) fixes.
 
     A global batch is dealt to the ranks in turn, so ranks are disjoint and equal in length. Of n
-    rows, n % world_size are left out, others in the next epoch. The last batch may be smaller.
+    rows, n % world_size are left out, others in the next epoch. The last batch may be smaller; with
+    even=True all batches differ by one row at most, for losses that compare the rows of a batch.
 
     returns a list of ceil(n // world_size / batch_size) int64 index arrays
     Errors: ValueError for n < world_size or batch_size < 1. Warns when n is smaller than a batch.
@@ -308,6 +309,8 @@ def shuffled_batches(n, batch_size, *, seed, epoch, rank=0, world_size=1):
     check_batch_size(n, batch_size, rank, world_size)
     order = np.random.default_rng([seed, epoch]).permutation(n)
     mine = order[: n - n % world_size][rank::world_size]
+    if even:
+        return np.array_split(mine, -(-len(mine) // batch_size))
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 

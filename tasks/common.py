@@ -418,7 +418,7 @@ def plan_batches(split, epoch, args, rank=0, world_size=1):
         return data.stratified_batches(split.labels, share, **options)
     if args.sampler == "bucketed":
         return data.bucketed_batches(split.lengths, share, **options)
-    return data.shuffled_batches(len(split), share, **options)
+    return data.shuffled_batches(len(split), share, even=args.sampler == "even", **options)
 
 
 def seed_of(*numbers):

@@ -395,8 +395,9 @@ def export(model, args, facts):
 
 FLAGS = shared_flags(epochs=16, batch_size=64, plateau_patience=5, train_ratio=0.65, val_ratio=0.15)
 FLAGS.update(
-    sampler=Flag("shuffled", "shuffled: every row once an epoch; stratified: as many rows of every "
-                 "class in a batch", choices=("shuffled", "stratified")),
+    sampler=Flag("even", "even: each row once an epoch, in batches of about equal size; shuffled: "
+                 "the same, but the last batch may be small; stratified: as many rows of every "
+                 "class in a batch", choices=("even", "shuffled", "stratified")),
     monitor=Flag("last", "last: best.pt is the average after the last epoch; or the validation "
                  "score that picks the epoch, and raw or EMA weights",
                  choices=("accuracy", "macro_f1", "loss", "last")),

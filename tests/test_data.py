@@ -63,6 +63,10 @@ def test_data_shuffled_batches_hold_every_row_once():
     for rank in range(2):  # of 5 rows 2 each
         [rows] = shuffled_batches(5, 2, seed=0, epoch=0, rank=rank, world_size=2)
         assert len(rows) == 2
+    even = shuffled_batches(13, 4, seed=0, epoch=0, even=True)
+    assert [len(rows) for rows in even] == [4, 3, 3, 3]
+    assert np.array_equal(np.concatenate(even),
+                          np.concatenate(shuffled_batches(13, 4, seed=0, epoch=0)))
 
 
 def balanced(plan, labels):
