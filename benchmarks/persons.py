@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
-import losses
 from _quick import main_of_runs
 from results import rebuilt
+import data
+import losses
 from tasks.common import outputs_over
 
 

@@ -89,7 +89,8 @@ RUN_FLAGS = {
                       "instead of training"),
 }
 # what the loop takes where a task has no such flag
-NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False}
+NOT_OF_THE_TASK = {"mode": "scratch", "freeze": "", "sampler": "shuffled", "channels_last": False,
+                   "anchor": "none"}
 ALIASES = {"epochs": ("--num-epochs", "--max-epochs"), "compile": ("--compile-model",),
            "pretrained": ("--pretrained-ckpt",)}
 

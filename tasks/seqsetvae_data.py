@@ -493,6 +493,7 @@ class StaySplit:
     labels       int64 (m,), -1 = unknown
     lengths      int64 (m,), sets of each stay: for bucketed_batches
     features     None, or a tensor (m, width) of a frozen encoder: batches hold its rows, not inputs
+    anchor       None, or logits (m,) of a simple model, which batches hold
     Errors:      ValueError for drop_events outside [0, 1)
     """
 
@@ -502,7 +503,8 @@ class StaySplit:
         if not 0 <= drop_events < 1:
             raise ValueError(f"drop_events {drop_events:g} must be at least 0 (off) and below 1")
         self.stays, self.rows, self.scaler = stays, np.asarray(rows, dtype=np.int64), scaler
-        self.drop_events, self.device, self.features = drop_events, torch.device(device), None
+        self.drop_events, self.device = drop_events, torch.device(device)
+        self.features = self.anchor = None
         self.labels, self.ids = stays["labels"][self.rows], stays["ids"][self.rows]
         self.names = stays["ids"]  # of the whole set, as in the other splits
         sets = gather_ranges(stays["first_set"], self.rows)
@@ -532,6 +534,7 @@ class StaySplit:
                   float32 (E,) scaled; sizes int64 (S,), events of each set; minutes float32 (S,);
                   lengths int64 (b,), sets of each stay
         features  (b, width), instead of inputs
+        anchor    float (b,), if there is one
         targets   float (b,), unless a label of this split is unknown
         """
         rows = np.asarray(rows, dtype=np.int64)
@@ -548,6 +551,8 @@ class StaySplit:
                 inputs = self.dropped(inputs, draw)
             inputs = {name: torch.from_numpy(x).to(self.device) for name, x in inputs.items()}
             batch = {"inputs": inputs}
+        if self.anchor is not None:
+            batch["anchor"] = torch.from_numpy(self.anchor[rows]).float().to(self.device)
         if (self.labels >= 0).all():
             batch["targets"] = torch.from_numpy(self.labels[rows]).float().to(self.device)
         return batch
