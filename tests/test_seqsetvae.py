@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import losses
 import models
 import train
@@ -101,9 +102,37 @@ def test_train_stays_probability_takes_back_the_weight_on_deaths():
         assert math.isclose(float(seqsetvae.probability(zero, args, sets.facts)), 0.5)
 
 
-def test_train_stays_scores_do_not_depend_on_the_batch_they_are_in():
+def test_train_stays_network_corrects_the_regression_on_ranks_and_starts_at_it():
     with folder() as f:
         args, sets = loaded_stays(f)
+        run = built(args, sets)
+        with torch.inference_mode():
+            for split in (sets.validation, sets.test):
+                got = train.outputs_of(run.raw_model, split, run)["logits"]
+                want = seqsetvae.rank_regression(split, sets.facts)
+                assert near(got, torch.tensor(want), 1e-5)
+            torch.nn.init.constant_(run.raw_model.head[-1].bias, 0.5)
+            got = train.outputs_of(run.raw_model, sets.test, run)["logits"]
+        assert near(got - torch.tensor(want), 0.5, 1e-4)
+        # a training stay has the logit of a regression on the other folds
+        split, rows = sets.train, np.arange(len(sets.train))
+        part = data.split_by_group(rows, np.full(5, 0.2), seed=args.seed)[2]
+        rest = np.setdiff1d(rows, part)
+        others, those = (seqsetvae.StaySplit(split.stays, split.rows[some], scaler=split.scaler)
+                         for some in (rest, part))
+        fit = {"strong": seqsetvae.fit_simple_models(others)}
+        assert near(split.anchor[part], seqsetvae.rank_regression(those, fit), 1e-6)
+        # new stays, without outcomes, have theirs
+        new = seqsetvae.rows(args.data, args, sets.facts, need_labels=False).split
+        place = np.flatnonzero(np.isin(new.ids, sets.test.ids))
+        assert near(new.batch(place)["anchor"], torch.tensor(sets.test.anchor), 1e-5)
+        args, sets = loaded_stays(f, "--anchor", "none")
+        assert "anchor" not in sets.test.batch([0]) and sets.train.anchor is None
+
+
+def test_train_stays_scores_do_not_depend_on_the_batch_they_are_in():
+    with folder() as f:
+        args, sets = loaded_stays(f, "--anchor", "none")
         run, test = built(args, sets), sets.test
         with torch.inference_mode():
             together = train.outputs_of(run.raw_model, test, run)["logits"]
