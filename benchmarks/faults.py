@@ -42,8 +42,11 @@ from tasks import bidmc, ocec, quadmodal
 
 DATA = {"ocec": "eyes_cew", "faceparse": "celebamask_mini", "bidmc_rr": "bidmc_csv",
         "quadmodal": "motionsense/motionsense_18_subjects.npz", "seqsetvae": "physionet2012"}
-EYES = ("--task ocec --size 24x24 --channels 16 --blocks 2 --epochs 6 --lr 1e-3 "
-        "--train-ratio 0.3 --val-ratio 0.2 --test-ratio 0.5")
+SPLIT = " --train-ratio 0.3 --val-ratio 0.2 --test-ratio 0.5"
+EYES = ("--task ocec --size 24x24 --inputs images --block baseline --channels 16 --blocks 2 "
+        "--epochs 6 --lr 1e-3 --batch-size 32 --weight-decay 0.01 --ema-decay 0.998 --monitor f1 "
+        "--photometric 0.5 --clahe 0.01 --crop 4 --mixup 0.2 --degrees 0 --zoom 1 --bend 0 "
+        "--noise 0") + SPLIT
 FEW_LEARNT = EYES + (
     " --train-ratio 0.01 --test-ratio 0.79 --channels 32 --blocks 4 --epochs 60 --lr 3e-3 "
     "--weight-decay 0 --dropout 0 --flip 0 --photometric 0 --clahe 0 --crop 0 --mixup 0")
@@ -181,7 +184,7 @@ FAULTS = {  # name -> (flags, patches, how it came about)
                    [(schedulers.WarmupCosine, "lr_at", far_too_high_later)],
                    "after half of the run the rate is 30"),
 }
-HEALTHY = {"ocec": EYES + " --epochs 8", "faceparse": FACES, "bidmc_rr": BREATHS + " --epochs 20",
+HEALTHY = {"ocec": "--task ocec" + SPLIT, "faceparse": FACES, "bidmc_rr": BREATHS + " --epochs 20",
            "quadmodal": MOTION, "seqsetvae": STAYS}
 
 

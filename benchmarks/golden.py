@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("OLD", "NEW")
 QUICK = ("faceparse", "plateau")
 
-EYES = "train.py --task ocec --size 12x20 --channels 8 --blocks 2 --epochs 2"
+EYES = "train.py --task ocec --size 12x20 --channels 8 --blocks 2 --epochs 2 --monitor f1"
 BREATHS = "--seconds 10 --stride 16 --bins 16 --width 16 --depth 2 --batch-size 64 --epochs 2"
 STAYS = "train.py --task seqsetvae --width 16 --heads 2 --depth 2 --hidden 16 --points 4"
 STAYS += " --train-ratio 0.2 --val-ratio 0.2 --test-ratio 0.6 --epochs 2"

@@ -131,12 +131,21 @@ def unseen_logits(train, seed, folds=5):
     """Logits (m,) of the training stays, each by a regression on ranks that did not see it.
 
     One that did is too sure of them: its AUROC is 0.91 where new stays have 0.85, and a network
-    that is added to it would learn that there is little to correct.
+    that is added to it would learn that there is little to correct. Each fold has its share of the
+    deaths.
     """
     summaries, labels, logits = train.summaries(), train.labels, np.empty(len(train))
-    rows = np.arange(len(train))
-    for part in data.split_by_group(rows, np.full(folds, 1 / folds), seed=seed):
-        rest = np.setdiff1d(rows, part)
+    deaths = int(labels.sum())
+    if min(deaths, len(labels) - deaths) < 2:
+        raise ValueError(f"{deaths} of the {len(labels)} training stays died: --anchor ranks needs "
+                         "two of either outcome; change the ratios or --seed, or give --anchor "
+                         "none")
+    rng, fold = np.random.default_rng(seed), np.empty(len(labels), dtype=int)
+    for outcome in (0, 1):
+        rows = rng.permutation(np.flatnonzero(labels == outcome))
+        fold[rows] = np.arange(len(rows)) % folds
+    for number in range(folds):
+        part, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         knots = seqsetvae_data.rank_knots(summaries[:, rest])
         ranks = seqsetvae_data.stay_ranks(summaries, knots)
         logits[part] = losses.linear_scores(fit_ranks(ranks[rest], labels[rest]), ranks[part])

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import losses
 import models
 import train
 from tasks import seqsetvae, seqsetvae_data, seqsetvae_pretrain
 from tests.helpers import (
-    call, check_resume, edit, folder, loaded, near, result_of, seeded, STAYS, stays_folder,
-    stays_run, succeeded, write_stay)
+    call, check_resume, edit, folder, loaded, near, raises, result_of, seeded, STAYS,
+    stays_folder, stays_run, succeeded, write_stay)
 
 
 def loaded_stays(f, *words):
@@ -114,14 +113,16 @@ def test_train_stays_network_corrects_the_regression_on_ranks_and_starts_at_it()
             torch.nn.init.constant_(run.raw_model.head[-1].bias, 0.5)
             got = train.outputs_of(run.raw_model, sets.test, run)["logits"]
         assert near(got - torch.tensor(want), 0.5, 1e-4)
-        # a training stay has the logit of a regression on the other folds
-        split, rows = sets.train, np.arange(len(sets.train))
-        part = data.split_by_group(rows, np.full(5, 0.2), seed=args.seed)[2]
-        rest = np.setdiff1d(rows, part)
-        others, those = (seqsetvae.StaySplit(split.stays, split.rows[some], scaler=split.scaler)
-                         for some in (rest, part))
-        fit = {"strong": seqsetvae.fit_simple_models(others)}
-        assert near(split.anchor[part], seqsetvae.rank_regression(those, fit), 1e-6)
+        # of outcomes drawn at random a regression knows those that it saw, and no others
+        stays = seqsetvae_data.synthetic_stays(400)
+        split = seqsetvae.StaySplit(stays, np.arange(400), scaler=sets.train.scaler)
+        split.labels = np.random.default_rng(0).permutation(split.labels)
+        seen = seqsetvae.rank_regression(split, {"strong": seqsetvae.fit_simple_models(split)})
+        assert losses.auroc(seen, split.labels) > 0.75
+        assert abs(losses.auroc(seqsetvae.unseen_logits(split, 0), split.labels) - 0.5) < 0.1
+        split.labels[:] = np.arange(400) < 1
+        raises(ValueError, "needs two of either outcome",
+               lambda: seqsetvae.unseen_logits(split, 0))
         # new stays, without outcomes, have theirs
         new = seqsetvae.rows(args.data, args, sets.facts, need_labels=False).split
         place = np.flatnonzero(np.isin(new.ids, sets.test.ids))
