@@ -170,7 +170,7 @@ def write_inputs(setting, task):
     """Rows that no run has seen, as --predict reads them; their file or folder."""
     path, arrays = setting.folder / f"{task} inputs", {}
     if task == "ocec":
-        arrays["images"] = ocec.synthetic_eyes(64, size=(32, 64), seed=1)[0].permute(0, 2, 3, 1)
+        arrays["images"] = ocec.synthetic_eyes(64, size=(24, 24), seed=1)[0].permute(0, 2, 3, 1)
     elif task == "faceparse":
         size = (32, 32) if setting.small else (128, 128)  # the network's: masks are not resized
         arrays["images"] = faceparse.synthetic_faces(8, size=size, seed=1)[0].permute(0, 2, 3, 1)
@@ -290,7 +290,7 @@ def speed_row(setting, *more):
     images, labels, _, _ = ocec.synthetic_eyes(batch, size=(32, 64))
     images = images.permute(0, 2, 3, 1).numpy()
     np.savez(file, images=np.tile(images, (10, 1, 1, 1)), labels=np.tile(labels, 10))
-    words = "--task ocec --channels 64 --blocks 8 --epochs 3".split()
+    words = ["--task", "ocec", "--variant", "current", "--epochs", "3"]
     words += "--train-ratio 0.8 --val-ratio 0.1 --test-ratio 0.1".split()
     words += ["--batch-size", batch, "--data", file, "--device", setting.device, "--out", out]
     output = setting.run([*words, *more], call=["-c", MEASURED])

@@ -73,6 +73,7 @@ def print_rounds(rounds):
 def compare(channels, blocks, batch_size, steps, number_of_rounds):
     """Time every kind of step in turn; end if the gradient norms are not as expected."""
     words = f"--task ocec --channels {channels} --blocks {blocks} --device cpu"
+    words += " --size 32x64 --inputs images --block baseline"
     args = train.parse_args(words.split())
     images, labels, _, _ = ocec.synthetic_eyes(batch_size, size=args.size, seed=processes.rank())
     run = train.build(args, {"pos_weight": 1.0}, 1000)

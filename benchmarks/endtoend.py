@@ -35,7 +35,8 @@ from pathlib import Path
 from _quick import ROOT, median_ratio, new_parser, parse, require, run_python
 
 EPOCHS, BATCH, COUNT, TRAIN = 2, 256, 4096, 3584
-OURS = (f"--task ocec --epochs {EPOCHS} --crop 0 --mixup 0 "
+OURS = (f"--task ocec --epochs {EPOCHS} --size 32x64 --inputs images --block baseline --crop 0 "
+        "--degrees 0 --zoom 1 --bend 0 --noise 0 --photometric 0.5 --clahe 0.01 "
         "--train-ratio 0.875 --val-ratio 0.125 --test-ratio 0 --monitor auroc").split()
 FULL = f"--channels 64 --blocks 8 --batch-size {BATCH} --lr 1e-3".split()
 QUICK = "--channels 16 --blocks 2 --batch-size 16 --lr 1e-2 --photometric 0 --dropout 0".split()

@@ -193,7 +193,7 @@ QUICK = {  # one fault for each task that a tiny run on drawn data shows -> flag
     "schedule-outlasts-run": "--size 32 --width 4",
     "label-quantised": "--width 16 --depth 1 --epochs 1",
     "single-class-batches": "--width 8 --heads 2 --tokens 2 --hidden 16 --embed 8 --epochs 1",
-    "no-gradient": "--width 16 --heads 2",
+    "no-gradient": "--width 16 --heads 2 --anchor none",
 }
 QUICK_HEALTHY = {"ocec": "--epochs 2"}  # too short for the rules that need luck
 

@@ -32,11 +32,14 @@ from _drawn import recording_tables
 from tasks import bidmc_data, faceparse, ocec, quadmodal
 
 RUN = "--epochs 1 --device cpu --train-ratio 0.6 --val-ratio 0.2 --test-ratio 0.2"
+EYES = ("--task ocec --size 32x64 --inputs images --block baseline --channels 4 --blocks 1 "
+        "--batch-size 256")
 COMMANDS = {
-    "eyes .npz": "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0",
-    "eyes folder": "--task ocec --channels 4 --blocks 1 --batch-size 256 --photometric 0 --clahe 0",
+    "eyes .npz": EYES,
+    "eyes folder": EYES,
     "faces .npz": "--task faceparse --size 64 --width 4 --batch-size 16 --photometric 0",
-    "modalities .npz": "--task quadmodal --width 8 --heads 1 --hidden 8 --embed 4 --tokens 2",
+    "modalities .npz": "--task quadmodal --inputs waveform --width 8 --heads 1 --hidden 8 "
+                       "--embed 4 --tokens 2",
     "recordings": "--task bidmc_hr --width 8 --depth 1 --heads 1 --bins 16 --batch-size 256",
 }
 ROWS = {"eyes .npz": 3000, "eyes folder": 300, "faces .npz": 100, "modalities .npz": 600,

@@ -38,7 +38,7 @@ sys.path.insert(0, sys.argv[1])
 script = runpy.run_path(sys.argv[1] + "/train.py", run_name="train")
 from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *_: os._exit(0))
-script["main"](["--task", "ocec", "--lr", "2e-4", "--data", sys.argv[2], "--out", sys.argv[3]])"""
+script["main"](["--task", "ocec", "--lr", "2e-3", "--data", sys.argv[2], "--out", sys.argv[3]])"""
 
 
 def seconds_of(*words):

@@ -2,9 +2,9 @@
 
     $ for seed in 0 1 2; do
     >     run="python train.py --task seqsetvae --data physionet2012 --seed $seed"
-    >     $run --out runs/stays-scratch-$seed
+    >     $run --anchor none --lr 1e-3 --epochs 6 --out runs/stays-scratch-$seed
     >     $run --variant pretrain --out runs/stays-pretrain-$seed
-    >     for mode in "probe --epochs 60" finetune; do
+    >     for mode in "probe --lr 1e-3 --epochs 60" "finetune --anchor none"; do
     >         $run --mode $mode --pretrained runs/stays-pretrain-$seed \\
     >             --out runs/stays-${mode%% *}-$seed; done; done
     $ python benchmarks/stays_table.py runs/stays-scratch-{0,1,2} -- runs/stays-probe-{0,1,2} \\

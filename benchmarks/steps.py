@@ -181,7 +181,7 @@ def our_steps(inputs, targets, size, flags):
     """train.py's own loop; returns the seconds of each step and the first loss."""
     processes.tune_allocator()
     words = f"--channels {size.channels} --blocks {size.blocks} --batch-size {size.batch}"
-    words += " --device cpu --dropout 0"
+    words += " --size 32x64 --inputs images --block baseline --device cpu --dropout 0"
     args = train.parse_args(["--task", "ocec", *words.split(), *flags])
     run = train.build(args, {"pos_weight": 1.0}, size.steps)
     split = SameBatch(inputs, targets, size.steps + 1)

@@ -471,5 +471,5 @@ def task(bins, error, anchors):
         floors=floors, headline=headline, predictions=predictions, examples=examples, export=export)
 
 
-TASKS = {"bidmc_rr": task(bins=64, error="l1", anchors=("none",)),
+TASKS = {"bidmc_rr": task(bins=64, error="smooth_l1", anchors=("none",)),
          "bidmc_hr": task(bins=96, error="l1", anchors=("beats", "none"))}

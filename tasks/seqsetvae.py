@@ -293,8 +293,8 @@ def examples(outputs, split, args, facts):
 
 
 FLAGS = shared_flags(
-    epochs=4, lr=3e-4, weight_decay=1.0, plateau_watches="monitor", plateau_factor=0.8, plateau_patience=4,
-    train_ratio=0.75, val_ratio=0.075, test_ratio=0.175) | mode_flags() | dict(
+    epochs=4, lr=3e-4, weight_decay=1.0, plateau_watches="monitor", plateau_factor=0.8,
+    plateau_patience=4, train_ratio=0.75, val_ratio=0.075, test_ratio=0.175) | mode_flags() | dict(
     sampler=Flag("stratified", "stratified: as many deaths as survivors in every batch, which the "
                  "loss takes into account; bucketed: stays of like length share a batch, as in "
                  "pretraining",

@@ -232,8 +232,12 @@ USES = {  # a true expression for every name in README's table and more; see NAM
     "encode_png": "len(encode_png(np.zeros((2, 2), np.uint8))) > 50",
     "bootstrap_interval": "bootstrap_interval([1, 1]) == (1, 1)",
     "random_crop": f"random_crop(zeros(1, 3, 8, 8), padding=2, {GEN}).shape == (1, 3, 8, 8)",
+    "random_gamma": f"random_gamma(ones(2, 3, 4, 4), {GEN}).tolist() == ones(2, 3, 4, 4).tolist()",
+    "random_noise": f"random_noise(zeros(2, 3, 4, 4), {GEN}).shape == (2, 3, 4, 4)",
     "mixup": f"mixup(zeros(3, 2), ones(3), alpha=0.4, {GEN})[1].tolist() == [1, 1, 1]",
     "cutmix": f"cutmix({PIXELS}, ones(1), alpha=1.0, {GEN})[1].tolist() == [1]",
+    "LocalGradients": "LocalGradients()(ones(1, 3, 8, 8)).sum() == 0",
+    "StandardisedImage": "StandardisedImage()(ones(1, 3, 8, 8)).sum() == 0",
     "EyeNet": "EyeNet((24, 40), block='inverted_se', head='transformer')("
               "zeros(2, 3, 24, 40)).shape == (2,)",
     "check_parameter_limit": "check_parameter_limit(torch.nn.Linear(3, 2)) is None "

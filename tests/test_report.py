@@ -659,8 +659,9 @@ def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
         return split.batch(np.arange(len(split)))["inputs"]
 
     def ppg_badness(args, splits, model):
-        z = model(inputs_of(splits.test))
-        return np.abs(bidmc.rates({"z": z}, splits.facts).numpy() - splits.test.labels)
+        batch = splits.test.batch(np.arange(len(splits.test)))
+        outputs = bidmc.outputs(model, batch, args, splits.facts)
+        return np.abs(bidmc.rates(outputs, splits.facts).numpy() - splits.test.labels)
 
     def masked_badness(args, splits, model):
         inputs, masks = inputs_of(splits.test), splits.test.masks
@@ -668,7 +669,7 @@ def test_train_examples_of_windows_and_stays_are_all_rows_and_no_image():
         return np.array([float(error[hidden].mean()) for error, hidden in zip(errors, masks)])
 
     def stay_badness(args, splits, model):
-        logits = model(inputs_of(splits.test))
+        logits = model(inputs_of(splits.test)) + torch.tensor(splits.test.anchor)
         p = seqsetvae.probability(logits, args, splits.facts).numpy()
         return np.abs(p - splits.test.labels)
 
