@@ -77,7 +77,7 @@ def network_inputs(windows, args):
 
 def anchor_of(args, facts):
     """What the network's output is added to: (windows) -> scaled rates (b,); None without one."""
-    if args.anchor == "none" or args.mode == "pretrain":
+    if args.anchor == "none":
         return None
 
     def beats(windows):
@@ -456,7 +456,7 @@ def flags(bins, error, anchors):
                      "(1 = off)", low=1, high=1.99, when={"mode": TRAINED}),
         anchor=Flag(anchors[0], "what the network's output is added to: beats, the median interval "
                     f"between upslopes, which it corrects by {REACH} a minute at most; or none",
-                    choices=anchors, when={"mode": LABELLED}),
+                    choices=anchors, when={"mode": LABELLED}, otherwise="none"),
         loss=Flag(error, "on z-scored labels", choices=("l1", "smooth_l1", "mse"),
                   when={"mode": LABELLED}),
         mask_ratio=Flag(0.5, "share of the patches that pretraining hides", above=0, high=0.95,

@@ -372,8 +372,7 @@ def export(model, args, facts):
             present[name] = inputs[f"present_{name}"]
             scaled[name] = ((inputs[name] - mean) / sd).float()
         if "whitening" in facts:
-            sequences = {name: scaled.pop(name) for name in sequences_of(inputs)
-                         if name in scaled}
+            sequences = {name: scaled.pop(name) for name in sequences_of(scaled)}
             recorded = {name: inputs[name].float() for name in sequences}
             statistics = summaries(sequences, recorded, present, window_statistics)
             scaled[SPECTRA] = whitened(statistics, facts["whitening"])

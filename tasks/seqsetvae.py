@@ -163,7 +163,7 @@ def rows(path, args, facts, need_labels):
         known = known_outcomes(stays, path)
         split = StaySplit(stays, known, scaler=facts["scale"], device=args.device)
         found = Rows(split, checksum(stays), data_notes(path, stays, known))
-    if args.anchor == "ranks" and not pretraining:
+    if args.anchor == "ranks":
         split.anchor = rank_regression(split, facts)
     return found
 
