@@ -163,7 +163,7 @@ def table(results):
         constant = sorted(constants, key=lambda name: seeds[0]["scores"][name][keys[0]])
         constant = constant[0 if lower else -1]
         seconds = sorted(seed["seconds"] for seed in seeds if seed["seconds"])  # null: interrupted
-        times = f"{seconds[0]} to {seconds[-1]}" if seconds else ""
+        times = " to ".join(str(second) for second in dict.fromkeys(seconds[:1] + seconds[-1:]))
         numbers = ", ".join(str(seed["seed"]) for seed in seeds)
         lines.append(
             f"| {title} | {cell(seeds, 'model', keys)} | {cell(seeds, constant, keys[:1])} | "
