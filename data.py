@@ -1125,9 +1125,9 @@ def random_crop(images, *, padding=4, generator, masks=None, fill_mask=255):
 
 
 def random_gamma(images, *, strength=0.5, generator):
-    """Bend the brightness of each image: dark ones brighter, or bright ones darker.
+    """Bend the brightness of images: dark tones brighter, or bright ones darker.
 
-        x ** g,  g = exp(U(-strength, strength)), one for each image
+        x ** g,  g = exp(U(-strength, strength)), one per image
 
     images  (B, C, H, W) float in [0, 1] -> the same
     Errors: ValueError for a strength below 0
@@ -1141,9 +1141,9 @@ def random_gamma(images, *, strength=0.5, generator):
 
 
 def random_noise(images, *, sd=0.05, p=0.5, generator):
-    """Add the noise of a poor sensor: normal, independent in each pixel and channel.
+    """Add the noise of a poor sensor: normal, independent in every pixel and channel.
 
-        x + s n,  n ~ N(0, 1),  s = U(0, sd) with probability p and 0 else, one for each image
+        x + s n,  n ~ N(0, 1),  s = U(0, sd) with probability p and 0 else, one per image
 
     images  (B, C, H, W) float -> the same; not clipped
     sd      in the unit of the images: 0.05 of [0, 1] is 13 grey levels

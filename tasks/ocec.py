@@ -378,7 +378,7 @@ def load(path, args):
 def fit_hog(images, labels, rows):
     """Logistic regression on hog_features of these rows.
 
-    The penalty is the number of columns: before any data is seen each logit then has an sd of 1,
+    The penalty is the number of columns: before any data is seen a logit then has an sd of 1,
     so that P(open) is mostly between 0.1 and 0.9.
     """
     x = hog_of(images, rows)
@@ -533,7 +533,7 @@ FLAGS.update(
                  choices=("f1", "auroc", "loss", "last")),
     # the network
     size=Flag((24, 24), "height x width the eyes are resized to", low=8),
-    inputs=Flag("gradients", "what the network makes of each image first: images, nothing; "
+    inputs=Flag("gradients", "what the network makes of an image first: images, nothing; "
                 "standardised, mean 0 and sd 1; gradients, eight directions of them over the "
                 "energy around", choices=("images", "standardised", "gradients")),
     block=Flag("plain", "kind of block",
@@ -566,7 +566,7 @@ FLAGS.update(
     zoom=Flag(1.2, "enlarge by a factor between 1 / zoom and zoom (1 = off)", low=1, high=10),
     photometric=Flag(0.0, "probability of each of the five photometric operations", low=0, high=1),
     clahe=Flag(0.0, "probability of CLAHE", low=0, high=1),
-    bend=Flag(0.5, "raise each image to a power between exp(-bend) and exp(bend) (0 = off)",
+    bend=Flag(0.5, "raise an image to a power between exp(-bend) and exp(bend) (0 = off)",
               low=0, high=3),
     noise=Flag(0.05, "standard deviation of the noise on half of the images, at most; of [0, 1] "
                "(0 = off)", low=0, high=1),

@@ -321,7 +321,7 @@ def window_statistics(x):
         k    = 1/24, 2/24, ... 7/24 of the steps
 
     x        float tensor (n, T, C)
-    returns  (n, D): of each statistic all channels, one after the other
+    returns  (n, D): all channels of the first statistic, then those of the next
     Check:   of a sine of 8 cycles r is -0.5 at 1/24 and 7/24 of the steps, and 1 at 3/24 and 6/24
     """
     mean = x.mean(1, keepdim=True)
@@ -402,9 +402,9 @@ def fit_whitening(x, labels, *, ridge=0.1, limit=6):
 
         z = (x - mean) / sd, at most 6 away from 0, and 0 where x is NaN
         S = mean of (z - m_c)(z - m_c)^T        m_c: the mean of the row's class
-        y = z (S + ridge I)^(-1/2), each column divided by its sd, at most 6 away from 0
+        y = z (S + ridge I)^(-1/2), every column divided by its sd, at most 6 away from 0
 
-    Columns that are nearly copies of each other share their weight, and what differs between
+    Columns that are nearly copies of one another share their weight, and what differs between
     persons but not between classes is made small.
 
     x        (n, D), may hold NaN; labels (n,) integers
